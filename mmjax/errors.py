@@ -1,0 +1,5 @@
+"""The one error type of the library; free of jax, so that data workers may raise it."""
+
+
+class MmjaxError(ValueError):
+    """Bad input, told in one message that names the file, key or argument; nothing was changed."""

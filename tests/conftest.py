@@ -1,0 +1,37 @@
+"""Fixtures and settings that every test shares."""
+
+import os
+import pathlib
+import tempfile
+
+# Before jax is imported: the tests run on CPU, and compiled programs are kept between runs.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "mmjax-tests-jax-cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def repository() -> pathlib.Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> pathlib.Path:
+    """The folder of fact sheets, vaults and small real data beside the clone."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not there")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> pathlib.Path:
+    """The folder of golden vaults: MMJAX_GOLDEN, or shared/golden beside the clone."""
+    folder = pathlib.Path(os.environ.get("MMJAX_GOLDEN", SHARED / "golden"))
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there; MMJAX_GOLDEN names another folder")
+    return folder
