@@ -93,10 +93,11 @@ class Arrays(Mapping[str, np.ndarray]):
 
 @dataclass(frozen=True)
 class Weights:
-    """The contents of a weight file. `arrays` reads lazily; `shapes` costs nothing."""
+    """The contents of a weight file. `arrays` reads lazily; `shapes` and `dtypes` cost nothing."""
 
     arrays: Mapping[str, np.ndarray]
     shapes: Mapping[str, Shape]
+    dtypes: Mapping[str, np.dtype]
     file: str
     metadata: Mapping[str, str]
 
@@ -128,7 +129,8 @@ def read_weights(path: str | os.PathLike[str], *, allow_nan: bool = False) -> We
             f"not from {path.suffix or 'a file without suffix'}"
         )
     shapes = {key: record.shape for key, record in records.items()}
-    return Weights(Arrays(records, str(path), allow_nan), shapes, str(path), metadata)
+    dtypes = {key: record.dtype for key, record in records.items()}
+    return Weights(Arrays(records, str(path), allow_nan), shapes, dtypes, str(path), metadata)
 
 
 def _read_torch(path: pathlib.Path) -> dict[str, Record]:

@@ -14,6 +14,7 @@ import mmap
 import pathlib
 import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -250,7 +251,8 @@ def _as(kind: type, value: Any) -> Any:
 
 def _interpret(machine: Machine, file: Any, path: pathlib.Path) -> Any:
     try:
-        return machine.run(file)
+        with warnings.catch_warnings(action="ignore"):  # Python warns of odd escapes in damaged strings
+            return machine.run(file)
     except (
         ValueError,
         KeyError,

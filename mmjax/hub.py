@@ -1,0 +1,306 @@
+"""load, save, export: between a folder, a weight file, a workdir or a hub id, and a model ready to be asked.
+
+    vlm = mmjax.load("openai/clip-vit-base-patch32")     # Hugging Face's hub
+    vlm = mmjax.load("ViT-B-32.pt")                      # a published file
+    vlm = mmjax.load("runs/clip/checkpoints/2000")       # what `mmjax train` wrote
+    mmjax.export(vlm, "folder", layout="hf")             # for transformers
+
+The layout is recognised by its keys; nothing is ever loaded in part.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax.errors import MmjaxError
+from mmjax.models import SYSTEMS, System
+from mmjax.models.config import config_from_json
+from mmjax.models.handle import Model
+from mmjax.models.preprocess import Preprocess, from_hf
+from mmjax.tree import flatten
+from mmjax.weights.files import Weights, parse_json, read_weights, write_atomically, write_safetensors
+from mmjax.weights.table import Entry, Layout, WeightsError, load_table, save_table
+
+NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "open_clip_pytorch_model.bin",
+)
+"""The names under which folders hold their weights, the preferred first."""
+
+TOKENIZER = "tokenizer.json"
+
+Source = str | os.PathLike[str]
+
+
+def load(source: Source, *, layout: str | None = None, dtype: str | None = None) -> Model:
+    """Loads a model with its tokenizer and preprocessing.
+
+    source: a folder (Hugging Face's, or one of `save`), a weight file, a workdir of `mmjax train` or one of its
+        checkpoints, or a hub id such as "google/vit-base-patch16-224".
+    layout: "system/layout" or "layout", for files that more than one layout could have written.
+    dtype: "float32" or "bfloat16": what parameters are kept in and computed with. By default as the file's layout
+        says, which is float32.
+    Raises MmjaxError: nothing there, an architecture that no system knows, or weights that do not fit.
+    """
+    path = _resolve(source)
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir() and path.parent.name == "checkpoints":
+        model = _load_checkpoint(path.parent.parent, path)
+    elif _is_own(folder) and (path.is_dir() or path.name == NAMES[0]):
+        model = _load_own(folder)
+    else:
+        model = _load_public(path, layout)
+    return model if dtype is None else _cast(model, dtype)
+
+
+def save(model: Model, folder: Source) -> None:
+    """Writes our own format: config.json, model.safetensors, tokenizer.json. `load` gives the same bits back."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    variables = {"params": model.params} | ({"stats": model.stats} if model.stats else {})
+    told: dict[str, Any] = {"system": model.system, "model": dataclasses.asdict(model.config)}
+    told |= {"preprocess": dataclasses.asdict(model.preprocess), "layout": model.layout}
+    told |= {"tokenizer": TOKENIZER if model.save_tokenizer(folder / TOKENIZER) else None}
+    arrays = {key: np.asarray(leaf) for key, leaf in flatten(variables).items()}
+    write_safetensors(folder / NAMES[0], arrays, {"format": "mmjax"})
+    write_atomically(folder / "config.json", [_json(told)])
+
+
+def export(model: Model, folder: Source, layout: str = "hf") -> None:
+    """Writes a public layout: weights, config.json and preprocessor_config.json where the layout has them, tokenizer.
+
+    Raises MmjaxError for a layout that the system does not have, or that cannot hold this model.
+    """
+    folder = pathlib.Path(folder)
+    layouts = {candidate.name: candidate for candidate in _system(model.system, "export").layouts}
+    if layout not in layouts:
+        raise MmjaxError(f"layout={layout!r}: {model.system} is exported as {', '.join(layouts)}")
+    chosen = layouts[layout]
+    variables = {"params": model.params} | ({"stats": model.stats} if model.stats else {})
+    arrays = save_table(chosen.table(model.config), jax.tree.map(np.asarray, variables))
+    folder.mkdir(parents=True, exist_ok=True)
+    if chosen.file.endswith(".npz"):
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+        write_atomically(folder / chosen.file, [buffer.getvalue()])
+    else:
+        write_safetensors(folder / chosen.file, arrays, {"format": "pt"})
+    model.save_tokenizer(folder / TOKENIZER)
+    if chosen.hf_config is not None:
+        write_atomically(folder / "config.json", [_json(chosen.hf_config(model.config))])
+        write_atomically(folder / "preprocessor_config.json", [_json(model.preprocess.to_hf())])
+
+
+# -------------------------------------------------------------------------------------------------- where the files are
+
+
+def _resolve(source: Source) -> pathlib.Path:
+    path = pathlib.Path(source)
+    if path.exists():
+        return path
+    if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not path.parent.exists():
+        return _download(source)
+    raise MmjaxError(f"{source}: neither a file nor a folder, nor a hub id of the form owner/name")
+
+
+def _download(name: str) -> pathlib.Path:
+    """A snapshot of a hub repository: its safetensors, or where there are none its PyTorch files."""
+    import huggingface_hub
+
+    small = ["*.json", "*.txt", "*.model"]
+    try:
+        folder = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=[*small, "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=[*small, "*.bin", "*.npz"]))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise MmjaxError(f"{name}: not a file or folder, and the hub did not give it: {error}") from error
+    return folder
+
+
+def _weight_file(path: pathlib.Path) -> pathlib.Path:
+    """The weights of a folder; a file is itself."""
+    if path.is_file():
+        return path
+    for name in NAMES:
+        if (path / name).is_file():
+            return path / name
+    found = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".npz", ".pt", ".pth", ".bin"))
+    if len(found) == 1:
+        return found[0]
+    told = f"several weight files ({', '.join(file.name for file in found)}); name one" if found else "no weight file"
+    raise MmjaxError(f"{path} holds {told}")
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
+    return parse_json(path.read_bytes(), path) if path.is_file() else None
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _is_own(folder: pathlib.Path) -> bool:
+    told = _read_json(folder / "config.json")
+    return told is not None and "system" in told and "model" in told
+
+
+def _system(name: str, place: str) -> System:
+    for system in SYSTEMS:
+        if system.name == name:
+            return system
+    raise MmjaxError(f"{place}: no system is called {name!r}; there are {', '.join(s.name for s in SYSTEMS)}")
+
+
+# ------------------------------------------------------------------------------------------------------- public layouts
+
+
+class _Renamed(Mapping[str, Any]):
+    """The arrays of a file under the names of a table; still read one at a time."""
+
+    def __init__(self, arrays: Mapping[str, Any], names: Mapping[str, str]):
+        self.arrays, self.names = arrays, names
+
+    def __getitem__(self, key: str) -> Any:
+        return self.arrays[self.names[key]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _load_public(path: pathlib.Path, wanted: str | None) -> Model:
+    weights = read_weights(_weight_file(path))
+    folder = path if path.is_dir() else path.parent
+    told = _read_json(folder / "config.json") or _read_json(folder / "open_clip_config.json")
+    system, layout, names = recognise(weights, told, wanted)
+    shapes = {name: weights.shapes[key] for name, key in names.items()}
+    try:
+        config = layout.config(shapes, told)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise WeightsError(
+            f"{weights.file} looks like {system.name} in the {layout.name} layout, but its config cannot be told "
+            f"from it: {type(error).__name__}: {error}"
+        ) from error
+    kind = system.model
+    arrays = _Renamed(weights.arrays, names)
+    variables = load_table(layout.table(config), arrays, kind.shapes(config), weights.file)
+    preprocess = _read_json(folder / "preprocessor_config.json")
+    return _assemble(
+        kind,
+        config,
+        variables,
+        tokenizer=kind.load_tokenizer(folder / TOKENIZER),
+        preprocess=from_hf(preprocess) if preprocess else kind.default_preprocess(config, layout.name),
+        layout=layout.name,
+    )
+
+
+def recognise(
+    weights: Weights, config_json: Mapping[str, Any] | None = None, wanted: str | None = None
+) -> tuple[System, Layout, dict[str, str]]:
+    """The one system and layout whose keys these are, and {key of the table: key of the file}.
+
+    wanted: "layout" or "system/layout". Raises WeightsError when none fits, or more than one.
+    """
+    found: list[tuple[System, Layout, dict[str, str]]] = []
+    for system in SYSTEMS:
+        for layout in system.layouts:
+            if wanted is not None and wanted not in (layout.name, f"{system.name}/{layout.name}"):
+                continue
+            try:
+                names = layout.unwrap(weights.arrays, weights.file)
+            except WeightsError:
+                continue  # two keys of one name: some other layout's file
+            if layout.recognise(names.keys(), config_json):
+                found.append((system, layout, names))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        told = ", ".join(f"{system.name}/{layout.name}" for system, layout, _ in found)
+        raise WeightsError(f"{weights.file}: more than one layout fits: {told}; choose one with layout=")
+    known = ", ".join(f"{system.name}/{layout.name}" for system in SYSTEMS for layout in system.layouts)
+    keys = list(weights.arrays)
+    told = f"config.json says {config_json.get('architectures')}; " if config_json else ""
+    raise WeightsError(
+        f"{weights.file}: unknown architecture: {told}its {len(keys)} keys begin {', '.join(keys[:5])}; "
+        f"{'no layout' if wanted is None else f'layout={wanted!r}'} fits them (there are {known})"
+    )
+
+
+def _assemble(kind: type[Model], config: Any, variables: Mapping[str, Any], **fields: Any) -> Model:
+    arrays = jax.tree.map(jnp.asarray, dict(variables))
+    return kind(config=config, params=arrays["params"], stats=arrays.get("stats", {}), **fields)
+
+
+def _cast(model: Model, dtype: str) -> Model:
+    if dtype not in ("float32", "bfloat16"):
+        raise MmjaxError(f"dtype={dtype!r}: parameters are kept in float32 or bfloat16")
+    params = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, model.params)
+    return model.replace(config=dataclasses.replace(model.config, dtype=dtype), params=params)
+
+
+# --------------------------------------------------------------------------------------------------- our own, workdirs
+
+
+def _load_own(folder: pathlib.Path) -> Model:
+    if not (folder / NAMES[0]).is_file():
+        return _load_checkpoint(folder, None)
+    weights = read_weights(folder / NAMES[0])
+    kind, config, fields = _read_own_config(folder)
+    return _assemble(kind, config, _load_same(kind, config, weights.arrays, weights.dtypes, weights.file), **fields)
+
+
+def _load_same(
+    kind: type[Model], config: Any, arrays: Mapping[str, Any], dtypes: Mapping[str, Any], file: str
+) -> dict[str, Any]:
+    """Arrays under our own paths, checked against the model; each keeps the dtype that it was stored in."""
+    wanted = flatten(kind.shapes(config))
+    shapes = {key: jax.ShapeDtypeStruct(leaf.shape, dtypes.get(key, leaf.dtype)) for key, leaf in wanted.items()}
+    return load_table(tuple(Entry(key, key) for key in wanted), arrays, shapes, file)
+
+
+def _load_checkpoint(workdir: pathlib.Path, step: pathlib.Path | None) -> Model:
+    """A run's model; without a step the newest. Where there are momentum parameters of the whole, the trained ones."""
+    from mmjax.training.checkpoint import load_params
+
+    if not _is_own(workdir):
+        raise MmjaxError(f"{workdir / 'config.json'} is missing, or does not name a system and a model")
+    if step is None:
+        steps = workdir / "checkpoints"
+        found = [path for path in steps.iterdir() if path.name.isdigit()] if steps.is_dir() else []
+        if not found:
+            raise MmjaxError(f"{workdir} holds neither {NAMES[0]} nor a checkpoint")
+        step = max(found, key=lambda path: int(path.name))
+    kind, config, fields = _read_own_config(workdir)
+    state = load_params(step)
+    arrays = flatten({"params": state["params"], "stats": state["stats"]})
+    dtypes = {key: array.dtype for key, array in arrays.items()}
+    return _assemble(kind, config, _load_same(kind, config, arrays, dtypes, str(step)), **fields)
+
+
+def _read_own_config(folder: pathlib.Path) -> tuple[type[Model], Any, dict[str, Any]]:
+    place = folder / "config.json"
+    told = _read_json(place) or {}
+    kind = _system(str(told["system"]), str(place)).model
+    config = config_from_json(kind.config_class, told["model"], f"{place}: model")
+    layout = told.get("layout", "mmjax")
+    preprocess = kind.default_preprocess(config, layout)
+    if told.get("preprocess"):
+        preprocess = config_from_json(Preprocess, told["preprocess"], f"{place}: preprocess")
+    tokenizer = kind.load_tokenizer(folder / told["tokenizer"]) if told.get("tokenizer") else None
+    return kind, config, {"preprocess": preprocess, "layout": layout, "tokenizer": tokenizer}

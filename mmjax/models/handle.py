@@ -1,0 +1,143 @@
+"""The handle: what `mmjax.load` returns. A network with its weights, tokenizer and preprocessing, ready to be asked."""
+
+import abc
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+from flax import linen as nn
+
+from mmjax.errors import MmjaxError
+from mmjax.models.preprocess import Preprocess
+from mmjax.types import Array, ArrayLike, Params
+
+
+@dataclasses.dataclass
+class Model(abc.ABC):
+    """A loaded system. Subclasses say how to build its module and what `forward` gives.
+
+    Attributes:
+        config: the system's frozen config dataclass.
+        params: nested dict of parameters.
+        stats: nested dict of batch statistics; empty where there are none.
+        tokenizer: texts -> ids; None where the weights came without one.
+        preprocess: images -> pixel values, as the checkpoint's layout prescribes.
+        layout: the name of the layout that the weights were read from; "mmjax" for our own.
+        module: the Flax module.
+    """
+
+    system: ClassVar[str]
+    config_class: ClassVar[type]
+
+    config: Any
+    params: Params
+    stats: Params = dataclasses.field(default_factory=dict)
+    tokenizer: Any = None
+    preprocess: Preprocess = dataclasses.field(default_factory=Preprocess)
+    layout: str = "mmjax"
+
+    # ------------------------------------------------------------------------------------------- what a subclass gives
+
+    @classmethod
+    @abc.abstractmethod
+    def build(cls, config: Any) -> nn.Module:
+        """The module of a config."""
+
+    @classmethod
+    @abc.abstractmethod
+    def example(cls, config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """Inputs of `outputs` that the module can be initialised with: by name, batch 1."""
+
+    @abc.abstractmethod
+    def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Everything that `forward` returns, as a pure function."""
+
+    @classmethod
+    def default_preprocess(cls, config: Any, layout: str) -> Preprocess:
+        """The preprocessing of a layout whose files do not tell it."""
+        return Preprocess()
+
+    @classmethod
+    def load_tokenizer(cls, file: pathlib.Path) -> Any:
+        """The tokenizer in a tokenizer.json, None if there is no such file."""
+        return tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else None
+
+    def save_tokenizer(self, file: pathlib.Path) -> bool:
+        """Writes the tokenizer, if there is one; tells whether."""
+        if self.tokenizer is not None:
+            self.tokenizer.save(str(file))
+        return self.tokenizer is not None
+
+    # --------------------------------------------------------------------------------------------------- what all share
+
+    @functools.cached_property
+    def module(self) -> nn.Module:
+        return self.build(self.config)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the module's `apply` takes."""
+        return {"params": self.params} | ({"batch_stats": self.stats} if self.stats else {})
+
+    @classmethod
+    def shapes(cls, config: Any) -> dict[str, Any]:
+        """{"params", "stats"}: shapes and dtypes of the variables that a config asks for; nothing is computed."""
+        module, inputs = cls.build(config), cls.example(config)
+        variables = jax.eval_shape(
+            lambda rng, values: module.init(rng, *values), jax.random.key(0), tuple(inputs.values())
+        )
+        shapes = {"params": variables["params"], "stats": variables.get("batch_stats", {})}
+        return {name: tree for name, tree in shapes.items() if tree}
+
+    def replace(self, **fields: Any) -> Self:
+        """The same model with other fields: `vlm.replace(params=tuned)`."""
+        return dataclasses.replace(self, **fields)
+
+    @functools.cached_property
+    def _compiled(self) -> Any:
+        return jax.jit(self.outputs)
+
+    def forward(
+        self,
+        pixel_values: ArrayLike | None = None,
+        input_ids: ArrayLike | None = None,
+        attention_mask: ArrayLike | None = None,
+    ) -> dict[str, Array]:
+        """The network on preprocessed arrays; compiled once a shape.
+
+        pixel_values: float32 [b, height, width, 3]. input_ids: int [b, l]. attention_mask: [b, l], 1 = a token.
+        Returns transformers' names and shapes; feature maps are [b, height, width, c].
+        """
+        given = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
+        inputs = {name: jnp.asarray(value) for name, value in given.items() if value is not None}
+        if "pixel_values" in inputs:
+            pixels = inputs["pixel_values"]
+            if pixels.ndim != 4 or pixels.shape[-1] != 3 or not jnp.issubdtype(pixels.dtype, jnp.floating):
+                told = f"{pixels.dtype} {list(pixels.shape)}"
+                raise MmjaxError(
+                    f"pixel_values should be floats [b, height, width, 3], not {told}; preprocess(images) makes them"
+                )
+        for name in ("input_ids", "attention_mask"):
+            if name in inputs and inputs[name].ndim != 2:
+                raise MmjaxError(f"{name} should be [b, l], they are {list(inputs[name].shape)}")
+        return dict(self._compiled(self.variables, inputs))
+
+    def pixels(self, images: Any) -> Array:
+        """Images as `preprocess` takes them -> pixel values [b, height, width, 3]; float arrays of rank 4 are ready."""
+        if isinstance(images, jax.Array):
+            images = np.asarray(images)
+        if isinstance(images, np.ndarray) and images.ndim == 4 and images.dtype != np.uint8:
+            return jnp.asarray(images)
+        return jnp.asarray(self.preprocess(images))
+
+
+def unit(x: Array) -> Array:
+    """Vectors of length one along the last axis."""
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -1,0 +1,139 @@
+"""Images as the published weights expect them: resize, crop, scale, normalise; PIL's arithmetic, without jax."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from mmjax.errors import MmjaxError
+
+ImageLike: TypeAlias = Image.Image | np.ndarray | str | pathlib.Path
+"""A PIL image, a uint8 array [height, width, 3] or [height, width], or a file's name."""
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+
+RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+"""PIL's numbers, which Hugging Face's preprocessor_config.json uses."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """The evaluation transform of a checkpoint.
+
+    resize: the length of the short side (the aspect ratio is kept), or (height, width); None leaves the size.
+    crop: (height, width) of the central crop; None takes the whole.
+    crop_rounding: an odd margin is halved as torchvision does ("round") or as Hugging Face does ("floor").
+    resample: PIL's filter.
+    mean, std: of the channels in [0, 1], RGB.
+    """
+
+    resize: int | tuple[int, int] | None = 224
+    crop: tuple[int, int] | None = (224, 224)
+    crop_rounding: Literal["round", "floor"] = "round"
+    resample: Literal["nearest", "lanczos", "bilinear", "bicubic"] = "bicubic"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
+        """One image or several -> float32 [b, height, width, 3].
+
+        Raises MmjaxError for images that come out in different sizes.
+        """
+        alone = isinstance(images, Image.Image | str | pathlib.Path)
+        alone = alone or (isinstance(images, np.ndarray) and images.ndim != 4)
+        pixels = [self.one(image) for image in ([images] if alone else images)]  # type: ignore[union-attr]
+        sizes = {array.shape for array in pixels}
+        if len(sizes) != 1:
+            raise MmjaxError(
+                f"images of one batch must come out in one size; without a crop these give {sorted(sizes)}"
+            )
+        return np.stack(pixels)
+
+    def one(self, image: ImageLike) -> np.ndarray:
+        """One image -> float32 [height, width, 3]."""
+        picture = as_image(image)
+        if self.resize is not None:
+            picture = picture.resize(self._size(picture), Image.Resampling(RESAMPLING[self.resample]))
+        if self.crop is not None:
+            picture = picture.crop(self._box(picture))
+        pixels = np.asarray(picture, np.float32) / np.float32(255)
+        return (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+
+    def _size(self, picture: Image.Image) -> tuple[int, int]:
+        """(width, height) after resizing."""
+        if isinstance(self.resize, tuple):
+            return self.resize[1], self.resize[0]
+        assert self.resize is not None
+        short = min(picture.size)
+        # Truncated, not rounded: torchvision and Hugging Face agree on that.
+        width, height = (self.resize if side == short else int(self.resize * side / short) for side in picture.size)
+        return width, height
+
+    def _box(self, picture: Image.Image) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of the central crop; PIL pads with black beyond the border."""
+        assert self.crop is not None
+        height, width = self.crop
+        margins = (picture.size[0] - width, picture.size[1] - height)
+        left, top = (round(m / 2) if self.crop_rounding == "round" else m // 2 for m in margins)
+        return left, top, left + width, top + height
+
+    def to_hf(self) -> dict[str, Any]:
+        """As Hugging Face's preprocessor_config.json tells it."""
+        resize = self.resize
+        size = {"height": resize[0], "width": resize[1]} if isinstance(resize, tuple) else {"shortest_edge": resize}
+        told: dict[str, Any] = {"do_resize": resize is not None, "resample": RESAMPLING[self.resample]}
+        told |= {"size": size} if resize is not None else {}
+        told |= {"do_center_crop": self.crop is not None}
+        told |= {"crop_size": {"height": self.crop[0], "width": self.crop[1]}} if self.crop else {}
+        told |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True}
+        return told | {"image_mean": list(self.mean), "image_std": list(self.std)}
+
+
+def from_hf(told: Mapping[str, Any]) -> Preprocess:
+    """Reads Hugging Face's preprocessor_config.json; absent fields are off, as its processors have them."""
+    names = {number: name for name, number in RESAMPLING.items()}
+    size, crop = told.get("size", 224), told.get("crop_size", told.get("size", 224))
+    resize: int | tuple[int, int] | None = size if isinstance(size, int) else size.get("shortest_edge")
+    if isinstance(size, Mapping) and "height" in size:
+        resize = (size["height"], size["width"])
+    elif isinstance(size, int) and not told.get("do_center_crop", False):
+        resize = (size, size)  # the old form of a square size
+    if isinstance(crop, Mapping):
+        crop = (crop.get("height", crop.get("shortest_edge")), crop.get("width", crop.get("shortest_edge")))
+    else:
+        crop = (crop, crop)
+    center_crop = told.get("do_center_crop", False)
+    if told.get("image_processor_type", "").startswith("ConvNext") and isinstance(resize, int) and resize < 384:
+        # ConvNeXt's processor (ResNet uses it) enlarges by 1 / crop_pct, then crops: image_processing_convnext.py.
+        crop, center_crop = (resize, resize), True
+        resize = int(resize / (told.get("crop_pct") or 224 / 256))
+    normalize = told.get("do_normalize", True)
+    return Preprocess(
+        resize=resize if told.get("do_resize", True) else None,
+        crop=crop if center_crop else None,
+        crop_rounding="floor",
+        resample=names[told.get("resample", 2)],  # type: ignore[arg-type]
+        mean=tuple(told.get("image_mean", HALF)) if normalize else (0.0, 0.0, 0.0),  # type: ignore[arg-type]
+        std=tuple(told.get("image_std", HALF)) if normalize else (1.0, 1.0, 1.0),  # type: ignore[arg-type]
+    )
+
+
+def as_image(image: ImageLike) -> Image.Image:
+    """An RGB PIL image of anything that is an image; transparency is dropped, as the originals' convert("RGB") does."""
+    if isinstance(image, str | pathlib.Path):
+        with Image.open(image) as file:
+            return file.convert("RGB")
+    if not isinstance(image, np.ndarray):
+        return image.convert("RGB")
+    array = image
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise MmjaxError(
+            f"an image is a PIL image, a file name or a uint8 array [height, width, 3]; this is {array.dtype} "
+            f"{list(array.shape)}"
+        )
+    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array).convert("RGB")
