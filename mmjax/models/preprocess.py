@@ -86,7 +86,10 @@ class Preprocess:
         """As Hugging Face's preprocessor_config.json tells it."""
         resize = self.resize
         size = {"height": resize[0], "width": resize[1]} if isinstance(resize, tuple) else {"shortest_edge": resize}
-        told: dict[str, Any] = {"do_resize": resize is not None, "resample": RESAMPLING[self.resample]}
+        # The two generic processors: resize and crop, or squash.
+        kind = "CLIPImageProcessor" if self.crop else "ViTImageProcessor"
+        told: dict[str, Any] = {"image_processor_type": kind}
+        told |= {"do_resize": resize is not None, "resample": RESAMPLING[self.resample]}
         told |= {"size": size} if resize is not None else {}
         told |= {"do_center_crop": self.crop is not None}
         told |= {"crop_size": {"height": self.crop[0], "width": self.crop[1]}} if self.crop else {}
@@ -95,29 +98,28 @@ class Preprocess:
 
 
 def from_hf(told: Mapping[str, Any]) -> Preprocess:
-    """Reads Hugging Face's preprocessor_config.json; absent fields are off, as its processors have them."""
-    names = {number: name for name, number in RESAMPLING.items()}
-    size, crop = told.get("size", 224), told.get("crop_size", told.get("size", 224))
-    resize: int | tuple[int, int] | None = size if isinstance(size, int) else size.get("shortest_edge")
-    if isinstance(size, Mapping) and "height" in size:
-        resize = (size["height"], size["width"])
-    elif isinstance(size, int) and not told.get("do_center_crop", False):
-        resize = (size, size)  # the old form of a square size
-    if isinstance(crop, Mapping):
-        crop = (crop.get("height", crop.get("shortest_edge")), crop.get("width", crop.get("shortest_edge")))
+    """Reads Hugging Face's preprocessor_config.json, of the present form and of the older ones."""
+    kind = told.get("image_processor_type") or told.get("feature_extractor_type") or ""
+    size = told.get("size", 224)
+    crop = told.get("crop_size", size)
+    crops = told.get("do_center_crop", kind.startswith("CLIP"))
+    if kind.startswith("ConvNext"):
+        # ConvNeXt's processor, which ResNet uses too: enlarge by 1 / crop_pct and crop, or from 384 up squash.
+        side = size if isinstance(size, int) else size["shortest_edge"]
+        crop, crops = side, side < 384
+        resize: Any = int(side / told.get("crop_pct", 224 / 256)) if crops else (side, side)
+    elif isinstance(size, int):
+        resize = size if crops else (size, size)  # the older form told both with one number
     else:
-        crop = (crop, crop)
-    center_crop = told.get("do_center_crop", False)
-    if told.get("image_processor_type", "").startswith("ConvNext") and isinstance(resize, int) and resize < 384:
-        # ConvNeXt's processor (ResNet uses it) enlarges by 1 / crop_pct, then crops: image_processing_convnext.py.
-        crop, center_crop = (resize, resize), True
-        resize = int(resize / (told.get("crop_pct") or 224 / 256))
+        resize = size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
+    crop = crop if isinstance(crop, int) else crop.get("shortest_edge") or (crop["height"], crop["width"])
+    number = told.get("resample", RESAMPLING["bicubic" if kind.startswith(("CLIP", "ConvNext")) else "bilinear"])
     normalize = told.get("do_normalize", True)
     return Preprocess(
         resize=resize if told.get("do_resize", True) else None,
-        crop=crop if center_crop else None,
+        crop=((crop, crop) if isinstance(crop, int) else crop) if crops else None,
         crop_rounding="floor",
-        resample=names[told.get("resample", 2)],  # type: ignore[arg-type]
+        resample=next(name for name, value in RESAMPLING.items() if value == number),  # type: ignore[arg-type]
         mean=tuple(told.get("image_mean", HALF)) if normalize else (0.0, 0.0, 0.0),  # type: ignore[arg-type]
         std=tuple(told.get("image_std", HALF)) if normalize else (1.0, 1.0, 1.0),  # type: ignore[arg-type]
     )
