@@ -1,0 +1,483 @@
+"""Checkpoints that load whole and right, or not at all.
+
+Orbax writes and reads the arrays; the commit is ours. A step is a folder `checkpoints/<step>/`:
+
+    arrays/            every leaf of the state, unreplicated, under its path in the tree (Orbax)
+    files.json         SHA-256 of every file of `arrays/`: only to name the culprit when something is damaged
+    environment.json   what wrote it: devices, lift, versions
+    manifest.json      written last: key, shape, dtype and SHA-256 of every leaf, the data iterator's state, counters
+
+It is filled under a temporary name, synced and renamed; without a manifest it is no checkpoint. Equal states have equal
+manifests. On object stores, which cannot rename, the folder has its name from the start and the manifest alone commits.
+"""
+
+import base64
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import socket
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from mmjax import tree
+from mmjax.errors import MmjaxError
+
+MANIFEST = "manifest.json"
+FOLDER = "checkpoints"
+TEMPORARY = "tmp-"
+
+
+class CheckpointError(MmjaxError):
+    """A checkpoint cannot be written, or does not fit the state it should fill."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """The files of a checkpoint are not what was written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint holds beside arrays, and the state filled with them (NumPy leaves)."""
+
+    state: Any
+    step: int
+    data: Any
+    counters: dict[str, Any]
+    environment: dict[str, Any]
+
+
+# ------------------------------------------------------------------------------------------------------------ leaves
+
+
+def state_leaves(state: Any) -> dict[str, Any]:
+    """{"params/stem/kernel": leaf} for any pytree; typed PRNG keys stay typed."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _is_key(dtype: Any) -> bool:
+    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _host(leaf: Any) -> np.ndarray:
+    """A NumPy copy, which later donation of the device buffer cannot touch."""
+    if isinstance(leaf, jax.Array) and _is_key(leaf.dtype):
+        leaf = jax.random.key_data(leaf)
+    return np.array(leaf, copy=True)
+
+
+def _describe(leaf: Any) -> dict[str, Any]:
+    """Shape and dtype as the manifest has them; works for arrays and ShapeDtypeStructs."""
+    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+# ---------------------------------------------------------------------------------------------------------- manifest
+
+
+def make_manifest(state: Any, step: int, data: Any = None, counters: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What `manifest.json` says of a state; equal states (and iterator positions) give equal manifests."""
+    leaves = {key: _describe(leaf) | {"sha256": tree.leaf_hash(leaf)} for key, leaf in state_leaves(state).items()}
+    body = {
+        "format": 1,
+        "step": step,
+        "fields": sorted({key.split("/")[0] for key in leaves} | _field_names(state)),
+        "leaves": leaves,
+        "data": _encode(data),
+        "counters": dict(counters or {}),
+    }
+    return body | {"sha256": _digest(body)}
+
+
+def _field_names(state: Any) -> set[str]:
+    """The top-level fields, those without leaves included."""
+    if dataclasses.is_dataclass(state):
+        return {field.name for field in dataclasses.fields(state)}
+    return set(state) if isinstance(state, Mapping) else set()
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _encode(value: Any) -> Any:
+    """Iterator states are JSON, or opaque bytes."""
+    if isinstance(value, bytes):
+        return {"__bytes__": base64.b64encode(value).decode()}
+    if isinstance(value, list | tuple):
+        return [_encode(part) for part in value]
+    if isinstance(value, Mapping):
+        return {str(name): _encode(part) for name, part in value.items()}
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(part) for part in value]
+    if isinstance(value, dict):
+        if value.keys() == {"__bytes__"}:
+            return base64.b64decode(value["__bytes__"])
+        return {name: _decode(part) for name, part in value.items()}
+    return value
+
+
+def read_manifest(folder: Any) -> dict[str, Any]:
+    """The verified manifest of a step's folder. Raises DamagedCheckpoint."""
+    path = epath.Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        body = {name: value for name, value in manifest.items() if name != "sha256"}
+        whole = manifest["sha256"] == _digest(body)
+    except (OSError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path}: unreadable: {type(error).__name__}: {error}") from error
+    if not whole:
+        raise DamagedCheckpoint(f"{path}: its content does not have the SHA-256 that it states")
+    return manifest
+
+
+# ------------------------------------------------------------------------------------------------------------- arrays
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    # One process writes: the others have given their shards before, and must not be waited for.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="mmjax"
+    )
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def _write_arrays(folder: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    # Orbax refuses arrays without elements; their shape in the manifest says all there is to know.
+    full = {key: array for key, array in arrays.items() if array.size}
+    if full:
+        with _checkpointer() as checkpointer:
+            checkpointer.save(os.fspath(folder), args=ocp.args.PyTreeSave(tree.unflatten(full)))
+
+
+def _read_arrays(folder: epath.Path, leaves: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """The arrays that `leaves` (a part of a manifest) names, each checked against its SHA-256."""
+    wanted = {key for key, told in leaves.items() if 0 not in told["shape"]}
+    flat: dict[str, Any] = {}
+    if wanted:
+        try:
+            with warnings.catch_warnings(), _checkpointer() as checkpointer:
+                warnings.simplefilter("ignore")
+                item = tree.unflatten({key: 0 for key in sorted(wanted)})
+                numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+                args = ocp.args.PyTreeRestore(item, restore_args=numpy, partial_restore=True)
+                flat = tree.flatten(checkpointer.restore(os.fspath(folder), args=args))
+        except Exception as error:  # Orbax and TensorStore raise whatever the damaged bytes lead them to
+            told = f"{type(error).__name__}: {str(error)[:300]}"
+            raise DamagedCheckpoint(f"{folder}: unreadable{_culprits(folder)}: {told}") from error
+    arrays, wrong = {}, []
+    for key, told in leaves.items():
+        dtype = None if told["dtype"].startswith("key<") else np.dtype(told["dtype"])
+        array = np.asarray(flat[key]) if key in flat else np.zeros(told["shape"], dtype or np.uint32)
+        if key in wanted and (key not in flat or tree.leaf_hash(array) != told["sha256"]):
+            wrong.append(key)
+        arrays[key] = array
+    if wrong:
+        raise DamagedCheckpoint(f"{folder}{_culprits(folder)}: wrong bytes in {', '.join(wrong)}")
+    return arrays
+
+
+def _files(folder: epath.Path) -> dict[str, str]:
+    local = pathlib.Path(folder)
+    paths = sorted(path for path in local.rglob("*") if path.is_file())
+    return {path.relative_to(local).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def _culprits(folder: epath.Path) -> str:
+    """Which files are not what was written, for the message."""
+    try:
+        told = json.loads((folder.parent / "files.json").read_bytes())
+        found = _files(folder)
+        bad = [name for name, digest in told.items() if found.get(name) != digest]
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return f" ({', '.join(bad)} damaged)" if bad else ""
+
+
+# ------------------------------------------------------------------------------------------------------------ storage
+
+
+def _is_local(path: epath.Path) -> bool:
+    return "://" not in os.fspath(path)
+
+
+def _sync(folder: epath.Path) -> None:
+    """Flushes every file and folder below to the disk: a rename must not become durable before what it names."""
+    for place, _, names in os.walk(folder):
+        for path in [*(os.path.join(place, name) for name in names), place]:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def _remove(folder: epath.Path) -> None:
+    if _is_local(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        folder.rmtree()
+
+
+def steps(workdir: Any) -> list[int]:
+    """The committed steps of a workdir, oldest first."""
+    folder = epath.Path(workdir) / FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal() and (p / MANIFEST).exists())
+
+
+def latest(workdir: Any) -> int | None:
+    """The newest committed step (by its number, never by a clock), or None."""
+    found = steps(workdir)
+    return found[-1] if found else None
+
+
+def step_folder(workdir: Any, step: int) -> epath.Path:
+    return epath.Path(workdir) / FOLDER / str(step)
+
+
+class Lock:
+    """One writer a workdir: an advisory lock that dies with its process, however that ends."""
+
+    def __init__(self, workdir: Any):
+        """Makes the workdir. Raises CheckpointError: it is not writable, or another process holds it (pid told)."""
+        self._file = None
+        workdir = epath.Path(workdir)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            if not _is_local(workdir):
+                return
+            self._file = open(os.path.join(workdir, ".lock"), "a+")  # noqa: SIM115: held for the run
+        except OSError as error:
+            raise CheckpointError(f"workdir {workdir} cannot be written: {error.strerror or error}") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "unknown"
+            self._file.close()
+            raise CheckpointError(f"workdir {workdir} is in use by another run: {holder}") from error
+        self._file.truncate(0)
+        self._file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+# --------------------------------------------------------------------------------------------------------- read back
+
+
+def load_state(folder: Any, template: Any) -> Restored:
+    """Fills a state of the template's structure from one step's folder.
+
+    Args:
+        folder: `workdir/checkpoints/<step>`.
+        template: the unreplicated state or its `jax.eval_shape`.
+
+    Raises:
+        DamagedCheckpoint: bytes are not what was written; names file and key.
+        CheckpointError: leaves are missing, extra, of another shape or dtype; one message lists them all.
+    """
+    folder = epath.Path(folder)
+    manifest = read_manifest(folder)
+    _check_fits(folder, manifest, template)
+    arrays = _read_arrays(folder / "arrays", manifest["leaves"])
+
+    def fill(path: Any, leaf: Any) -> Any:
+        array = arrays[jax.tree_util.keystr(path, simple=True, separator="/")]
+        return (
+            jax.random.wrap_key_data(array, impl=jax.random.key_impl(_example_key(leaf)))
+            if _is_key(leaf.dtype)
+            else array
+        )
+
+    state = jax.tree_util.tree_map_with_path(fill, template)
+    try:
+        environment = json.loads((folder / "environment.json").read_bytes())
+    except (OSError, ValueError):
+        environment = {}  # said for information only
+    return Restored(state, manifest["step"], _decode(manifest["data"]), manifest["counters"], environment)
+
+
+def _example_key(leaf: Any) -> Any:
+    """key_impl wants an array; a ShapeDtypeStruct of keys has only the dtype, whose name holds the implementation."""
+    names = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
+    return leaf if isinstance(leaf, jax.Array) else jax.random.key(0, impl=names[str(leaf.dtype)])
+
+
+def _check_fits(folder: epath.Path, manifest: Mapping[str, Any], template: Any) -> None:
+    told, wanted = manifest["leaves"], state_leaves(template)
+    fields = _field_names(template)
+    wrong = [f"field {name} is missing" for name in sorted(fields - set(manifest["fields"]))]
+    wrong += [f"field {name} is not of this experiment" for name in sorted(set(manifest["fields"]) - fields) if fields]
+    wrong += [f"{key}: missing, want {leaf.dtype}{list(leaf.shape)}" for key, leaf in wanted.items() if key not in told]
+    wrong += [f"{key}: not in this experiment's state" for key in told if key not in wanted]
+    for key, leaf in wanted.items():
+        want = _describe(leaf)
+        got = {name: told[key][name] for name in want} if key in told else want
+        if got != want:
+            wrong.append(f"{key}: want {want['dtype']}{want['shape']}, got {got['dtype']}{got['shape']}")
+    if wrong:
+        raise CheckpointError(f"{folder} does not fit this experiment:\n  " + "\n  ".join(wrong))
+
+
+def restore(workdir: Any, template: Any, warn: Callable[[str], None] = warnings.warn) -> Restored | None:
+    """The newest checkpoint of a workdir, or None if there is none.
+
+    A damaged newest step is passed over for the one before, with one warning; if no step is whole, that is an error.
+    """
+    found = steps(workdir)
+    damage: list[str] = []
+    for step in reversed(found):
+        try:
+            restored = load_state(step_folder(workdir, step), template)
+        except DamagedCheckpoint as error:
+            damage.append(str(error))
+            continue
+        if damage:
+            warn(f"falling back to step {step}: " + "; ".join(damage))
+        return restored
+    if damage:
+        raise DamagedCheckpoint(f"no checkpoint in {workdir} is whole:\n  " + "\n  ".join(damage))
+    return None
+
+
+def load_params(path: Any) -> dict[str, Any]:
+    """The model of a checkpoint, without knowing its experiment: verified nested dicts of NumPy arrays.
+
+    Args:
+        path: `workdir/checkpoints/<step>`, or a workdir (its newest whole step).
+
+    Returns:
+        {"params", "stats", "ema": nested dicts, "config": the workdir's config.json or None}.
+    """
+    path = epath.Path(path)
+    if not (path / MANIFEST).exists() and (path / FOLDER).is_dir():
+        newest = latest(path)
+        if newest is None:
+            raise CheckpointError(f"{path} holds no checkpoint")
+        path = step_folder(path, newest)
+    manifest = read_manifest(path)
+    fields = ("params", "stats", "ema")
+    leaves = {key: told for key, told in manifest["leaves"].items() if key.split("/")[0] in fields}
+    nested = tree.unflatten(_read_arrays(path / "arrays", leaves))
+    config = path.parent.parent / "config.json"
+    told = json.loads(config.read_text()) if config.exists() else None
+    return {field: nested.get(field, {}) for field in fields} | {"config": told}
+
+
+# ------------------------------------------------------------------------------------------------------------- write
+
+
+class CheckpointWriter:
+    """Writes checkpoints of one workdir in the background, one at a time; prunes the old ones.
+
+    `save` copies nothing itself: it takes host arrays (`lift.fetch`). A failed save leaves nothing behind and is
+    reported once: by the next `wait`.
+    """
+
+    def __init__(self, workdir: Any, keep: int = 2, environment: Mapping[str, Any] | None = None):
+        """Sweeps what an interrupted save left. keep: newest steps to hold, at least 2."""
+        if keep < 2:
+            raise CheckpointError(
+                f"keep={keep}: at least 2 checkpoints are kept, so that a damaged one can be passed over"
+            )
+        self.workdir, self.keep, self.environment = epath.Path(workdir), keep, dict(environment or {})
+        self._thread: threading.Thread | None = None
+        self._error: CheckpointError | None = None
+        self._folder = self.workdir / FOLDER
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{self._folder} cannot be written: {error.strerror or error}") from error
+        for path in self._folder.iterdir():
+            if path.name.startswith(TEMPORARY) or (path.name.isdecimal() and not (path / MANIFEST).exists()):
+                _remove(path)
+
+    def save(self, state: Any, step: int, data: Any = None, counters: Mapping[str, Any] | None = None) -> None:
+        """Starts writing a state of host arrays; waits for the save before, and raises what that one met."""
+        self.wait()
+        manifest = {"step": step, "data": data, "counters": dict(counters or {})}
+        self._thread = threading.Thread(target=self._run, args=(state, manifest), name=f"checkpoint-{step}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the save under way is durable. Raises CheckpointError if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _run(self, state: Any, manifest: dict[str, Any]) -> None:
+        step = manifest["step"]
+        final = step_folder(self.workdir, step)
+        temporary = self._folder / f"{TEMPORARY}{step}" if _is_local(final) else final
+        arrays = {key: _host(leaf) for key, leaf in state_leaves(state).items()}
+        try:
+            self._write(temporary, final, arrays, make_manifest(state, **manifest))
+            self._prune(step)
+        except Exception as error:
+            if temporary != final or not (final / MANIFEST).exists():
+                _remove(temporary)
+            wanted = sum(array.nbytes for array in arrays.values())
+            full = " (disk full)" if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else ""
+            self._error = CheckpointError(
+                f"step {step} was not saved to {final}{full}, {wanted} bytes wanted: {type(error).__name__}: {error}"
+            )
+
+    def _write(self, temporary: epath.Path, final: epath.Path, arrays: dict[str, np.ndarray], manifest: Any) -> None:
+        _remove(temporary)
+        temporary.mkdir(parents=True)
+        _write_arrays(temporary / "arrays", arrays)
+        local = _is_local(final)
+        if local:
+            (temporary / "files.json").write_text(json.dumps(_files(temporary / "arrays"), indent=1))
+        (temporary / "environment.json").write_text(json.dumps(self.environment, indent=1, sort_keys=True))
+        # Read back before it counts: what the older steps are given up for must be whole.
+        _read_arrays(temporary / "arrays", manifest["leaves"])
+        if local:
+            _sync(temporary)
+        with (temporary / MANIFEST).open("w") as file:
+            file.write(json.dumps(manifest, indent=1, sort_keys=True))
+            if local:
+                file.flush()
+                os.fsync(file.fileno())
+        if not local:
+            return
+        if final.exists():  # the same step once more, after a fall-back passed over a damaged one
+            _remove(final)
+        os.rename(temporary, final)
+        handle = os.open(final.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def _prune(self, newest: int) -> None:
+        """Removes all but the `keep` newest steps up to the one just verified, and any from a future that was given up."""
+        found = steps(self.workdir)
+        past = [step for step in found if step <= newest]
+        for step in [*past[: -self.keep], *(step for step in found if step > newest)]:
+            _remove(step_folder(self.workdir, step))

@@ -1,0 +1,152 @@
+"""What an experiment file defines: one frozen dataclass, `Config`, with its recipe as methods; and how one is loaded."""
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeVar
+
+import tyro
+
+from mmjax.errors import MmjaxError
+from mmjax.training.lift import MeshConfig
+from mmjax.types import Batch, Params
+
+
+class Evaluation(Protocol):
+    """A protocol run beside training.
+
+    Attributes:
+        name: a word for the log.
+        every: steps between runs; 0 for the experiment's `eval_every`.
+    """
+
+    name: str
+    every: int
+
+    def run(self, params: Params, state: Any) -> Mapping[str, Any]:
+        """Metrics of these parameters: name -> number (logged as `val/<name>`), text, or image uint8 [height, width, 3].
+
+        state: the whole TrainState in unreplicated device arrays (momentum parameters, statistics); valid during the call.
+        """
+        ...
+
+
+class DataIterator(Protocol):
+    """Batches of this process's rows. The state between two batches can be taken and set again."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def __next__(self) -> Batch: ...
+    def get_state(self) -> Any: ...
+    def set_state(self, state: Any) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """Base of every experiment's `Config`; any field, of any depth, can be set on the command line.
+
+    Attributes:
+        seed: of initialisation, random draws in the step and the order of the data.
+        steps: updates in the whole run.
+        batch_size: examples of a step, over all devices and processes.
+        lift: jit (one device), pmap (copies of the state) or mesh (named axes).
+        mesh: sizes and sharding rules, for lift=mesh.
+        log_every: steps between lines of metrics.jsonl.
+        eval_every: steps between evaluations; 0 evaluates only at the end.
+        checkpoint_every: steps between checkpoints; 0 saves only at the end (and on SIGTERM or Ctrl-C).
+        keep: newest checkpoints kept, at least 2.
+        init_from: weights to start from, where the workdir has no checkpoint to resume.
+        accumulate: micro-batches a step is cut in.
+        workers: processes that load data; 0 loads in this one.
+        max_bad_fraction: share of unreadable records past which the run stops.
+        max_refused: updates that may be refused in a row as not finite before the run stops.
+        tensorboard: whether curves are also written for TensorBoard.
+    """
+
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 32
+    lift: Literal["jit", "pmap", "mesh"] = "jit"
+    mesh: MeshConfig = MeshConfig()
+    log_every: int = 10
+    eval_every: int = 0
+    checkpoint_every: int = 0
+    keep: int = 2
+    init_from: str | None = None
+    accumulate: int = 1
+    workers: int = 0
+    max_bad_fraction: float = 0.01
+    max_refused: int = 3
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises MmjaxError listing every field that is out of range."""
+        least = {"steps": 1, "batch_size": 1, "log_every": 1, "eval_every": 0, "checkpoint_every": 0, "keep": 2}
+        least |= {"accumulate": 1, "workers": 0, "max_bad_fraction": 0, "max_refused": 1}
+        values = {name: getattr(self, name) for name in least}
+        wrong = [f"{name}={values[name]} (at least {low})" for name, low in least.items() if values[name] < low]
+        if self.max_bad_fraction > 1:
+            wrong.append(f"max_bad_fraction={self.max_bad_fraction} (at most 1)")
+        if self.lift not in ("jit", "pmap", "mesh"):
+            wrong.append(f"lift={self.lift!r} (jit, pmap or mesh)")
+        if self.accumulate > 0 and self.batch_size % self.accumulate:
+            wrong.append(f"accumulate={self.accumulate} (a divisor of batch_size={self.batch_size})")
+        if wrong:
+            raise MmjaxError("experiment config: " + "; ".join(wrong))
+
+
+RECIPE = {
+    "method": "the Method that is trained",
+    "optimizer": "the Optimizer",
+    "train_data": "an iterable of batches with get_state and set_state",
+    "evaluations": "a tuple of Evaluation",
+    "model": "(system name, model config)",
+}
+"""What a Config defines beside its fields."""
+
+C = TypeVar("C", bound=ExperimentConfig)
+
+
+def load_experiment(path: str | os.PathLike[str]) -> type[ExperimentConfig]:
+    """The `Config` class of an experiment file.
+
+    Raises MmjaxError, naming the file: it is not there, does not run, or lacks Config or one of its methods.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise MmjaxError(f"{file}: no such experiment file")
+    # A name of its own in sys.modules: dataclasses and tyro look annotations up there.
+    name = "mmjax_experiment_" + "".join(c if c.isalnum() else "_" for c in str(file.resolve()))
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise MmjaxError(f"{file}: an experiment is a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise MmjaxError(f"{file}: {type(error).__name__}: {error}") from error
+    config = getattr(module, "Config", None)
+    if not isinstance(config, type) or not issubclass(config, ExperimentConfig):
+        raise MmjaxError(f"{file}: defines no class Config(mmjax.training.experiment.ExperimentConfig)")
+    if not dataclasses.is_dataclass(config) or not config.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise MmjaxError(f"{file}: Config is not a frozen dataclass")
+    missing = [f"{method}() -> {what}" for method, what in RECIPE.items() if not hasattr(config, method)]
+    if missing:
+        raise MmjaxError(f"{file}: Config lacks {'; '.join(missing)}")
+    return config
+
+
+def parse_overrides(config: type[C], arguments: Sequence[str], prog: str = "mmjax train EXPERIMENT.py") -> C:
+    """The config with `--seed 3 --optimizer.learning_rate 1e-3` applied.
+
+    A flag that does not exist, or a value of the wrong type, is told on stderr and exits with code 2.
+    """
+    try:
+        return tyro.cli(config, args=list(arguments), prog=prog)
+    except MmjaxError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -1,0 +1,319 @@
+"""The one training file that knows devices: three lifts of the same `step(state, batch)`.
+
+    jit    one device
+    pmap   every device holds the whole state; the step sees its share of the batch and the axis name "data"
+    mesh   named axes (data, fsdp, tensor); the step sees the global batch, XLA divides the work by the shardings
+
+The state is donated to each step. Programs are compiled ahead of time, once a batch shape, and counted. All three run on
+one process or on several (`jax.distributed.initialize` before the first use of a device); each process then brings its
+own part of the global batch.
+"""
+
+import abc
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from mmjax import tree
+from mmjax.errors import MmjaxError
+from mmjax.types import Batch, Metrics
+
+AXIS = "data"
+"""The name that pmap gives to its axis."""
+
+
+class Step(Protocol):
+    def __call__(self, state: Any, batch: Batch, axis_name: str | None = None) -> tuple[Any, Metrics]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh, and where parameters lie on it.
+
+    Attributes:
+        data, fsdp, tensor: devices along each axis; one of them may be -1: what is left.
+        rules: glob over the slash paths of the state's leaves ("**/mlp/up/kernel") -> one axis name or None for each axis
+            of the leaf; the first match wins. Momentum and optimizer state have their parameter's path behind a prefix.
+        min_size: leaves that no rule names and that have at least so many elements are cut along their largest axis that
+            `fsdp` divides; smaller ones are replicated.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
+    min_size: int = 2**16
+
+
+class Lift(abc.ABC):
+    """Base of the three: compiles once a batch shape, counts, and runs.
+
+    Attributes:
+        compiles: programs compiled so far.
+    """
+
+    def __init__(self, step: Step):
+        self._step = step
+        self._compiled: dict[Any, Any] = {}
+        self.compiles = 0
+
+    @property
+    def shards(self) -> int:
+        """In how many parts the global batch is cut."""
+        return 1
+
+    @abc.abstractmethod
+    def place(self, state: Any) -> Any:
+        """Host (or one device's) state -> the state on the devices, in buffers of its own."""
+
+    @abc.abstractmethod
+    def place_batch(self, batch: Batch) -> Any:
+        """This process's rows of the global batch -> the batch on the devices. 64-bit integers become 32-bit."""
+
+    def view(self, state: Any) -> Any:
+        """The state as ordinary device arrays without replicas, for evaluation; valid until the next step."""
+        return state
+
+    def fetch(self, state: Any) -> Any:
+        """An unreplicated NumPy copy (typed keys stay keys). With several processes every one must call it."""
+        return jax.tree.map(_fetch, state)
+
+    def fetch_metrics(self, metrics: Any) -> dict[str, float]:
+        """Scalars on the host; waits for the step that made them."""
+        return {name: float(_shard(value)) for name, value in metrics.items()}
+
+    @abc.abstractmethod
+    def lower(self, state: Any, batch: Any) -> Any:
+        """The lowered program for placed arguments (or ShapeDtypeStructs with shardings): what `plan` looks into."""
+
+    def compile(self, state: Any, batch: Any) -> Any:
+        """The program for this batch's shapes, compiled if it is the first of them."""
+        shape = tuple(sorted((name, tuple(leaf.shape), str(leaf.dtype)) for name, leaf in batch.items()))
+        if shape not in self._compiled:
+            self._compiled[shape] = self.lower(state, batch).compile()
+            self.compiles += 1
+        return self._compiled[shape]
+
+    def step(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        """One step on placed arguments; the old state is gone. Returns at once, the device works on."""
+        return self.compile(state, batch)(state, batch)
+
+    def _check_divides(self, batch: Batch, parts: int) -> None:
+        for name, leaf in batch.items():
+            if leaf.shape[0] % parts:
+                raise MmjaxError(
+                    f"batch[{name!r}] has {leaf.shape[0]} rows on this process, not a multiple of {parts} devices"
+                )
+
+
+class JitLift(Lift):
+    """The step on one device."""
+
+    def __init__(self, step: Step, device: jax.Device | None = None):
+        super().__init__(step)
+        if jax.process_count() > 1:
+            raise MmjaxError("lift='jit' is for one device; several processes need lift='pmap' or 'mesh'")
+        self._sharding = SingleDeviceSharding(device or jax.local_devices()[0])
+
+    def place(self, state: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.array(jax.device_put(leaf, self._sharding), copy=True), state)
+
+    def place_batch(self, batch: Batch) -> Any:
+        return jax.device_put(_narrow(batch), self._sharding)
+
+    def lower(self, state: Any, batch: Any) -> Any:
+        step = jax.jit(lambda state, batch: self._step(state, batch), donate_argnums=0)
+        return step.lower(state, batch)
+
+
+class PmapLift(Lift):
+    """The step on every device, each with the whole state and a share of the batch; `axis_name` is "data"."""
+
+    def __init__(self, step: Step):
+        super().__init__(step)
+        self._local = jax.local_device_count()
+
+    @property
+    def shards(self) -> int:
+        return jax.device_count()
+
+    def place(self, state: Any) -> Any:
+        host = jax.tree.map(lambda leaf: leaf if _is_key(leaf) else np.asarray(leaf), state)
+        return jax.pmap(lambda _, leaf: leaf, in_axes=(0, None))(np.zeros(self._local), host)
+
+    def place_batch(self, batch: Batch) -> Any:
+        self._check_divides(batch, self._local)
+        return {name: leaf.reshape(self._local, -1, *leaf.shape[1:]) for name, leaf in _narrow(batch).items()}
+
+    def view(self, state: Any) -> Any:
+        return jax.tree.map(jnp.asarray, self.fetch(state), is_leaf=lambda leaf: isinstance(leaf, np.ndarray))
+
+    def fetch(self, state: Any) -> Any:
+        return jax.tree.map(_fetch_replica, state)
+
+    def fetch_metrics(self, metrics: Any) -> dict[str, float]:
+        return {name: float(_shard(value).reshape(())) for name, value in metrics.items()}
+
+    def lower(self, state: Any, batch: Any) -> Any:
+        step = jax.pmap(lambda state, batch: self._step(state, batch, AXIS), axis_name=AXIS, donate_argnums=0)
+        return step.lower(state, batch)
+
+
+class MeshLift(Lift):
+    """The step over a named mesh; one program, divided by XLA."""
+
+    def __init__(self, step: Step, config: MeshConfig | None = None, devices: Any = None):
+        """devices: those of the mesh, by default all; a described topology's for `plan`."""
+        super().__init__(step)
+        self.config = config or MeshConfig()
+        devices = jax.devices() if devices is None else devices
+        sizes = _mesh_sizes(self.config, len(devices))
+        self.mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+    @property
+    def shards(self) -> int:
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        return NamedSharding(self.mesh, P(("data", "fsdp")))
+
+    def shardings(self, state: Any) -> Any:
+        """The sharding of every leaf of a state (or of its eval_shape)."""
+
+        def sharding(path: Any, leaf: Any) -> NamedSharding:
+            return NamedSharding(self.mesh, self.spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf))
+
+        return jax.tree_util.tree_map_with_path(sharding, state)
+
+    def spec(self, path: str, leaf: Any) -> P:
+        """How the leaf at a slash path is cut. Raises MmjaxError if a rule does not fit the leaf."""
+        if _is_key(leaf):
+            return P()
+        for pattern, axes in self.config.rules:
+            if tree.matches(path, pattern):
+                self._check_rule(path, leaf, pattern, axes)
+                return P(*axes)
+        size = self.mesh.shape["fsdp"]
+        cuttable = [axis for axis, length in enumerate(leaf.shape) if length % size == 0]
+        if size == 1 or math.prod(leaf.shape) < self.config.min_size or not cuttable:
+            return P()
+        largest = max(cuttable, key=lambda axis: leaf.shape[axis])
+        return P(*("fsdp" if axis == largest else None for axis in range(leaf.ndim)))
+
+    def _check_rule(self, path: str, leaf: Any, pattern: str, axes: tuple[str | None, ...]) -> None:
+        unknown = [name for name in axes if name is not None and name not in self.mesh.shape]
+        if unknown or len(axes) != leaf.ndim:
+            raise MmjaxError(
+                f"sharding rule {pattern!r} -> {axes} does not fit {path} {leaf.shape}; axes: data, fsdp, tensor"
+            )
+        for length, name in zip(leaf.shape, axes):
+            if name is not None and length % self.mesh.shape[name]:
+                raise MmjaxError(
+                    f"sharding rule {pattern!r}: {path} {leaf.shape} cannot be cut in {self.mesh.shape[name]}"
+                )
+
+    def place(self, state: Any) -> Any:
+        return jax.tree.map(_place, state, self.shardings(state))
+
+    def place_batch(self, batch: Batch) -> Any:
+        self._check_divides(batch, max(self.shards // jax.process_count(), 1))
+        sharding = self.batch_sharding
+        return {name: jax.make_array_from_process_local_data(sharding, leaf) for name, leaf in _narrow(batch).items()}
+
+    def view(self, state: Any) -> Any:
+        return state if jax.process_count() == 1 else jax.tree.map(jnp.asarray, self.fetch(state))
+
+    def lower(self, state: Any, batch: Any) -> Any:
+        shardings = self.shardings(state)
+        out = (shardings, NamedSharding(self.mesh, P()))
+        step = jax.jit(lambda state, batch: self._step(state, batch), donate_argnums=0, out_shardings=out)
+        return step.lower(state, batch)
+
+
+def create_lift(name: Literal["jit", "pmap", "mesh"], step: Step, mesh: MeshConfig | None = None) -> Lift:
+    """The lift of an experiment. `step(state, batch, axis_name=None)`, as `partial(train_step, method, optimizer)` is."""
+    if name == "jit":
+        return JitLift(step)
+    if name == "pmap":
+        return PmapLift(step)
+    if name == "mesh":
+        return MeshLift(step, mesh)
+    raise MmjaxError(f"lift={name!r}: choose jit, pmap or mesh")
+
+
+def gather_json(value: Any) -> list[Any]:
+    """The JSON values of all processes, by process index; every process must call it."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    longest = int(np.max(multihost_utils.process_allgather(np.array(len(text)))))
+    padded = np.full(longest, ord(" "), np.uint8)
+    padded[: len(text)] = text
+    return [json.loads(row.tobytes()) for row in np.asarray(multihost_utils.process_allgather(padded))]
+
+
+def _mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
+    sizes = [config.data, config.fsdp, config.tensor]
+    if sizes.count(-1) == 1:
+        sizes[sizes.index(-1)] = devices // max(-math.prod(sizes), 1)
+    if min(sizes) < 1 or math.prod(sizes) != devices:
+        raise MmjaxError(
+            f"a mesh of data={config.data}, fsdp={config.fsdp}, tensor={config.tensor} does not use {devices} devices"
+        )
+    return sizes[0], sizes[1], sizes[2]
+
+
+def _narrow(batch: Batch) -> Mapping[str, np.ndarray]:
+    """Record ids come as int64; devices hold int32. A value that does not fit is an error, never another number."""
+    narrow = {}
+    for name, leaf in batch.items():
+        leaf = np.asarray(leaf)
+        if leaf.dtype == np.int64:
+            if leaf.size and (leaf.max() > 2**31 - 1 or leaf.min() < -(2**31)):
+                raise MmjaxError(f"batch[{name!r}] holds integers beyond 32 bits")
+            leaf = leaf.astype(np.int32)
+        narrow[name] = leaf
+    return narrow
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _place(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if _is_key(leaf):
+        data = _place(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    host = np.array(leaf, copy=True)
+    return jnp.array(jax.make_array_from_callback(host.shape, sharding, lambda index: host[index]), copy=True)
+
+
+def _shard(leaf: jax.Array) -> np.ndarray:
+    return np.asarray(leaf.addressable_shards[0].data)
+
+
+def _fetch(leaf: Any) -> Any:
+    """A NumPy copy of an array in any sharding; not a view: the device buffer is about to be donated."""
+    if _is_key(leaf):
+        return jax.random.wrap_key_data(_fetch(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+    if leaf.is_fully_addressable:
+        return np.array(leaf, copy=True)
+    if leaf.is_fully_replicated:
+        return np.array(_shard(leaf), copy=True)
+    return np.array(multihost_utils.process_allgather(leaf, tiled=True), copy=True)
+
+
+def _fetch_replica(leaf: Any) -> Any:
+    if _is_key(leaf):
+        return jax.random.wrap_key_data(_fetch_replica(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+    return np.array(_shard(leaf).reshape(leaf.shape[1:]), copy=True)
