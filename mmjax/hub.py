@@ -259,7 +259,7 @@ def _cast(model: Model, dtype: str) -> Model:
 
 def _load_own(folder: pathlib.Path) -> Model:
     if not (folder / NAMES[0]).is_file():
-        return _load_checkpoint(folder, None)
+        return _load_checkpoint(folder, folder)
     weights = read_weights(folder / NAMES[0])
     kind, config, fields = _read_own_config(folder)
     return _assemble(kind, config, _load_same(kind, config, weights.arrays, weights.dtypes, weights.file), **fields)
@@ -274,23 +274,19 @@ def _load_same(
     return load_table(tuple(Entry(key, key) for key in wanted), arrays, shapes, file)
 
 
-def _load_checkpoint(workdir: pathlib.Path, step: pathlib.Path | None) -> Model:
-    """A run's model; without a step the newest. Where there are momentum parameters of the whole, the trained ones."""
+def _load_checkpoint(workdir: pathlib.Path, place: pathlib.Path) -> Model:
+    """A run's trained parameters, not their momentum copy: of one step, or if `place` is the workdir of the newest."""
     from mmjax.training.checkpoint import load_params
 
     if not _is_own(workdir):
         raise MmjaxError(f"{workdir / 'config.json'} is missing, or does not name a system and a model")
-    if step is None:
-        steps = workdir / "checkpoints"
-        found = [path for path in steps.iterdir() if path.name.isdigit()] if steps.is_dir() else []
-        if not found:
-            raise MmjaxError(f"{workdir} holds neither {NAMES[0]} nor a checkpoint")
-        step = max(found, key=lambda path: int(path.name))
+    if place == workdir and not (workdir / "checkpoints").is_dir():
+        raise MmjaxError(f"{workdir} holds neither {NAMES[0]} nor a checkpoint")
     kind, config, fields = _read_own_config(workdir)
-    state = load_params(step)
+    state = load_params(place)
     arrays = flatten({"params": state["params"], "stats": state["stats"]})
     dtypes = {key: array.dtype for key, array in arrays.items()}
-    return _assemble(kind, config, _load_same(kind, config, arrays, dtypes, str(step)), **fields)
+    return _assemble(kind, config, _load_same(kind, config, arrays, dtypes, str(place)), **fields)
 
 
 def _read_own_config(folder: pathlib.Path) -> tuple[type[Model], Any, dict[str, Any]]:

@@ -22,6 +22,7 @@ from mmjax.errors import MmjaxError
 from mmjax.models import SYSTEMS, System
 from mmjax.models.handle import Model, unit
 from mmjax.models.preprocess import Preprocess
+from mmjax.training.checkpoint import CheckpointWriter
 from mmjax.tree import flatten, tree_hash
 from mmjax.weights.files import read_weights, write_safetensors
 from mmjax.weights.table import Entry, Layout, WeightsError, linear
@@ -193,22 +194,24 @@ def test_an_unreachable_hub_is_told(monkeypatch):
         mmjax.load("somebody/nothing")
 
 
-def test_a_workdir_and_its_checkpoints_are_loaded(tmp_path, toy, monkeypatch):
-    def load_params(step: pathlib.Path):
-        scale = float(step.name)
-        return {"params": jax.tree.map(lambda x: x * scale, toy.params), "stats": toy.stats, "ema": {}}
-
-    monkeypatch.setitem(sys.modules, "mmjax.training.checkpoint", types.SimpleNamespace(load_params=load_params))
+def test_a_workdir_and_its_checkpoints_are_loaded(tmp_path, toy):
     told = {"system": "toy", "model": dataclasses.asdict(toy.config), "experiment": {"steps": 3}, "tokenizer": None}
     (tmp_path / "config.json").write_text(json.dumps(told))
     with pytest.raises(MmjaxError, match=r"neither model\.safetensors nor a checkpoint"):
         mmjax.load(tmp_path)
-    for step in ("9", "20"):
-        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+    writer = CheckpointWriter(tmp_path)
+    for step in (9, 20):
+        params = jax.tree.map(lambda x: np.asarray(x) * step, toy.params)  # noqa: B023
+        writer.save({"params": params, "stats": toy.stats, "ema": {}, "step": np.int32(step)}, step)
+        writer.wait()
     newest, first = mmjax.load(tmp_path), mmjax.load(tmp_path / "checkpoints" / "9")
     np.testing.assert_array_equal(newest.params["body"]["bias"], toy.params["body"]["bias"] * 20)
     np.testing.assert_array_equal(first.params["body"]["bias"], toy.params["body"]["bias"] * 9)
+    np.testing.assert_array_equal(first.stats["mean"], toy.stats["mean"])
     assert newest.config == toy.config
+    (tmp_path / "config.json").write_text(json.dumps(told | {"model": {"width": 6}}))
+    with pytest.raises(WeightsError, match=r"body/kernel \[3, 5\]: gives \[3, 5\], params/body/kernel wants \[3, 6\]"):
+        mmjax.load(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- wrong things fail well
