@@ -23,8 +23,8 @@ import numpy as np
 
 from mmjax.weights.table import Shape, WeightsError
 
-# The format's own cap is 100 MB. 16 MiB is room for 100,000 tensors, and keeps a hostile header cheap.
-MAX_HEADER = 2**24
+# The format's own cap is 100 MB. 8 MiB is room for 60,000 tensors, and keeps a hostile header cheap in memory.
+MAX_HEADER = 2**23
 
 ZIP_ERRORS = (
     zipfile.BadZipFile,

@@ -26,7 +26,7 @@ def safetensors(header: bytes | dict, data: bytes = b"\0" * 8, length: int | Non
 HOSTILE_SAFETENSORS = {
     "empty": (b"", "not a safetensors file"),
     "lying length": (safetensors({"w": F32}, length=2**62), "its header should be 4611686018427387904 bytes"),
-    "header too large": (safetensors(b"{" + b" " * (2**24 + 8) + b"}"), "a header of"),
+    "header too large": (safetensors(b"{" + b" " * (2**23 + 8) + b"}"), "a header of"),
     "not an object": (safetensors(b"[1, 2]"), "does not begin with '{'"),
     "nested without end": (safetensors(b'{"w":' * 200_000), "its JSON cannot be read"),
     "not utf-8": (safetensors(b'{"\xff": 1}'), "its JSON cannot be read"),
