@@ -94,7 +94,7 @@ def make_manifest(state: Any, step: int, data: Any = None, counters: Mapping[str
         "step": step,
         "fields": sorted({key.split("/")[0] for key in leaves} | _field_names(state)),
         "leaves": leaves,
-        "data": _encode(data),
+        "data": encode(data),
         "counters": dict(counters or {}),
     }
     return body | {"sha256": _digest(body)}
@@ -111,14 +111,14 @@ def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _encode(value: Any) -> Any:
-    """Iterator states are JSON, or opaque bytes."""
+def encode(value: Any) -> Any:
+    """A data iterator's state as JSON; opaque bytes survive."""
     if isinstance(value, bytes):
         return {"__bytes__": base64.b64encode(value).decode()}
     if isinstance(value, list | tuple):
-        return [_encode(part) for part in value]
+        return [encode(part) for part in value]
     if isinstance(value, Mapping):
-        return {str(name): _encode(part) for name, part in value.items()}
+        return {str(name): encode(part) for name, part in value.items()}
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -174,7 +174,7 @@ def _read_arrays(folder: epath.Path, leaves: Mapping[str, Mapping[str, Any]]) ->
         try:
             with warnings.catch_warnings(), _checkpointer() as checkpointer:
                 warnings.simplefilter("ignore")
-                item = tree.unflatten({key: 0 for key in sorted(wanted)})
+                item = tree.unflatten(dict.fromkeys(sorted(wanted), 0))
                 numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
                 args = ocp.args.PyTreeRestore(item, restore_args=numpy, partial_restore=True)
                 flat = tree.flatten(checkpointer.restore(os.fspath(folder), args=args))
@@ -264,7 +264,7 @@ class Lock:
             workdir.mkdir(parents=True, exist_ok=True)
             if not _is_local(workdir):
                 return
-            self._file = open(os.path.join(workdir, ".lock"), "a+")  # noqa: SIM115: held for the run
+            self._file = open(os.path.join(workdir, ".lock"), "a+")  # noqa: SIM115
         except OSError as error:
             raise CheckpointError(f"workdir {workdir} cannot be written: {error.strerror or error}") from error
         try:
@@ -476,7 +476,7 @@ class CheckpointWriter:
             os.close(handle)
 
     def _prune(self, newest: int) -> None:
-        """Removes all but the `keep` newest steps up to the one just verified, and any from a future that was given up."""
+        """Removes all but the `keep` newest steps up to the one just verified, and those of a future given up."""
         found = steps(self.workdir)
         past = [step for step in found if step <= newest]
         for step in [*past[: -self.keep], *(step for step in found if step > newest)]:

@@ -1,4 +1,4 @@
-"""What an experiment file defines: one frozen dataclass, `Config`, with its recipe as methods; and how one is loaded."""
+"""What an experiment file defines: one frozen dataclass `Config`, its recipe as methods; how one is loaded."""
 
 import dataclasses
 import importlib.util
@@ -27,9 +27,9 @@ class Evaluation(Protocol):
     every: int
 
     def run(self, params: Params, state: Any) -> Mapping[str, Any]:
-        """Metrics of these parameters: name -> number (logged as `val/<name>`), text, or image uint8 [height, width, 3].
+        """name -> number (logged as `val/<name>`), text, or image uint8 [height, width, 3].
 
-        state: the whole TrainState in unreplicated device arrays (momentum parameters, statistics); valid during the call.
+        state: the whole TrainState, unreplicated, on the device (momentum parameters, statistics); valid in the call.
         """
         ...
 
@@ -69,7 +69,7 @@ class ExperimentConfig:
     steps: int = 1000
     batch_size: int = 32
     lift: Literal["jit", "pmap", "mesh"] = "jit"
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     log_every: int = 10
     eval_every: int = 0
     checkpoint_every: int = 0
@@ -95,6 +95,11 @@ class ExperimentConfig:
             wrong.append(f"accumulate={self.accumulate} (a divisor of batch_size={self.batch_size})")
         if wrong:
             raise MmjaxError("experiment config: " + "; ".join(wrong))
+
+    def save_assets(self, workdir: pathlib.Path) -> dict[str, Any]:
+        """Writes what loading the model needs beside its weights (tokenizer.json), and returns what config.json says of
+        it: {"tokenizer": "tokenizer.json", "preprocess": {...}}. By default nothing."""
+        return {}
 
 
 RECIPE = {

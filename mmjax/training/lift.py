@@ -4,8 +4,8 @@
     pmap   every device holds the whole state; the step sees its share of the batch and the axis name "data"
     mesh   named axes (data, fsdp, tensor); the step sees the global batch, XLA divides the work by the shardings
 
-The state is donated to each step. Programs are compiled ahead of time, once a batch shape, and counted. All three run on
-one process or on several (`jax.distributed.initialize` before the first use of a device); each process then brings its
+The state is donated to each step. Programs are compiled ahead of time, once a batch shape, and counted. All run on one
+process or on several (`jax.distributed.initialize` before the first use of a device); each process then brings its
 own part of the global batch.
 """
 
@@ -13,7 +13,7 @@ import abc
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 import jax
@@ -41,10 +41,10 @@ class MeshConfig:
 
     Attributes:
         data, fsdp, tensor: devices along each axis; one of them may be -1: what is left.
-        rules: glob over the slash paths of the state's leaves ("**/mlp/up/kernel") -> one axis name or None for each axis
-            of the leaf; the first match wins. Momentum and optimizer state have their parameter's path behind a prefix.
-        min_size: leaves that no rule names and that have at least so many elements are cut along their largest axis that
-            `fsdp` divides; smaller ones are replicated.
+        rules: glob over the slash paths of the state's leaves ("**/mlp/up/kernel") -> one axis name or None an axis of
+            the leaf; the first match wins. Momentum and optimizer state have their parameter's path behind a prefix.
+        min_size: leaves that no rule names and that have at least so many elements are cut along their largest axis
+            that `fsdp` divides; smaller ones are replicated.
     """
 
     data: int = -1
@@ -241,7 +241,7 @@ class MeshLift(Lift):
 
 
 def create_lift(name: Literal["jit", "pmap", "mesh"], step: Step, mesh: MeshConfig | None = None) -> Lift:
-    """The lift of an experiment. `step(state, batch, axis_name=None)`, as `partial(train_step, method, optimizer)` is."""
+    """The lift of an experiment; step(state, batch, axis_name=None), as `partial(train_step, method, optimizer)` is."""
     if name == "jit":
         return JitLift(step)
     if name == "pmap":
@@ -249,6 +249,12 @@ def create_lift(name: Literal["jit", "pmap", "mesh"], step: Step, mesh: MeshConf
     if name == "mesh":
         return MeshLift(step, mesh)
     raise MmjaxError(f"lift={name!r}: choose jit, pmap or mesh")
+
+
+def initialise(create: Callable[[Any], Any], rng: Any) -> Any:
+    """`create(rng)` as a host state, computed on this process's first device: compiled, so that a forward pass which only
+    tells shapes costs nothing."""
+    return jax.tree.map(_fetch, jax.jit(create)(rng))
 
 
 def gather_json(value: Any) -> list[Any]:

@@ -1,0 +1,463 @@
+"""train(config, workdir): from a recipe to trained parameters, through kills, signals, bad records and full disks.
+
+A workdir holds `config.json`, `metrics.jsonl`, `curves.png`, `checkpoints/<step>/`, and where asked for `tensorboard/`
+and `artifacts/`. Running the same command again resumes it.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mmjax import tree
+from mmjax.errors import MmjaxError
+from mmjax.training import checkpoint
+from mmjax.training.experiment import ExperimentConfig
+from mmjax.training.lift import create_lift, gather_json, initialise
+from mmjax.training.metrics import MetricsWriter
+from mmjax.training.partition import FROZEN
+from mmjax.training.state import TrainState, create_state
+from mmjax.training.step import train_step
+
+IN_FLIGHT = 2
+"""Steps dispatched ahead of the device: enough to keep it busy, few enough to bound the memory of their batches."""
+CONVERT_EVERY = 32
+"""At most so many steps of metrics wait on the device: refused updates are noticed within them."""
+
+LoadWeights = Callable[[str], Mapping[str, Any]]
+"""path -> {"params", "stats" (optional), "ema" (optional)}: nested dicts of arrays."""
+
+
+def train(
+    config: ExperimentConfig,
+    workdir: str | os.PathLike[str],
+    load_weights: LoadWeights = checkpoint.load_params,
+    experiment_file: str | None = None,
+) -> dict[str, float]:
+    """Trains to `config.steps`, or until a signal; returns the last metrics, `train/...` and `val/...`.
+
+    Resumes the workdir if it has a checkpoint, else starts from `config.init_from`, else from scratch. On SIGTERM or
+    Ctrl-C the step under way is saved and the function returns; the same call goes on from there.
+
+    Args:
+        load_weights: reads `config.init_from`; by default our own checkpoints, verified.
+        experiment_file: is kept in config.json.
+
+    Raises:
+        MmjaxError: the workdir is in use, not writable, or holds another experiment; `max_refused` updates in a row
+            were not finite; too many bad records (a checkpoint was saved); the last checkpoint could not be saved.
+    """
+    primary = jax.process_index() == 0
+    lock = checkpoint.Lock(workdir) if primary else None
+    try:
+        with Interrupts() as interrupts:
+            return _Run(config, workdir, load_weights, experiment_file, interrupts).run()
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+class Interrupts:
+    """While entered, SIGTERM and SIGINT (the first as the tenth) only leave a note, which the loop reads between steps."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupts":
+        if threading.current_thread() is threading.main_thread():
+            # Several processes must stop at the same step: there SIGTERM is left to JAX's preemption service.
+            numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+            self._previous = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: types.FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+    def requested(self, step: int) -> str | None:
+        """The signal after which to stop before the next step; all processes get the same answer for a step."""
+        if jax.process_count() == 1:
+            return self.received
+        from jax.experimental import multihost_utils
+
+        return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
+
+
+class _Run:
+    """One call of `train`: what its phases share."""
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        workdir: str | os.PathLike[str],
+        load_weights: LoadWeights,
+        experiment_file: str | None,
+        interrupts: Interrupts,
+    ):
+        self.config, self.workdir = config, epath.Path(workdir)
+        self.load_weights, self.experiment_file, self.interrupts = load_weights, experiment_file, interrupts
+        self.primary = jax.process_index() == 0
+        self.console = Console(file=sys.stdout if self.primary else open(os.devnull, "w"), highlight=False)  # noqa: SIM115
+        self.last: dict[str, float] = {}
+        self.waiting: collections.deque[tuple[int, Any]] = collections.deque()
+        self.saved_step = -1
+        self.idle = 0.0
+        self.data: Any = None
+        self.ahead: Any = None
+
+    # ------------------------------------------------------------------------------------------------------- start
+
+    def run(self) -> dict[str, float]:
+        config = self.config
+        recipe: Any = config
+        self.optimizer = recipe.optimizer()
+        self.evaluations = tuple(recipe.evaluations())
+        step = functools.partial(train_step, recipe.method(), self.optimizer, accumulate=config.accumulate)
+        self.lift = create_lift(config.lift, step, config.mesh)
+        if config.batch_size % self.lift.shards:
+            raise MmjaxError(
+                f"batch_size={config.batch_size} is not a multiple of the {self.lift.shards} shards of {config.lift}"
+            )
+        self._write_config()
+        self.writer = (
+            checkpoint.CheckpointWriter(self.workdir, config.keep, self._environment()) if self.primary else None
+        )
+        self.data = iter(recipe.train_data())
+        host, start = self._initial_state(recipe.method())
+        self.metrics = MetricsWriter(self.workdir, config.tensorboard, start) if self.primary else None
+        self.refused, self.total_refused = int(host.skipped.consecutive), int(host.skipped.total)
+        self._overview(host.params)
+        state = self.lift.place(host)
+        del host
+        try:
+            return self._finish(self._steps(state, start), start)
+        finally:
+            if self.writer is not None:
+                self._wait_for_save(final=False)
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def _initial_state(self, method: Any) -> tuple[TrainState, int]:
+        """The host state to start from and its step: the workdir's, else init_from's, else fresh."""
+        self.ahead = self._next_batch()
+        rows = jax.process_count()
+        shapes = {
+            name: jax.ShapeDtypeStruct(
+                (leaf.shape[0] * rows, *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype)
+            )
+            for name, leaf in self.ahead.items()
+        }
+
+        def create(rng: Any) -> TrainState:
+            batch = {name: jax.numpy.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
+            return create_state(method, self.optimizer, rng, batch)
+
+        rng = jax.random.key(self.config.seed)
+        restored = checkpoint.restore(self.workdir, jax.eval_shape(create, rng), warn=self._warn)
+        if restored is not None:
+            self._resume_data(restored)
+            self.saved_step = restored.step
+            changed = {k: (v, self._environment().get(k)) for k, v in restored.environment.items()}
+            told = "; ".join(f"{k} was {v}, is {now}" for k, (v, now) in changed.items() if v != now)
+            self._say(f"resumed {self.workdir} at step {restored.step}" + (f" ({told})" if told else ""))
+            return restored.state, restored.step
+        host = initialise(create, rng)
+        if self.config.init_from is not None:
+            host = self._adopt(host, self.config.init_from)
+        return host, 0
+
+    def _resume_data(self, restored: checkpoint.Restored) -> None:
+        states, count = restored.data, jax.process_count()
+        if len(states) != count and any(state != states[0] for state in states):
+            raise MmjaxError(
+                f"{self.workdir}: step {restored.step} holds the differing data positions of {len(states)} processes; "
+                f"it cannot go on with {count}"
+            )
+        self.data.set_state(states[jax.process_index() if len(states) == count else 0])
+        self.ahead = None
+
+    def _adopt(self, state: TrainState, source: str) -> TrainState:
+        """Parameters and statistics of `init_from` in a fresh state; says what was not there."""
+        weights = self.load_weights(source)
+        params, fresh = _overlay(state.params, weights["params"], source)
+        stats, _ = _overlay(state.stats, weights.get("stats") or {}, source)
+        flat = tree.flatten(weights.get("ema") or {}) or tree.flatten(params)
+        ema, _ = _overlay(
+            state.ema, tree.unflatten({k: v for k, v in flat.items() if k in tree.flatten(state.ema)}), source
+        )
+        told = f"; fresh: {', '.join(fresh[:8])}{' ...' if len(fresh) > 8 else ''}" if fresh else ""
+        self._say(f"initialised from {source}: {len(tree.flatten(params)) - len(fresh)} arrays{told}")
+        return state.replace(params=params, stats=stats, ema=ema)
+
+    # ------------------------------------------------------------------------------------------------------- steps
+
+    def _steps(self, state: Any, start: int) -> tuple[Any, int]:
+        """From `start` to the end, or to a signal. Returns the state and its step."""
+        config = self.config
+        if start >= config.steps:
+            return state, start
+        self.since, self.since_step = time.perf_counter(), start
+        with self._progress(start) as advance:
+            for step in range(start + 1, config.steps + 1):
+                try:
+                    batch = self._next_batch()
+                except MmjaxError:
+                    self._drain()
+                    if step - 1 > max(self.saved_step, 0):
+                        self._save(state, step - 1)
+                        self._wait_for_save(final=True)
+                    raise
+                state, metrics = self.lift.step(state, self.lift.place_batch(batch))
+                if step == start + 1:  # what compiled does not count as speed
+                    jax.block_until_ready(metrics)
+                    self.since, self.since_step, self.idle = time.perf_counter(), step, 0.0
+                self._keep(step, metrics)
+                advance(step, self.last)
+                stop = self.interrupts.requested(step)
+                if stop is not None:
+                    self._drain()
+                    self._save(state, step)
+                    self._wait_for_save(final=True)
+                    self._say(f"{stop}: saved step {step} of {config.steps}; the same command goes on from there")
+                    return state, step
+                if step < config.steps:
+                    self._periodic(state, step)
+        return state, config.steps
+
+    def _periodic(self, state: Any, step: int) -> None:
+        began = time.perf_counter()
+        if self.config.checkpoint_every and step % self.config.checkpoint_every == 0:
+            self._drain()
+            self._save(state, step)
+        due = [
+            e
+            for e in self.evaluations
+            if (e.every or self.config.eval_every) and step % (e.every or self.config.eval_every) == 0
+        ]
+        if due:
+            self._drain()
+            self._evaluate(state, step, due)
+        self.idle += time.perf_counter() - began
+
+    def _finish(self, reached: tuple[Any, int], start: int) -> dict[str, float]:
+        state, step = reached
+        self._drain()
+        if step < self.config.steps:
+            self._plot()
+            return self.last
+        if start >= self.config.steps:
+            self._say(f"{self.workdir} is finished ({start} of {self.config.steps} steps): only evaluating")
+        elif self.saved_step < step:
+            self._save(state, step)
+        self._evaluate(state, step, self.evaluations)
+        self._plot()
+        self._wait_for_save(final=True)
+        return self.last
+
+    def _next_batch(self) -> Mapping[str, Any]:
+        if self.ahead is not None:
+            batch, self.ahead = self.ahead, None
+            return batch
+        try:
+            return next(self.data)
+        except StopIteration as error:
+            raise MmjaxError("the training data ended before the run: train_data() must repeat its epochs") from error
+
+    # ----------------------------------------------------------------------------------------------------- metrics
+
+    def _keep(self, step: int, metrics: Any) -> None:
+        """Holds a step's metrics on the device, and waits for an older step's, so that few batches are in flight."""
+        self.waiting.append((step, metrics))
+        if len(self.waiting) > IN_FLIGHT:
+            jax.block_until_ready(self.waiting[-1 - IN_FLIGHT][1])
+        ready = self.waiting[0][0] // self.config.log_every < (step - IN_FLIGHT + 1) // self.config.log_every
+        if ready or len(self.waiting) >= CONVERT_EVERY + IN_FLIGHT:
+            self._drain(keep=IN_FLIGHT - 1)
+
+    def _drain(self, keep: int = 0) -> None:
+        """Converts the waiting metrics but the last `keep`, logs those due; stops after too many refused updates."""
+        while len(self.waiting) > keep:
+            step, metrics = self.waiting.popleft()
+            values = self.lift.fetch_metrics(metrics)
+            total = int(values.get("skipped_updates", 0))
+            self.refused = self.refused + 1 if total > self.total_refused else 0
+            self.total_refused = total
+            if self.refused >= self.config.max_refused:
+                raise MmjaxError(
+                    f"step {step}: {self.refused} updates in a row were not finite and were refused "
+                    f"({', '.join(f'{name}={value:g}' for name, value in values.items())}); parameters are those "
+                    f"of step {step - self.refused}"
+                )
+            if step % self.config.log_every == 0 or step == self.config.steps:
+                self._log(step, {f"train/{name}": value for name, value in values.items()} | self._speed(step))
+
+    def _speed(self, step: int) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds, done = now - self.since - self.idle, step - self.since_step
+        self.since, self.since_step, self.idle = now, step, 0.0
+        if done < 1 or seconds <= 0:
+            return {}
+        return {
+            "perf/steps_per_second": done / seconds,
+            "perf/images_per_second": done * self.config.batch_size / seconds,
+        }
+
+    def _log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self.last.update(
+            {
+                name: float(value)
+                for name, value in metrics.items()
+                if not isinstance(value, str) and np.ndim(value) == 0
+            }
+        )
+        if self.metrics is not None:
+            self.metrics.write(step, metrics)
+        if not self.console.is_terminal:
+            told = "  ".join(f"{k.split('/')[-1]}={v:.4g}" for k, v in metrics.items() if isinstance(v, float | int))
+            self._say(f"step {step}/{self.config.steps}  {told}")
+
+    def _evaluate(self, state: Any, step: int, evaluations: Any) -> None:
+        if not evaluations:
+            return
+        view = self.lift.view(state)
+        for evaluation in evaluations:
+            self._log(step, {f"val/{name}": value for name, value in evaluation.run(view.params, view).items()})
+
+    def _plot(self) -> None:
+        if self.metrics is not None:
+            self.metrics.plot()
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def _save(self, state: Any, step: int) -> None:
+        """Starts a save. One that failed before is reported, and does not keep this one from being tried."""
+        host = self.lift.fetch(state)
+        data = gather_json(checkpoint.encode(self.data.get_state()))
+        if self.writer is not None:
+            self._wait_for_save(final=False)
+            self.writer.save(host, step, data, {"refused_updates": self.total_refused})
+        self.saved_step = step
+
+    def _wait_for_save(self, final: bool) -> None:
+        try:
+            if self.writer is not None:
+                self.writer.wait()
+        except checkpoint.CheckpointError as error:
+            if final:
+                raise
+            self._warn(str(error))
+
+    # ------------------------------------------------------------------------------------------------------- words
+
+    def _write_config(self) -> None:
+        """config.json: what `mmjax.load` needs of the model, and the experiment's fields."""
+        if not self.primary:
+            return
+        recipe: Any = self.config
+        system, model = recipe.model()
+        told = {"system": system, "model": dataclasses.asdict(model), "layout": "mmjax"}
+        told |= recipe.save_assets(pathlib.Path(self.workdir))
+        told |= {"experiment": dataclasses.asdict(self.config), "experiment_file": self.experiment_file}
+        path = self.workdir / "config.json"
+        text = json.dumps(told, indent=2, default=str) + "\n"
+        if path.exists():
+            before = json.loads(path.read_text()).get("experiment", {})
+            now = json.loads(text)["experiment"]
+            changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+            if changed:
+                self._say(f"config.json: {', '.join(changed)}")
+        temporary = self.workdir / "config.json.tmp"
+        temporary.write_text(text)
+        temporary.replace(path)
+
+    def _environment(self) -> dict[str, Any]:
+        return {
+            "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+            "processes": jax.process_count(),
+            "lift": self.config.lift,
+            "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "jax": jax.__version__,
+        }
+
+    def _overview(self, params: Any) -> None:
+        """A row a top-level module: arrays, parameters, trainable, frozen."""
+        labels = self.optimizer.partition.labels(params)
+        rows: dict[str, list[int]] = {}
+        for path, leaf in tree.flatten(params).items():
+            frozen = labels[path] == FROZEN
+            row = rows.setdefault(path.split("/")[0], [0, 0, 0])
+            row[0] += 1
+            row[2 if frozen else 1] += leaf.size
+        table = Table(title="parameters", title_justify="left")
+        table.add_column("module")
+        for name in ("arrays", "trainable", "frozen"):
+            table.add_column(name, justify="right")
+        for name, row in rows.items():
+            table.add_row(name, *(f"{value:,}" for value in row))
+        table.add_section()
+        table.add_row("total", *(f"{sum(row[i] for row in rows.values()):,}" for i in range(3)))
+        self.console.print(table)
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def _warn(self, text: str) -> None:
+        self.console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+
+    @contextmanager
+    def _progress(self, start: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+        """A bar on a terminal; elsewhere the log lines say it."""
+        if not self.console.is_terminal:
+            yield lambda step, last: None
+            return
+        told = TextColumn("loss {task.fields[loss]} · {task.fields[rate]} images/s · left")
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), told, TimeRemainingColumn())
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task("", total=self.config.steps, completed=start, loss="-", rate="-")
+
+            def advance(step: int, last: Mapping[str, float]) -> None:
+                loss, rate = last.get("train/loss"), last.get("perf/images_per_second")
+                shown = {
+                    "loss": f"{loss:.4f}" if loss is not None else "-",
+                    "rate": f"{rate:.1f}" if rate is not None else "-",
+                }
+                progress.update(task, completed=step, **shown)
+
+            yield advance
+
+
+def _overlay(target: Any, source: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[str]]:
+    """`target` with the leaves that `source` has, and the paths that it has not.
+
+    Raises MmjaxError: leaves of other shapes (all are listed), leaves that the target does not know, or none in common.
+    """
+    have, want = tree.flatten(source), tree.flatten(target)
+    wrong = [f"{path}: want {list(leaf.shape)}, got {list(have[path].shape)}" for path, leaf in want.items()
+             if path in have and tuple(have[path].shape) != tuple(leaf.shape)]  # fmt: skip
+    if wrong or (have and not have.keys() & want.keys()):
+        raise MmjaxError(
+            f"init_from {name} does not fit:\n  " + "\n  ".join(wrong or ["no parameter has a name in common"])
+        )
+    merged = {path: np.asarray(have[path]).astype(leaf.dtype) if path in have else leaf for path, leaf in want.items()}
+    return tree.unflatten(merged), [path for path in want if path not in have]
