@@ -3,7 +3,7 @@
 Orbax writes and reads the arrays; the commit is ours. A step is a folder `checkpoints/<step>/`:
 
     arrays/            every leaf of the state, unreplicated, under its path in the tree (Orbax)
-    files.json         SHA-256 of every file of `arrays/`: only to name the culprit when something is damaged
+    files.json         SHA-256 of every file of `arrays/`, checked before they are parsed: damage names its file
     environment.json   what wrote it: devices, lift, versions
     manifest.json      written last: key, shape, dtype and SHA-256 of every leaf, the data iterator's state, counters
 
@@ -12,11 +12,13 @@ manifests. On object stores, which cannot rename, the folder has its name from t
 """
 
 import base64
+import collections
 import dataclasses
 import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -35,8 +37,13 @@ from mmjax import tree
 from mmjax.errors import MmjaxError
 
 MANIFEST = "manifest.json"
+FILES = "files.json"
 FOLDER = "checkpoints"
 TEMPORARY = "tmp-"
+
+
+# Said at each save in this layout, and of no meaning to the user.
+logging.getLogger("absl").addFilter(lambda record: "Skipping merge of OCDBT" not in record.getMessage())
 
 
 class CheckpointError(MmjaxError):
@@ -154,13 +161,17 @@ def _checkpointer() -> ocp.Checkpointer:
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="mmjax"
     )
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, multiprocessing_options=alone)
+    # A folder a leaf, named by its path, so that a damaged file names its key.
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=alone)
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _write_arrays(folder: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
     # Orbax refuses arrays without elements; their shape in the manifest says all there is to know.
     full = {key: array for key, array in arrays.items() if array.size}
+    dotted = collections.Counter(key.replace("/", ".") for key in full)
+    if any(count > 1 for count in dotted.values()):
+        raise CheckpointError(f"leaves whose paths differ only by a dot: {[k for k, n in dotted.items() if n > 1]}")
     if full:
         with _checkpointer() as checkpointer:
             checkpointer.save(os.fspath(folder), args=ocp.args.PyTreeSave(tree.unflatten(full)))
@@ -171,6 +182,7 @@ def _read_arrays(folder: epath.Path, leaves: Mapping[str, Mapping[str, Any]]) ->
     wanted = {key for key, told in leaves.items() if 0 not in told["shape"]}
     flat: dict[str, Any] = {}
     if wanted:
+        _check_files(folder)
         try:
             with warnings.catch_warnings(), _checkpointer() as checkpointer:
                 warnings.simplefilter("ignore")
@@ -179,8 +191,7 @@ def _read_arrays(folder: epath.Path, leaves: Mapping[str, Mapping[str, Any]]) ->
                 args = ocp.args.PyTreeRestore(item, restore_args=numpy, partial_restore=True)
                 flat = tree.flatten(checkpointer.restore(os.fspath(folder), args=args))
         except Exception as error:  # Orbax and TensorStore raise whatever the damaged bytes lead them to
-            told = f"{type(error).__name__}: {str(error)[:300]}"
-            raise DamagedCheckpoint(f"{folder}: unreadable{_culprits(folder)}: {told}") from error
+            raise DamagedCheckpoint(f"{folder}: unreadable: {type(error).__name__}: {str(error)[:300]}") from error
     arrays, wrong = {}, []
     for key, told in leaves.items():
         dtype = None if told["dtype"].startswith("key<") else np.dtype(told["dtype"])
@@ -189,7 +200,7 @@ def _read_arrays(folder: epath.Path, leaves: Mapping[str, Mapping[str, Any]]) ->
             wrong.append(key)
         arrays[key] = array
     if wrong:
-        raise DamagedCheckpoint(f"{folder}{_culprits(folder)}: wrong bytes in {', '.join(wrong)}")
+        raise DamagedCheckpoint(f"{folder}: wrong bytes in {', '.join(wrong)}")
     return arrays
 
 
@@ -199,15 +210,20 @@ def _files(folder: epath.Path) -> dict[str, str]:
     return {path.relative_to(local).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def _culprits(folder: epath.Path) -> str:
-    """Which files are not what was written, for the message."""
+def _check_files(folder: epath.Path) -> None:
+    """Before Orbax sees them: no parser of array files is fed damaged bytes, and the message can name the file."""
+    told = folder.parent / FILES
+    if not _is_local(folder):
+        return
     try:
-        told = json.loads((folder.parent / "files.json").read_bytes())
+        listed = json.loads(told.read_bytes())
         found = _files(folder)
-        bad = [name for name, digest in told.items() if found.get(name) != digest]
-    except (OSError, ValueError, AttributeError):
-        return ""
-    return f" ({', '.join(bad)} damaged)" if bad else ""
+        bad = [f"{folder / name}" for name, digest in listed.items() if found.get(name) != digest]
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{told}: unreadable: {type(error).__name__}: {error}") from error
+    if bad:
+        # A leaf's folder is its path with dots.
+        raise DamagedCheckpoint(f"not what was written: {', '.join(bad)}")
 
 
 # ------------------------------------------------------------------------------------------------------------ storage
@@ -453,7 +469,7 @@ class CheckpointWriter:
         _write_arrays(temporary / "arrays", arrays)
         local = _is_local(final)
         if local:
-            (temporary / "files.json").write_text(json.dumps(_files(temporary / "arrays"), indent=1))
+            (temporary / FILES).write_text(json.dumps(_files(temporary / "arrays"), indent=1))
         (temporary / "environment.json").write_text(json.dumps(self.environment, indent=1, sort_keys=True))
         # Read back before it counts: what the older steps are given up for must be whole.
         _read_arrays(temporary / "arrays", manifest["leaves"])

@@ -252,8 +252,10 @@ def create_lift(name: Literal["jit", "pmap", "mesh"], step: Step, mesh: MeshConf
 
 
 def initialise(create: Callable[[Any], Any], rng: Any) -> Any:
-    """`create(rng)` as a host state, computed on this process's first device: compiled, so that a forward pass which only
-    tells shapes costs nothing."""
+    """`create(rng)` as a host state, computed on this process's first device.
+
+    Compiled: a forward pass that only tells shapes then costs nothing.
+    """
     return jax.tree.map(_fetch, jax.jit(create)(rng))
 
 

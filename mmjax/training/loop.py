@@ -75,7 +75,7 @@ def train(
 
 
 class Interrupts:
-    """While entered, SIGTERM and SIGINT (the first as the tenth) only leave a note, which the loop reads between steps."""
+    """While entered, SIGTERM and SIGINT (the first as the tenth) leave a note that the loop reads between steps."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -208,7 +208,7 @@ class _Run:
         )
         told = f"; fresh: {', '.join(fresh[:8])}{' ...' if len(fresh) > 8 else ''}" if fresh else ""
         self._say(f"initialised from {source}: {len(tree.flatten(params)) - len(fresh)} arrays{told}")
-        return state.replace(params=params, stats=stats, ema=ema)
+        return dataclasses.replace(state, params=params, stats=stats, ema=ema)
 
     # ------------------------------------------------------------------------------------------------------- steps
 
