@@ -141,6 +141,11 @@ class PmapLift(Lift):
     def __init__(self, step: Step):
         super().__init__(step)
         self._local = jax.local_device_count()
+        self._mapped = jax.pmap(self._counted, axis_name=AXIS, donate_argnums=0)
+
+    def _counted(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        self.compiles += 1  # runs when traced: once a shape
+        return self._step(state, batch, AXIS)
 
     @property
     def shards(self) -> int:
@@ -148,7 +153,8 @@ class PmapLift(Lift):
 
     def place(self, state: Any) -> Any:
         host = jax.tree.map(lambda leaf: leaf if _is_key(leaf) else np.asarray(leaf), state)
-        return jax.pmap(lambda _, leaf: leaf, in_axes=(0, None))(np.zeros(self._local), host)
+        # The same axis name as the step: the mesh behind it is part of the type, and another would compile twice.
+        return jax.pmap(lambda _, leaf: leaf, axis_name=AXIS, in_axes=(0, None))(np.zeros(self._local), host)
 
     def place_batch(self, batch: Batch) -> Any:
         self._check_divides(batch, self._local)
@@ -164,8 +170,11 @@ class PmapLift(Lift):
         return {name: float(_shard(value).reshape(())) for name, value in metrics.items()}
 
     def lower(self, state: Any, batch: Any) -> Any:
-        step = jax.pmap(lambda state, batch: self._step(state, batch, AXIS), axis_name=AXIS, donate_argnums=0)
-        return step.lower(state, batch)
+        return self._mapped.lower(state, batch)
+
+    def step(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        # Not the program compiled ahead of time: with several processes that wants global shapes, pmap local ones.
+        return self._mapped(state, batch)
 
 
 class MeshLift(Lift):

@@ -40,6 +40,7 @@ def children(repository, tmp_path, lifts, devices, processes=1):
     finally:
         for run in runs:
             run.kill()
+            run.communicate()
     return json.loads(out.read_text())
 
 
