@@ -29,6 +29,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -75,7 +76,7 @@ def state_leaves(state: Any) -> dict[str, Any]:
 
 
 def _is_key(dtype: Any) -> bool:
-    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _host(leaf: Any) -> np.ndarray:
@@ -322,7 +323,7 @@ def load_state(folder: Any, template: Any) -> Restored:
     def fill(path: Any, leaf: Any) -> Any:
         array = arrays[jax.tree_util.keystr(path, simple=True, separator="/")]
         return (
-            jax.random.wrap_key_data(array, impl=jax.random.key_impl(_example_key(leaf)))
+            jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(_example_key(leaf)))
             if _is_key(leaf.dtype)
             else array
         )

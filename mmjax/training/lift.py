@@ -118,7 +118,7 @@ class Lift(abc.ABC):
 class JitLift(Lift):
     """The step on one device."""
 
-    def __init__(self, step: Step, device: jax.Device | None = None):
+    def __init__(self, step: Step, device: Any = None):
         super().__init__(step)
         if jax.process_count() > 1:
             raise MmjaxError("lift='jit' is for one device; several processes need lift='pmap' or 'mesh'")
@@ -304,7 +304,7 @@ def _narrow(batch: Batch) -> Mapping[str, np.ndarray]:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _place(leaf: Any, sharding: NamedSharding) -> jax.Array:

@@ -217,6 +217,8 @@ class _Run:
         config = self.config
         if start >= config.steps:
             return state, start
+        if start and self.metrics is not None and jax.process_count() == 1 and not self.metrics.has(start, "val/"):
+            self._evaluate(state, start, self._due(start))  # killed after this step's save, before its evaluation
         self.since, self.since_step = time.perf_counter(), start
         with self._progress(start) as advance:
             for step in range(start + 1, config.steps + 1):
@@ -250,15 +252,16 @@ class _Run:
         if self.config.checkpoint_every and step % self.config.checkpoint_every == 0:
             self._drain()
             self._save(state, step)
-        due = [
-            e
-            for e in self.evaluations
-            if (e.every or self.config.eval_every) and step % (e.every or self.config.eval_every) == 0
-        ]
+        due = self._due(step)
         if due:
             self._drain()
             self._evaluate(state, step, due)
         self.idle += time.perf_counter() - began
+
+    def _due(self, step: int) -> list[Any]:
+        """The evaluations to run after a step."""
+        every = [(evaluation.every or self.config.eval_every, evaluation) for evaluation in self.evaluations]
+        return [evaluation for period, evaluation in every if period and step % period == 0]
 
     def _finish(self, reached: tuple[Any, int], start: int) -> dict[str, float]:
         state, step = reached
@@ -438,11 +441,8 @@ class _Run:
 
             def advance(step: int, last: Mapping[str, float]) -> None:
                 loss, rate = last.get("train/loss"), last.get("perf/images_per_second")
-                shown = {
-                    "loss": f"{loss:.4f}" if loss is not None else "-",
-                    "rate": f"{rate:.1f}" if rate is not None else "-",
-                }
-                progress.update(task, completed=step, **shown)
+                loss, rate = ("-" if value is None else f"{value:.4g}" for value in (loss, rate))
+                progress.update(task, completed=step, loss=loss, rate=rate)
 
             yield advance
 

@@ -55,6 +55,10 @@ class MetricsWriter:
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, step)
 
+    def has(self, step: int, prefix: str) -> bool:
+        """Whether a metric with this prefix was written at a step."""
+        return any(name.startswith(prefix) for line in self._lines if line["step"] == step for name in line)
+
     def _artifact(self, step: int, name: str, value: Any) -> None:
         path = self._workdir / "artifacts" / f"{name}_{step}"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -128,6 +128,10 @@ if __name__ == "__main__":
     from mmjax.training.loop import train
 
     workdir, *arguments = sys.argv[1:]
+    if "TOY_CLUSTER" in os.environ:
+        address, count, index = os.environ["TOY_CLUSTER"].split()
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(address, int(count), int(index))
     try:
         print(train(parse_overrides(load_experiment(os.path.abspath(__file__)), arguments), workdir))
     except MmjaxError as error:

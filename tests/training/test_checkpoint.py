@@ -263,3 +263,35 @@ def test_objects_stores_commit_by_the_manifest_alone(tmp_path, monkeypatch):
     assert checkpoint.restore(tmp_path, template()).step == 5
     CheckpointWriter(tmp_path)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["5"]
+
+
+@pytest.mark.parametrize("point", ["_write_arrays", "_files", "_read_arrays", "_sync", "os.rename", "_prune"])
+def test_killed_at_every_point_of_a_save(tmp_path, repository, point):
+    """The step before is whole, the step itself is whole or absent, and the next start leaves nothing behind."""
+    code = f"""
+import os
+import numpy as np
+from mmjax.training import checkpoint
+writer = checkpoint.CheckpointWriter({os.fspath(tmp_path)!r})
+state = {{"params": {{"w": np.arange(7, dtype=np.float32)}}}}
+for step in (2, 3):
+    writer.save(state, step); writer.wait()
+name = {point!r}
+kill = lambda *_: os._exit(9)
+if name == "os.rename":
+    os.rename = kill
+elif name == "_prune":
+    checkpoint.CheckpointWriter._prune = kill
+else:
+    setattr(checkpoint, name, kill)
+writer.save(state, 5); writer.wait()
+"""
+    environment = os.environ | {"PYTHONPATH": os.fspath(repository)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == 9, done.stderr
+    CheckpointWriter(tmp_path)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == (["2", "3", "5"] if point == "_prune" else ["2", "3"])
+    template = {"params": {"w": jax.ShapeDtypeStruct((7,), np.float32)}}
+    restored = checkpoint.restore(tmp_path, template)
+    assert restored.step == (5 if point == "_prune" else 3)
+    np.testing.assert_array_equal(restored.state["params"]["w"], np.arange(7))

@@ -1,0 +1,228 @@
+"""Runs that are killed, stopped, starved and misled, and what a resume makes of them.
+
+The bar: the manifest of the last checkpoint (SHA-256 of every leaf, data position, counters) is byte for byte that of
+the run which nothing happened to.
+"""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+EXPERIMENT = pathlib.Path(__file__).with_name("toy_experiment.py")
+STEPS = 60
+
+
+class Runner:
+    def __init__(self, repository):
+        self.environment = os.environ | {
+            "PYTHONPATH": os.fspath(repository) + os.pathsep + os.environ.get("PYTHONPATH", ""),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def start(self, workdir, *flags, **environment):
+        command = [
+            sys.executable,
+            "-W",
+            "error",
+            "-W",
+            "ignore:optax.global_norm",
+            os.fspath(EXPERIMENT),
+            os.fspath(workdir),
+            *map(str, flags),
+        ]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, env=self.environment | environment, **pipes)
+
+    def run(self, workdir, *flags, code=0, **environment):
+        run = self.start(workdir, *flags, **environment)
+        told = run.communicate(timeout=100)[0]
+        assert run.returncode == code, told[-3000:]
+        return told
+
+
+@pytest.fixture(scope="module")
+def runner(repository):
+    return Runner(repository)
+
+
+def manifest(workdir, step=STEPS):
+    return (workdir / "checkpoints" / str(step) / "manifest.json").read_text()
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def wait_for(run, condition):
+    """Polls until the condition holds; False if the run ended first."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if condition():
+            return True
+        if run.poll() is not None:
+            return False
+        time.sleep(0.002)
+    run.kill()
+    raise AssertionError(run.communicate()[0][-3000:])
+
+
+@pytest.fixture(scope="module")
+def clean(runner, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("clean")
+    told = runner.run(workdir)
+    assert "trainable" in told
+    return workdir
+
+
+def test_workdir_of_a_clean_run(clean, runner):
+    assert sorted(os.listdir(clean / "checkpoints"), key=int) == ["56", "60"]
+    assert (clean / "curves.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads((clean / "config.json").read_text())
+    assert (config["system"], config["model"], config["experiment"]["steps"]) == ("toy", {"width": 5}, STEPS)
+    values = losses(clean)
+    assert sorted(values) == [10, 20, 30, 40, 50, 60]
+    assert values[60] < values[10]
+    lines = [json.loads(line) for line in (clean / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val/norm" in line] == [20, 40, 60]
+    rates = [line for line in lines if "perf/images_per_second" in line]
+    for line in rates:
+        np.testing.assert_allclose(line["perf/images_per_second"], 8 * line["perf/steps_per_second"], rtol=1e-6)
+    assert len(rates) >= 5
+    before = manifest(clean)
+    told = runner.run(clean)
+    assert "is finished (60 of 60 steps): only evaluating" in told
+    assert manifest(clean) == before
+
+
+def test_killed_at_random_times_it_ends_in_the_same_bits(clean, runner, tmp_path):
+    rng = random.Random(3)
+    kills = 0
+    for attempt in range(12):
+        run = runner.start(tmp_path, "--delay", 0.01, "--checkpoint-every", 3)
+        # Once steps are being taken: anywhere in a step, a save, its rename or its pruning.
+        newest = (
+            max([int(p) for p in os.listdir(tmp_path / "checkpoints") if p.isdecimal()], default=0) if attempt else 0
+        )
+        target = min(newest + 3 * rng.randrange(2, 5), STEPS)
+        reached = wait_for(run, lambda: (tmp_path / "checkpoints" / str(target)).exists() or run.poll() is not None)  # noqa: B023
+        time.sleep(rng.random() * 0.06)
+        if reached and run.poll() is None:
+            run.send_signal(signal.SIGKILL)
+            kills += 1
+        told = run.communicate()[0]
+        if run.returncode == 0:
+            break
+        assert run.returncode == -signal.SIGKILL, told[-3000:]
+    runner.run(tmp_path, "--delay", 0)
+    assert kills >= 4
+    assert manifest(tmp_path) == manifest(clean)
+    assert losses(tmp_path) == losses(clean)
+    assert not [name for name in os.listdir(tmp_path / "checkpoints") if not name.isdecimal()]
+
+
+@pytest.mark.parametrize("number, times", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 3)])
+def test_stopped_by_a_signal_it_saves_and_exits_zero(clean, runner, tmp_path, number, times):
+    run = runner.start(tmp_path, "--delay", 0.02, "--checkpoint-every", 0)
+    wait_for(run, lambda: 10 in losses(tmp_path) if (tmp_path / "metrics.jsonl").exists() else False)
+    for _ in range(times):
+        run.send_signal(number)
+        time.sleep(0.01)
+    told = run.communicate(timeout=20)[0]
+    assert run.returncode == 0, told[-3000:]
+    assert f"{number.name}: saved step" in told
+    (saved,) = os.listdir(tmp_path / "checkpoints")
+    assert 10 <= int(saved) < STEPS
+    told = runner.run(tmp_path)
+    assert f"resumed {tmp_path} at step {saved}" in told
+    assert manifest(tmp_path) == manifest(clean)
+    assert losses(tmp_path) == losses(clean)
+
+
+def test_resume_on_other_devices_and_another_lift(clean, runner, tmp_path):
+    runner.run(tmp_path, "--nan-from", 10**8, "--steps", 30)
+    told = runner.run(tmp_path, "--lift", "pmap", "--steps", 40, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    assert "devices was 1 cpu, is 4 cpu; lift was jit, is pmap" in told
+    told = runner.run(tmp_path, "--lift", "mesh", XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert "lift was pmap, is mesh" in told
+    mine, wanted = losses(tmp_path), losses(clean)
+    assert mine.keys() == wanted.keys()
+    np.testing.assert_allclose([mine[k] for k in mine], [wanted[k] for k in mine], rtol=1e-5)
+    assert json.loads(manifest(tmp_path))["data"] == json.loads(manifest(clean))["data"]
+
+
+def test_non_finite_updates_are_counted_and_three_in_a_row_stop(runner, tmp_path):
+    told = runner.run(tmp_path, "--nan-from", 20, code=1)
+    assert "step 23: 3 updates in a row were not finite" in told
+    assert "parameters are those of step 20" in told
+
+
+def test_too_many_bad_records_save_first(runner, tmp_path):
+    told = runner.run(tmp_path, "--bad-from", 25, code=1)
+    assert "rows.txt: 9 of 20 records are bad" in told
+    assert sorted(os.listdir(tmp_path / "checkpoints"), key=int) == ["21", "25"]
+
+
+def test_newest_checkpoint_damaged_resumes_from_the_one_before(clean, runner, tmp_path):
+    runner.run(tmp_path, "--steps", 58)
+    data = tmp_path / "checkpoints/58/arrays/params.stem.kernel/0.0"
+    data.write_bytes(data.read_bytes()[:-1])
+    told = runner.run(tmp_path)
+    assert told.count("warning: falling back to step 56") == 1
+    assert manifest(tmp_path) == manifest(clean)
+
+
+def test_second_run_is_refused_with_the_pid(runner, tmp_path):
+    run = runner.start(tmp_path, "--delay", 0.2)
+    wait_for(run, lambda: (tmp_path / "config.json").exists())
+    told = runner.run(tmp_path, code=1)
+    assert f"in use by another run: pid {run.pid} on" in told
+    run.kill()
+    run.communicate()
+
+
+def test_init_from_takes_what_fits_and_refuses_what_does_not(clean, runner, tmp_path):
+    told = runner.run(tmp_path / "a", "--init-from", clean, "--steps", 1)
+    assert f"initialised from {clean}: 4 arrays" in told
+    (tmp_path / "not").mkdir()
+    told = runner.run(tmp_path / "b", "--init-from", tmp_path / "not", "--steps", 1, code=1)
+    assert "not holds no checkpoint" in told or str(tmp_path / "not") in told
+
+
+def cluster(runner, workdir, *flags):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [runner.start(workdir, *flags, TOY_CLUSTER=f"localhost:{port} 2 {index}") for index in range(2)]
+
+
+def finish(runs, code=0):
+    told = [run.communicate(timeout=100)[0] for run in runs]
+    assert [run.returncode for run in runs] == [code] * len(runs), "\n".join(told)[-4000:]
+    return told
+
+
+def test_two_processes_stop_at_one_step_and_resume_in_the_same_bits(runner, tmp_path):
+    flags = ("--lift", "mesh", "--checkpoint-every", 25)
+    finish(cluster(runner, tmp_path / "clean", *flags))
+    runs = cluster(runner, tmp_path / "run", *flags, "--delay", 0.02)
+    assert wait_for(runs[0], lambda: (tmp_path / "run/metrics.jsonl").exists())
+    for run in runs:
+        run.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    first, second = finish(runs)
+    assert "SIGTERM: saved step" in first
+    assert "saved step" not in second
+    finish(cluster(runner, tmp_path / "run", *flags))
+    assert manifest(tmp_path / "run") == manifest(tmp_path / "clean")
+    assert len(json.loads(manifest(tmp_path / "run"))["data"]) == 2
