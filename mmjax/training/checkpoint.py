@@ -459,9 +459,13 @@ class CheckpointWriter:
             if temporary != final or not (final / MANIFEST).exists():
                 _remove(temporary)
             wanted = sum(array.nbytes for array in arrays.values())
-            full = " (disk full)" if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else ""
+            # TensorStore tells the system's error in words alone.
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or "No space" in str(
+                error
+            )
+            told = " (disk full)" if full else ""
             self._error = CheckpointError(
-                f"step {step} was not saved to {final}{full}, {wanted} bytes wanted: {type(error).__name__}: {error}"
+                f"step {step} was not saved to {final}{told}, {wanted} bytes wanted: {type(error).__name__}: {error}"
             )
 
     def _write(self, temporary: epath.Path, final: epath.Path, arrays: dict[str, np.ndarray], manifest: Any) -> None:

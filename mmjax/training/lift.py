@@ -172,6 +172,9 @@ class PmapLift(Lift):
     def lower(self, state: Any, batch: Any) -> Any:
         return self._mapped.lower(state, batch)
 
+    def compile(self, state: Any, batch: Any) -> Any:
+        return self.lower(state, batch).compile()  # counted where it is traced
+
     def step(self, state: Any, batch: Any) -> tuple[Any, Any]:
         # Not the program compiled ahead of time: with several processes that wants global shapes, pmap local ones.
         return self._mapped(state, batch)
