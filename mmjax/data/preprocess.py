@@ -1,0 +1,190 @@
+"""Images as published weights expect them at evaluation: resize, crop, scale, normalise; PIL's arithmetic."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from mmjax.errors import MmjaxError
+
+ImageLike: TypeAlias = Image.Image | np.ndarray | str | pathlib.Path
+"""A PIL image, a uint8 array [height, width, 3] or [height, width], or a file's name."""
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+
+RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+"""PIL's numbers, which Hugging Face's preprocessor_config.json uses."""
+Resample: TypeAlias = Literal["nearest", "lanczos", "bilinear", "bicubic"]
+
+
+@dataclass(frozen=True)
+class ImagePreprocessing:
+    """The evaluation transform of a checkpoint: `ImagePreprocessing.clip(224)(images)` -> float32 [b, 224, 224, 3].
+
+    resize: the length of the short side (the aspect ratio is kept), or (height, width); None leaves the size.
+    crop: (height, width) of the central crop; None takes the whole.
+    crop_rounding: an odd margin is halved as torchvision does ("round") or as Hugging Face does ("floor").
+    resample: PIL's filter, antialiased when it shrinks.
+    mean, std: of the channels in [0, 1], RGB.
+    """
+
+    resize: int | tuple[int, int] | None = 224
+    crop: tuple[int, int] | None = (224, 224)
+    crop_rounding: Literal["round", "floor"] = "round"
+    resample: Resample = "bicubic"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    @classmethod
+    def clip(cls, size: int = 224) -> Self:
+        """OpenAI CLIP and open_clip's default (clip.py, `_transform`)."""
+        return cls(size, (size, size), mean=CLIP_MEAN, std=CLIP_STD)
+
+    @classmethod
+    def imagenet(cls, size: int = 224, resize: int = 256) -> Self:
+        """torchvision's ResNets: bilinear; `resize` is 256 for the V1 weights, 232 for V2 (`_presets.py`)."""
+        return cls(resize, (size, size), resample="bilinear")
+
+    @classmethod
+    def vit(cls, size: int = 224) -> Self:
+        """Google's ViT and its Hugging Face ports: squashed to a square, bilinear, to [-1, 1]."""
+        return cls((size, size), None, resample="bilinear", mean=HALF, std=HALF)
+
+    @classmethod
+    def dinov2(cls, size: int = 224) -> Self:
+        """DINOv2 (`data/transforms.py`): short side 256 for a crop of 224, in proportion for other sizes."""
+        return cls(size * 256 // 224, (size, size))
+
+    @classmethod
+    def albef(cls, size: int = 384) -> Self:
+        """ALBEF and BLIP (`dataset/__init__.py`): squashed to a square, bicubic, CLIP's mean and std."""
+        return cls((size, size), None, mean=CLIP_MEAN, std=CLIP_STD)
+
+    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
+        """One image or several -> float32 [b, height, width, 3].
+
+        Raises MmjaxError for images that come out in different sizes.
+        """
+        alone = isinstance(images, Image.Image | str | pathlib.Path)
+        alone = alone or (isinstance(images, np.ndarray) and images.ndim != 4)
+        pixels = [self.one(image) for image in ([images] if alone else images)]  # type: ignore[union-attr]
+        sizes = {array.shape for array in pixels}
+        if len(sizes) != 1:
+            raise MmjaxError(
+                f"images of one batch must come out in one size; without a crop these give {sorted(sizes)}"
+            )
+        return np.stack(pixels)
+
+    def one(self, image: ImageLike) -> np.ndarray:
+        """One image -> float32 [height, width, 3]."""
+        return self.normalise(self.to_uint8(image))
+
+    def to_uint8(self, image: ImageLike) -> np.ndarray:
+        """One image resized and cropped, not yet normalised: uint8 [height, width, 3]."""
+        picture = as_image(image)
+        if self.resize is not None:
+            picture = picture.resize(self._size(picture), Image.Resampling(RESAMPLING[self.resample]))
+        if self.crop is not None:
+            picture = picture.crop(self._box(picture))
+        return np.asarray(picture)
+
+    def normalise(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 [..., 3] -> float32 [..., 3]: to [0, 1], minus mean, over std."""
+        scaled = np.asarray(pixels, np.float32) / np.float32(255)
+        return (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+
+    def _size(self, picture: Image.Image) -> tuple[int, int]:
+        """(width, height) after resizing."""
+        if isinstance(self.resize, tuple):
+            return self.resize[1], self.resize[0]
+        assert self.resize is not None
+        short = min(picture.size)
+        # Truncated, not rounded: torchvision and Hugging Face agree on that.
+        width, height = (self.resize if side == short else int(self.resize * side / short) for side in picture.size)
+        return width, height
+
+    def _box(self, picture: Image.Image) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of the central crop; PIL pads with black beyond the border."""
+        assert self.crop is not None
+        height, width = self.crop
+        margins = (picture.size[0] - width, picture.size[1] - height)
+        left, top = (round(m / 2) if self.crop_rounding == "round" else m // 2 for m in margins)
+        return left, top, left + width, top + height
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`. Raises MmjaxError for a field that is not one."""
+        told = json.loads(text)
+        unknown = told.keys() - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise MmjaxError(f"image preprocessing has no field {sorted(unknown)}")
+        fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in told.items()}
+        return cls(**fields)
+
+    def to_hf(self) -> dict[str, Any]:
+        """As Hugging Face's preprocessor_config.json tells it."""
+        resize = self.resize
+        size = {"height": resize[0], "width": resize[1]} if isinstance(resize, tuple) else {"shortest_edge": resize}
+        # The two generic processors: resize and crop, or squash.
+        kind = "CLIPImageProcessor" if self.crop else "ViTImageProcessor"
+        told: dict[str, Any] = {"image_processor_type": kind}
+        told |= {"do_resize": resize is not None, "resample": RESAMPLING[self.resample]}
+        told |= {"size": size} if resize is not None else {}
+        told |= {"do_center_crop": self.crop is not None}
+        told |= {"crop_size": {"height": self.crop[0], "width": self.crop[1]}} if self.crop else {}
+        told |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True}
+        return told | {"image_mean": list(self.mean), "image_std": list(self.std)}
+
+
+def from_hf(told: Mapping[str, Any]) -> ImagePreprocessing:
+    """Reads Hugging Face's preprocessor_config.json, of the present form and of the older ones."""
+    kind = told.get("image_processor_type") or told.get("feature_extractor_type") or ""
+    size = told.get("size", 224)
+    crop = told.get("crop_size", size)
+    crops = told.get("do_center_crop", kind.startswith("CLIP"))
+    if kind.startswith("ConvNext"):
+        # ConvNeXt's processor, which ResNet uses too: enlarge by 1 / crop_pct and crop, or from 384 up squash.
+        side = size if isinstance(size, int) else size["shortest_edge"]
+        crop, crops = side, side < 384
+        resize: Any = int(side / told.get("crop_pct", 224 / 256)) if crops else (side, side)
+    elif isinstance(size, int):
+        resize = size if crops else (size, size)  # the older form told both with one number
+    else:
+        resize = size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
+    crop = crop if isinstance(crop, int) else crop.get("shortest_edge") or (crop["height"], crop["width"])
+    number = told.get("resample", RESAMPLING["bicubic" if kind.startswith(("CLIP", "ConvNext")) else "bilinear"])
+    normalize = told.get("do_normalize", True)
+    return ImagePreprocessing(
+        resize=resize if told.get("do_resize", True) else None,
+        crop=((crop, crop) if isinstance(crop, int) else crop) if crops else None,
+        crop_rounding="floor",
+        resample=next(name for name, value in RESAMPLING.items() if value == number),  # type: ignore[arg-type]
+        mean=tuple(told.get("image_mean", HALF)) if normalize else (0.0, 0.0, 0.0),  # type: ignore[arg-type]
+        std=tuple(told.get("image_std", HALF)) if normalize else (1.0, 1.0, 1.0),  # type: ignore[arg-type]
+    )
+
+
+def as_image(image: ImageLike) -> Image.Image:
+    """An RGB PIL image of anything that is an image; transparency is dropped, as the originals' convert("RGB") does."""
+    if isinstance(image, str | pathlib.Path):
+        with Image.open(image) as file:
+            return file.convert("RGB")
+    if not isinstance(image, np.ndarray):
+        return image.convert("RGB")
+    array = image
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise MmjaxError(
+            f"an image is a PIL image, a file name or a uint8 array [height, width, 3]; this is {array.dtype} "
+            f"{list(array.shape)}"
+        )
+    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array).convert("RGB")

@@ -1,0 +1,137 @@
+"""What happens to one record on the host, as Grain transforms: decoding, cropping to one size, text to ids.
+
+A pipeline calls `random_map(record, rng)` with a generator of the record's own, so that the result depends neither on
+workers nor on what was read before. Heavier augmentation (colour, blur) runs on the device.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from grain import transforms
+from PIL import Image
+
+from mmjax.data.decoding import MAX_PIXELS, BadRecord, clean_caption, open_image, to_rgb
+from mmjax.data.preprocess import RESAMPLING, ImagePreprocessing, Resample
+from mmjax.data.sources import Record
+
+
+def _picture(value: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An RGB image of encoded bytes or of a uint8 array [height, width, 3] or [height, width]."""
+    if isinstance(value, np.ndarray):
+        return Image.fromarray(value).convert("RGB")
+    return to_rgb(open_image(value, max_pixels=max_pixels))
+
+
+@dataclass(frozen=True)
+class Decode(transforms.Map):
+    """`image`: bytes -> uint8 [height, width, 3], every image in its own size."""
+
+    max_pixels: int = MAX_PIXELS
+
+    def map(self, element: Record) -> Record:
+        return element | {"image": np.asarray(_picture(element["image"], self.max_pixels))}
+
+
+@dataclass(frozen=True)
+class Resize(transforms.Map):
+    """`image`: bytes or uint8 -> uint8 in the one size of an evaluation transform, for normalising on the device."""
+
+    preprocessing: ImagePreprocessing
+
+    def map(self, element: Record) -> Record:
+        return element | {"image": self.preprocessing.to_uint8(_picture(element["image"]))}
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop(transforms.RandomMap):
+    """`image`: bytes or uint8 -> uint8 [size, size, 3]: a random part, resized (torchvision's rule).
+
+    scale: the part's share of the area, uniform; ratio: its width / height, log-uniform.
+    shrink: large JPEGs are decoded at a half, a quarter or an eighth where the part still has twice `size`: several
+        times faster; the pixels differ a little from those of decoding in full.
+    """
+
+    size: int
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    resample: Resample = "bilinear"
+    shrink: bool = False
+
+    def random_map(self, element: Record, rng: np.random.Generator) -> Record:
+        value = element["image"]
+        image = Image.fromarray(value).convert("RGB") if isinstance(value, np.ndarray) else open_image(value)
+        left, top, width, height = random_box(image.size, self.scale, self.ratio, rng)
+        if self.shrink and not isinstance(value, np.ndarray):
+            before = image.size
+            # libjpeg picks the smallest of its scales that is no smaller than what is asked for.
+            factor = min(width, height) / (2 * self.size)
+            image.draft(None, (math.ceil(before[0] / factor), math.ceil(before[1] / factor))) if factor > 1 else None
+            x, y = image.size[0] / before[0], image.size[1] / before[1]
+            left, width, top, height = round(left * x), round(width * x), round(top * y), round(height * y)
+        picture = to_rgb(image)
+        if picture.size != image.size:  # EXIF turned it by a quarter: the same draw, on the upright image
+            left, top, width, height = top, left, height, width
+        part = picture.crop((left, top, left + width, top + height))
+        resized = part.resize((self.size, self.size), Image.Resampling(RESAMPLING[self.resample]))
+        return element | {"image": np.asarray(resized)}
+
+
+def random_box(
+    size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """(left, top, width, height) of a random part of a (width, height) image.
+
+    torchvision's `RandomResizedCrop.get_params`: ten tries, then the largest central part within the ratios.
+    """
+    total_width, total_height = size
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = total_width * total_height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(low, high))
+        width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < width <= total_width and 0 < height <= total_height:
+            left, top = rng.integers(total_width - width + 1), rng.integers(total_height - height + 1)
+            return int(left), int(top), width, height
+    width, height = total_width, total_height
+    if total_width / total_height < ratio[0]:
+        height = round(total_width / ratio[0])
+    elif total_width / total_height > ratio[1]:
+        width = round(total_height * ratio[1])
+    return (total_width - width) // 2, (total_height - height) // 2, width, height
+
+
+@dataclass(frozen=True)
+class RandomFlip(transforms.RandomMap):
+    """`image`: uint8 [height, width, 3], mirrored left to right with probability `p`."""
+
+    p: float = 0.5
+
+    def random_map(self, element: Record, rng: np.random.Generator) -> Record:
+        if rng.random() >= self.p:
+            return element
+        return element | {"image": np.ascontiguousarray(element["image"][:, ::-1])}
+
+
+@dataclass(frozen=True)
+class EncodeText(transforms.RandomMap):
+    """`text` (or one of `texts`, drawn at random, where a record has several) -> int32 [l].
+
+    encode: strings -> ids [b, l] of a constant l, as the tokenizers of `mmjax.text` do.
+    several: draw from `texts`; False always takes `text`.
+    template: with "{}" for the caption, "a drawing of a {}".
+    """
+
+    encode: Callable[[Sequence[str]], Any]
+    several: bool = True
+    template: str = "{}"
+
+    def random_map(self, element: Record, rng: np.random.Generator) -> Record:
+        texts = element.get("texts") if self.several else None
+        text = texts[rng.integers(len(texts))] if texts else element.get("text")
+        if text is None:
+            raise BadRecord("caption: missing")
+        ids = np.asarray(self.encode([self.template.replace("{}", clean_caption(text))]), np.int32)
+        return element | {"text": ids[0]}
