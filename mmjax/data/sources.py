@@ -4,9 +4,14 @@ A source knows nothing of order, decoding or batches. Files are opened when a re
 travels to worker processes as a few paths.
 """
 
+import gzip
 import hashlib
+import math
+import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import struct
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -91,6 +96,51 @@ def read_bytes(path: pathlib.Path) -> bytes:
         raise BadRecord("file: unreadable", str(path), str(error)) from error
 
 
-def records(source: Source) -> Iterator[Record]:
-    """All records in order; raises the first BadRecord."""
-    return (source[i] for i in range(len(source)))
+class RandomAccess:
+    """Anything with `len` and `[i]`: Grain's ArrayRecordDataSource, tfds.data_source, a `datasets.Dataset`.
+
+    to_record: item -> record. fingerprint: what identifies the items and their order; by default the source's repr.
+    """
+
+    def __init__(self, items: Any, to_record: Callable[[Any], Record], name: str, fingerprint: str | None = None):
+        self.items, self.to_record, self.name = items, to_record, name
+        self.fingerprint = fingerprint or hashlib.sha256(f"{name} {items!r} {len(items)}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.to_record(self.items[index])
+
+    def record_name(self, index: int) -> str:
+        return f"{self.name}[{index}]"
+
+
+IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
+
+
+def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
+    """An IDX file (MNIST and its family), gzipped or not, as an array in the machine's byte order.
+
+        ArraySource(image=read_idx("train-images-idx3-ubyte.gz"), label=read_idx("train-labels-idx1-ubyte.gz"))
+
+    Raises MmjaxError: not IDX, or not as long as its header says.
+    """
+    file = pathlib.Path(path)
+    with file.open("rb") as opened:
+        raw = opened.read(2)
+    try:
+        with gzip.open(file) if raw == b"\x1f\x8b" else file.open("rb") as opened:
+            head = opened.read(4)
+            if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in IDX_TYPES:
+                raise MmjaxError(f"{file}: not an IDX file, it starts with {head!r}")
+            dtype = np.dtype(IDX_TYPES[head[2]])
+            shape = struct.unpack(f">{head[3]}I", opened.read(4 * head[3]))
+            wanted = math.prod(shape) * dtype.itemsize
+            data = opened.read(wanted + 1)  # no more than that, whatever gzip would unpack to
+    except (EOFError, OSError, struct.error, zlib.error) as error:
+        raise MmjaxError(f"{file}: {type(error).__name__}: {error}") from error
+    if len(data) != wanted:
+        told = "more" if len(data) > wanted else f"{len(data)}"
+        raise MmjaxError(f"{file}: the header says {list(shape)} {dtype.name}, {wanted} bytes; there are {told}")
+    return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="))
