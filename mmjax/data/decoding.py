@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mmjax.errors import MmjaxError
 
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 50_000_000
 """150 MB of RGB; Pillow itself only warns below 179 million."""
 MAX_CHARACTERS = 10_000
@@ -83,7 +83,7 @@ def open_image(data: bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Ima
 def to_rgb(image: Image.Image, name: str = "") -> Image.Image:
     """Decodes an opened image to upright 8-bit RGB; transparency is laid on white. Raises BadRecord."""
     try:
-        image.load()
+        image.load()  # a phone's JPEG with several pictures in it gives its first
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
@@ -94,6 +94,15 @@ def to_rgb(image: Image.Image, name: str = "") -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:
         raise _translate(error, name) from error
+
+
+def upright_size(image: Image.Image, name: str = "") -> tuple[int, int]:
+    """(width, height) that `to_rgb` will give, EXIF orientation considered. Raises BadRecord."""
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except Exception as error:
+        raise _translate(error, name) from error
+    return (image.size[1], image.size[0]) if turned else image.size
 
 
 def decode_image(data: bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> np.ndarray:

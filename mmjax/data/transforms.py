@@ -13,7 +13,7 @@ import numpy as np
 from grain import transforms
 from PIL import Image
 
-from mmjax.data.decoding import MAX_PIXELS, BadRecord, clean_caption, open_image, to_rgb
+from mmjax.data.decoding import MAX_PIXELS, BadRecord, clean_caption, open_image, to_rgb, upright_size
 from mmjax.data.preprocess import RESAMPLING, ImagePreprocessing, Resample
 from mmjax.data.sources import Record
 
@@ -50,8 +50,8 @@ class RandomResizedCrop(transforms.RandomMap):
     """`image`: bytes or uint8 -> uint8 [size, size, 3]: a random part, resized (torchvision's rule).
 
     scale: the part's share of the area, uniform; ratio: its width / height, log-uniform.
-    shrink: large JPEGs are decoded at a half, a quarter or an eighth where the part still has twice `size`: several
-        times faster; the pixels differ a little from those of decoding in full.
+    shrink: JPEGs are decoded at a half, a quarter or an eighth where the part still has twice `size` on each side:
+        several times faster for large photographs; pixels differ a little from those of decoding in full.
     """
 
     size: int
@@ -62,21 +62,32 @@ class RandomResizedCrop(transforms.RandomMap):
 
     def random_map(self, element: Record, rng: np.random.Generator) -> Record:
         value = element["image"]
-        image = Image.fromarray(value).convert("RGB") if isinstance(value, np.ndarray) else open_image(value)
-        left, top, width, height = random_box(image.size, self.scale, self.ratio, rng)
-        if self.shrink and not isinstance(value, np.ndarray):
-            before = image.size
-            # libjpeg picks the smallest of its scales that is no smaller than what is asked for.
-            factor = min(width, height) / (2 * self.size)
-            image.draft(None, (math.ceil(before[0] / factor), math.ceil(before[1] / factor))) if factor > 1 else None
-            x, y = image.size[0] / before[0], image.size[1] / before[1]
-            left, width, top, height = round(left * x), round(width * x), round(top * y), round(height * y)
-        picture = to_rgb(image)
-        if picture.size != image.size:  # EXIF turned it by a quarter: the same draw, on the upright image
-            left, top, width, height = top, left, height, width
-        part = picture.crop((left, top, left + width, top + height))
-        resized = part.resize((self.size, self.size), Image.Resampling(RESAMPLING[self.resample]))
-        return element | {"image": np.asarray(resized)}
+        if isinstance(value, np.ndarray):
+            picture = _picture(value)
+            size = picture.size
+            left, top, width, height = random_box(size, self.scale, self.ratio, rng)
+        else:
+            image = open_image(value)
+            size = upright_size(image)
+            left, top, width, height = random_box(size, self.scale, self.ratio, rng)
+            if self.shrink and min(width, height) > 4 * self.size:
+                factor = min(width, height) / (2 * self.size)
+                # libjpeg takes its largest step (2, 4, 8) that leaves no less than this; other formats do nothing.
+                image.draft(None, (int(image.size[0] / factor), int(image.size[1] / factor)))
+            picture = to_rgb(image)
+        target, resample = (self.size, self.size), Image.Resampling(RESAMPLING[self.resample])
+        if picture.size == size:
+            part = picture.crop((left, top, left + width, top + height)).resize(target, resample)
+        else:
+            x, y = picture.size[0] / size[0], picture.size[1] / size[1]
+            box = (
+                left * x,
+                top * y,
+                min((left + width) * x, picture.size[0]),
+                min((top + height) * y, picture.size[1]),
+            )
+            part = picture.resize(target, resample, box)
+        return element | {"image": np.asarray(part)}
 
 
 def random_box(
