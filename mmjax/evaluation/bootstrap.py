@@ -1,0 +1,152 @@
+"""How sure a number is: intervals over test items, tests between two systems, spread over seeds. NumPy, on the host.
+
+An item is what was drawn independently: for retrieval and captions an IMAGE with all its captions, never a caption.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mmjax.types import ArrayLike, Bool, Float, MmjaxError
+
+RESAMPLES = 1000
+LEVEL = 0.95
+Z = 1.959963984540054
+"""The normal distribution's 97.5 % point."""
+BLOCK = 2**24
+"""So many counts of resampled items are held at a time."""
+
+Metric = Callable[[np.ndarray], np.ndarray]
+"""Sums of the items' statistics [..., m] -> the metric [...]."""
+
+
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """The metric "first statistic over the second, in percent": hits over queries, correct over items."""
+    return 100.0 * sums[..., 0] / sums[..., 1]
+
+
+def resampled_sums(
+    statistics: Float[ArrayLike, "items m"], resamples: int = RESAMPLES, seed: int = 0
+) -> Float[np.ndarray, "resamples m"]:
+    """Sums of the statistics over `resamples` draws of as many items as there are, with replacement; float64.
+
+    Items with equal statistics are drawn together (a multinomial draw of how often each distinct row comes): the same
+    distribution at a cost that does not grow with the items, and the same numbers in whatever order they are given.
+    """
+    values = np.asarray(statistics, np.float64)
+    if values.ndim != 2 or not len(values) or not np.isfinite(values).all():
+        raise MmjaxError(f"statistics: need finite numbers [items, m] of at least one item, not {list(values.shape)}")
+    rows, counts = np.unique(values, axis=0, return_counts=True)
+    rng = np.random.default_rng(seed)
+    sums = np.empty((resamples, values.shape[1]))
+    step = max(1, BLOCK // len(rows))
+    for start in range(0, resamples, step):
+        block = sums[start : start + step]
+        block[:] = rng.multinomial(len(values), counts / len(values), size=len(block)) @ rows
+    return sums
+
+
+def bootstrap_interval(
+    statistics: Float[ArrayLike, "items m"],
+    metric: Metric = ratio,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = LEVEL,
+) -> tuple[float, float]:
+    """The percentile interval of a corpus metric that is a function of its items' summed statistics."""
+    drawn = metric(resampled_sums(statistics, resamples, seed))
+    tail = 50.0 * (1.0 - level)
+    low, high = np.nanpercentile(drawn, [tail, 100.0 - tail])
+    return float(low), float(high)
+
+
+def wilson_interval(successes: float, n: int, z: float = Z) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, in percent: has a width also where all or none succeed."""
+    if n < 1 or not 0 <= successes <= n:
+        raise MmjaxError(f"successes={successes} of n={n} is no proportion")
+    share, wide = successes / n, z * z / n
+    centre = share + wide / 2
+    half = z * math.sqrt((share * (1 - share) + wide / 4) / n)
+    return max(0.0, 100.0 * (centre - half) / (1 + wide)), min(100.0, 100.0 * (centre + half) / (1 + wide))
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Of two systems on the same items, first minus second; `p`: two-sided, that there is none."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def paired_bootstrap(
+    first: Float[ArrayLike, "items m"],
+    second: Float[ArrayLike, "items m"],
+    metric: Metric = ratio,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Difference:
+    """The difference of a corpus metric between two systems, both judged on the same resampled items."""
+    one, two = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if one.shape != two.shape:
+        raise MmjaxError(f"first {list(one.shape)} and second {list(two.shape)} are not about the same items")
+    m = one.shape[1]
+    sums = resampled_sums(np.concatenate([one, two], 1), resamples, seed)
+    drawn = metric(sums[:, :m]) - metric(sums[:, m:])
+    low, high = (float(end) for end in np.percentile(drawn, [50 * (1 - LEVEL), 50 * (1 + LEVEL)]))
+    beyond = int(min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0)))
+    value = float(metric(one.sum(0)) - metric(two.sum(0)))
+    return Difference(value, low, high, min(1.0, 2 * (beyond + 1) / (resamples + 1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class McNemar:
+    """Items that only the first, only the second system got right; `p`: exact binomial, two-sided."""
+
+    only_first: int
+    only_second: int
+    p: float
+
+
+def mcnemar(first: Bool[ArrayLike, " items"], second: Bool[ArrayLike, " items"]) -> McNemar:
+    """Whether two systems' accuracies on the same items differ (McNemar 1947): only what one gets right counts."""
+    one, two = np.asarray(first, bool), np.asarray(second, bool)
+    if one.shape != two.shape or one.ndim != 1:
+        raise MmjaxError(f"first {list(one.shape)} and second {list(two.shape)} are not about the same items")
+    b, c = int(np.count_nonzero(one & ~two)), int(np.count_nonzero(two & ~one))
+    n = b + c
+    logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(min(b, c) + 1)]
+    tail = sum(math.exp(value - n * math.log(2.0)) for value in logs)
+    return McNemar(b, c, min(1.0, 2 * tail))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values of several comparisons, adjusted so that the chance of any false finding stays below the level."""
+    n, adjusted, worst = len(p_values), [0.0] * len(p_values), 0.0
+    for place, index in enumerate(sorted(range(n), key=lambda i: p_values[i])):
+        worst = max(worst, min(1.0, (n - place) * p_values[index]))
+        adjusted[index] = worst
+    return adjusted
+
+
+@dataclasses.dataclass(frozen=True)
+class OverSeeds:
+    """Mean and sample standard deviation (n - 1) of n runs; `std` is None of a single run."""
+
+    mean: float
+    std: float | None
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} (one run)" if self.std is None else f"{self.mean:.2f} ± {self.std:.2f} (n = {self.n})"
+
+
+def over_seeds(values: Sequence[float]) -> OverSeeds:
+    """The summary of runs that differ in their seed alone."""
+    array = np.asarray(values, np.float64)
+    if array.ndim != 1 or not len(array) or not np.isfinite(array).all():
+        raise MmjaxError(f"values: need one finite number a run, not {values!r}")
+    return OverSeeds(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None, len(array))
