@@ -1,0 +1,181 @@
+"""Pictures of what was found, as uint8 arrays [height, width, 3]; matplotlib without pyplot's global state."""
+
+import io
+import textwrap
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
+from PIL import Image
+
+from mmjax.types import Float, Int, MmjaxError, UInt8
+
+RIGHT, WRONG = "#1a9850", "#bbbbbb"
+Found = tuple[Int[np.ndarray, " rows"], Int[np.ndarray, "rows k"]]
+"""Indices of queries, and of each query's candidates, best first."""
+
+
+def retrieval_picture(
+    thumbnails: UInt8[np.ndarray, "n height width 3"],
+    captions: Sequence[str],
+    text_image: Int[np.ndarray, " m"],
+    image_queries: Found,
+    text_queries: Found,
+    attribution: str | None = None,
+) -> UInt8[np.ndarray, "pixels_high pixels_wide 3"]:
+    """Queries with what was found for them: on the left texts for images, on the right images for texts.
+
+    Right answers are framed, or written, in green. `attribution` is a line at the foot.
+    Raises MmjaxError for thumbnails that are not uint8 images, or captions that are not one a text.
+    """
+    if thumbnails.dtype != np.uint8 or thumbnails.ndim != 4:
+        raise MmjaxError(f"thumbnails: need uint8 [n, height, width, 3], not {thumbnails.dtype} {thumbnails.shape}")
+    if len(captions) != len(text_image):
+        raise MmjaxError(f"captions: {len(captions)} of them for {len(text_image)} texts")
+    k = max(image_queries[1].shape[1], text_queries[1].shape[1])
+    rows = max(len(image_queries[0]), len(text_queries[0]))
+    figure = Figure(figsize=(4.6 + 2.2 + 1.0 * k, 1.15 * rows + 0.7), dpi=100)
+    grid = figure.add_gridspec(1, 2, width_ratios=(4.6, 2.2 + 1.0 * k), wspace=0.04, left=0.01, right=0.99, bottom=0.06)
+    _texts_of_images(figure, grid[0, 0], rows, thumbnails, captions, text_image, image_queries)
+    _images_of_texts(figure, grid[0, 1], rows, thumbnails, captions, text_image, text_queries)
+    if attribution:
+        figure.text(0.01, 0.01, attribution, fontsize=7, color="#444444")
+    return pixels(figure)
+
+
+def _texts_of_images(
+    figure: Figure,
+    place: SubplotSpec,
+    rows: int,
+    thumbnails: np.ndarray,
+    captions: Sequence[str],
+    text_image: np.ndarray,
+    found: Found,
+) -> None:
+    grid = place.subgridspec(rows, 2, width_ratios=(1, 3.6), wspace=0.03, hspace=0.12)
+    for row, (query, candidates) in enumerate(zip(*found)):
+        axes = figure.add_subplot(grid[row, 0])
+        axes.imshow(thumbnails[query], interpolation="nearest")
+        _bare(axes)
+        words = figure.add_subplot(grid[row, 1])
+        words.axis("off")
+        if row == 0:
+            axes.set_title("image", fontsize=9)
+            words.set_title("nearest texts", fontsize=9, loc="left")
+        for line, text in enumerate(candidates):
+            right = text_image[text] == query
+            told = textwrap.shorten(captions[int(text)], 52, placeholder=" ...")
+            colour, weight = (RIGHT, "bold") if right else ("#333333", "normal")
+            height = 1 - (line + 0.5) / len(candidates)
+            words.text(0, height, _plain(told), fontsize=8, color=colour, weight=weight, va="center")
+
+
+def _images_of_texts(
+    figure: Figure,
+    place: SubplotSpec,
+    rows: int,
+    thumbnails: np.ndarray,
+    captions: Sequence[str],
+    text_image: np.ndarray,
+    found: Found,
+) -> None:
+    k = found[1].shape[1]
+    grid = place.subgridspec(rows, k + 1, width_ratios=(2.2, *[1.0] * k), wspace=0.08, hspace=0.12)
+    for row, (query, candidates) in enumerate(zip(*found)):
+        words = figure.add_subplot(grid[row, 0])
+        words.axis("off")
+        told = "\n".join(textwrap.wrap(captions[int(query)], 26, max_lines=4, placeholder=" ..."))
+        words.text(0.97, 0.5, _plain(told), fontsize=8, ha="right", va="center")
+        if row == 0:
+            words.set_title("text", fontsize=9, loc="right")
+        for column, image in enumerate(candidates):
+            axes = figure.add_subplot(grid[row, column + 1])
+            axes.imshow(thumbnails[image], interpolation="nearest")
+            _bare(axes, RIGHT if text_image[query] == image else WRONG)
+            if row == 0:
+                axes.set_title(f"{column + 1}", fontsize=9)
+
+
+def confusion_picture(
+    matrix: Int[np.ndarray, "c c"], classes: Sequence[str], attribution: str | None = None
+) -> UInt8[np.ndarray, "pixels_high pixels_wide 3"]:
+    """How often each class (row) was taken for each (column), rows as percentages, counts written where they fit."""
+    if matrix.shape != (len(classes), len(classes)):
+        raise MmjaxError(f"matrix: need [{len(classes)}, {len(classes)}] for the classes, not {list(matrix.shape)}")
+    share = 100.0 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    size = min(14.0, 2.5 + 0.45 * len(classes))
+    figure = Figure(figsize=(size + 1, size), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    drawn = axes.imshow(share, vmin=0, vmax=100, cmap="viridis")
+    figure.colorbar(drawn, ax=axes, label="% of the class", shrink=0.8)
+    if len(classes) <= 40:
+        names = [_plain(textwrap.shorten(name, 24, placeholder=" ...")) for name in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(classes)), names, fontsize=8)
+    if len(classes) <= 20:
+        for (row, column), count in np.ndenumerate(matrix):
+            if count:
+                colour = "black" if share[row, column] > 60 else "white"
+                axes.text(column, row, f"{count}", ha="center", va="center", fontsize=7, color=colour)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if attribution:
+        figure.supxlabel(attribution, fontsize=7, color="#444444", x=0.01, ha="left")
+    return pixels(figure)
+
+
+def accuracy_picture(
+    accuracy: Float[np.ndarray, " c"],
+    counts: Int[np.ndarray, " c"],
+    classes: Sequence[str],
+    attribution: str | None = None,
+) -> UInt8[np.ndarray, "pixels_high pixels_wide 3"]:
+    """A bar a class, best first: accuracy in percent, with the number of items beside the name. NaN: no items."""
+    if not len(accuracy) == len(counts) == len(classes):
+        raise MmjaxError(f"classes: {len(classes)} for {len(accuracy)} accuracies and {len(counts)} counts")
+    order = np.argsort(np.nan_to_num(accuracy, nan=-1.0), kind="stable")
+    figure = Figure(figsize=(7, min(40.0, 1.2 + 0.24 * len(classes))), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh(range(len(order)), np.nan_to_num(accuracy[order]), color="#4575b4")
+    names = [f"{_plain(textwrap.shorten(classes[int(i)], 32, placeholder=' ...'))} ({counts[i]})" for i in order]
+    axes.set_yticks(range(len(order)), names, fontsize=8)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("accuracy, %")
+    axes.grid(axis="x", alpha=0.3)
+    if attribution:
+        figure.supxlabel(attribution, fontsize=7, color="#444444", x=0.01, ha="left")
+    return pixels(figure)
+
+
+def pixels(figure: Figure) -> UInt8[np.ndarray, "pixels_high pixels_wide 3"]:
+    """A matplotlib figure as an array."""
+    canvas = FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box stands for a character without a glyph
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def png(picture: UInt8[np.ndarray, "height width 3"]) -> bytes:
+    """The picture as the bytes of a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, format="PNG")
+    return file.getvalue()
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib shall not read as mathematics."""
+    return text.replace("$", r"\$")
+
+
+def _bare(axes: object, frame: str | None = None) -> None:
+    """No ticks; a thick frame in a colour, or none."""
+    axes.set_xticks([])  # type: ignore[attr-defined]
+    axes.set_yticks([])  # type: ignore[attr-defined]
+    for spine in axes.spines.values():  # type: ignore[attr-defined]
+        spine.set_visible(frame is not None)
+        spine.set_linewidth(3 if frame == RIGHT else 1)
+        spine.set_edgecolor(frame or "none")

@@ -1,0 +1,259 @@
+"""Retrieval between images and texts: R@K both ways, several captions an image, exact ranks without sorting.
+
+Protocol (ALBEF `Retrieval.py`, BLIP, LAVIS, big_vision: all the same): an image's rank is that of the best of its
+captions; every caption is a query of its own, whose rank is that of its one image. R@K is the share of queries of rank
+below K, in percent. Ties count against the model: what scores the same as the right answer stands before it, so an
+encoder that gives one vector to everything gets 0, not 100.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax.evaluation.features import (
+    Encode,
+    Extractor,
+    checked_features,
+    checked_integers,
+    finite,
+    unit,
+)
+from mmjax.evaluation.pictures import retrieval_picture
+from mmjax.evaluation.protocol import Outcome, ScoredEvaluation
+from mmjax.evaluation.report import Score, clustered_proportion
+from mmjax.types import Array, ArrayLike, Float, Int, MmjaxError, Params
+
+BLOCK = 2**24
+"""So many scores are held at a time: 64 MiB."""
+KS = (1, 5, 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """Ranks from 0 (best) of n images and m texts.
+
+    image: int32 [n], the best rank of an image's own texts among all texts.
+    text: int32 [m], the rank of a text's own image among all images.
+    text_image: int32 [m], which image a text belongs to.
+    """
+
+    image: Int[np.ndarray, " n"]
+    text: Int[np.ndarray, " m"]
+    text_image: Int[np.ndarray, " m"]
+
+    def scores(self, ks: Sequence[int] = KS, resamples: int = 1000, seed: int = 0) -> dict[str, Score]:
+        """`image_to_text_R@K` and `text_to_image_R@K` in percent, and the median ranks, counted from 1.
+
+        Intervals resample images with all their captions (the candidates stay). Chance is that of a random order.
+        """
+        n, m = len(self.image), len(self.text)
+        captions = np.bincount(self.text_image, minlength=n)
+        told: dict[str, Score] = {}
+        for k in ks:
+            lucky = 100.0 * float(np.mean(_lucky(captions, m, k)))
+            hits = self.image < k
+            told[f"image_to_text_R@{k}"] = clustered_proportion(hits, np.ones(n), lucky, resamples, seed)
+        for k in ks:
+            hits = np.bincount(self.text_image, self.text < k, minlength=n)
+            lucky = 100.0 * min(k, n) / n
+            told[f"text_to_image_R@{k}"] = clustered_proportion(hits, captions, lucky, resamples, seed)
+        told["image_to_text_median_rank"] = Score(float(np.median(self.image)) + 1, n, unit="rank")
+        told["text_to_image_median_rank"] = Score(float(np.median(self.text)) + 1, m, chance=(n + 1) / 2, unit="rank")
+        return told
+
+
+def _lucky(captions: np.ndarray, m: int, k: int) -> np.ndarray:
+    """The chance that a random order of m texts has one of an image's `captions` among its first k."""
+    missed = np.ones(len(captions))
+    for place in range(min(k, m)):
+        missed *= np.maximum(m - captions - place, 0) / (m - place)
+    return 1.0 - missed
+
+
+def ranks_of_features(
+    image_features: Float[ArrayLike, "n d"],
+    text_features: Float[ArrayLike, "m d"],
+    text_image: Int[ArrayLike, " m"] | None = None,
+) -> Ranks:
+    """Ranks by cosine similarity; the n x m matrix exists only in blocks.
+
+    Args:
+        text_image: the image of each text; None: text i belongs to image i.
+
+    Raises MmjaxError, naming the argument: wrong shapes, no items, NaN, an image without a text.
+    """
+    images = checked_features("image_features", image_features)
+    texts = checked_features("text_features", text_features, images.shape[1])
+    owner = _owners(text_image, len(images), len(texts))
+    own_image = jnp.arange(len(images), dtype=jnp.int32)
+    image_ranks = _blockwise(images, own_image, texts, owner)
+    text_ranks = _blockwise(texts, owner, images, own_image)
+    return Ranks(image_ranks, text_ranks, owner)
+
+
+def ranks_of_scores(
+    image_text_scores: Float[ArrayLike, "n m"],
+    text_image: Int[ArrayLike, " m"] | None = None,
+    text_image_scores: Float[ArrayLike, "m n"] | None = None,
+) -> Ranks:
+    """Ranks by any scores, higher is better: of a matching head on a shortlist, say, with -100 elsewhere.
+
+    Args:
+        text_image_scores: those of the other direction, where they differ; None: the transpose.
+
+    Raises MmjaxError as `ranks_of_features`.
+    """
+    forward = _score_matrix("image_text_scores", image_text_scores)
+    n, m = forward.shape
+    backward = forward.T
+    if text_image_scores is not None:
+        backward = _score_matrix("text_image_scores", text_image_scores)
+        if backward.shape != (m, n):
+            raise MmjaxError(f"text_image_scores: need [{m}, {n}], not {list(backward.shape)}")
+    owner = _owners(text_image, n, m)
+    own_image = jnp.arange(n, dtype=jnp.int32)
+    image_ranks, text_ranks = _ranks(forward, own_image, owner), _ranks(backward, owner, own_image)
+    return Ranks(np.asarray(image_ranks), np.asarray(text_ranks), owner)
+
+
+def _score_matrix(name: str, scores: ArrayLike) -> Float[Array, "n m"]:
+    if len(np.shape(scores)) != 2 or 0 in np.shape(scores):
+        raise MmjaxError(f"{name}: need [images, texts] scores, not {list(np.shape(scores))}")
+    return finite(name, jnp.asarray(scores, jnp.float32))
+
+
+def _owners(text_image: Int[ArrayLike, " m"] | None, n: int, m: int) -> Int[np.ndarray, " m"]:
+    if text_image is None:
+        if n != m:
+            raise MmjaxError(f"text_image: {n} images and {m} texts; which image is each text of?")
+        return np.arange(n, dtype=np.int32)
+    owner = checked_integers("text_image", text_image, m, n)
+    without = np.setdiff1d(np.arange(n), owner)
+    if len(without):
+        raise MmjaxError(f"text_image: {len(without)} of {n} images have no text, image {without[0]} for one")
+    return owner
+
+
+@jax.jit
+def _ranks(scores: Float[Array, "b s"], query: Int[Array, " b"], candidate: Int[Array, " s"]) -> Int[Array, " b"]:
+    """How many wrong candidates score at least as high as the best right one: those whose number is not the query's."""
+    right = query[:, None] == candidate[None, :]
+    best = jnp.max(scores, axis=1, keepdims=True, where=right, initial=-jnp.inf)
+    return jnp.sum(~right & (scores >= best), axis=1, dtype=jnp.int32)
+
+
+@jax.jit
+def _cosine_ranks(
+    queries: Float[Array, "b d"], query: Int[Array, " b"], candidates: Float[Array, "s d"], candidate: Int[Array, " s"]
+) -> Int[Array, " b"]:
+    return _ranks(_cosines(queries, candidates), query, candidate)
+
+
+@jax.jit
+def _cosines(queries: Float[Array, "b d"], candidates: Float[Array, "s d"]) -> Float[Array, "b s"]:
+    # The right answer's score is read off the same product: computed apart it could differ in the last bit.
+    return jnp.matmul(unit(queries), unit(candidates).T, precision="highest")
+
+
+def _blockwise(queries: Any, query: Any, candidates: Any, candidate: Any) -> Int[np.ndarray, " b"]:
+    """Ranks of all queries, so many rows at a time; blocks have one shape, the last overlaps the one before."""
+    size = min(len(queries), max(1, BLOCK // len(candidates)))
+    starts = [min(start, len(queries) - size) for start in range(0, len(queries), size)]
+    query, candidate = jnp.asarray(query), jnp.asarray(candidate)
+    ranks = np.empty(len(queries), np.int32)
+    found = [
+        _cosine_ranks(queries[start : start + size], query[start : start + size], candidates, candidate)
+        for start in starts
+    ]
+    for start, block in zip(starts, found):
+        ranks[start : start + size] = np.asarray(block)
+    return ranks
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _top(queries: Float[Array, "b d"], candidates: Float[Array, "s d"], k: int) -> Int[Array, "b k"]:
+    return jax.lax.top_k(_cosines(queries, candidates), k)[1]
+
+
+def top_candidates(
+    query_features: Float[ArrayLike, "b d"], candidate_features: Float[ArrayLike, "s d"], k: int = 5
+) -> Int[np.ndarray, "b k"]:
+    """Indices of the k candidates (or all, if there are fewer) nearest by cosine to each of a few queries."""
+    queries = checked_features("query_features", query_features)
+    candidates = checked_features("candidate_features", candidate_features, queries.shape[1])
+    return np.asarray(_top(queries, candidates, min(k, len(candidates))))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class RetrievalEvaluation(ScoredEvaluation):
+    """R@K of a two-tower model, and a picture of what it finds.
+
+    Attributes:
+        encode_image: (params, state, images [b, ...]) -> features [b, d].
+        encode_text: (params, state, texts [b, ...]) -> features [b, d].
+        images: an array [n, ...]; uint8 ones [n, height, width, 3] are also those of the picture.
+        texts: an array [m, ...] or a dict of arrays, of all captions.
+        text_image: int [m], the image of each text; None: text i belongs to image i.
+        ks: the K of R@K.
+        captions: the texts as strings; with images of bytes they make the picture.
+        thumbnails: uint8 [n, height, width, 3], where `images` are not to be shown.
+        attribution: a line under the picture; licences of drawings ask for it.
+        batch_size: rows encoded at a time.
+    """
+
+    name: str = "retrieval"
+    encode_image: Encode
+    encode_text: Encode
+    images: ArrayLike
+    texts: ArrayLike | Mapping[str, ArrayLike]
+    text_image: Int[ArrayLike, " m"] | None = None
+    ks: tuple[int, ...] = KS
+    captions: Sequence[str] | None = None
+    thumbnails: np.ndarray | None = None
+    attribution: str | None = None
+    batch_size: int = 256
+
+    @functools.cached_property
+    def _extractors(self) -> tuple[Extractor, Extractor]:
+        return Extractor(self.encode_image, self.batch_size), Extractor(self.encode_text, self.batch_size)
+
+    def ranks(self, params: Params, state: Any = None) -> Ranks:
+        """Ranks of every image and text, for tests between two models on the same items."""
+        return ranks_of_features(*self._features(params, state), self.text_image)
+
+    def _features(self, params: Params, state: Any) -> tuple[np.ndarray, np.ndarray]:
+        image, text = self._extractors
+        return image(params, state, self.images, "images"), text(params, state, self.texts, "texts")
+
+    def evaluate(self, params: Params, state: Any, pictures: bool = True) -> Outcome:
+        images, texts = self._features(params, state)
+        ranks = ranks_of_features(images, texts, self.text_image)
+        # One data set's metrics keep the plain names; a second one, called otherwise, gets its name before them.
+        prefix = "" if self.name == "retrieval" else f"{self.name}_"
+        scores = {f"{prefix}{name}": score for name, score in ranks.scores(self.ks).items()}
+        counts = {f"{self.name}_n": len(ranks.image), f"{self.name}_n_texts": len(ranks.text)}
+        picture = self._picture(images, texts, ranks.text_image) if pictures else None
+        return Outcome(scores, counts, {} if picture is None else {f"{self.name}_picture": picture})
+
+    def _picture(self, images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> np.ndarray | None:
+        shown = self.thumbnails
+        if shown is None and isinstance(self.images, np.ndarray) and self.images.dtype == np.uint8:
+            shown = self.images
+        if shown is None or self.captions is None:
+            return None
+        # The same few queries every time, spread over the data, so that pictures of a run can be compared.
+        image_queries = np.unique(np.linspace(0, len(images) - 1, min(6, len(images))).astype(int))
+        text_queries = np.array([np.flatnonzero(owner == image)[0] for image in image_queries])
+        return retrieval_picture(
+            shown,
+            self.captions,
+            owner,
+            (image_queries, top_candidates(images[image_queries], texts)),
+            (text_queries, top_candidates(texts[text_queries], images)),
+            self.attribution,
+        )
