@@ -1,0 +1,81 @@
+"""Attention: the one function that every system goes through, and the masks that it takes.
+
+Masks are boolean, True = may attend, and broadcast to [b, h, l, s]. They are joined with `&`.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from mmjax.types import Array, Bool, Float, Int, PRNGKeyArray
+
+
+def padding_mask(valid: Bool[Array, "b s"] | Int[Array, "b s"]) -> Bool[Array, "b 1 1 s"]:
+    """Which keys are tokens: from an attention mask as tokenizers give it (1 = a token, 0 = padding)."""
+    return valid.astype(bool)[:, None, None, :]
+
+
+def causal_mask(l: int, s: int) -> Bool[Array, "1 1 l s"]:
+    """Queries see themselves and what is before them. The last query stands at the last key (l < s: a cache)."""
+    return (jnp.arange(s) <= jnp.arange(l)[:, None] + (s - l))[None, None]
+
+
+def attention_weights(
+    q: Float[Array, "b l h k"],
+    k: Float[Array, "b s h k"],
+    mask: Bool[Array, "#b #h #l s"] | None = None,
+    causal: bool = False,
+) -> Float[Array, "b h l s"]:
+    """softmax(q k^T / sqrt(k)) over the keys, float32. A query that may attend to nothing attends evenly to all."""
+    q, k = rearrange(q, "b l h k -> b h l k"), rearrange(k, "b s h k -> b h s k")
+    scores = jnp.einsum("bhlk,bhsk->bhls", q / math.sqrt(q.shape[-1]), k, preferred_element_type=jnp.float32)
+    allowed = causal_mask(q.shape[2], k.shape[2]) if causal else None
+    if mask is not None:
+        allowed = mask if allowed is None else allowed & mask
+    if allowed is not None:
+        scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def dot_product_attention(
+    q: Float[Array, "b l h k"],
+    k: Float[Array, "b s h k"],
+    v: Float[Array, "b s h k"],
+    mask: Bool[Array, "#b #h #l s"] | None = None,
+    *,
+    causal: bool = False,
+    dropout_rate: float = 0.0,
+    dropout_rng: PRNGKeyArray | None = None,
+) -> Float[Array, "b l h k"]:
+    """Attention in the dtype of its arguments, softmax in float32.
+
+    mask: True = may attend, broadcastable to [b, h, l, s]. causal: `causal_mask`, besides `mask`.
+    dropout_rate: of the weights, where a key is given.
+    Which program runs: cuDNN's fused kernel on a GPU in half precision, where it takes the shapes; otherwise the sums
+    written out with the heads before the tokens, which XLA's CPU backend runs 1.4-1.8 times as fast as
+    `jax.nn.dot_product_attention` (8 x 197 tokens, 12 heads). All give the same numbers to rounding.
+    """
+    dropping = dropout_rate > 0 and dropout_rng is not None
+    if not dropping and _cudnn_takes(q, k, mask, causal):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
+    weights = attention_weights(q, k, mask, causal)
+    if dropping:
+        kept = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, weights.shape)
+        weights = jnp.where(kept, weights / (1 - dropout_rate), 0)
+    v = rearrange(v, "b s h k -> b h s k")
+    mixed = jnp.einsum("bhls,bhsk->bhlk", weights.astype(v.dtype), v)
+    return rearrange(mixed, "b h l k -> b l h k")
+
+
+def _cudnn_takes(q: Any, k: Any, mask: Any, causal: bool) -> bool:
+    """cuDNN's flash attention: half precision, head widths to 128 in steps of 8, its own causal mask for l = s only.
+
+    Short masked rows go the other way: a mask becomes a bias there, whose rows must be even in length.
+    """
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and not (causal and q.shape[1] != k.shape[1])
+    aligned = mask is None or (q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0)
+    return half and fits and aligned and jax.default_backend() == "gpu"

@@ -1,0 +1,31 @@
+"""Layer normalisation."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mmjax.types import Array, Float
+
+
+class LayerNorm(nn.Module):
+    """Normalises the last axis; statistics in float32, biased variance, as torch. Params: scale [d], bias [d].
+
+    Attributes:
+        epsilon: added to the variance: 1e-6 in ViT, 1e-5 in CLIP, 1e-12 in BERT.
+        dtype: of the result.
+    """
+
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        # Two passes: the variance as a difference of mean squares loses digits where the mean is large.
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
