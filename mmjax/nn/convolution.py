@@ -1,0 +1,321 @@
+"""Convolution and pooling on [b, height, width, c], lowered as measured on each backend; padding as in torch.
+
+Off the CPU this is `lax.conv_general_dilated` and its own derivatives. XLA's CPU convolution is fast in one form only:
+NHWC by HWIO without groups. What `jax.grad` and `jax.vmap` make of it is another form, up to a hundred times slower
+(experiments/benchmarks/convolution.py). On CPU therefore
+
+    1x1                 is a matrix product;
+    the others          are that one form, forward and in both derivatives, which are written out here as ordinary
+                        convolutions: of dy with the turned kernel, and of x by dy with batch and channels exchanged;
+    strided, for dx     one stride-1 convolution computes all phases of dx as channels (no zeros are multiplied);
+    strided, c <= 4     (a stem) phases of the image become channels first;
+    groups              a dense kernel with zeros outside the diagonal blocks;
+    vmap                joins the batch, or the output channels, or if both arguments are mapped runs one after another.
+
+First derivatives in reverse mode only: `jax.jvp` of a convolution, or a gradient of its gradient, is an error.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from jax import lax
+
+from mmjax.errors import MmjaxError
+from mmjax.types import Array, Float
+
+Pair = tuple[int, int]
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+"""torch's kaiming_normal_(mode="fan_out"): std sqrt(2 / (kh kw out)), for kernels of any number of groups."""
+
+
+def conv(
+    x: Float[Array, "b height width c"],
+    kernel: Float[Array, "kh kw c_per_group out"],
+    *,
+    strides: int | Pair = 1,
+    padding: int | Pair = 0,
+    groups: int = 1,
+    dilation: int | Pair = 1,
+) -> Float[Array, "b out_height out_width out"]:
+    """Cross-correlation as torch's conv2d: zero padding on both sides, size floor((H + 2p - d(k-1) - 1) / s) + 1.
+
+    The kernel is taken to x's dtype. Raises MmjaxError for channels that do not fit.
+    """
+    strides, padding, dilation = _pair(strides), _pair(padding), _pair(dilation)
+    kh, kw, c, out = kernel.shape
+    if x.ndim != 4 or x.shape[-1] != c * groups or out % groups:
+        raise MmjaxError(f"kernel {list(kernel.shape)} with groups={groups} does not fit x {list(x.shape)}")
+    sizes = [h + 2 * p - d * (k - 1) for h, p, d, k in zip(x.shape[1:3], padding, dilation, (kh, kw))]
+    if min(sizes) < 1:
+        raise MmjaxError(
+            f"a kernel {kh} x {kw} with dilation={dilation} is larger than x {list(x.shape)} padded by {padding}"
+        )
+    kernel = kernel.astype(x.dtype)
+    if (kh, kw, groups) == (1, 1, 1):
+        return _pointwise(x, kernel, strides, padding)
+    return _conv(strides, padding, groups, dilation)(x, kernel)
+
+
+def _pair(value: int | Pair) -> Pair:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _pointwise(x: Array, kernel: Array, strides: Pair, padding: Pair) -> Array:
+    if padding != (0, 0):
+        x = jnp.pad(x, ((0, 0), (padding[0],) * 2, (padding[1],) * 2, (0, 0)))
+    if strides != (1, 1):
+        x = x[:, :: strides[0], :: strides[1]]
+    b, height, width, _ = x.shape
+    rows = rearrange(x, "b h w c -> (b h w) c") @ kernel[0, 0]
+    return rearrange(rows, "(b h w) c -> b h w c", b=b, h=height, w=width)
+
+
+@functools.cache
+def _conv(strides: Pair, padding: Pair, groups: int, dilation: Pair) -> Callable[[Array, Array], Array]:
+    """The convolution of one geometry, with its derivatives, chosen where the program is lowered."""
+
+    def native(x: Array, kernel: Array) -> Array:
+        pads = [(p, p) for p in padding]
+        return lax.conv_general_dilated(
+            x, kernel, strides, pads, rhs_dilation=dilation, dimension_numbers=LAYOUT, feature_group_count=groups
+        )
+
+    def on_cpu(x: Array, kernel: Array) -> Array:
+        # No fast path for bfloat16 there.
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return _cpu_conv(x.astype(wide), kernel.astype(wide), strides, padding, groups, dilation).astype(x.dtype)
+
+    def backward_of(function: Callable[[Array, Array], Array]) -> Callable[..., tuple[Array, Array]]:
+        return lambda x, kernel, dy: jax.vjp(function, x, kernel)[1](dy)
+
+    @jax.custom_vjp
+    def run(x: Array, kernel: Array) -> Array:
+        return lax.platform_dependent(x, kernel, cpu=on_cpu, default=native)
+
+    def forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+        return run(x, kernel), (x, kernel)
+
+    def backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+        return lax.platform_dependent(*kept, dy, cpu=backward_of(on_cpu), default=backward_of(native))
+
+    run.defvjp(forward, backward)
+    return run
+
+
+# -------------------------------------------------------------------------------------------------------------- on CPU
+
+
+def _cpu_conv(x: Array, kernel: Array, strides: Pair, padding: Pair, groups: int, dilation: Pair) -> Array:
+    kh, kw, c, out = kernel.shape
+    if groups > 1:
+        # Block diagonal: out channel o of group g reads the channels of g alone.
+        eye = jnp.eye(groups, dtype=kernel.dtype)
+        blocks = jnp.einsum("hwcgo,gk->hwkcgo", rearrange(kernel, "h w c (g o) -> h w c g o", g=groups), eye)
+        kernel = blocks.reshape(kh, kw, groups * c, out)
+    if max(strides) > 1 and dilation == (1, 1) and kernel.shape[2] <= 4:
+        size = [(h + 2 * p - k) // s + 1 for h, p, k, s in zip(x.shape[1:3], padding, (kh, kw), strides)]
+        y = _dense((1, 1), (0, 0), (1, 1))(_phases(x, strides, padding, (kh, kw)), _phase_kernel(kernel, strides))
+        return y[:, : size[0], : size[1]]
+    return _dense(strides, padding, dilation)(x, kernel)
+
+
+@functools.cache
+def _dense(strides: Pair, padding: Pair, dilation: Pair) -> Callable[[Array, Array], Array]:
+    """Convolution without groups whose derivatives are convolutions of the fast form too."""
+
+    @jax.custom_vjp
+    def run(x: Array, kernel: Array) -> Array:
+        return _fast(strides, tuple((p, p) for p in padding), dilation)(x, kernel)
+
+    def backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+        x, kernel = kept
+        return _dx(dy, kernel, x.shape[1:3], strides, padding, dilation), _dk(
+            x, dy, kernel.shape[:2], strides, padding, dilation
+        )
+
+    run.defvjp(lambda x, kernel: (run(x, kernel), (x, kernel)), backward)
+    return run
+
+
+def _dx(dy: Array, kernel: Array, size: Pair, strides: Pair, padding: Pair, dilation: Pair) -> Array:
+    """The gradient of x: dy convolved with the kernel, turned by 180 degrees, input and output channels exchanged."""
+    if max(strides) > 1 and dilation == (1, 1):
+        turned = rearrange(jnp.flip(_phase_kernel(kernel, strides), (0, 1)), "h w c o -> h w o c")
+        count = [-(-(h + 2 * p) // s) for h, p, s in zip(size, padding, strides)]
+        pads = tuple((m - 1, q - n) for m, q, n in zip(turned.shape[:2], count, dy.shape[1:3]))
+        phases = _fast((1, 1), pads, (1, 1))(dy, turned)
+        x = rearrange(phases, "b h w (i j c) -> b (h i) (w j) c", i=strides[0], j=strides[1])
+        return x[:, padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]]
+    turned = rearrange(jnp.flip(kernel, (0, 1)), "h w c o -> h w o c")
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel.shape[:2])]
+    low = [r - p for r, p in zip(reach, padding)]
+    inner = [(n - 1) * s for n, s in zip(dy.shape[1:3], strides)]
+    pads = tuple((a, h - 1 - i + r - a) for a, h, i, r in zip(low, size, inner, reach))
+    return _fast((1, 1), pads, dilation, strides)(dy, turned)
+
+
+def _dk(x: Array, dy: Array, size: tuple[int, ...], strides: Pair, padding: Pair, dilation: Pair) -> Array:
+    """The gradient of the kernel: x convolved with dy over the images, batch in the place of channels."""
+    pads = []
+    for axis, (k, n, s, p, d) in enumerate(zip(size, dy.shape[1:3], strides, padding, dilation), 1):
+        high = d * (k - 1) + s * (n - 1) + 1 - x.shape[axis] - p
+        x = lax.slice_in_dim(x, 0, x.shape[axis] + min(high, 0), axis=axis)  # rows that no window reaches
+        pads.append((p, max(high, 0)))
+    images, filters = rearrange(x, "b h w c -> c h w b"), rearrange(dy, "b h w o -> h w b o")
+    # Without the barrier XLA takes the transposes into the convolution, which is then no longer of the fast form.
+    images, filters = lax.optimization_barrier((images, filters))
+    return rearrange(_fast(dilation, tuple(pads), strides)(images, filters), "c h w o -> h w c o")
+
+
+def _phases(x: Array, strides: Pair, padding: Pair, size: Pair) -> Array:
+    """The padded image cut in tiles of strides[0] x strides[1], a tile's pixels side by side as channels."""
+    pads = []
+    for h, s, p, k in zip(x.shape[1:3], strides, padding, size):
+        tiles = (h + 2 * p - k) // s + -(-k // s)
+        pads.append((p, s * tiles - h - p))
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((a, b, 0) for a, b in pads), (0, 0, 0)])
+    return rearrange(x, "b (h i) (w j) c -> b h w (i j c)", i=strides[0], j=strides[1])
+
+
+def _phase_kernel(kernel: Array, strides: Pair) -> Array:
+    """The kernel that does to `_phases` of an image, with stride 1, what `kernel` does to the image."""
+    pads = [(0, -k % s) for k, s in zip(kernel.shape[:2], strides)]
+    kernel = jnp.pad(kernel, [*pads, (0, 0), (0, 0)])
+    return rearrange(kernel, "(h i) (w j) c o -> h w (i j c) o", i=strides[0], j=strides[1])
+
+
+@functools.cache
+def _fast(
+    strides: Pair, pads: tuple[Pair, ...], dilation: Pair, x_dilation: Pair = (1, 1)
+) -> Callable[[Array, Array], Array]:
+    """The form of convolution that XLA's CPU backend runs fast; `vmap` keeps to it."""
+
+    @jax.custom_batching.custom_vmap
+    def run(x: Array, kernel: Array) -> Array:
+        return lax.conv_general_dilated(x, kernel, strides, pads, x_dilation, dilation, LAYOUT)
+
+    @run.def_vmap
+    def rule(size: int, mapped: list[bool], x: Array, kernel: Array) -> tuple[Array, bool]:
+        if mapped == [True, False]:
+            y = run(rearrange(x, "a b h w c -> (a b) h w c"), kernel)
+            return rearrange(y, "(a b) h w o -> a b h w o", a=size), True
+        if mapped == [False, True]:
+            y = run(x, rearrange(kernel, "a h w c o -> h w c (a o)"))
+            return rearrange(y, "b h w (a o) -> a b h w o", a=size), True
+        return lax.map(lambda pair: run(*pair), (x, kernel)), True
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------------- pooling
+
+
+def max_pool(
+    x: Float[Array, "b height width c"], size: int, strides: int | None = None, padding: int = 0
+) -> Float[Array, "b out_height out_width c"]:
+    """The largest of each window, padding never chosen; of equals the first gets the gradient, as in torch."""
+    return _max_pool(size, strides or size, padding)(x)
+
+
+@functools.cache
+def _max_pool(size: int, stride: int, padding: int) -> Callable[[Array], Array]:
+    """Maxima of shifted slices: XLA's own backward pass (select-and-scatter) is slow on CPU."""
+    offsets = [(i, j) for i in range(size) for j in range(size)]
+
+    def windows(x: Array) -> list[Array]:
+        lowest = jnp.asarray(-jnp.inf, x.dtype)
+        x = lax.pad(x, lowest, [(0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0)])
+        return [_window(x, offset, size, stride) for offset in offsets]
+
+    @jax.custom_vjp
+    def run(x: Array) -> Array:
+        return functools.reduce(jnp.maximum, windows(x))
+
+    def forward(x: Array) -> tuple[Array, tuple[Array, tuple[int, ...]]]:
+        best, *others = windows(x)
+        first = jnp.zeros(best.shape, jnp.uint8 if len(offsets) < 256 else jnp.int32)
+        for number, other in enumerate(others, 1):
+            first = jnp.where(other > best, jnp.asarray(number, first.dtype), first)
+            best = jnp.maximum(best, other)
+        return best, (first, x.shape)
+
+    def backward(kept: tuple[Array, tuple[int, ...]], dy: Array) -> tuple[Array]:
+        first, (b, height, width, c) = kept
+        tiles = [-(-(length + 2 * padding) // stride) for length in (height, width)]
+        rows = []
+        for i in range(stride):
+            for j in range(stride):
+                total = jnp.zeros((b, *tiles, c), dy.dtype)
+                for number, (u, v) in enumerate(offsets):
+                    if u % stride == i and v % stride == j:
+                        lows = (u // stride, v // stride)
+                        pads = [(low, t - n - low, 0) for low, t, n in zip(lows, tiles, dy.shape[1:3])]
+                        part = jnp.where(first == number, dy, 0)
+                        total += lax.pad(part, jnp.zeros((), dy.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+                rows.append(total)
+        phases = rearrange(jnp.stack(rows), "(i j) b h w c -> b (h i) (w j) c", i=stride)
+        return (phases[:, padding : padding + height, padding : padding + width],)
+
+    run.defvjp(forward, backward)
+    return run
+
+
+def _window(x: Array, offset: Pair, size: int, stride: int) -> Array:
+    """The pixel at `offset` of every window of a padded image."""
+    b, height, width, c = x.shape
+    ends = [o + (length - size) // stride * stride + 1 for o, length in zip(offset, (height, width))]
+    return lax.slice(x, (0, *offset, 0), (b, *ends, c), (1, stride, stride, 1))
+
+
+def avg_pool(
+    x: Float[Array, "b height width c"], size: int, strides: int | None = None, padding: int = 0
+) -> Float[Array, "b out_height out_width c"]:
+    """The mean of each window, zeros of the padding counted, as torch's AvgPool2d."""
+    stride = strides or size
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    windows = [_window(x, (i, j), size, stride) for i in range(size) for j in range(size)]
+    return functools.reduce(jnp.add, windows) / (size * size)
+
+
+class Conv(nn.Module):
+    """2-D convolution with torch's padding; parameters kernel [kh, kw, in / groups, out] and bias [out], float32.
+
+    Attributes:
+        kernel_size, strides, padding, dilation: numbers, or (height, width).
+        dtype: compute dtype; None computes in the input's.
+    """
+
+    features: int
+    kernel_size: int | Pair
+    strides: int | Pair = 1
+    padding: int | Pair = 0
+    groups: int = 1
+    dilation: int | Pair = 1
+    use_bias: bool = False
+    dtype: Any = None
+    kernel_init: Callable[..., Any] = kaiming_fan_out
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b height width c"]) -> Float[Array, "b out_height out_width out"]:
+        c = x.shape[-1]
+        if c % self.groups:
+            raise MmjaxError(f"{self.name}: {c} channels cannot be divided in groups={self.groups}")
+        shape = (*_pair(self.kernel_size), c // self.groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        y = conv(
+            x.astype(self.dtype or x.dtype),
+            kernel,
+            strides=self.strides,
+            padding=self.padding,
+            groups=self.groups,
+            dilation=self.dilation,
+        )
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
+        return y
