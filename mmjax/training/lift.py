@@ -58,11 +58,14 @@ class Lift(abc.ABC):
     """Base of the three: compiles once a batch shape, counts, and runs.
 
     Attributes:
+        stacked: whether the step runs many arms (`mmjax.training.arms`): every leaf of the state and every metric then
+            has a leading arm axis, which no lift cuts.
         compiles: programs compiled so far.
     """
 
-    def __init__(self, step: Step):
+    def __init__(self, step: Step, stacked: bool = False):
         self._step = step
+        self.stacked = stacked
         self._compiled: dict[Any, Any] = {}
         self.compiles = 0
 
@@ -91,6 +94,12 @@ class Lift(abc.ABC):
         """Scalars on the host; waits for the step that made them."""
         return {name: float(_shard(value)) for name, value in metrics.items()}
 
+    def fetch_arms(self, metrics: Any) -> list[dict[str, float]]:
+        """The same for a stacked step: the metrics of each arm."""
+        values = {name: _shard(value).reshape(-1) for name, value in metrics.items()}
+        arms = len(next(iter(values.values())))
+        return [{name: float(value[arm]) for name, value in values.items()} for arm in range(arms)]
+
     @abc.abstractmethod
     def lower(self, state: Any, batch: Any) -> Any:
         """The lowered program for placed arguments (or ShapeDtypeStructs with shardings): what `plan` looks into."""
@@ -118,8 +127,8 @@ class Lift(abc.ABC):
 class JitLift(Lift):
     """The step on one device."""
 
-    def __init__(self, step: Step, device: Any = None):
-        super().__init__(step)
+    def __init__(self, step: Step, device: Any = None, stacked: bool = False):
+        super().__init__(step, stacked)
         if jax.process_count() > 1:
             raise MmjaxError("lift='jit' is for one device; several processes need lift='pmap' or 'mesh'")
         self._sharding = SingleDeviceSharding(device or jax.local_devices()[0])
@@ -138,8 +147,8 @@ class JitLift(Lift):
 class PmapLift(Lift):
     """The step on every device, each with the whole state and a share of the batch; `axis_name` is "data"."""
 
-    def __init__(self, step: Step):
-        super().__init__(step)
+    def __init__(self, step: Step, stacked: bool = False):
+        super().__init__(step, stacked)
         self._local = jax.local_device_count()
         self._mapped = jax.pmap(self._counted, axis_name=AXIS, donate_argnums=0)
 
@@ -183,9 +192,9 @@ class PmapLift(Lift):
 class MeshLift(Lift):
     """The step over a named mesh; one program, divided by XLA."""
 
-    def __init__(self, step: Step, config: MeshConfig | None = None, devices: Any = None):
+    def __init__(self, step: Step, config: MeshConfig | None = None, devices: Any = None, stacked: bool = False):
         """devices: those of the mesh, by default all; a described topology's for `plan`."""
-        super().__init__(step)
+        super().__init__(step, stacked)
         self.config = config or MeshConfig()
         devices = jax.devices() if devices is None else devices
         sizes = _mesh_sizes(self.config, len(devices))
@@ -203,7 +212,11 @@ class MeshLift(Lift):
         """The sharding of every leaf of a state (or of its eval_shape)."""
 
         def sharding(path: Any, leaf: Any) -> NamedSharding:
-            return NamedSharding(self.mesh, self.spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf))
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            if not self.stacked:
+                return NamedSharding(self.mesh, self.spec(name, leaf))
+            one = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+            return NamedSharding(self.mesh, P(None, *self.spec(name, one)))
 
         return jax.tree_util.tree_map_with_path(sharding, state)
 
@@ -252,14 +265,19 @@ class MeshLift(Lift):
         return step.lower(state, batch)
 
 
-def create_lift(name: Literal["jit", "pmap", "mesh"], step: Step, mesh: MeshConfig | None = None) -> Lift:
-    """The lift of an experiment; step(state, batch, axis_name=None), as `partial(train_step, method, optimizer)` is."""
+def create_lift(
+    name: Literal["jit", "pmap", "mesh"], step: Step, mesh: MeshConfig | None = None, stacked: bool = False
+) -> Lift:
+    """The lift of an experiment; step(state, batch, axis_name=None), as `partial(train_step, method, optimizer)` is.
+
+    stacked: the step is one of `mmjax.training.arms.over_arms`.
+    """
     if name == "jit":
-        return JitLift(step)
+        return JitLift(step, stacked=stacked)
     if name == "pmap":
-        return PmapLift(step)
+        return PmapLift(step, stacked)
     if name == "mesh":
-        return MeshLift(step, mesh)
+        return MeshLift(step, mesh, stacked=stacked)
     raise MmjaxError(f"lift={name!r}: choose jit, pmap or mesh")
 
 

@@ -1,0 +1,66 @@
+"""Many arms of an ablation as one step: their states stacked along a leading axis, one batch for all of them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax.types import Batch, Metrics
+
+How = Literal["vmap", "map", "unroll"]
+
+MEASURED: dict[str, How] = {"cpu": "unroll", "gpu": "vmap", "tpu": "vmap"}
+"""The way of `over_arms` that `--arms auto` takes; `experiments/benchmarks/ablation_arms.py` measures it.
+
+On CPU a convolution under `vmap` over weights becomes a grouped one and inside `map` leaves XLA's fast path: unrolled
+arms have neither trouble. Accelerators get larger kernels from `vmap`, and their program stays as small as one arm's.
+"""
+
+
+def choose(how: Literal["auto"] | How) -> How:
+    """The way for this process's backend, where it is left to us."""
+    if how != "auto":
+        return how
+    return MEASURED.get(jax.default_backend(), "vmap")
+
+
+def over_arms(step: Callable[..., tuple[Any, Metrics]], how: How, arms: int) -> Callable[..., tuple[Any, Metrics]]:
+    """`step(state, batch, axis_name=None)` for one arm -> the same for `arms` stacked states.
+
+    how: "vmap" computes the arms side by side, "map" one after another in a compiled loop, "unroll" one after another
+        in a program `arms` times as long.
+    Returns a function whose state and metrics have a leading axis of `arms`; the batch is shared.
+    """
+
+    def stacked(states: Any, batch: Batch, axis_name: str | None = None) -> tuple[Any, Metrics]:
+        def one(state: Any) -> tuple[Any, Metrics]:
+            return step(state, batch, axis_name)
+
+        if how == "vmap":
+            return jax.vmap(one)(states)
+        if how == "map":
+            return jax.lax.map(one, states)
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one(take(states, arm)) for arm in range(arms)))
+
+    return stacked
+
+
+def stack(states: Sequence[Any]) -> Any:
+    """Host states of one shape -> one host state whose leaves have a leading arm axis; typed keys stay keys."""
+
+    def join(*leaves: Any) -> Any:
+        return jnp.stack(leaves) if jnp.issubdtype(leaves[0].dtype, jax.dtypes.prng_key) else np.stack(leaves)
+
+    return jax.tree.map(join, *states)
+
+
+def stacked_shapes(state: Any, arms: int) -> Any:
+    """The `jax.eval_shape` of one arm's state -> that of the stack."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((arms, *leaf.shape), leaf.dtype), state)
+
+
+def take(states: Any, arm: int) -> Any:
+    """One arm's state out of the stack."""
+    return jax.tree.map(lambda leaf: leaf[arm], states)
