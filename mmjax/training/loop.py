@@ -139,7 +139,10 @@ class _Run:
             raise MmjaxError(
                 f"batch_size={config.batch_size} is not a multiple of the {self.lift.shards} shards of {config.lift}"
             )
-        self._write_config()
+        if self.primary:
+            changed = write_config(config, self.workdir, self.experiment_file)
+            if changed:
+                self._say(f"config.json: {', '.join(changed)}")
         self.writer = (
             checkpoint.CheckpointWriter(self.workdir, config.keep, self._environment()) if self.primary else None
         )
@@ -184,7 +187,8 @@ class _Run:
             return restored.state, restored.step
         host = initialise(create, rng)
         if self.config.init_from is not None:
-            host = self._adopt(host, self.config.init_from)
+            host, told = adopt(host, self.load_weights(self.config.init_from), self.config.init_from)
+            self._say(told)
         return host, 0
 
     def _resume_data(self, restored: checkpoint.Restored) -> None:
@@ -196,19 +200,6 @@ class _Run:
             )
         self.data.set_state(states[jax.process_index() if len(states) == count else 0])
         self.ahead = None
-
-    def _adopt(self, state: TrainState, source: str) -> TrainState:
-        """Parameters and statistics of `init_from` in a fresh state; says what was not there."""
-        weights = self.load_weights(source)
-        params, fresh = _overlay(state.params, weights["params"], source)
-        stats, _ = _overlay(state.stats, weights.get("stats") or {}, source)
-        flat = tree.flatten(weights.get("ema") or {}) or tree.flatten(params)
-        ema, _ = _overlay(
-            state.ema, tree.unflatten({k: v for k, v in flat.items() if k in tree.flatten(state.ema)}), source
-        )
-        told = f"; fresh: {', '.join(fresh[:8])}{' ...' if len(fresh) > 8 else ''}" if fresh else ""
-        self._say(f"initialised from {source}: {len(tree.flatten(params)) - len(fresh)} arrays{told}")
-        return dataclasses.replace(state, params=params, stats=stats, ema=ema)
 
     # ------------------------------------------------------------------------------------------------------- steps
 
@@ -373,27 +364,6 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------------------- words
 
-    def _write_config(self) -> None:
-        """config.json: what `mmjax.load` needs of the model, and the experiment's fields."""
-        if not self.primary:
-            return
-        recipe: Any = self.config
-        system, model = recipe.model()
-        told = {"system": system, "model": dataclasses.asdict(model), "layout": "mmjax"}
-        told |= recipe.save_assets(pathlib.Path(self.workdir))
-        told |= {"experiment": dataclasses.asdict(self.config), "experiment_file": self.experiment_file}
-        path = self.workdir / "config.json"
-        text = json.dumps(told, indent=2, default=str) + "\n"
-        if path.exists():
-            before = json.loads(path.read_text()).get("experiment", {})
-            now = json.loads(text)["experiment"]
-            changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
-            if changed:
-                self._say(f"config.json: {', '.join(changed)}")
-        temporary = self.workdir / "config.json.tmp"
-        temporary.write_text(text)
-        temporary.replace(path)
-
     def _environment(self) -> dict[str, Any]:
         return {
             "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
@@ -445,6 +415,43 @@ class _Run:
                 progress.update(task, completed=step, loss=loss, rate=rate)
 
             yield advance
+
+
+def adopt(state: TrainState, weights: Mapping[str, Any], source: str) -> tuple[TrainState, str]:
+    """A fresh host state with the parameters and statistics of `init_from`, and a sentence on what was not there.
+
+    weights: see `LoadWeights`. Raises MmjaxError, naming the source: shapes differ, or nothing has a name in common.
+    """
+    params, fresh = _overlay(state.params, weights["params"], source)
+    stats, _ = _overlay(state.stats, weights.get("stats") or {}, source)
+    flat = tree.flatten(weights.get("ema") or {}) or tree.flatten(params)
+    followed = {path: leaf for path, leaf in flat.items() if path in tree.flatten(state.ema)}
+    ema, _ = _overlay(state.ema, tree.unflatten(followed), source)
+    told = f"; fresh: {', '.join(fresh[:8])}{' ...' if len(fresh) > 8 else ''}" if fresh else ""
+    said = f"initialised from {source}: {len(tree.flatten(params)) - len(fresh)} arrays{told}"
+    return dataclasses.replace(state, params=params, stats=stats, ema=ema), said
+
+
+def write_config(
+    config: ExperimentConfig, workdir: str | os.PathLike[str], experiment_file: str | None = None
+) -> list[str]:
+    """Writes config.json: what `mmjax.load` needs of the model, and the experiment's fields.
+
+    Returns the fields that a config.json already there had otherwise: "steps 100 -> 200".
+    """
+    recipe: Any = config
+    system, model = recipe.model()
+    told = {"system": system, "model": dataclasses.asdict(model), "layout": "mmjax"}
+    told |= recipe.save_assets(pathlib.Path(workdir))
+    told |= {"experiment": dataclasses.asdict(config), "experiment_file": experiment_file}
+    path = epath.Path(workdir) / "config.json"
+    text = json.dumps(told, indent=2, default=str) + "\n"
+    before = json.loads(path.read_text()).get("experiment", {}) if path.exists() else {}
+    now = json.loads(text)["experiment"]
+    temporary = path.parent / "config.json.tmp"
+    temporary.write_text(text)
+    temporary.replace(path)
+    return [f"{name} {before.get(name)} -> {now[name]}" for name in now if before and before.get(name) != now[name]]
 
 
 def _overlay(target: Any, source: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[str]]:
