@@ -1,0 +1,402 @@
+"""ablate(Config, over={...}): many arms of one experiment, as one program compiled once, on the same data.
+
+An arm is one choice of values and a seed. Values of hyper-parameters (`state.hparams`: momentum, temperature ...) are
+arrays, so arms that differ in them alone share a program, their states stacked along a leading axis. Values of ordinary
+config fields (a queue's length, a batch size) change shapes or the program itself: one group of arms after another.
+
+A workdir holds `ablation.json`, `ablation.png`, `arms/<arm>/metrics.jsonl` and `groups/<index>/checkpoints`; the same
+command again resumes it.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from etils import epath
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mmjax.errors import MmjaxError
+from mmjax.training import ablation_report, checkpoint
+from mmjax.training.arms import How, choose, over_arms, stack, stacked_shapes, take
+from mmjax.training.experiment import ExperimentConfig, parse_overrides
+from mmjax.training.lift import Lift, create_lift, initialise
+from mmjax.training.loop import IN_FLIGHT, Interrupts, LoadWeights, adopt
+from mmjax.training.metrics import MetricsWriter, read_metrics
+from mmjax.training.optimizer import LEARNING_RATE_SCALE
+from mmjax.training.state import create_state
+from mmjax.training.step import train_step
+
+LEARNING_RATE = "learning_rate"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """values: name -> value as it was written ("0.9"). hparams: those of them that live in the state, as numbers."""
+
+    values: Mapping[str, str]
+    seed: int
+    hparams: Mapping[str, float]
+
+    @property
+    def name(self) -> str:
+        """A folder's name: "momentum=0.9,seed=1"."""
+        told = [f"{name}={value}" for name, value in self.values.items()]
+        return ",".join([*told, f"seed={self.seed}"]).replace("/", "_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Arms that run as one program."""
+
+    config: ExperimentConfig
+    arms: tuple[Arm, ...]
+
+
+def ablate(
+    kind: type[ExperimentConfig],
+    over: Mapping[str, Sequence[str]],
+    workdir: str | os.PathLike[str],
+    *,
+    arguments: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
+    arms: Literal["auto"] | How = "auto",
+    sequential: bool = False,
+    load_weights: LoadWeights = checkpoint.load_params,
+    experiment_file: str | None = None,
+) -> dict[str, Any] | None:
+    """Trains every arm to the experiment's `steps`, evaluates each, prints the table; returns what ablation.json holds.
+
+    Args:
+        kind: the experiment's Config class.
+        over: name -> values as on the command line, two names or more give their grid. A name is a hyper-parameter of
+            the method, "learning_rate" (the whole schedule is scaled), or a field of the config.
+        arguments: overrides for all arms, as `parse_overrides` takes them.
+        seeds: of initialisation and of the draws in the step; by default the experiment's one. The data's order has the
+            experiment's seed in every arm.
+        arms: how the arms of a program are run, see `over_arms`; "auto" takes what was measured to be best here.
+        sequential: one arm after another instead, with the same numbers to float tolerance.
+
+    Returns None if a signal stopped it; the same call goes on from there.
+
+    Raises:
+        MmjaxError: a name that is neither, a value of the wrong type, a workdir in use or of another ablation.
+    """
+    if jax.process_count() > 1:
+        raise MmjaxError("ablate runs in one process; give each process a part of the values")
+    if not over or not all(over.values()):
+        raise MmjaxError("ablate needs --over NAME=VALUE,VALUE,...")
+    lock = checkpoint.Lock(workdir)
+    try:
+        with Interrupts() as interrupts:
+            run = _Ablation(epath.Path(workdir), choose(arms), interrupts, load_weights)
+            run.plan(kind, list(arguments), over, seeds, sequential)
+            return run.run(experiment_file)
+    finally:
+        lock.release()
+
+
+# -------------------------------------------------------------------------------------------------- what is to be run
+
+
+def fields(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"model.width": value}: every leaf of nested config dataclasses under its name on the command line."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= fields(value, f"{prefix}{field.name}.")
+        else:
+            found[prefix + field.name] = value
+    return found
+
+
+def find_field(config: Any, name: str) -> str | None:
+    """The dotted name of a config field; the part after the last dot suffices where it is the only one. Else None."""
+    known = fields(config)
+    same = [path for path in known if path == name] or [path for path in known if path.split(".")[-1] == name]
+    return same[0] if len(same) == 1 else None
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise MmjaxError(f"--over {name}: {text!r} is not a number") from error
+
+
+def _hparam(config: ExperimentConfig, hparams: Sequence[str], name: str, text: str) -> tuple[str, float] | None:
+    """The hyper-parameter that a name stands for and its value; None if it is a field of the config."""
+    if name in hparams:
+        return name, _number(name, text)
+    field = find_field(config, name)
+    if name == LEARNING_RATE and field is not None and isinstance(fields(config)[field], float):
+        return LEARNING_RATE_SCALE, _number(name, text) / fields(config)[field]
+    if field is None:
+        raise MmjaxError(
+            f"--over {name}: neither a hyper-parameter of the method ({', '.join(hparams) or 'it has none'}) nor one "
+            f"field of the config ({', '.join(fields(config))})"
+        )
+    return None
+
+
+def plan_groups(
+    kind: type[ExperimentConfig],
+    arguments: Sequence[str],
+    over: Mapping[str, Sequence[str]],
+    seeds: Sequence[int] | None,
+    hparams: Sequence[str],
+) -> list[Group]:
+    """The grid of `over`, cut into groups that can share a program."""
+    base = parse_overrides(kind, arguments, prog="mmjax ablate")
+    groups: list[tuple[ExperimentConfig, list[Arm]]] = []  # configs may hold dicts: compared, not hashed
+    for chosen in itertools.product(*over.values()):
+        values = dict(zip(over, chosen))
+        flags, numbers = list(arguments), {}
+        for name, text in values.items():
+            found = _hparam(base, hparams, name, text)
+            if found is None:
+                flags += [f"--{find_field(base, name)}", text]
+            else:
+                numbers[found[0]] = found[1]
+        config = parse_overrides(kind, flags, prog="mmjax ablate") if len(flags) > len(arguments) else base
+        arms = next((arms for known, arms in groups if known == config), None)
+        if arms is None:
+            arms = []
+            groups.append((config, arms))
+        arms += [Arm(values, seed, numbers) for seed in (seeds or (base.seed,))]
+    return [Group(config, tuple(arms)) for config, arms in groups]
+
+
+# ----------------------------------------------------------------------------------------------------------- running
+
+
+class _Ablation:
+    """One call of `ablate`: what its groups share."""
+
+    def __init__(self, workdir: epath.Path, how: How, interrupts: Interrupts, load_weights: LoadWeights):
+        self.workdir, self.how, self.interrupts, self.load_weights = workdir, how, interrupts, load_weights
+        self.console = Console(highlight=False)
+        self.lifts: list[tuple[ExperimentConfig, int, Lift]] = []
+        self.writers: list[MetricsWriter] = []
+
+    def plan(
+        self,
+        kind: type[ExperimentConfig],
+        arguments: list[str],
+        over: Mapping[str, Sequence[str]],
+        seeds: Sequence[int] | None,
+        sequential: bool,
+    ) -> None:
+        base: Any = parse_overrides(kind, arguments, prog="mmjax ablate")
+        self.base, self.over, self.seeds = base, {name: list(values) for name, values in over.items()}, seeds
+        create = _creation(base, next(iter(base.train_data())))
+        hparams = sorted(jax.eval_shape(create, jax.random.key(0)).hparams)
+        self.groups = plan_groups(kind, arguments, over, seeds, hparams)
+        if sequential:
+            self.groups = [Group(group.config, (arm,)) for group in self.groups for arm in group.arms]
+        self.sequential = sequential
+
+    def run(self, experiment_file: str | None) -> dict[str, Any] | None:
+        self._describe(experiment_file)
+        results: list[dict[str, Any]] = []
+        for index, group in enumerate(self.groups):
+            self._say_group(index, group)
+            done = self._run_group(group, self.workdir / "groups" / str(index))
+            if done is None:
+                return None
+            results += done
+        compiles = sum(lift.compiles for *_, lift in self.lifts)
+        facts = {"over": self.over, "arms": self.how, "sequential": self.sequential, "compiles": compiles}
+        published = getattr(self.base, "published", {})
+        told = facts | {"steps": self.base.steps} | ablation_report.summary(self.over, results, published)
+        (self.workdir / "ablation.json").write_text(json.dumps(told, indent=2) + "\n")
+        curves = {arm.name: read_metrics(self._arm(arm)) for group in self.groups for arm in group.arms}
+        ablation_report.plot(self.workdir / "ablation.png", told, curves)
+        self.console.print(ablation_report.table(told))
+        self.console.print(f"{self.workdir}/ablation.json, ablation.png", markup=False, soft_wrap=True)
+        return told
+
+    def _arm(self, arm: Arm) -> epath.Path:
+        return self.workdir / "arms" / arm.name
+
+    def _describe(self, experiment_file: str | None) -> None:
+        """Writes what this workdir is for; refuses one that is for something else."""
+        arms = [[arm.name for arm in group.arms] for group in self.groups]
+        path = self.workdir / "config.json"
+        before = json.loads(path.read_text()).get("ablation") if path.exists() else {"arms": arms}
+        if before is None or before["arms"] != arms:
+            told = "a run of `mmjax train`" if before is None else f"the arms {before['arms']}"
+            raise MmjaxError(f"{self.workdir} holds {told}, not {arms}: choose another --workdir")
+        told = {"ablation": {"over": self.over, "arms": arms}, "experiment": dataclasses.asdict(self.base)}
+        path.write_text(json.dumps(told | {"experiment_file": experiment_file}, indent=2, default=str) + "\n")
+
+    def _say_group(self, index: int, group: Group) -> None:
+        names = "; ".join(arm.name for arm in group.arms)
+        kept = "one program" if len(group.arms) == 1 else f"one program ({self.how})"
+        why = ""
+        if len(self.groups) > 1:
+            why = f"group {index + 1} of {len(self.groups)}, one after another because "
+            why += "--sequential asks for it: " if self.sequential else "their shapes or programs differ: "
+        self._say(f"{why}{len(group.arms)} {'arm' if len(group.arms) == 1 else 'arms'} in {kept}: {names}")
+
+    def _lift(self, group: Group) -> Lift:
+        """The lift of a group; arms run one after another share the program of their config."""
+        arms = len(group.arms)
+        for config, count, lift in self.lifts:
+            if config == group.config and count == arms:
+                return lift
+        recipe: Any = group.config
+        one = functools.partial(train_step, recipe.method(), recipe.optimizer(), accumulate=group.config.accumulate)
+        how: How = self.how if arms > 1 else "unroll"
+        step = over_arms(one, how, arms)
+        lift = create_lift(group.config.lift, step, group.config.mesh, stacked=True)
+        self.lifts.append((group.config, arms, lift))
+        return lift
+
+    def _run_group(self, group: Group, folder: epath.Path) -> list[dict[str, Any]] | None:
+        """Trains and evaluates a group's arms; None if a signal came."""
+        recipe: Any = group.config
+        lift, data = self._lift(group), iter(recipe.train_data())
+        first = next(data)
+        host, start = self._initial_state(group, folder, first, data)
+        evaluations = tuple(recipe.evaluations())
+        for arm in group.arms:
+            self._arm(arm).mkdir(parents=True, exist_ok=True)
+        self.writers = [MetricsWriter(self._arm(arm), group.config.tensorboard, start) for arm in group.arms]
+        writer = checkpoint.CheckpointWriter(folder, group.config.keep)
+        loop = _Loop(self, group, lift, writer, evaluations)
+        try:
+            reached = loop.steps(lift.place(host), start, data, None if start else first)
+            if reached is None:
+                return None
+            return loop.finish(reached)
+        finally:
+            writer.wait()
+            for metrics in self.writers:
+                metrics.close()
+
+    def _initial_state(self, group: Group, folder: epath.Path, first: Any, data: Any) -> tuple[Any, int]:
+        create = _creation(group.config, first, group.arms[0].hparams)
+        shapes = jax.eval_shape(create, jax.random.key(0))
+        restored = checkpoint.restore(folder, stacked_shapes(shapes, len(group.arms)), warn=self._say)
+        if restored is not None:
+            data.set_state(restored.data)
+            self._say(f"resumed {folder} at step {restored.step}")
+            return restored.state, restored.step
+        states = []
+        for arm in group.arms:
+            state = initialise(create, jax.random.key(arm.seed))
+            if group.config.init_from is not None:
+                state, told = adopt(state, self.load_weights(group.config.init_from), group.config.init_from)
+                if arm is group.arms[0]:
+                    self._say(told)
+            chosen = {name: np.float32(value) for name, value in arm.hparams.items()}
+            states.append(dataclasses.replace(state, hparams={**state.hparams, **chosen}))
+        return stack(states), 0
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+
+def _creation(config: Any, batch: Mapping[str, Any], hparams: Mapping[str, float] | None = None) -> Any:
+    """create(rng) -> one arm's fresh state, with the extra hyper-parameters that arms of this ablation hold."""
+    method, optimizer = config.method(), config.optimizer()
+    shapes = {name: (leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype)) for name, leaf in batch.items()}
+    extra = {name: np.float32(value) for name, value in (hparams or {}).items()}
+
+    def create(rng: Any) -> Any:
+        zeros = {name: jax.numpy.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        state = create_state(method, optimizer, rng, zeros)
+        return dataclasses.replace(state, hparams={**state.hparams, **extra})
+
+    return create
+
+
+class _Loop:
+    """The steps of one group."""
+
+    def __init__(self, ablation: _Ablation, group: Group, lift: Lift, writer: Any, evaluations: tuple[Any, ...]):
+        self.ablation, self.group, self.config = ablation, group, group.config
+        self.lift, self.writer, self.evaluations = lift, writer, evaluations
+        self.last: list[dict[str, float]] = [{} for _ in group.arms]
+        self.waiting: collections.deque[tuple[int, Any]] = collections.deque()
+
+    def steps(self, state: Any, start: int, data: Any, first: Any) -> Any | None:
+        """From step `start` to the end; None if a signal stopped it (its state is saved)."""
+        config, self.since, self.since_step = self.config, time.perf_counter(), start
+        told = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("left"), TimeRemainingColumn())
+        hidden = not self.ablation.console.is_terminal
+        with Progress(*told, console=self.ablation.console, disable=hidden) as progress:
+            task = progress.add_task("", total=config.steps, completed=start)
+            for step in range(start + 1, config.steps + 1):
+                batch = first if first is not None else next(data)
+                first = None
+                state, metrics = self.lift.step(state, self.lift.place_batch(batch))
+                self.waiting.append((step, metrics))
+                if len(self.waiting) > IN_FLIGHT:
+                    jax.block_until_ready(self.waiting[-1 - IN_FLIGHT][1])
+                    self.drain(IN_FLIGHT)
+                progress.update(task, completed=step)
+                stop = self.ablation.interrupts.requested(step)
+                periodic = config.checkpoint_every and step % config.checkpoint_every == 0
+                if stop is not None or step == config.steps or periodic:
+                    self.drain()
+                    self.writer.save(self.lift.fetch(state), step, checkpoint.encode(data.get_state()))
+                if stop is not None and step < config.steps:
+                    self.writer.wait()
+                    self.ablation._say(f"{stop}: saved step {step} of {config.steps}; the same command goes on")
+                    return None
+                due = [e for e in self.evaluations if (e.every or config.eval_every)]
+                due = [e for e in due if step % (e.every or config.eval_every) == 0 and step < config.steps]
+                if due:
+                    self.drain()
+                    self.evaluate(state, step, due)
+        return state
+
+    def drain(self, keep: int = 0) -> None:
+        """Logs the waiting metrics but the last `keep`; an arm whose updates are refused goes on beside the others."""
+        while len(self.waiting) > keep:
+            step, metrics = self.waiting.popleft()
+            if step % self.config.log_every and step != self.config.steps:
+                continue
+            arms = self.lift.fetch_arms(metrics)
+            rate = (step - self.since_step) / max(time.perf_counter() - self.since, 1e-9)
+            self.since, self.since_step = time.perf_counter(), step
+            for arm, values in enumerate(arms):
+                self.log(arm, step, {f"train/{name}": value for name, value in values.items()})
+            told = "  ".join(f"{arm.name}: {values['loss']:.4g}" for arm, values in zip(self.group.arms, arms))
+            if not self.ablation.console.is_terminal:
+                self.ablation._say(f"step {step}/{self.config.steps}  {rate:.3g} steps/s  loss  {told}")
+
+    def evaluate(self, state: Any, step: int, evaluations: Any) -> None:
+        view = self.lift.view(state)
+        for arm in range(len(self.group.arms)):
+            one = take(view, arm)
+            for evaluation in evaluations:
+                found = evaluation.run(one.params, one)
+                self.log(arm, step, {f"val/{name}": value for name, value in found.items()})
+
+    def log(self, arm: int, step: int, metrics: Mapping[str, Any]) -> None:
+        self.ablation.writers[arm].write(step, metrics)
+        numbers = {n: float(v) for n, v in metrics.items() if not isinstance(v, str) and np.ndim(v) == 0}
+        self.last[arm] |= numbers
+
+    def finish(self, state: Any) -> list[dict[str, Any]]:
+        """Evaluates the trained arms; a result each."""
+        for arm, one in enumerate(self.group.arms):  # of a run that was already finished
+            lines = read_metrics(self.ablation._arm(one))
+            self.last[arm] = {k: v for line in lines for k, v in line.items() if k != "step" and v is not None}
+        self.evaluate(state, self.config.steps, self.evaluations)
+        return [
+            {"arm": arm.name, "values": dict(arm.values), "seed": arm.seed, "metrics": last}
+            for arm, last in zip(self.group.arms, self.last)
+        ]

@@ -1,0 +1,219 @@
+"""Arms of an ablation: one program gives what one arm after another gives; what it writes; what it refuses."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import signal
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from mmjax import tree
+from mmjax.errors import MmjaxError
+from mmjax.training import ablation_report, checkpoint
+from mmjax.training.ablate import ablate, find_field, plan_groups
+from mmjax.training.arms import over_arms, stack, stacked_shapes, take
+from mmjax.training.experiment import load_experiment
+from mmjax.training.lift import MeshLift, create_lift
+from mmjax.training.loop import train
+from mmjax.training.metrics import read_metrics
+from mmjax.training.state import create_state
+from mmjax.training.step import train_step
+
+TOY = pathlib.Path(__file__).parent.parent / "faults" / "toy_experiment.py"
+SHORT = ["--steps", "7", "--checkpoint_every", "3", "--log_every", "1", "--eval_every", "0"]
+OVER = {"momentum": ["0", "0.9", "0.99"]}
+
+
+@pytest.fixture(scope="module")
+def kind() -> Any:
+    return load_experiment(TOY)
+
+
+def make_state(config: Any, seed: int, momentum: float) -> Any:
+    batch = next(iter(config.train_data()))
+    state = create_state(config.method(), config.optimizer(), jax.random.key(seed), batch)
+    return jax.tree.map(
+        lambda leaf: leaf if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf),
+        state.replace(hparams={"momentum": np.float32(momentum)}),
+    )
+
+
+def assert_close(got: Any, want: Any, tolerance: float = 1e-6) -> None:
+    for key, leaf in checkpoint.state_leaves(want).items():
+        if key == "rng":
+            continue
+        value, wanted = np.asarray(checkpoint.state_leaves(got)[key]), np.asarray(leaf)
+        assert np.abs(value - wanted).max() <= tolerance * max(np.abs(wanted).max(), 1e-6), key
+
+
+@pytest.mark.parametrize("how", ["vmap", "map", "unroll"])
+@pytest.mark.parametrize("name", ["jit", "pmap", "mesh"])
+def test_arms_in_one_program_equal_single_steps(kind, how, name):
+    config = kind()
+    step = functools.partial(train_step, config.method(), config.optimizer())
+    states = [make_state(config, seed, momentum) for seed, momentum in [(0, 0.0), (1, 0.9), (0, 0.5)]]
+    lift = create_lift(name, over_arms(step, how, 3), config.mesh, stacked=True)
+    placed, rows = lift.place(stack(states)), config.train_data()
+    for _ in range(4):
+        batch = next(rows)
+        placed, metrics = lift.step(placed, lift.place_batch(batch))
+        found = lift.fetch_arms(metrics)
+        for arm in range(3):
+            states[arm], wanted = step(states[arm], batch)
+            assert found[arm]["loss"] == pytest.approx(float(wanted["loss"]), rel=1e-5)
+    assert lift.compiles == 1
+    for arm in range(3):
+        assert_close(take(lift.fetch(placed), arm), states[arm], 1e-5)
+
+
+def test_no_lift_cuts_the_arm_axis():
+    lift = MeshLift.__new__(MeshLift)
+    lift.stacked = True
+    lift.config = dataclasses.replace(kind_mesh(), min_size=8, rules=(("**/out/kernel", (None, "tensor")),))
+    lift.mesh = jax.sharding.AbstractMesh((1, 3, 5), ("data", "fsdp", "tensor"))
+    state = {"out": {"kernel": np.zeros((7, 10), np.float32)}, "stem": np.zeros((9, 2), np.float32)}
+    found = lift.shardings(stacked_shapes(state, 3))
+    assert tuple(found["out"]["kernel"].spec) == (None, None, "tensor")
+    assert tuple(found["stem"].spec) == (None, "fsdp", None)
+
+
+def kind_mesh() -> Any:
+    return load_experiment(TOY)().mesh
+
+
+def results(told: Any) -> dict[str, dict[str, float]]:
+    return {result["arm"]: result["metrics"] for result in told["results"]}
+
+
+@pytest.fixture(scope="module")
+def together(kind, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("together")
+    return workdir, ablate(kind, OVER, workdir, arguments=SHORT, seeds=[0, 1], arms="vmap")
+
+
+def test_together_equals_sequential(kind, together, tmp_path):
+    _, told = together
+    alone = ablate(kind, OVER, tmp_path, arguments=SHORT, seeds=[0, 1], sequential=True)
+    assert told["compiles"] == alone["compiles"] == 1
+    assert (
+        results(told).keys()
+        == results(alone).keys()
+        == {f"momentum={m},seed={s}" for m in OVER["momentum"] for s in (0, 1)}
+    )
+    for arm, metrics in results(told).items():
+        assert metrics == pytest.approx(results(alone)[arm], rel=1e-5), arm
+    norms = [metrics["val/momentum_norm"] for metrics in results(told).values()]
+    assert len(set(np.round(norms, 6))) == 6
+
+
+def test_an_arm_is_what_train_gives(kind, together, tmp_path):
+    """momentum=0.9 is the toy's own value: the arm of seed 0 ends as the plain run does."""
+    last = train(kind(steps=7, log_every=1, eval_every=0, tensorboard=False), tmp_path)
+    arm = results(together[1])["momentum=0.9,seed=0"]
+    for name in ("train/loss", "val/norm", "val/momentum_norm"):
+        assert arm[name] == pytest.approx(last[name], rel=1e-5)
+
+
+def test_what_it_writes(together):
+    workdir, told = together
+    written = json.loads((workdir / "ablation.json").read_text())
+    assert written == json.loads(json.dumps(told))
+    assert (workdir / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    lines = read_metrics(workdir / "arms" / "momentum=0.99,seed=1")
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 8))
+    row = next(row for row in told["table"] if row["values"] == {"momentum": "0.99"})
+    losses = [results(told)[f"momentum=0.99,seed={seed}"]["train/loss"] for seed in (0, 1)]
+    assert row["metrics"]["train/loss"]["mean"] == pytest.approx(sum(losses) / 2)
+    assert row["metrics"]["train/loss"]["std"] == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5)
+
+
+def test_again_only_evaluates_and_another_grid_is_refused(kind, together, capsys):
+    workdir, told = together
+    again = ablate(kind, OVER, workdir, arguments=SHORT, seeds=[0, 1], arms="vmap")
+    assert again["compiles"] == 0
+    assert results(again) == results(told)
+    assert "resumed" in capsys.readouterr().out
+    with pytest.raises(MmjaxError, match="choose another --workdir"):
+        ablate(kind, {"momentum": ["0", "0.5", "0.99"]}, workdir, arguments=SHORT, seeds=[0, 1])
+
+
+def test_a_signal_stops_it_and_it_goes_on(kind, together, tmp_path, monkeypatch):
+    rows = type(kind().train_data())
+    plain, count = rows.__next__, iter(range(100))
+
+    def interrupted(self):
+        if next(count) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self)
+
+    monkeypatch.setattr(rows, "__next__", interrupted)
+    arguments = {"arguments": SHORT, "seeds": [0, 1], "arms": "vmap"}
+    assert ablate(kind, OVER, tmp_path, **arguments) is None
+    stopped = checkpoint.latest(tmp_path / "groups" / "0")
+    assert stopped is not None and 0 < stopped < 7
+    assert ablate(kind, OVER, tmp_path, **arguments)["compiles"] == 1
+    manifests = [
+        (place / "groups" / "0" / "checkpoints" / "7" / "manifest.json").read_text()
+        for place in (tmp_path, together[0])
+    ]
+    assert manifests[0] == manifests[1]
+
+
+def test_learning_rate_scales_every_update(kind, tmp_path):
+    told = ablate(kind, {"learning_rate": ["0.01", "0.03"]}, tmp_path, arguments=SHORT, arms="unroll")
+    assert told["compiles"] == 1
+    for rate in ("0.01", "0.03"):
+        config = kind(steps=7, log_every=1, eval_every=0, tensorboard=False)
+        config = dataclasses.replace(
+            config, optimizer_config=dataclasses.replace(config.optimizer_config, learning_rate=float(rate))
+        )
+        last = train(config, tmp_path / f"alone{rate}")
+        assert results(told)[f"learning_rate={rate},seed=0"]["train/loss"] == pytest.approx(
+            last["train/loss"], rel=1e-5
+        )
+
+
+def test_fields_of_the_config_run_one_after_another(kind, tmp_path, capsys):
+    told = ablate(kind, {"batch_size": ["4", "16"], "momentum": ["0", "0.9"]}, tmp_path, arguments=SHORT)
+    assert told["compiles"] == 2
+    assert "their shapes or programs differ" in capsys.readouterr().out
+    assert len({metrics["train/loss"] for metrics in results(told).values()}) == 2
+    assert len({metrics["val/momentum_norm"] for metrics in results(told).values()}) == 4
+
+
+def test_names_and_values_that_are_nothing(kind, tmp_path):
+    with pytest.raises(MmjaxError, match=r"--over momentun.*momentum.*batch_size"):
+        plan_groups(kind, [], {"momentun": ["0"]}, None, ["momentum"])
+    with pytest.raises(MmjaxError, match="'high' is not a number"):
+        plan_groups(kind, [], {"momentum": ["high"]}, None, ["momentum"])
+    with pytest.raises(MmjaxError, match="needs --over"):
+        ablate(kind, {}, tmp_path)
+    assert find_field(kind(), "learning_rate") == "optimizer_config.learning_rate"
+    assert find_field(kind(), "mesh.fsdp") == "mesh.fsdp"
+
+
+def test_published_figures_stand_beside_ours():
+    figures = {0: "fails", 0.9: 55.2, 0.99: 57.8}
+    assert [ablation_report.lookup(figures, text) for text in ("0", "0.90", "0.99", "0.5")] == [
+        "fails",
+        55.2,
+        57.8,
+        None,
+    ]
+    found = [{"values": {"momentum": text}, "seed": 0, "metrics": {"train/loss": 1.0}} for text in ("0", "0.9")]
+    told = ablation_report.summary({"momentum": ["0", "0.9"]}, found, {"momentum": figures})
+    assert [row["published"] for row in told["table"]] == ["fails", 55.2]
+    nothing = [{"values": {"momentum": "0"}, "seed": 0, "metrics": {"train/loss": float("nan")}}]
+    row = ablation_report.summary({"momentum": ["0"]}, nothing)["table"][0]
+    assert row["metrics"]["train/loss"] == {"mean": None, "std": None, "n": 0} and row["published"] is None
+
+
+def test_states_of_arms_are_whole(kind):
+    states = [make_state(kind(), seed, 0.5) for seed in (0, 1, 2)]
+    for arm in range(3):
+        assert tree.tree_hash(take(stack(states), arm)) == tree.tree_hash(states[arm])
