@@ -38,7 +38,9 @@ def retrieval_picture(
     k = max(image_queries[1].shape[1], text_queries[1].shape[1])
     rows = max(len(image_queries[0]), len(text_queries[0]))
     figure = Figure(figsize=(4.6 + 2.2 + 1.0 * k, 1.15 * rows + 0.7), dpi=100)
-    grid = figure.add_gridspec(1, 2, width_ratios=(4.6, 2.2 + 1.0 * k), wspace=0.04, left=0.01, right=0.99, bottom=0.06)
+    grid = figure.add_gridspec(
+        1, 2, width_ratios=(4.6, 2.2 + 1.0 * k), wspace=0.04, left=0.01, right=0.99, bottom=0.06, top=0.95
+    )
     _texts_of_images(figure, grid[0, 0], rows, thumbnails, captions, text_image, image_queries)
     _images_of_texts(figure, grid[0, 1], rows, thumbnails, captions, text_image, text_queries)
     if attribution:
