@@ -1,0 +1,190 @@
+"""plan(EXPERIMENT.py, "v5e:8x8"): what a training step costs on a TPU slice that is not here.
+
+The real step is compiled ahead of time for the described slice, on this machine's CPU: memory of a chip, operations,
+bytes moved, collectives, and the least time of a step. Nothing runs; only the experiment's shapes are needed.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mmjax.errors import MmjaxError
+from mmjax.training import roofline
+from mmjax.training.experiment import load_experiment, parse_overrides
+from mmjax.training.lift import MeshLift
+from mmjax.training.state import create_state
+from mmjax.training.step import train_step
+
+SETTINGS = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+"""Of the child: no device of this machine is used, and libtpu does not look for a TPU's metadata server."""
+
+
+def plan(experiment_file: str | os.PathLike[str], topology: str, arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """Compiles an experiment's step for a slice such as "v5e:8x8", in a child process whose log is kept off the screen.
+
+    The experiment gives the shapes of its global batch as `example_batch() -> {name: jax.ShapeDtypeStruct}`. Whatever
+    its lift, the step is planned over `config.mesh`, whose sizes must use every chip of the slice.
+
+    Args:
+        arguments: overrides, as `parse_overrides` takes them.
+
+    Returns:
+        "chip", "chips", "batch_size", "fits"; "arguments": bytes a chip by field of the state; "memory": bytes a chip
+        (arguments, temporaries, code, output, aliased, total, hbm), or used, capacity and missing where it does not
+        fit; else also "flops" and "bytes" a chip and step, "loops", "collectives", "roofline" seconds, "bound",
+        "step_seconds", "examples_per_second", "compile_seconds".
+
+    Raises:
+        MmjaxError: libtpu is not installed, no such slice, an experiment without example_batch, XLA's own refusal.
+    """
+    # Said here with help on flags, not by the child.
+    parse_overrides(load_experiment(experiment_file), arguments, prog="mmjax plan")
+    if importlib.util.find_spec("libtpu") is None:
+        raise MmjaxError("plan compiles with TPU's compiler: pip install 'mmjax[tpu]' (libtpu; no TPU is needed)")
+    with tempfile.TemporaryDirectory() as folder:
+        answer = pathlib.Path(folder) / "plan.json"
+        code = "import sys; from mmjax.training.plan import child; child(sys.argv[1:])"
+        command = [sys.executable, "-c", code, os.fspath(answer), os.fspath(experiment_file), topology, *arguments]
+        ran = subprocess.run(command, env=os.environ | SETTINGS, capture_output=True, text=True)
+        if ran.returncode or not answer.is_file():
+            told = ran.stderr.strip().splitlines()[-1:] or [f"exit code {ran.returncode}"]
+            raise MmjaxError(f"plan: the compiler's process failed: {told[0]}")
+        told = json.loads(answer.read_text())
+    if "error" in told:
+        raise MmjaxError(told["error"])
+    return told
+
+
+def child(argv: Sequence[str]) -> None:
+    """The compiling process: ANSWER EXPERIMENT TOPOLOGY FLAGS... Writes the plan, or {"error": text}, to ANSWER."""
+    answer, file, topology, *flags = argv
+    try:
+        config = parse_overrides(load_experiment(file), flags, prog="mmjax plan")
+        told = compile_step(config, describe_topology(topology))
+    except MmjaxError as error:
+        told = {"error": str(error)}
+    pathlib.Path(answer).write_text(json.dumps(told))
+
+
+def describe_topology(name: str) -> Sequence[Any]:
+    """The chips of "v5e:8x8" as devices to compile for."""
+    from jax.experimental import topologies
+
+    try:
+        # A v4 chip is one device only when its two cores are joined.
+        joined = {"chip_config_name": "megacore"} if name.startswith("v4") else {}
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **joined).devices
+    except (RuntimeError, ValueError) as error:
+        raise MmjaxError(f"--topology {name}: {str(error).splitlines()[0]}") from error
+
+
+def compile_step(config: Any, devices: Sequence[Any]) -> dict[str, Any]:
+    """See `plan`; `devices` are those of a described topology."""
+    chip = roofline.CHIPS.get(devices[0].device_kind)
+    if chip is None:
+        raise MmjaxError(f"no peaks are known for {devices[0].device_kind!r}; there are {', '.join(roofline.CHIPS)}")
+    lift, state, batch = _shapes(config, devices)
+    told: dict[str, Any] = {"chip": chip.name, "chips": len(devices), "batch_size": config.batch_size}
+    told["arguments"] = _per_field(state) | {"batch": _shard_bytes(batch)}
+    began = time.perf_counter()
+    try:
+        compiled = lift.lower(state, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        memory = roofline.out_of_memory(str(error))
+        if memory is None:
+            raise MmjaxError(f"XLA does not compile this step: {str(error).splitlines()[0]}") from error
+        return told | {"fits": False, "memory": memory}
+    return told | {"fits": True, "compile_seconds": time.perf_counter() - began} | _cost(compiled, chip, config)
+
+
+def _shapes(config: Any, devices: Sequence[Any]) -> tuple[MeshLift, Any, dict[str, Any]]:
+    """The lift and its arguments, as shapes with shardings."""
+    if not hasattr(config, "example_batch"):
+        raise MmjaxError(f"{type(config).__module__}: Config lacks example_batch() -> shapes of the global batch")
+    method, optimizer = config.method(), config.optimizer()
+    step = functools.partial(train_step, method, optimizer, accumulate=config.accumulate)
+    lift = MeshLift(step, config.mesh, devices=devices)
+    shapes = config.example_batch()
+    for name, leaf in shapes.items():
+        if leaf.shape[0] % lift.shards:
+            raise MmjaxError(f"batch[{name!r}] has {leaf.shape[0]} rows, not a multiple of {lift.shards} shards")
+
+    def create(rng: Any, batch: Mapping[str, Any]) -> Any:
+        return create_state(method, optimizer, rng, batch)
+
+    state = jax.eval_shape(create, jax.random.key(0), shapes)
+    placed = jax.tree.map(_with_sharding, state, lift.shardings(state))
+    return lift, placed, {name: _with_sharding(leaf, lift.batch_sharding) for name, leaf in shapes.items()}
+
+
+def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(
+        leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True), sharding=sharding
+    )
+
+
+def _shard_bytes(tree: Any) -> int:
+    """What one chip holds of a tree of shapes with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _per_field(state: Any) -> dict[str, int]:
+    sizes = {field.name: _shard_bytes(getattr(state, field.name)) for field in dataclasses.fields(state)}
+    return {name: value for name, value in sizes.items() if value > 64}
+
+
+def _cost(compiled: Any, chip: roofline.Chip, config: Any) -> dict[str, Any]:
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    sizes = {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+        "output": memory.output_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+    }
+    sizes["total"] = sum(sizes.values()) - 2 * sizes["aliased"]
+    sizes["hbm"] = chip.hbm
+    network = roofline.collectives(text)
+    flops, moved = float(cost.get("flops", 0.0)), float(cost.get("bytes accessed", 0.0))
+    times = roofline.roofline(chip, flops, moved, network)
+    bound = max(times, key=lambda name: times[name])
+    return {
+        "memory": sizes,
+        "flops": flops,
+        "bytes": moved,
+        "loops": roofline.loops(text),
+        "collectives": [dataclasses.asdict(one) | {"sent": one.sent} for one in network],
+        "roofline": times,
+        "bound": bound,
+        "step_seconds": times[bound],
+        "examples_per_second": config.batch_size / times[bound] if times[bound] else 0.0,
+    }
+
+
+def sentences(told: Mapping[str, Any]) -> list[str]:
+    """What is to be said of a plan beside its tables."""
+    if not told["fits"]:
+        memory = told["memory"]
+        words = [
+            f"does not fit: {roofline.size(memory['missing'])} more than a {told['chip']} chip has",
+            "try more chips",
+        ]
+        return ["; ".join([*words, "a smaller batch, accumulate, fsdp or rematerialisation"])]
+    found = [f"bound by {told['bound']}; compiled in {told['compile_seconds']:.0f} s"]
+    if told["loops"]:
+        turns = ", ".join(map(str, told["loops"]))
+        found.append(f"loops of {turns} turns: XLA counts a body once, so FLOPs and bytes are too low")
+    return found

@@ -1,0 +1,268 @@
+"""What a compiled program asks of a chip, and the least time that a step can take there.
+
+Collectives and loops are read from the program's text; peaks are the vendor's. Every time here is a lower bound: the
+work divided by a peak, each resource by itself.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peaks of one device as JAX counts them.
+
+    flops: bfloat16 operations a second. hbm: bytes of memory. hbm_bandwidth: bytes a second. ici_bandwidth: bytes a
+    second that a chip sends to its neighbours over all its links, one way.
+    """
+
+    name: str
+    flops: float
+    hbm: int
+    hbm_bandwidth: float
+    ici_bandwidth: float
+
+
+CHIPS = {
+    "TPU v4": Chip("v4", 275e12, 32 * GIB, 1.228e12, 6 * 4.5e10),
+    "TPU v5 lite": Chip("v5e", 197e12, 16 * GIB, 8.19e11, 4 * 4.5e10),
+    "TPU v5": Chip("v5p", 459e12, 95 * GIB, 2.765e12, 6 * 9e10),
+    "TPU v6 lite": Chip("v6e", 918e12, 32 * GIB, 1.64e12, 4 * 9e10),
+}
+"""By `device_kind`. From Google's pages of each TPU version; links from "How to scale your model", chapter 2."""
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
+_BYTES |= {"u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_COLLECTIVE = re.compile(rf"=\s+(.*?)\s({'|'.join(KINDS)})(-start)?\(")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+_CONDITION = re.compile(r"\swhile\(.*condition=%?([\w.\-]+)")
+_LIMIT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """kind: one of `KINDS`. size: bytes of its result on one chip. group: chips that take part. count: times a step."""
+
+    kind: str
+    size: int
+    group: int
+    count: int = 1
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a chip sends for one of them, by the ring algorithms."""
+        share = (self.group - 1) / self.group
+        factor = {"all-reduce": 2 * share, "reduce-scatter": self.group - 1, "collective-permute": 1.0}
+        return self.size * factor.get(self.kind, share)
+
+
+def collectives(text: str) -> list[Collective]:
+    """The collectives of a compiled program's text, those within loops of a known length as often as they run."""
+    computations, entry = _computations(text)
+    times = _times(computations, entry)
+    found: dict[tuple[str, int, int], int] = {}
+    for name, lines in computations.items():
+        for line in lines:
+            match = _COLLECTIVE.search(line)
+            group = _group(line) if match else 1
+            if match is None or group == 1:
+                continue
+            shape, kind, start = match.groups()
+            # What TPU's compiler calls so is an all-reduce of which each chip keeps its slice.
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                kind, size = "reduce-scatter", _size(shape, kind, start) // group
+            else:
+                size = _size(shape, kind, start)
+            key = (kind, size, group)
+            found[key] = found.get(key, 0) + times.get(name, 0)
+    told = [Collective(*key, count) for key, count in found.items() if count]
+    return sorted(told, key=lambda one: -one.sent * one.count)
+
+
+def loops(text: str) -> list[int]:
+    """The known lengths of the program's loops that are longer than one turn."""
+    computations, _ = _computations(text)
+    turns = {_turns(line, computations) for lines in computations.values() for line in lines}
+    return sorted(turns - {1}, reverse=True)
+
+
+def _turns(line: str, computations: Mapping[str, Sequence[str]]) -> int:
+    """How often a loop turns: the one constant that its condition compares the counter with; 1 for other lines."""
+    condition = _CONDITION.search(line)
+    if condition is None:
+        return 1
+    limits = [int(n) for part in computations.get(condition[1], ()) for n in _LIMIT.findall(part)]
+    return max(limits[0], 1) if len(limits) == 1 else 1
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    computations: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            name = header[2]
+            entry = name if header[1] else entry
+            computations[name] = []
+        elif name:
+            computations[name].append(line)
+    return computations, entry
+
+
+def _times(computations: Mapping[str, Sequence[str]], entry: str) -> dict[str, int]:
+    """How often each computation runs in a step; a loop of unknown length counts once."""
+    times: dict[str, int] = {}
+
+    def visit(name: str, factor: int) -> None:
+        times[name] = times.get(name, 0) + factor
+        for line in computations.get(name, ()):
+            turns = _turns(line, computations)
+            for one, branches in _CALLED.findall(line):
+                for called in [one] if one else [b.strip().lstrip("%") for b in branches.split(",")]:
+                    if called in computations:
+                        visit(called, factor * turns)
+
+    visit(entry, 1)
+    return times
+
+
+def _size(shape: str, kind: str, start: str | None) -> int:
+    arrays = [
+        _BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n)
+        for dtype, dims in _ARRAY.findall(shape)
+        if dtype in _BYTES
+    ]
+    if start and kind in ("all-gather", "collective-permute"):  # (operands, results, flags)
+        if kind == "collective-permute":
+            arrays = arrays[:2]
+        arrays = arrays[len(arrays) // 2 :]
+    return sum(arrays)
+
+
+def _group(line: str) -> int:
+    """Chips in one group, from any of the three ways in which XLA writes groups."""
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=\S+)?\s*\{([^}]*)\}", line)
+    if named:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", named[2]))
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line)
+    if iota:
+        return int(iota[2])
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    if listed:
+        return len(listed[1].split(","))
+    pairs = re.search(r"source_target_pairs=\{\{", line)
+    return 2 if pairs else 1
+
+
+def out_of_memory(message: str) -> dict[str, float] | None:
+    """{"used", "capacity", "missing"} in bytes, from XLA's error about a program that does not fit; else None."""
+    number = r"([\d.]+)([KMGT]?)"
+    forms = (rf"Used {number} of {number} hbm", rf"\({number}\) exceeds available HBM \({number}\)")
+    found = next((match for form in forms if (match := re.search(form, message))), None)
+    if found is None:
+        return None
+    unit = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+    used, capacity = float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]]
+    return {"used": used, "capacity": capacity, "missing": used - capacity}
+
+
+def roofline(chip: Chip, flops: float, moved: float, network: Sequence[Collective]) -> dict[str, float]:
+    """Seconds that each resource alone needs for a step; the largest bounds it."""
+    sent = sum(one.sent * one.count for one in network)
+    return {
+        "compute": flops / chip.flops,
+        "memory": moved / chip.hbm_bandwidth,
+        "network": sent / chip.ici_bandwidth,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def tables(told: Mapping[str, Any]) -> list[Table]:
+    """For `rich.print`: memory, work and collectives of a plan (see `mmjax.training.plan.plan`)."""
+    shown = [_memory_table(told)]
+    if told["fits"]:
+        shown.append(_work_table(told))
+        if told["collectives"]:
+            shown.append(_collectives_table(told))
+    return shown
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left")
+    return table
+
+
+def size(value: float) -> str:
+    """Bytes in the largest binary unit that leaves a digit before the point."""
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(value) >= unit:
+            return f"{value / unit:.2f} {name}"
+    return f"{value:.0f} B"
+
+
+def seconds(value: float) -> str:
+    """A duration in the unit that suits it."""
+    for unit, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if value >= unit:
+            return f"{value / unit:.3g} {name}"
+    return f"{value * 1e9:.3g} ns"
+
+
+def _memory_table(told: Mapping[str, Any]) -> Table:
+    table = _table(f"memory of one of {told['chips']} {told['chip']} chips", "", "bytes")
+    for name, value in told["arguments"].items():
+        table.add_row(f"  {name}", size(value))
+    memory = told["memory"]
+    if not told["fits"]:
+        table.add_section()
+        table.add_row("wanted", size(memory["used"]))
+        table.add_row("has", size(memory["capacity"]))
+        table.add_row("missing", size(memory["missing"]))
+        return table
+    table.add_section()
+    for name in ("arguments", "temporaries", "code", "output", "aliased"):
+        table.add_row(name, ("-" if name == "aliased" else "") + size(memory[name]))
+    table.add_section()
+    table.add_row("total", f"{size(memory['total'])} of {size(memory['hbm'])}")
+    return table
+
+
+def _work_table(told: Mapping[str, Any]) -> Table:
+    table = _table("a step on one chip", "resource", "work", "at least")
+    work = {"compute": f"{told['flops'] / 1e12:.3g} TFLOP", "memory": f"{size(told['bytes'])} moved"}
+    work["network"] = f"{size(sum(row['sent'] * row['count'] for row in told['collectives']))} sent"
+    for name, value in told["roofline"].items():
+        table.add_row(name, work[name], seconds(value) + ("  <- bound" if name == told["bound"] else ""))
+    table.add_section()
+    table.add_row("step", f"batch {told['batch_size']:,}", seconds(told["step_seconds"]))
+    table.add_row("", "at most", f"{told['examples_per_second']:,.0f} examples/s")
+    return table
+
+
+def _collectives_table(told: Mapping[str, Any], most: int = 12) -> Table:
+    table = _table("collectives of a step", "kind", "chips", "times", "bytes each", "sent in all")
+    rows = told["collectives"]
+    for row in rows[:most]:
+        cells = f"{row['group']}", f"{row['count']}", size(row["size"]), size(row["sent"] * row["count"])
+        table.add_row(row["kind"], *cells)
+    if len(rows) > most:
+        rest = rows[most:]
+        times, sent = sum(row["count"] for row in rest), sum(row["sent"] * row["count"] for row in rest)
+        table.add_row(f"{len(rest)} smaller sizes", "", str(times), "", size(sent))
+    return table
