@@ -183,7 +183,8 @@ class _Ablation:
     """One call of `ablate`: what its groups share."""
 
     def __init__(self, workdir: epath.Path, how: How, interrupts: Interrupts, load_weights: LoadWeights):
-        self.workdir, self.how, self.interrupts, self.load_weights = workdir, how, interrupts, load_weights
+        self.workdir, self.interrupts, self.load_weights = workdir, interrupts, load_weights
+        self.how: How = how
         self.console = Console(highlight=False)
         self.lifts: list[tuple[ExperimentConfig, int, Lift]] = []
         self.writers: list[MetricsWriter] = []
@@ -256,7 +257,7 @@ class _Ablation:
                 return lift
         recipe: Any = group.config
         one = functools.partial(train_step, recipe.method(), recipe.optimizer(), accumulate=group.config.accumulate)
-        how: How = self.how if arms > 1 else "unroll"
+        how: How = "unroll" if arms == 1 else self.how
         step = over_arms(one, how, arms)
         lift = create_lift(group.config.lift, step, group.config.mesh, stacked=True)
         self.lifts.append((group.config, arms, lift))
