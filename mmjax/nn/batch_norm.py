@@ -1,0 +1,138 @@
+"""Batch normalisation over groups of the global batch.
+
+A group is a number in the recipe, not a device: ShuffleBN or a published "32 images a device" mean the same thing on
+one chip and on 256. torch's rules: the biased variance normalises, the unbiased one goes into the running statistics.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from mmjax.errors import MmjaxError
+from mmjax.types import Array, Float
+
+
+class BatchNorm(nn.Module):
+    """y = (x - mean) / sqrt(var + epsilon) * scale + bias over the last axis; statistics of all other axes.
+
+    Parameters scale and bias [c]; collection "batch_stats": mean and var [c] (float32) and count, the number of batches
+    seen (torch's num_batches_tracked). With several groups the running statistics move by the mean over the groups.
+
+    Attributes:
+        use_running_average: normalise by the running statistics and leave them as they are (torch's eval mode).
+        momentum: the share of the old running statistics that is kept; 1 - torch's momentum.
+        groups: equal parts, in order, that the global batch is cut in; each is normalised by its own statistics.
+        axis_name: the mapped axis over which the batch is cut; devices that share a group add up their sums.
+        dtype: of the output; statistics are always float32.
+    """
+
+    use_running_average: bool = False
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    groups: int = 1
+    axis_name: str | None = None
+    use_scale: bool = True
+    use_bias: bool = True
+    scale_init: Callable[..., Any] = nn.initializers.ones
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
+        c = x.shape[-1]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (c,), jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, (c,), jnp.float32)
+        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+        scale = self.param("scale", self.scale_init, (c,)) if self.use_scale else jnp.ones(c)
+        bias = self.param("bias", nn.initializers.zeros, (c,)) if self.use_bias else jnp.zeros(c)
+        dtype = jnp.dtype(self.dtype or x.dtype)
+        if self.use_running_average:
+            slope = scale * lax.rsqrt(var.value + self.epsilon)
+            return (x * slope + (bias - mean.value * slope)).astype(dtype)
+        axis_name = None if self.is_initializing() else self.axis_name
+        y, batch_mean, batch_var = batch_normalise(
+            x, scale, bias, epsilon=self.epsilon, groups=self.groups, axis_name=axis_name
+        )
+        if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
+            mean.value = self.momentum * mean.value + (1 - self.momentum) * batch_mean
+            var.value = self.momentum * var.value + (1 - self.momentum) * batch_var
+            count.value = count.value + 1
+        return y.astype(dtype)
+
+
+def batch_normalise(
+    x: Float[Array, "b *space c"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    *,
+    epsilon: float = 1e-5,
+    groups: int = 1,
+    axis_name: str | None = None,
+) -> tuple[Float[Array, "b *space c"], Float[Array, " c"], Float[Array, " c"]]:
+    """(normalised x, mean, unbiased variance); the latter two averaged over all groups, and without a gradient.
+
+    Raises MmjaxError if the groups do not cut the global batch, or do not fit the devices.
+    """
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    if groups < 1 or (groups % devices and devices % groups) or (x.shape[0] * devices) % groups:
+        raise MmjaxError(
+            f"groups={groups} does not cut a global batch of {x.shape[0] * devices} on {devices} devices: groups are "
+            "equal parts of the batch, and either whole parts of a device or made of whole devices"
+        )
+    local, together = max(groups // devices, 1), max(devices // groups, 1)
+    members = None
+    if 1 < together < devices:
+        members = tuple(tuple(range(first, first + together)) for first in range(0, devices, together))
+    count = x.size // x.shape[-1] // local * together
+    normalise = _normalise(epsilon, count, axis_name if together > 1 else None, members)
+    y, mean, var = normalise(x.reshape(local, -1, x.shape[-1]), scale, bias)
+    if axis_name is not None and groups > 1:
+        mean, var = lax.pmean((mean, var), axis_name)
+    return y.reshape(x.shape), mean, var
+
+
+@functools.cache
+def _normalise(
+    epsilon: float, count: int, axis_name: str | None, members: tuple[tuple[int, ...], ...] | None
+) -> Callable[..., Any]:
+    """x [group, row, c] normalised; `count` rows make a group, over all devices that share it."""
+
+    def total(*sums: Array) -> tuple[Array, ...]:
+        if axis_name is None:
+            return sums
+        return lax.psum(sums, axis_name, axis_index_groups=members)
+
+    def statistics(x: Array) -> tuple[Array, Array]:
+        wide = x.astype(jnp.float32)
+        # Two readings: the mean of squares minus the square of the mean would cancel where the mean is large.
+        (mean,) = total(jnp.sum(wide, 1, keepdims=True) / count)
+        (var,) = total(jnp.sum(jnp.square(wide - mean), 1, keepdims=True) / count)
+        return mean, var
+
+    @jax.custom_vjp
+    def run(x: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+        return forward(x, scale, bias)[0]
+
+    def forward(x: Array, scale: Array, bias: Array) -> Any:
+        mean, var = statistics(x)
+        inverse = lax.rsqrt(var + epsilon)
+        slope = scale * inverse
+        y = x * slope + (bias - mean * slope)
+        unbiased = var * (count / max(count - 1, 1))
+        return (y.astype(x.dtype), mean.mean((0, 1)), unbiased.mean((0, 1))), (x, mean, inverse, scale)
+
+    def backward(kept: Any, cotangents: Any) -> tuple[Array, Array, Array]:
+        x, mean, inverse, scale = kept
+        dy = cotangents[0].astype(jnp.float32)
+        normal = (x.astype(jnp.float32) - mean) * inverse
+        d_bias, d_scale = jnp.sum(dy, 1, keepdims=True), jnp.sum(dy * normal, 1, keepdims=True)
+        all_bias, all_scale = total(d_bias, d_scale)
+        dx = (dy - all_bias / count - normal * (all_scale / count)) * (scale * inverse)
+        return dx.astype(x.dtype), d_scale.sum((0, 1)), d_bias.sum((0, 1))
+
+    run.defvjp(forward, backward)
+    return run
