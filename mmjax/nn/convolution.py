@@ -7,9 +7,7 @@ NHWC by HWIO without groups. What `jax.grad` and `jax.vmap` make of it is anothe
     1x1                 is a matrix product;
     the others          are that one form, forward and in both derivatives, which are written out here as ordinary
                         convolutions: of dy with the turned kernel, and of x by dy with batch and channels exchanged;
-    strided, for dx     one stride-1 convolution computes all phases of dx as channels (no zeros are multiplied);
-    strided, c <= 4     (a stem) phases of the image become channels first;
-    groups              a dense kernel with zeros outside the diagonal blocks;
+    groups              are joined to blocks of 64 channels or more, with zeros outside the diagonal; blocks are mapped;
     vmap                joins the batch, or the output channels, or if both arguments are mapped runs one after another.
 
 First derivatives in reverse mode only: `jax.jvp` of a convolution, or a gradient of its gradient, is an error.
@@ -30,6 +28,8 @@ from mmjax.types import Array, Float
 
 Pair = tuple[int, int]
 LAYOUT = ("NHWC", "HWIO", "NHWC")
+BLOCK = 64
+"""Channels that make a matrix product efficient."""
 kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 """torch's kaiming_normal_(mode="fan_out"): std sqrt(2 / (kh kw out)), for kernels of any number of groups."""
 
@@ -112,17 +112,17 @@ def _conv(strides: Pair, padding: Pair, groups: int, dilation: Pair) -> Callable
 
 
 def _cpu_conv(x: Array, kernel: Array, strides: Pair, padding: Pair, groups: int, dilation: Pair) -> Array:
-    kh, kw, c, out = kernel.shape
-    if groups > 1:
-        # Block diagonal: out channel o of group g reads the channels of g alone.
-        eye = jnp.eye(groups, dtype=kernel.dtype)
-        blocks = jnp.einsum("hwcgo,gk->hwkcgo", rearrange(kernel, "h w c (g o) -> h w c g o", g=groups), eye)
-        kernel = blocks.reshape(kh, kw, groups * c, out)
-    if max(strides) > 1 and dilation == (1, 1) and kernel.shape[2] <= 4:
-        size = [(h + 2 * p - k) // s + 1 for h, p, k, s in zip(x.shape[1:3], padding, (kh, kw), strides)]
-        y = _dense((1, 1), (0, 0), (1, 1))(_phases(x, strides, padding, (kh, kw)), _phase_kernel(kernel, strides))
-        return y[:, : size[0], : size[1]]
-    return _dense(strides, padding, dilation)(x, kernel)
+    run = _dense(strides, padding, dilation)
+    if groups == 1:
+        return run(x, kernel)
+    # Block diagonal: of the m groups in a block, output channels of group g read the channels of g alone.
+    width = kernel.shape[2]
+    m = next(m for m in range(1, groups + 1) if groups % m == 0 and (m * width >= BLOCK or m == groups))
+    split = rearrange(kernel, "h w c (n g o) -> n h w c g o", g=m, n=groups // m)
+    blocks = jnp.einsum("nhwcgo,gk->nhwkcgo", split, jnp.eye(m, dtype=kernel.dtype))
+    blocks = rearrange(blocks, "n h w k c g o -> n h w (k c) (g o)")
+    y = jax.vmap(run)(rearrange(x, "b h w (n c) -> n b h w c", n=groups // m), blocks)
+    return rearrange(y, "n b h w o -> b h w (n o)")
 
 
 @functools.cache
@@ -145,13 +145,6 @@ def _dense(strides: Pair, padding: Pair, dilation: Pair) -> Callable[[Array, Arr
 
 def _dx(dy: Array, kernel: Array, size: Pair, strides: Pair, padding: Pair, dilation: Pair) -> Array:
     """The gradient of x: dy convolved with the kernel, turned by 180 degrees, input and output channels exchanged."""
-    if max(strides) > 1 and dilation == (1, 1):
-        turned = rearrange(jnp.flip(_phase_kernel(kernel, strides), (0, 1)), "h w c o -> h w o c")
-        count = [-(-(h + 2 * p) // s) for h, p, s in zip(size, padding, strides)]
-        pads = tuple((m - 1, q - n) for m, q, n in zip(turned.shape[:2], count, dy.shape[1:3]))
-        phases = _fast((1, 1), pads, (1, 1))(dy, turned)
-        x = rearrange(phases, "b h w (i j c) -> b (h i) (w j) c", i=strides[0], j=strides[1])
-        return x[:, padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]]
     turned = rearrange(jnp.flip(kernel, (0, 1)), "h w c o -> h w o c")
     reach = [d * (k - 1) for d, k in zip(dilation, kernel.shape[:2])]
     low = [r - p for r, p in zip(reach, padding)]
@@ -171,23 +164,6 @@ def _dk(x: Array, dy: Array, size: tuple[int, ...], strides: Pair, padding: Pair
     # Without the barrier XLA takes the transposes into the convolution, which is then no longer of the fast form.
     images, filters = lax.optimization_barrier((images, filters))
     return rearrange(_fast(dilation, tuple(pads), strides)(images, filters), "c h w o -> h w c o")
-
-
-def _phases(x: Array, strides: Pair, padding: Pair, size: Pair) -> Array:
-    """The padded image cut in tiles of strides[0] x strides[1], a tile's pixels side by side as channels."""
-    pads = []
-    for h, s, p, k in zip(x.shape[1:3], strides, padding, size):
-        tiles = (h + 2 * p - k) // s + -(-k // s)
-        pads.append((p, s * tiles - h - p))
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((a, b, 0) for a, b in pads), (0, 0, 0)])
-    return rearrange(x, "b (h i) (w j) c -> b h w (i j c)", i=strides[0], j=strides[1])
-
-
-def _phase_kernel(kernel: Array, strides: Pair) -> Array:
-    """The kernel that does to `_phases` of an image, with stride 1, what `kernel` does to the image."""
-    pads = [(0, -k % s) for k, s in zip(kernel.shape[:2], strides)]
-    kernel = jnp.pad(kernel, [*pads, (0, 0), (0, 0)])
-    return rearrange(kernel, "(h i) (w j) c o -> h w (i j c) o", i=strides[0], j=strides[1])
 
 
 @functools.cache
@@ -250,6 +226,7 @@ def _max_pool(size: int, stride: int, padding: int) -> Callable[[Array], Array]:
         tiles = [-(-(length + 2 * padding) // stride) for length in (height, width)]
         rows = []
         for i in range(stride):
+            columns = []
             for j in range(stride):
                 total = jnp.zeros((b, *tiles, c), dy.dtype)
                 for number, (u, v) in enumerate(offsets):
@@ -258,8 +235,9 @@ def _max_pool(size: int, stride: int, padding: int) -> Callable[[Array], Array]:
                         pads = [(low, t - n - low, 0) for low, t, n in zip(lows, tiles, dy.shape[1:3])]
                         part = jnp.where(first == number, dy, 0)
                         total += lax.pad(part, jnp.zeros((), dy.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
-                rows.append(total)
-        phases = rearrange(jnp.stack(rows), "(i j) b h w c -> b (h i) (w j) c", i=stride)
+                columns.append(total)
+            rows.append(jnp.stack(columns, 3))
+        phases = rearrange(jnp.stack(rows, 2), "b h i w j c -> b (h i) (w j) c")
         return (phases[:, padding : padding + height, padding : padding + width],)
 
     run.defvjp(forward, backward)
