@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.data.pipeline import Pipeline
-from mmjax.types import Array, ArrayLike, Float, MmjaxError, Params
+from mmjax.types import Array, ArrayLike, Float, Int, MmjaxError, Params
 
 Encode: TypeAlias = Callable[[Params, Any, Any], Array]
 """(params, state, inputs [b, ...]) -> features [b, d]: a pure function. `state` is the TrainState, or None."""
@@ -81,6 +81,19 @@ class Extractor:
         joined = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
         _, first = np.unique(joined["index"], return_index=True)
         return finite(pipeline.source.name, features[first]), {name: value[first] for name, value in joined.items()}
+
+    def labelled(
+        self, params: Params, state: Any, inputs: Inputs, labels: ArrayLike | None, name: str
+    ) -> tuple[Float[np.ndarray, "n ..."], Int[np.ndarray, " n"]]:
+        """Features and labels. A pipeline brings its own labels, its column "label", where `labels` is None."""
+        if not isinstance(inputs, Pipeline):
+            if labels is None:
+                raise MmjaxError(f"{name}: an array of images comes without labels")
+            return self(params, state, inputs, name), np.asarray(labels)
+        features, columns = self.from_pipeline(params, state, inputs)
+        if labels is None and "label" not in columns:
+            raise MmjaxError(f"{name}: {inputs.source.name} has no column 'label', only {sorted(columns)}")
+        return features, columns["label"] if labels is None else np.asarray(labels)[columns["index"]]
 
     def _gather(self, params: Params, state: Any, batches: Iterator[Any], size: int) -> np.ndarray:
         waiting: collections.deque[tuple[Array, int]] = collections.deque()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.evaluation.classification import accuracy
-from mmjax.evaluation.features import Encode, Extractor, checked_features, checked_integers, unit
+from mmjax.evaluation.features import Encode, Extractor, Inputs, checked_features, checked_integers, unit
 from mmjax.evaluation.protocol import Outcome, ScoredEvaluation
 from mmjax.evaluation.report import Score
 from mmjax.types import Array, ArrayLike, Float, Int, MmjaxError, Params
@@ -124,16 +124,16 @@ class KNNEvaluation(ScoredEvaluation):
 
     Attributes:
         encode: (params, state, images [b, ...]) -> features [b, d].
-        train_images, train_labels: the bank.
+        train_images, train_labels: the bank: an array [n, ...] and int [n], or a pipeline, which has labels of its own.
         test_images, test_labels: what is classified; None: leave one out over the bank.
         ks, temperature: 200 and 0.07 are those of DINO, 200 and 0.1 of MoCo's CIFAR-10 demo.
     """
 
     name: str = "knn"
     encode: Encode
-    train_images: ArrayLike
-    train_labels: Int[ArrayLike, " q"]
-    test_images: ArrayLike | None = None
+    train_images: Inputs
+    train_labels: Int[ArrayLike, " q"] | None = None
+    test_images: Inputs | None = None
     test_labels: Int[ArrayLike, " m"] | None = None
     ks: tuple[int, ...] = (200,)
     temperature: float = 0.07
@@ -144,10 +144,11 @@ class KNNEvaluation(ScoredEvaluation):
         return Extractor(self.encode, self.batch_size)
 
     def evaluate(self, params: Params, state: Any, pictures: bool = True) -> Outcome:
-        bank = self._extractor(params, state, self.train_images, "train_images")
-        asked = None
+        extract = self._extractor.labelled
+        bank, labels = extract(params, state, self.train_images, self.train_labels, "train_images")
+        asked, truth = None, None
         if self.test_images is not None:
-            asked = self._extractor(params, state, self.test_images, "test_images")
-        found = knn_scores(bank, self.train_labels, asked, self.test_labels, self.ks, self.temperature)
+            asked, truth = extract(params, state, self.test_images, self.test_labels, "test_images")
+        found = knn_scores(bank, labels, asked, truth, self.ks, self.temperature)
         names = {k: f"{self.name}_top1" if len(self.ks) == 1 else f"{self.name}_top1_k{k}" for k in self.ks}
         return Outcome({names[k]: score for k, score in found.items()}, {f"{self.name}_n": found[self.ks[0]].n})

@@ -18,7 +18,7 @@ import optax
 from flax import struct
 
 from mmjax.evaluation.classification import top_k
-from mmjax.evaluation.features import Encode, Extractor, checked_features, checked_integers
+from mmjax.evaluation.features import Encode, Extractor, Inputs, checked_features, checked_integers
 from mmjax.evaluation.protocol import Outcome, ScoredEvaluation
 from mmjax.evaluation.report import Score
 from mmjax.types import Array, ArrayLike, Bool, Float, Int, MmjaxError, Params, PRNGKeyArray
@@ -343,18 +343,19 @@ class LinearProbeEvaluation(ScoredEvaluation):
 
     Attributes:
         encode: (params, state, images [b, ...]) -> features [b, d], in evaluation mode, not normalised.
-        train_images, train_labels: an array [n, ...], or a sequence of arrays: differently augmented passes, for `sgd`.
-        test_images, test_labels: what is classified.
+        train_images, train_labels: an array [n, ...] and int [n], or a pipeline, which has labels of its own. For
+            `sgd` also a list of either: differently augmented passes over the same images, which epochs take in turn.
+        test_images, test_labels: what is classified; an array or a pipeline.
         sgd: None: logistic regression, its penalty chosen on a part of the training set; else MoCo's protocol.
         standardise: features to mean 0 and deviation 1; MoCo's protocol does not.
     """
 
     name: str = "linear_probe"
     encode: Encode
-    train_images: ArrayLike | Sequence[ArrayLike]
-    train_labels: Int[ArrayLike, " n"]
-    test_images: ArrayLike
-    test_labels: Int[ArrayLike, " m"]
+    train_images: Inputs | Sequence[Inputs]
+    train_labels: Int[ArrayLike, " n"] | None = None
+    test_images: Inputs
+    test_labels: Int[ArrayLike, " m"] | None = None
     sgd: SGDConfig | None = None
     l2s: tuple[float, ...] = L2S
     standardise: bool | None = None
@@ -366,22 +367,30 @@ class LinearProbeEvaluation(ScoredEvaluation):
     def _extractor(self) -> Extractor:
         return Extractor(self.encode, self.batch_size)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.train_images, list | tuple) and self.sgd is None:
+            # An image's passes would stand on both sides of the sweep's split.
+            raise MmjaxError("train_images: several passes are for the SGD protocol: set sgd")
+
     def probe(self, params: Params, state: Any = None) -> LinearProbe:
         """The layer, trained on the features of the training images."""
-        several = isinstance(self.train_images, Sequence)
-        passes = [self.train_images] if not several else list(self.train_images)
-        features = np.stack([self._extractor(params, state, images, "train_images") for images in passes])
-        labels = np.asarray(self.train_labels)
-        classes = int(max(labels.max(), np.max(self.test_labels))) + 1
+        passes: Any = self.train_images if isinstance(self.train_images, list | tuple) else [self.train_images]
+        extract = self._extractor.labelled
+        found = [extract(params, state, images, self.train_labels, "train_images") for images in passes]
+        features, labels = np.stack([features for features, _ in found]), found[0][1]
+        if any(not np.array_equal(other, labels) for _, other in found):
+            raise MmjaxError("train_images: the passes are not over the same images in the same order")
         if self.sgd is not None:
-            return sgd_probe(features, labels, self.sgd, classes, bool(self.standardise), self.seed)
-        flat, tiled = features.reshape(-1, features.shape[-1]), np.tile(labels, len(passes))
-        standardise = True if self.standardise is None else self.standardise
-        return swept_probe(flat, tiled, classes, self.l2s, standardise=standardise, seed=self.seed).probe
+            return sgd_probe(features, labels, self.sgd, standardise=bool(self.standardise), seed=self.seed)
+        standardise = self.standardise is not False
+        return swept_probe(features[0], labels, l2s=self.l2s, standardise=standardise, seed=self.seed).probe
 
     def evaluate(self, params: Params, state: Any, pictures: bool = True) -> Outcome:
+        features, truth = self._extractor.labelled(params, state, self.test_images, self.test_labels, "test_images")
         probe = self.probe(params, state)
-        features = self._extractor(params, state, self.test_images, "test_images")
-        found = probe.scores(features, self.test_labels, self.ks)
+        logits = np.asarray(probe.logits(features))
+        # Classes that the training set lacks cannot be named: they are wrong, not an error.
+        unseen = max(0, int(truth.max()) + 1 - logits.shape[1])
+        found = top_k(np.pad(logits, ((0, 0), (0, unseen)), constant_values=-np.inf), truth, self.ks)
         scores = {f"{self.name}_top{k}": score for k, score in found.items()}
         return Outcome(scores, {f"{self.name}_n": len(features)})

@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmjax.data.pipeline import Pipeline
 from mmjax.evaluation.features import (
     Encode,
     Extractor,
+    Inputs,
     checked_features,
     checked_integers,
     finite,
@@ -196,7 +198,8 @@ class RetrievalEvaluation(ScoredEvaluation):
     Attributes:
         encode_image: (params, state, images [b, ...]) -> features [b, d].
         encode_text: (params, state, texts [b, ...]) -> features [b, d].
-        images: an array [n, ...]; uint8 ones [n, height, width, 3] are also those of the picture.
+        images: an array [n, ...], or a pipeline; uint8 arrays [n, height, width, 3] are also those of the picture.
+            Images that a pipeline cannot read are left out with their texts, and counted: `retrieval_unreadable`.
         texts: an array [m, ...] or a dict of arrays, of all captions.
         text_image: int [m], the image of each text; None: text i belongs to image i.
         ks: the K of R@K.
@@ -209,7 +212,7 @@ class RetrievalEvaluation(ScoredEvaluation):
     name: str = "retrieval"
     encode_image: Encode
     encode_text: Encode
-    images: ArrayLike
+    images: Inputs
     texts: ArrayLike | Mapping[str, ArrayLike]
     text_image: Int[ArrayLike, " m"] | None = None
     ks: tuple[int, ...] = KS
@@ -224,20 +227,32 @@ class RetrievalEvaluation(ScoredEvaluation):
 
     def ranks(self, params: Params, state: Any = None) -> Ranks:
         """Ranks of every image and text, for tests between two models on the same items."""
-        return ranks_of_features(*self._features(params, state), self.text_image)
+        return ranks_of_features(*self._features(params, state)[:3])
 
-    def _features(self, params: Params, state: Any) -> tuple[np.ndarray, np.ndarray]:
-        image, text = self._extractors
-        return image(params, state, self.images, "images"), text(params, state, self.texts, "texts")
+    def _features(self, params: Params, state: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, int]:
+        """Features of the images and of the texts, the texts' images, and how many images could not be read."""
+        encode_images, encode_texts = self._extractors
+        texts = encode_texts(params, state, self.texts, "texts")
+        if not isinstance(self.images, Pipeline):
+            owner = None if self.text_image is None else np.asarray(self.text_image)
+            return encode_images(params, state, self.images, "images"), texts, owner, 0
+        images, columns = encode_images.from_pipeline(params, state, self.images)
+        total = len(self.images.source)
+        owner = _owners(self.text_image, total, len(texts))
+        place = np.full(total, -1, np.int32)
+        place[columns["index"]] = np.arange(len(images))
+        kept = place[owner] >= 0
+        return images, texts[kept], place[owner[kept]], total - len(images)
 
     def evaluate(self, params: Params, state: Any, pictures: bool = True) -> Outcome:
-        images, texts = self._features(params, state)
-        ranks = ranks_of_features(images, texts, self.text_image)
+        images, texts, owner, unreadable = self._features(params, state)
+        ranks = ranks_of_features(images, texts, owner)
         # One data set's metrics keep the plain names; a second one, called otherwise, gets its name before them.
         prefix = "" if self.name == "retrieval" else f"{self.name}_"
         scores = {f"{prefix}{name}": score for name, score in ranks.scores(self.ks).items()}
         counts = {f"{self.name}_n": len(ranks.image), f"{self.name}_n_texts": len(ranks.text)}
-        picture = self._picture(images, texts, ranks.text_image) if pictures else None
+        counts |= {f"{self.name}_unreadable": unreadable} if unreadable else {}
+        picture = self._picture(images, texts, ranks.text_image) if pictures and not unreadable else None
         return Outcome(scores, counts, {} if picture is None else {f"{self.name}_picture": picture})
 
     def _picture(self, images: np.ndarray, texts: np.ndarray, owner: np.ndarray) -> np.ndarray | None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.evaluation.classification import confusion, mean_per_class, top_k
-from mmjax.evaluation.features import Encode, Extractor, checked_features, checked_integers, unit
+from mmjax.evaluation.features import Encode, Extractor, Inputs, checked_features, checked_integers, unit
 from mmjax.evaluation.pictures import confusion_picture
 from mmjax.evaluation.protocol import Outcome, ScoredEvaluation
 from mmjax.evaluation.report import Score
@@ -98,7 +98,7 @@ class ZeroShotEvaluation(ScoredEvaluation):
 
     Attributes:
         encode_image, encode_text: (params, state, inputs [b, ...]) -> features [b, d].
-        images: [n, ...]; labels: int [n].
+        images, labels: an array [n, ...] and int [n], or a pipeline, which has labels of its own.
         texts: an array [m, ...] or a dict of arrays: the tokens of `prompts(classes, templates)[0]`.
         text_class: int [m], `prompts(...)[1]`.
         class_names: for the picture; None draws none.
@@ -107,8 +107,8 @@ class ZeroShotEvaluation(ScoredEvaluation):
     name: str = "zero_shot"
     encode_image: Encode
     encode_text: Encode
-    images: ArrayLike
-    labels: Int[ArrayLike, " n"]
+    images: Inputs
+    labels: Int[ArrayLike, " n"] | None = None
     texts: ArrayLike | Mapping[str, ArrayLike]
     text_class: Int[ArrayLike, " m"]
     ks: tuple[int, ...] = (1, 5)
@@ -123,14 +123,15 @@ class ZeroShotEvaluation(ScoredEvaluation):
     def evaluate(self, params: Params, state: Any, pictures: bool = True) -> Outcome:
         image, text = self._extractors
         embeddings = class_embeddings(text(params, state, self.texts, "texts"), self.text_class)
-        logits = np.asarray(zero_shot_logits(image(params, state, self.images, "images"), embeddings))
-        scores = {f"{self.name}_top{k}": score for k, score in top_k(logits, self.labels, self.ks).items()}
+        features, labels = image.labelled(params, state, self.images, self.labels, "images")
+        logits = np.asarray(zero_shot_logits(features, embeddings))
+        scores = {f"{self.name}_top{k}": score for k, score in top_k(logits, labels, self.ks).items()}
         predicted, n, classes = logits.argmax(1), *logits.shape
         scores[f"{self.name}_mean_per_class"] = Score(
-            mean_per_class(predicted, self.labels, classes), n, chance=100.0 / len(np.unique(self.labels))
+            mean_per_class(predicted, labels, classes), n, chance=100.0 / len(np.unique(labels))
         )
         drawn = {}
         if pictures and self.class_names is not None:
-            matrix = confusion(predicted, self.labels, classes)
+            matrix = confusion(predicted, labels, classes)
             drawn[f"{self.name}_confusion"] = confusion_picture(matrix, self.class_names, self.attribution)
         return Outcome(scores, {f"{self.name}_n": n}, drawn)

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from flax import struct
 
+from mmjax.data.pipeline import Pipeline
+from mmjax.data.sources import ArraySource
 from mmjax.errors import MmjaxError
 from mmjax.evaluation import knn
 from mmjax.evaluation.knn import KNNEvaluation, knn_scores, knn_votes, nearest
@@ -130,3 +132,18 @@ def test_evaluation():
     assert traced == [(17, 7)]
     alone = KNNEvaluation(**common).scores({"kernel": kernel})["knn_top1"]
     assert alone == knn_scores(bank @ kernel, labels, None, None)[200]
+
+
+def test_evaluation_of_pipelines():
+    bank, labels = blobs(53, 3, 14)
+    queries, truth = blobs(29, 3, 15)
+    encode = lambda params, state, images: images * params  # noqa: E731
+    train = Pipeline(ArraySource(image=bank, label=labels), batch_size=7)
+    test = Pipeline(ArraySource(image=queries, label=truth), batch_size=7)
+    made = KNNEvaluation(encode=encode, train_images=train, test_images=test, ks=(5,), batch_size=11)
+    assert made.scores(np.float32(2))["knn_top1"] == knn_scores(bank, labels, queries, truth, ks=(5,))[5]
+    with pytest.raises(MmjaxError, match="train_images: an array of images comes without labels"):
+        KNNEvaluation(encode=encode, train_images=bank).scores(np.float32(2))
+    unlabelled = Pipeline(ArraySource(image=bank, name="nameless"), batch_size=7)
+    with pytest.raises(MmjaxError, match="nameless has no column 'label'"):
+        KNNEvaluation(encode=encode, train_images=unlabelled).scores(np.float32(2))

@@ -199,3 +199,9 @@ def test_evaluation():
     passes = LinearProbeEvaluation(train_images=[images, images * 1.1], sgd=config, **common)
     direct = sgd_probe(np.stack([images @ kernel, images @ kernel * np.float32(1.1)]), labels, config)
     np.testing.assert_allclose(passes.probe({"kernel": kernel}).kernel, direct.kernel, atol=1e-5)
+    with pytest.raises(MmjaxError, match="several passes"):
+        LinearProbeEvaluation(train_images=[images, images], **common)
+    # A class that only the test set has is wrong, not an error.
+    rare = LinearProbeEvaluation(train_images=images, **common | {"test_labels": np.where(truth == 0, 7, truth)})
+    kept = np.mean((truth != 0) & (made.probe({"kernel": kernel}).predict(test @ kernel) == truth))
+    assert rare.scores({"kernel": kernel})["linear_probe_top1"].value == pytest.approx(100 * kept)

@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 from flax import struct
 
+from mmjax.data.decoding import BadRecord
+from mmjax.data.pipeline import Pipeline
+from mmjax.data.sources import ArraySource
 from mmjax.errors import MmjaxError
 from mmjax.evaluation import retrieval
 from mmjax.evaluation.retrieval import RetrievalEvaluation, ranks_of_features, ranks_of_scores, top_candidates
@@ -186,3 +189,29 @@ def test_an_encoder_that_broke_is_told():
     made, _ = evaluation()
     with pytest.raises(MmjaxError, match="images: 84 of 84"):
         made.scores({"image": np.full((12, 12), np.nan, np.float32)})
+
+
+class Damaged(ArraySource):
+    def __getitem__(self, index):
+        if index == 3:
+            raise BadRecord("image: truncated", "3.png")
+        return super().__getitem__(index)
+
+
+def test_unreadable_images_leave_with_their_texts():
+    images, texts, owner = features(7, 5, 11), features(17, 5, 12), np.arange(17) % 7
+    pipeline = Pipeline(Damaged(image=images), batch_size=2, max_bad_fraction=0.5)
+    made = RetrievalEvaluation(
+        encode_image=lambda params, state, x: x * params,
+        encode_text=lambda params, state, x: x,
+        images=pipeline,
+        texts=texts,
+        text_image=owner,
+    )
+    kept = owner != 3
+    expected = ranks_of_features(np.delete(images, 3, 0), texts[kept], owner[kept] - (owner[kept] > 3))
+    ranks = made.ranks(np.float32(2))
+    np.testing.assert_array_equal(ranks.image, expected.image)
+    np.testing.assert_array_equal(ranks.text, expected.text)
+    told = made.run(np.float32(2), State(1))
+    assert (told["retrieval_n"], told["retrieval_n_texts"], told["retrieval_unreadable"]) == (6, 15, 1)
