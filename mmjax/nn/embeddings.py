@@ -25,9 +25,13 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, image: Float[Array, "b height width c"]) -> Float[Array, "b rows columns d"]:
-        """Raises MmjaxError for a side that the patch does not divide."""
+        """Pixels beyond the last whole patch are left out, as the convolution leaves them out.
+
+        Raises MmjaxError for an image smaller than a patch.
+        """
         height, width, p = image.shape[1], image.shape[2], self.patch
-        if height % p or width % p:
-            raise MmjaxError(f"an image of {height} x {width} pixels cannot be cut into patches of {p} x {p}")
-        patches = rearrange(image, "b (r p) (s q) c -> b r s (p q c)", p=p, q=p)
+        if min(height, width) < p:
+            raise MmjaxError(f"an image of {height} x {width} pixels is smaller than a patch of {p} x {p}")
+        whole = image[:, : height - height % p, : width - width % p]
+        patches = rearrange(whole, "b (r p) (s q) c -> b r s (p q c)", p=p, q=p)
         return Dense(self.features, self.use_bias, self.dtype, self.kernel_init, name="projection")(patches)

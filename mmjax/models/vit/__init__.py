@@ -1,0 +1,1 @@
+"""Vision Transformer: the original, DeiT, DINOv2 and the hybrids with a ResNet root."""

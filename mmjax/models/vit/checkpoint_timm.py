@@ -1,0 +1,157 @@
+"""timm's keys: timm, DeiT, MAE's encoder, and the original DINOv2, which adds a few (models/vision_transformer.py)."""
+
+import math
+from collections.abc import Mapping, Set
+from typing import Any
+
+from mmjax.errors import MmjaxError
+from mmjax.models.vit.network import ViTConfig
+from mmjax.weights.table import Entry, Layout, Op, Shape, Table, chain, conv, linear, reshape, same, split
+
+
+def dense(source: str, target: str, op: Op = linear) -> list[Entry]:
+    """A torch Linear, or with another op whatever has `weight` and `bias`."""
+    return [Entry(f"{source}.weight", f"params/{target}/kernel", op), Entry(f"{source}.bias", f"params/{target}/bias")]
+
+
+def norm(source: str, target: str) -> list[Entry]:
+    return [Entry(f"{source}.weight", f"params/{target}/scale"), Entry(f"{source}.bias", f"params/{target}/bias")]
+
+
+def patches(source: str, config: ViTConfig) -> list[Entry]:
+    """The patch projection: a convolution there, a matrix here."""
+    return dense(source, "patch/projection", chain(conv, reshape((config.patch, config.patch, 3, config.width))))
+
+
+def heads_of(width: int) -> int:
+    """Heads are not in a torch file: 64 wide, but in H, g, G and So400m, which have 16."""
+    return 16 if width in (1152, 1280, 1408, 1664) else width // 64
+
+
+def square(tokens: int, stride: int, file: str) -> tuple[int, int]:
+    """The image size whose patches make so many positions."""
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise MmjaxError(f"{file} has {tokens} patch positions, which is no square: config.json should tell image_size")
+    return side * stride, side * stride
+
+
+def depth_of(shapes: Mapping[str, Shape], start: str) -> int:
+    """How many numbers follow `start` in the keys."""
+    found = {key.removeprefix(start).split(".")[0] for key in shapes if key.startswith(start)}
+    return len(found)
+
+
+def table(config: ViTConfig) -> Table:
+    """Sources by timm's names; registers under DINOv2's where there is a mask token."""
+    c = config
+    entries = [] if c.positions == "big_vision" else [Entry("pos_embed", "params/positions")]
+    entries += [Entry("cls_token", "params/cls")] if c.class_token else []
+    entries += [Entry("dist_token", "params/distillation")] if c.distilled else []
+    entries += [Entry("mask_token", "params/mask_token")] if c.mask_token else []
+    registers = "register_tokens" if c.mask_token else "reg_token"
+    entries += [Entry(registers, "params/registers")] if c.registers else []
+    entries += patches("patch_embed.proj", c)
+    for i in range(c.depth):
+        entries += _block(c, f"blocks.{i}", f"encoder/block_{i}")
+    entries += norm("fc_norm" if c.norm_after_pool else "norm", "norm")
+    entries += dense("pre_logits.fc", "pre_logits") if c.representation else []
+    entries += dense("head", "head") if c.num_classes else []
+    entries += dense("head_dist", "head_distilled") if c.distilled_head else []
+    return tuple(entries)
+
+
+def _block(config: ViTConfig, source: str, target: str) -> list[Entry]:
+    parts = [f"params/{target}/attention/{name}" for name in ("q", "k", "v")]
+    kernels, biases = tuple(f"{part}/kernel" for part in parts), tuple(f"{part}/bias" for part in parts)
+    entries = [
+        *norm(f"{source}.norm1", f"{target}/norm_1"),
+        Entry(f"{source}.attn.qkv.weight", kernels, chain(split(3), linear)),
+        Entry(f"{source}.attn.qkv.bias", biases, split(3)),
+        *dense(f"{source}.attn.proj", f"{target}/attention/out"),
+        *norm(f"{source}.norm2", f"{target}/norm_2"),
+    ]
+    if config.layer_scale is not None:
+        entries += [Entry(f"{source}.ls{i}.gamma", f"params/{target}/scale_{i}") for i in (1, 2)]
+    if config.gated:
+        return entries + gated(f"{source}.mlp.w12", f"{target}/mlp") + dense(f"{source}.mlp.w3", f"{target}/mlp/down")
+    return entries + dense(f"{source}.mlp.fc1", f"{target}/mlp/up") + dense(f"{source}.mlp.fc2", f"{target}/mlp/down")
+
+
+def gated(source: str, target: str) -> list[Entry]:
+    """Gate and up in one matrix, the gate first."""
+    both = [f"params/{target}/{name}" for name in ("gate", "up")]
+    return [
+        Entry(f"{source}.weight", tuple(f"{part}/kernel" for part in both), chain(split(2), linear)),
+        Entry(f"{source}.bias", tuple(f"{part}/bias" for part in both), chain(split(2), same)),
+    ]
+
+
+def config(shapes: Mapping[str, Shape], config_json: Mapping[str, Any] | None) -> ViTConfig:
+    """Sizes from the shapes; erf GELU, LayerNorm epsilon 1e-6."""
+    width, _, patch, _ = shapes["patch_embed.proj.weight"]
+    is_gated = "blocks.0.mlp.w3.weight" in shapes
+    hidden = shapes["blocks.0.mlp.w3.weight"][1] if is_gated else shapes["blocks.0.mlp.fc1.weight"][0]
+    registers = shapes.get("register_tokens", shapes.get("reg_token", (1, 0)))[1]
+    class_token, distilled = "cls_token" in shapes, "dist_token" in shapes
+    positions = shapes["pos_embed"][1] - int(distilled)
+    # timm's models with registers keep no position for the class token (no_embed_class).
+    class_position = class_token and "reg_token" not in shapes
+    after = "fc_norm.weight" in shapes
+    dino = "mask_token" in shapes and "decoder_embed.weight" not in shapes
+    return ViTConfig(
+        width=width,
+        depth=depth_of(shapes, "blocks."),
+        heads=heads_of(width),
+        hidden=hidden,
+        patch=patch,
+        image_size=square(positions - int(class_position), patch, "pos_embed"),
+        num_classes=shapes.get("head.weight", (0,))[0],
+        rule="dinov2" if dino and not registers else "bicubic_antialias",
+        class_token=class_token,
+        class_position=class_position,
+        distilled=distilled,
+        distilled_head="head_dist.weight" in shapes,
+        registers=registers,
+        mask_token=dino,
+        pool="mean" if after or not class_token else "token",
+        norm_after_pool=after,
+        representation=shapes.get("pre_logits.fc.weight", (None,))[0],
+        gated=is_gated,
+        layer_scale=1.0 if "blocks.0.ls1.gamma" in shapes else None,
+        init="normal",
+    )
+
+
+def _recognises(keys: Set[str]) -> bool:
+    return {"patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"} <= keys
+
+
+TIMM = Layout(
+    name="timm",
+    recognise=lambda keys, _: _recognises(keys) and "mask_token" not in keys,
+    config=config,
+    table=table,
+)
+"""timm and DeiT."""
+
+DINOV2 = Layout(
+    name="dinov2",
+    recognise=lambda keys, _: _recognises(keys) and "mask_token" in keys and "decoder_embed.weight" not in keys,
+    config=config,
+    table=table,
+    wrappers=("teacher", "state_dict", "model"),
+    strip=("module.", "backbone."),
+    renames=((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),),  # cut in chunks for FSDP; the second number counts through
+    ignored=("dino_head.*", "ibot_head.*"),
+)
+"""facebookresearch/dinov2: released backbones, and the teacher of a training checkpoint."""
+
+MAE = Layout(
+    name="mae",
+    recognise=lambda keys, _: _recognises(keys) and {"mask_token", "decoder_embed.weight"} <= keys,
+    config=config,
+    table=table,
+    ignored=("decoder_*",),
+)
+"""The encoder of facebookresearch/mae's pretraining checkpoints; the decoder is left out."""

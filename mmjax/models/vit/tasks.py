@@ -1,0 +1,105 @@
+"""The handle of a ViT: features, classification, intermediate layers."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from mmjax.data.preprocess import ImagePreprocessing
+from mmjax.errors import MmjaxError
+from mmjax.models.handle import Model, unit
+from mmjax.models.vit.network import ViT, ViTConfig, ViTOutput
+from mmjax.types import Array, ArrayLike, Float
+
+
+@dataclass
+class ViTModel(Model):
+    """A ViT with its weights."""
+
+    system: ClassVar[str] = "vit"
+    config_class: ClassVar[type] = ViTConfig
+
+    @classmethod
+    def build(cls, config: ViTConfig) -> nn.Module:
+        return ViT(config)
+
+    @classmethod
+    def example(cls, config: ViTConfig) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"pixel_values": jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)}
+
+    @classmethod
+    def default_preprocess(cls, config: ViTConfig, layout: str) -> ImagePreprocessing:
+        side = config.image_size[0]
+        if config.layer_scale is not None:
+            return ImagePreprocessing.dinov2(224)
+        if layout in ("timm", "mae"):  # DeiT's transform
+            return ImagePreprocessing(side * 256 // 224, (side, side))
+        return ImagePreprocessing.vit(side)
+
+    def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
+        """last_hidden_state [b, n, d], pooler_output [b, d], hidden_states (depth + 1), logits [b, c] with a head.
+
+        Tokens: class token, distillation token, registers, patches in row-major order.
+        pooler_output is what the head would see: after tanh where the weights have that layer, in DINOv2 the class
+        token after the norm.
+        """
+        if "pixel_values" not in inputs:
+            raise MmjaxError("a ViT's forward needs pixel_values")
+        out = self._apply(variables, inputs["pixel_values"])
+        pooled = out.tokens[:, 0] if self.config.pool == "token_and_mean" else out.pooled
+        told = {"last_hidden_state": out.tokens, "pooler_output": pooled, "hidden_states": tuple(out.states)}
+        if out.both_logits is not None:
+            told |= dict(zip(("cls_logits", "distillation_logits"), out.both_logits))
+        return told if out.logits is None else told | {"logits": out.logits}
+
+    def _apply(self, variables: Mapping[str, Any], pixels: Array) -> ViTOutput:
+        return self.module.apply(variables, pixels)  # type: ignore[return-value]
+
+    def encode_image(self, images: Any) -> Float[Array, "b d"]:
+        """Unit-norm features of images, as `preprocess` takes them: the pooled vector, which the head would see."""
+        return self._features(self.variables, self.pixels(images))
+
+    @functools.cached_property
+    def _features(self) -> Any:
+        return jax.jit(lambda variables, pixels: unit(self._apply(variables, pixels).pooled))
+
+    def classify(self, images: Any, labels: Sequence[str] | None = None, top: int = 5) -> list[list[tuple[str, float]]]:
+        """The most probable classes of each image with their probabilities, the best first.
+
+        labels: a name for every class; None: their numbers.
+        """
+        classes = self.config.num_classes
+        if not classes:
+            raise MmjaxError("this ViT has no classification head: classify needs one (num_classes)")
+        names = [str(i) for i in range(classes)] if labels is None else list(labels)
+        if len(names) != classes:
+            raise MmjaxError(f"labels: {len(names)} names for the {classes} classes of the head")
+        logits = self.forward(pixel_values=self.pixels(images))["logits"]
+        values, indices = jax.lax.top_k(jax.nn.softmax(logits), min(top, classes))
+        return [[(names[i], p) for i, p in zip(*row)] for row in zip(indices.tolist(), values.tolist())]
+
+    def intermediate_layers(self, pixel_values: ArrayLike, n: int = 1) -> list[dict[str, Array]]:
+        """The last n blocks' outputs after the final norm: {"class_token": [b, d], "patches": [b, rows, columns, d]}.
+
+        DINOv2's `get_intermediate_layers`; registers are left out.
+        """
+        if not 1 <= n <= self.config.depth:
+            raise MmjaxError(f"n={n}: the network has {self.config.depth} blocks")
+        pixels = jnp.asarray(pixel_values)
+        rows = pixels.shape[1] // self.config.stride
+        layers = []
+        for state in self._normed(self.variables, pixels)[-n:]:
+            patches = rearrange(state[:, self.config.prefix :], "b (r c) d -> b r c d", r=rows)
+            layers.append(
+                {"class_token": state[:, 0], "patches": patches} if self.config.class_token else {"patches": patches}
+            )
+        return layers
+
+    @functools.cached_property
+    def _normed(self) -> Any:
+        return jax.jit(lambda variables, pixels: self._apply(variables, pixels).normed_states)
