@@ -1,0 +1,197 @@
+"""The command line. Every verb is one call into the package; what a verb needs is imported when it runs."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from mmjax.errors import MmjaxError
+
+Verb = Callable[[argparse.Namespace, list[str]], int | None]
+"""(flags, the experiment's own flags) -> exit code; None is 0."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `mmjax ARGUMENTS`; returns the exit code.
+
+    Bad input is one message on stderr and code 2, never a traceback; Ctrl-C is code 130. A run that SIGTERM or Ctrl-C
+    ends after saving is a success.
+    """
+    parser = _parser()
+    known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    if known.verb is None:
+        parser.print_help()
+        return 0
+    if rest and not known.takes_fields:
+        known.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if known.takes_fields and known.experiment is None:
+        known.parser.print_help()
+        return 0 if {"-h", "--help"} & set(rest) else 2
+    try:
+        return known.run(known, rest) or 0
+    except MmjaxError as error:
+        print(f"mmjax {known.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"mmjax {known.verb}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `mmjax ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mmjax", description="The vision-language lineage in JAX: train, evaluate, load and export."
+    )
+    parser.set_defaults(verb=None)
+    verbs = parser.add_subparsers(title="verbs", metavar="")
+    for add in (_train, _ablate, _plan, _evaluate, _classify, _retrieve, _convert, _models):
+        add(verbs)
+    return parser
+
+
+def _add(verbs: argparse._SubParsersAction, name: str, run: Verb, about: str, fields: bool = False):
+    """A verb's parser. fields: it takes EXPERIMENT.py and passes flags that it does not know to the experiment."""
+    more = "" if not fields else " Any other flag sets a field: mmjax %(prog)s EXPERIMENT.py --help lists them."
+    about = about + more.replace("mmjax %(prog)s", f"mmjax {name}")
+    verb = verbs.add_parser(name, help=about.split(". ")[0], description=about, allow_abbrev=False, add_help=not fields)
+    verb.set_defaults(verb=name, run=run, takes_fields=fields, parser=verb)
+    if fields:
+        verb.add_argument("experiment", nargs="?", metavar="EXPERIMENT.py", help="a file with a class Config")
+    return verb
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def _train(verbs: argparse._SubParsersAction) -> None:
+    about = "Train an experiment. The same command resumes it; SIGTERM and Ctrl-C save first."
+    verb = _add(verbs, "train", _run_train, about, fields=True)
+    verb.add_argument("--workdir", metavar="DIR", help="default: workdirs/<name of the experiment's file>")
+    told = "one of several processes, which find each other by the cluster's environment (jax.distributed)"
+    verb.add_argument("--distributed", action="store_true", help=told)
+
+
+def _run_train(flags: argparse.Namespace, fields: list[str]) -> None:
+    from mmjax.cli import runs
+
+    runs.train(flags.experiment, flags.workdir, fields, flags.distributed)
+
+
+def _ablate(verbs: argparse._SubParsersAction) -> None:
+    about = "Train many arms of an experiment as one program and compare them. The same command resumes it."
+    verb = _add(verbs, "ablate", _run_ablate, about, fields=True)
+    verb.add_argument(
+        "--over",
+        action="append",
+        default=[],
+        metavar="NAME=A,B,C",
+        help="a hyper-parameter or field and its values; twice or more: their grid",
+    )
+    verb.add_argument("--seeds", metavar="0,1,2", help="every choice of values with each seed")
+    told = "how arms share a program; auto: what was measured to be best on this backend"
+    verb.add_argument("--arms", choices=["auto", "vmap", "map", "unroll"], default="auto", help=told)
+    verb.add_argument("--sequential", action="store_true", help="one arm after another instead: the same numbers")
+    verb.add_argument("--workdir", metavar="DIR", help="default: workdirs/<name of the experiment's file>_ablation")
+
+
+def _run_ablate(flags: argparse.Namespace, fields: list[str]) -> None:
+    from mmjax.cli import runs
+
+    runs.ablate(flags, fields)
+
+
+def _plan(verbs: argparse._SubParsersAction) -> None:
+    about = "Tell the memory, work, collectives and least time of a step on a TPU slice. No TPU is needed."
+    verb = _add(verbs, "plan", _run_plan, about, fields=True)
+    verb.add_argument(
+        "--topology", metavar="v5e:8x8", help="version and shape: v4:2x2x1, v5e:16x16, v5p:2x2x2, v6e:4x4"
+    )
+
+
+def _run_plan(flags: argparse.Namespace, fields: list[str]) -> int:
+    from mmjax.cli import runs
+
+    return runs.plan(flags.experiment, flags.topology, fields)
+
+
+def _evaluate(verbs: argparse._SubParsersAction) -> None:
+    about = "Evaluate a trained run by its own protocols, or any model on a folder of images."
+    verb = _add(verbs, "evaluate", lambda flags, _: _run_evaluate(flags), about)
+    verb.add_argument(
+        "source", metavar="WORKDIR", help="a run of mmjax train; with --data also a weight file or hub id"
+    )
+    verb.add_argument("--task", metavar="NAME", default="all", help="default: all of the experiment's")
+    told = "images in a folder a class (or train/ and test/ of such); NAME: zero_shot, knn, linear_probe"
+    verb.add_argument("--data", metavar="DIR", help=told)
+    verb.add_argument("--experiment", metavar="EXPERIMENT.py", help="where the experiment's file lies now, if it moved")
+
+
+def _run_evaluate(flags: argparse.Namespace) -> None:
+    from mmjax.cli import evaluate
+
+    if flags.data is not None:
+        evaluate.on_folder(flags.source, flags.task, flags.data)
+    else:
+        evaluate.run(flags.source, flags.task, flags.experiment)
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+def _classify(verbs: argparse._SubParsersAction) -> None:
+    about = "Say which of some labels fits each image."
+    verb = _add(verbs, "classify", lambda flags, _: _run_classify(flags), about)
+    verb.add_argument("source", metavar="MODEL", help="a workdir, a folder, a weight file or a hub id")
+    verb.add_argument("images", nargs="+", metavar="IMAGE")
+    verb.add_argument("--labels", metavar="A,B,C", help="default: those of the run's labels.json")
+
+
+def _run_classify(flags: argparse.Namespace) -> None:
+    from mmjax.cli import ask
+
+    ask.classify(flags.source, flags.images, flags.labels)
+
+
+def _retrieve(verbs: argparse._SubParsersAction) -> None:
+    about = "Find the images of a folder that are nearest to an image or a text, and draw them."
+    verb = _add(verbs, "retrieve", lambda flags, _: _run_retrieve(flags), about)
+    verb.add_argument("source", metavar="MODEL", help="a workdir, a folder, a weight file or a hub id")
+    query = verb.add_mutually_exclusive_group(required=True)
+    query.add_argument("--image", metavar="FILE", help="what to look for")
+    query.add_argument("--text", metavar="T", help="what to look for")
+    verb.add_argument("--folder", metavar="DIR", required=True, help="the images that are searched")
+    verb.add_argument("-k", type=int, default=5, help="how many (default 5)")
+    verb.add_argument("--picture", metavar="FILE", default="retrieved.png", help="default: retrieved.png")
+
+
+def _run_retrieve(flags: argparse.Namespace) -> None:
+    from mmjax.cli import ask
+
+    ask.retrieve(flags.source, flags.image, flags.text, flags.folder, flags.k, flags.picture)
+
+
+def _convert(verbs: argparse._SubParsersAction) -> None:
+    about = "Write a model in another layout: a public one (hf, ...) or our own (mmjax)."
+    verb = _add(verbs, "convert", lambda flags, _: _run_convert(flags), about)
+    verb.add_argument("source", metavar="SRC", help="a workdir, a folder, a weight file or a hub id")
+    verb.add_argument("target", metavar="DST", help="a folder, made if it is not there")
+    verb.add_argument("--layout", metavar="NAME", required=True, help="mmjax models lists them")
+    verb.add_argument("--from", dest="read_as", metavar="NAME", help="the layout of SRC, where more than one fits")
+
+
+def _run_convert(flags: argparse.Namespace) -> None:
+    from mmjax.cli import weights
+
+    weights.convert(flags.source, flags.target, flags.layout, flags.read_as)
+
+
+def _models(verbs: argparse._SubParsersAction) -> None:
+    _add(verbs, "models", lambda *_: _run_models(), "List the systems and the layouts of their weights.")
+
+
+def _run_models() -> None:
+    from mmjax.cli import weights
+
+    weights.models()

@@ -1,0 +1,97 @@
+"""The verbs that ask a model: classify, retrieve."""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import rich
+from rich.table import Table
+
+from mmjax import hub
+from mmjax.cli.evaluate import class_embeddings, image_features, read_images, text_features
+from mmjax.data.decoding import decode_image
+from mmjax.data.image_folder import ImageFolder
+from mmjax.errors import MmjaxError
+from mmjax.evaluation.retrieval import top_candidates
+from mmjax.evaluation.zero_shot import zero_shot_logits
+
+SHOWN = 5
+
+
+def classify(source: str, files: Sequence[str], labels: str | None) -> None:
+    """A table: each image's most likely labels, with probabilities at CLIP's temperature, 0.01."""
+    model = hub.load(source)
+    names = _labels(source, labels)
+    images = [read_image(file) for file in files]
+    embeddings = class_embeddings(model, names)
+    logits = np.asarray(zero_shot_logits(image_features(model, images), embeddings))
+    table = Table("image", *(("label", "probability") * min(SHOWN, len(names))))
+    for file, row in zip(files, np.exp(logits - logits.max(1, keepdims=True))):
+        share = row / row.sum()
+        best = np.argsort(-share)[:SHOWN]
+        table.add_row(file, *(cell for i in best for cell in (names[i], f"{100 * share[i]:.1f} %")))
+    rich.print(table)
+
+
+def _labels(source: str, given: str | None) -> list[str]:
+    if given is not None:
+        names = [name.strip() for name in given.split(",") if name.strip()]
+    else:
+        file = pathlib.Path(source) / "labels.json"
+        if not file.is_file():
+            raise MmjaxError(f"--labels A,B,C: {file} is not there, so there are no labels to choose from")
+        names = json.loads(file.read_text())
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise MmjaxError(f"--labels: want at least two different labels, not {names}")
+    return names
+
+
+def read_image(file: str) -> np.ndarray:
+    """uint8 [height, width, 3]. Raises MmjaxError naming the file."""
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise MmjaxError(f"{file}: no such image")
+    return decode_image(path.read_bytes(), file)
+
+
+def retrieve(source: str, image: str | None, text: str | None, folder: str, k: int, picture: str) -> None:
+    """The k images of a folder nearest to the query by cosine: a table, and a picture of them."""
+    if k < 1:
+        raise MmjaxError(f"-k {k}: at least 1")
+    model = hub.load(source)
+    index = ImageFolder(folder)
+    images, rows, _ = read_images(index)
+    features = image_features(model, images)
+    if text is not None:
+        query, asked = text_features(model, [text]), None
+    else:
+        asked = read_image(image or "")
+        query = image_features(model, [asked])
+    found = np.asarray(top_candidates(query, features, min(k, len(images))))[0]
+    cosines = _unit(features[found]) @ _unit(query)[0]
+    table = Table("", "image", "cosine", title=f"nearest to {text or image}", title_justify="left")
+    for place, (row, cosine) in enumerate(zip(found, cosines), 1):
+        table.add_row(str(place), index.record_name(int(rows[row])), f"{cosine:.3f}")
+    rich.print(table)
+    _draw(picture, text or str(image), asked, [images[row] for row in found], cosines)
+    print(picture)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+
+
+def _draw(file: str, title: str, asked: np.ndarray | None, images: Sequence[np.ndarray], cosines: Any) -> None:
+    from matplotlib.figure import Figure
+
+    shown = ([] if asked is None else [("query", asked)]) + [(f"{c:.3f}", i) for c, i in zip(cosines, images)]
+    figure = Figure(figsize=(2.2 * len(shown), 2.8), layout="constrained")
+    figure.suptitle(title.replace("$", r"\$"), fontsize=10)
+    for place, (label, image) in enumerate(shown, 1):
+        axes = figure.add_subplot(1, len(shown), place)
+        axes.imshow(image)
+        axes.set_title(label, fontsize=9)
+        axes.set_axis_off()
+    figure.savefig(file, format="png", dpi=110)

@@ -1,0 +1,189 @@
+"""evaluate: a run by its experiment's own protocols, or any model on a folder of images."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import rich
+
+from mmjax import hub
+from mmjax.data.decoding import decode_image
+from mmjax.data.image_folder import ImageFolder
+from mmjax.errors import MmjaxError
+from mmjax.evaluation import knn, linear_probe, report, zero_shot
+from mmjax.evaluation.report import Score
+from mmjax.models.config import config_from_json
+from mmjax.training import checkpoint
+from mmjax.training.experiment import load_experiment
+from mmjax.training.state import create_state
+
+FOLDER_TASKS = ("zero_shot", "knn", "linear_probe")
+BATCH = 64
+
+
+def load_run(workdir: str, experiment: str | None = None) -> tuple[Any, Any, int]:
+    """(config, state on the device, step) of a run: its experiment with the fields it had, its newest checkpoint.
+
+    experiment: the experiment's file, if it is not where config.json says.
+    """
+    place = pathlib.Path(workdir) / "config.json"
+    if not place.is_file():
+        raise MmjaxError(f"{place} is missing: {workdir} is no run of mmjax train")
+    told = json.loads(place.read_text())
+    file = experiment or told.get("experiment_file")
+    if file is None or "experiment" not in told or "ablation" in told:
+        raise MmjaxError(f"{place} names no experiment file; --experiment EXPERIMENT.py does")
+    config = config_from_json(load_experiment(file), told["experiment"], f"{place}: experiment")
+    method, optimizer = config.method(), config.optimizer()
+    shapes = config.example_batch() if hasattr(config, "example_batch") else next(iter(config.train_data()))
+    narrow = {
+        name: jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
+        for name, leaf in shapes.items()
+    }
+    template = jax.eval_shape(lambda rng, batch: create_state(method, optimizer, rng, batch), jax.random.key(0), narrow)
+    restored = checkpoint.restore(workdir, template, warn=print)
+    if restored is None:
+        raise MmjaxError(f"{workdir} holds no checkpoint")
+    return config, jax.device_put(restored.state), restored.step
+
+
+def run(workdir: str, task: str, experiment: str | None = None) -> None:
+    """Prints the scores of the evaluations called `task` (or "all") and writes WORKDIR/evaluations/TASK.json."""
+    config, state, step = load_run(workdir, experiment)
+    evaluations = [one for one in config.evaluations() if task in ("all", one.name)]
+    if not evaluations:
+        names = ", ".join(one.name for one in config.evaluations()) or "none"
+        raise MmjaxError(f"--task {task}: the experiment's evaluations are {names}")
+    scores: dict[str, Score] = {}
+    for evaluation in evaluations:
+        found = scores_of(evaluation, state)
+        told = {
+            name if len(evaluations) == 1 or name.startswith(evaluation.name) else f"{evaluation.name}_{name}": score
+            for name, score in found.items()
+        }
+        scores |= told
+    _tell(scores, pathlib.Path(workdir), task, f"{workdir} at step {step}", {"step": step})
+
+
+def scores_of(evaluation: Any, state: Any) -> dict[str, Score]:
+    """An evaluation's scores; one that only knows how to log gives bare numbers, of n = 0 known items."""
+    if hasattr(evaluation, "scores"):
+        return dict(evaluation.scores(state.params, state))
+    found = evaluation.run(state.params, state)
+    numbers = {name: value for name, value in found.items() if not isinstance(value, str) and np.ndim(value) == 0}
+    return {name: Score(float(value), 0, unit="") for name, value in numbers.items()}
+
+
+def _tell(scores: Mapping[str, Score], folder: pathlib.Path, task: str, title: str, facts: Mapping[str, Any]) -> None:
+    rich.print(report.table(scores, title))
+    file = folder / "evaluations" / f"{task}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(report.to_json(scores, **facts))
+    print(file)
+
+
+# ----------------------------------------------------------------------------------------------- a folder of images
+
+
+def on_folder(source: str, task: str, data: str) -> None:
+    """zero_shot, knn or linear_probe of any model on DIR/<class>/*, or on DIR/train and DIR/test of that form.
+
+    Where there is no such split, zero_shot judges all images, knn leaves one out, and linear_probe tests on every fifth
+    image of a class. Writes evaluations/TASK.json into a workdir, else into the current folder.
+    """
+    if task not in FOLDER_TASKS:
+        raise MmjaxError(f"--task {task}: with --data one of {', '.join(FOLDER_TASKS)}")
+    model = hub.load(source)
+    train, test = _split_folders(pathlib.Path(data))
+    if task == "zero_shot":
+        scores = _zero_shot(model, test or train)
+    else:
+        scores = _with_labels(model, task, train, test)
+    inside = pathlib.Path(source) if (pathlib.Path(source) / checkpoint.FOLDER).is_dir() else pathlib.Path()
+    _tell(scores, inside, task, f"{source} on {data}", {"model": source, "data": os.path.abspath(data)})
+
+
+def _split_folders(root: pathlib.Path) -> tuple[ImageFolder, ImageFolder | None]:
+    tests = [root / name for name in ("test", "val", "validation") if (root / name).is_dir()]
+    split = (root / "train").is_dir() and bool(tests)
+    train = ImageFolder(root / "train" if split else root)
+    test = ImageFolder(tests[0]) if split else None
+    if not train.classes or (test is not None and test.classes != train.classes):
+        raise MmjaxError(f"{root}: want one sub-folder a class, the same ones in train and test")
+    return train, test
+
+
+def read_images(folder: ImageFolder) -> tuple[list[np.ndarray], np.ndarray, list[str]]:
+    """(images, their rows in the folder, names of unreadable files): what cannot be read is said, not judged."""
+    images, rows, bad = [], [], []
+    for index in range(len(folder)):
+        try:
+            images.append(decode_image(folder[index]["image"], folder.record_name(index)))
+            rows.append(index)
+        except MmjaxError as error:
+            bad.append(str(error))
+    if bad:
+        print(f"warning: {len(bad)} of {len(folder)} images are unreadable and left out: {'; '.join(bad[:3])}")
+    if not images:
+        raise MmjaxError(f"{folder.root}: no readable image")
+    return images, np.asarray(rows), bad
+
+
+def image_features(model: Any, images: Sequence[Any]) -> np.ndarray:
+    """encode_image over batches of one size, so that it compiles once: float32 [n, d]."""
+    if not hasattr(model, "encode_image"):
+        raise MmjaxError(f"{model.system} has no image features")
+    found = []
+    size = min(BATCH, len(images))
+    for start in range(0, len(images), size):
+        batch = list(images[start : start + size])
+        full = batch + [batch[0]] * (size - len(batch))
+        found.append(np.asarray(model.encode_image(full), np.float32)[: len(batch)])
+    return np.concatenate(found)
+
+
+def text_features(model: Any, texts: Sequence[str]) -> np.ndarray:
+    """encode_text: float32 [m, d]. Raises MmjaxError for a model without a text tower."""
+    if not hasattr(model, "encode_text"):
+        raise MmjaxError(f"this compares images with texts, and {model.system} has no text tower")
+    return np.asarray(model.encode_text(list(texts)), np.float32)
+
+
+def class_embeddings(model: Any, names: Sequence[str]) -> np.ndarray:
+    """A unit vector a class name, over the templates of `mmjax.evaluation.zero_shot`: float32 [c, d]."""
+    texts, owner = zero_shot.prompts(names)
+    return np.asarray(zero_shot.class_embeddings(text_features(model, texts), owner, len(names)))
+
+
+def _labelled(model: Any, folder: ImageFolder) -> tuple[np.ndarray, np.ndarray]:
+    images, rows, _ = read_images(folder)
+    return image_features(model, images), np.asarray(folder.labels, np.int32)[rows]
+
+
+def _zero_shot(model: Any, folder: ImageFolder) -> dict[str, Score]:
+    embeddings = class_embeddings(model, [name.replace("_", " ") for name in folder.classes])
+    features, labels = _labelled(model, folder)
+    found = zero_shot.zero_shot_scores(features, labels, embeddings)
+    return {f"zero_shot_top{k}": score for k, score in found.items()}
+
+
+def _with_labels(model: Any, task: str, train: ImageFolder, test: ImageFolder | None) -> dict[str, Score]:
+    bank, bank_labels = _labelled(model, train)
+    asked, asked_labels = (None, None) if test is None else _labelled(model, test)
+    if task == "knn":
+        k = min(20, len(bank) - (asked is None))
+        found = knn.knn_scores(bank, bank_labels, asked, asked_labels, ks=(k,))
+        return {f"knn_top1_k{k}": score for score in found.values()}
+    if asked is None or asked_labels is None:
+        counter = [int((bank_labels[:row] == label).sum()) for row, label in enumerate(bank_labels)]
+        held = np.asarray(counter) % 5 == 4
+        if not held.any():
+            raise MmjaxError("linear_probe wants five images of a class, or train and test folders")
+        asked, asked_labels = bank[held], bank_labels[held]
+        bank, bank_labels = bank[~held], bank_labels[~held]
+    probe = linear_probe.swept_probe(bank, bank_labels, len(train.classes)).probe
+    return {f"linear_probe_top{k}": score for k, score in probe.scores(asked, asked_labels).items()}

@@ -1,0 +1,101 @@
+"""The verbs that take an experiment: train, ablate, plan."""
+
+import argparse
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich
+
+from mmjax.errors import MmjaxError
+
+
+def workdir_of(experiment: str, suffix: str = "") -> str:
+    """Where runs of an experiment's file go by default."""
+    return os.path.join("workdirs", pathlib.Path(experiment).stem + suffix)
+
+
+def load_weights(source: str) -> Mapping[str, Any]:
+    """What `init_from` names: a run of ours or one of its checkpoints, or whatever `mmjax.load` takes."""
+    from mmjax.training import checkpoint
+
+    path = pathlib.Path(source)
+    if "://" in source or (path / checkpoint.MANIFEST).exists() or (path / checkpoint.FOLDER).is_dir():
+        return checkpoint.load_params(source)
+    from mmjax.hub import load
+
+    model = load(source)
+    return {"params": model.params, "stats": model.stats}
+
+
+def train(experiment: str, workdir: str | None, fields: Sequence[str], distributed: bool = False) -> None:
+    from mmjax.training.experiment import load_experiment, parse_overrides
+
+    if distributed:
+        import jax
+
+        jax.distributed.initialize()
+    config = parse_overrides(load_experiment(experiment), fields, prog=f"mmjax train {experiment}")
+    from mmjax.training import loop
+
+    loop.train(config, workdir or workdir_of(experiment), load_weights, os.path.abspath(experiment))
+
+
+def ablate(flags: argparse.Namespace, fields: Sequence[str]) -> None:
+    from mmjax.training.ablate import ablate as run
+    from mmjax.training.experiment import load_experiment, parse_overrides
+
+    kind = load_experiment(flags.experiment)
+    parse_overrides(kind, fields, prog=f"mmjax ablate {flags.experiment}")
+    run(
+        kind,
+        parse_over(flags.over),
+        flags.workdir or workdir_of(flags.experiment, "_ablation"),
+        arguments=fields,
+        seeds=None if flags.seeds is None else [_seed(text) for text in flags.seeds.split(",")],
+        arms=flags.arms,
+        sequential=flags.sequential,
+        load_weights=load_weights,
+        experiment_file=os.path.abspath(flags.experiment),
+    )
+
+
+def parse_over(texts: Sequence[str]) -> dict[str, list[str]]:
+    """["momentum=0,0.9"] -> {"momentum": ["0", "0.9"]}. Raises MmjaxError for another form, or a name twice."""
+    over: dict[str, list[str]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        chosen = [value.strip() for value in values.split(",")]
+        if not name or not equals or not all(chosen) or len(set(chosen)) < len(chosen):
+            raise MmjaxError(f"--over {text}: want NAME=VALUE,VALUE,... with different values")
+        if name in over:
+            raise MmjaxError(f"--over {name}: given twice; write its values in one list")
+        over[name] = chosen
+    if not over:
+        raise MmjaxError("--over NAME=VALUE,VALUE,... says what differs between the arms")
+    return over
+
+
+def _seed(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise MmjaxError(f"--seeds: {text!r} is not a whole number")
+    return int(text)
+
+
+def plan(experiment: str, topology: str | None, fields: Sequence[str]) -> int:
+    """Returns 1 for a step that does not fit, so that scripts can ask."""
+    from mmjax.training import plan as planning
+    from mmjax.training import roofline
+    from mmjax.training.experiment import load_experiment, parse_overrides
+
+    parse_overrides(load_experiment(experiment), fields, prog=f"mmjax plan {experiment}")
+    if topology is None:
+        raise MmjaxError("--topology says for which slice: v5e:8x8, say")
+    with rich.get_console().status(f"compiling {experiment} for {topology}"):
+        told = planning.plan(experiment, topology, fields)
+    for table in roofline.tables(told):
+        rich.print(table)
+    for sentence in planning.sentences(told):
+        print(sentence)
+    return 0 if told["fits"] else 1
