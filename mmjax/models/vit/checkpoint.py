@@ -2,7 +2,7 @@
 
 from mmjax.models.vit.checkpoint_hf import HF, HF_MODULES
 from mmjax.models.vit.checkpoint_npz import NPZ, NPZ_LINEN, NPZ_SCAN
-from mmjax.models.vit.checkpoint_timm import DINOV2, MAE, TIMM
+from mmjax.models.vit.checkpoint_timm import DINOV2, TIMM
 from mmjax.weights.table import Layout
 
-LAYOUTS: tuple[Layout, ...] = (HF, HF_MODULES, NPZ, NPZ_LINEN, NPZ_SCAN, TIMM, DINOV2, MAE)
+LAYOUTS: tuple[Layout, ...] = (HF, HF_MODULES, NPZ, NPZ_LINEN, NPZ_SCAN, TIMM, DINOV2)

@@ -133,7 +133,7 @@ def config(shapes: Mapping[str, Shape], config_json: Mapping[str, Any] | None) -
     return ViTConfig(
         width=width,
         depth=depth_of(own, "encoder.layer.") or depth_of(own, "layers."),
-        heads=told.get("num_attention_heads", heads_of(width)),
+        heads=told["num_attention_heads"] if "num_attention_heads" in told else heads_of(width),
         hidden=_hidden(own),
         patch=patch,
         image_size=(size, size) if isinstance(size, int) else (size[0], size[1]),

@@ -1,4 +1,4 @@
-"""timm's keys: timm, DeiT, MAE's encoder, and the original DINOv2, which adds a few (models/vision_transformer.py)."""
+"""timm's keys: timm, DeiT, and the original DINOv2, which adds a few (models/vision_transformer.py)."""
 
 import math
 from collections.abc import Mapping, Set
@@ -24,7 +24,12 @@ def patches(source: str, config: ViTConfig) -> list[Entry]:
 
 
 def heads_of(width: int) -> int:
-    """Heads are not in a torch file: 64 wide, but in H, g, G and So400m, which have 16."""
+    """Heads are not in a torch file: 64 wide, but in H, g, G and So400m, which have 16.
+
+    Raises MmjaxError for a width that is no multiple of 64.
+    """
+    if width % 64:
+        raise MmjaxError(f"the number of heads of a ViT {width} wide is in no array: config.json should tell it")
     return 16 if width in (1152, 1280, 1408, 1664) else width // 64
 
 
@@ -88,7 +93,8 @@ def gated(source: str, target: str) -> list[Entry]:
 
 
 def config(shapes: Mapping[str, Shape], config_json: Mapping[str, Any] | None) -> ViTConfig:
-    """Sizes from the shapes; erf GELU, LayerNorm epsilon 1e-6."""
+    """Sizes from the shapes, heads from the `model_args` of timm's config.json; erf GELU, LayerNorm epsilon 1e-6."""
+    told = (config_json or {}).get("model_args", {})
     width, _, patch, _ = shapes["patch_embed.proj.weight"]
     is_gated = "blocks.0.mlp.w3.weight" in shapes
     hidden = shapes["blocks.0.mlp.w3.weight"][1] if is_gated else shapes["blocks.0.mlp.fc1.weight"][0]
@@ -98,11 +104,11 @@ def config(shapes: Mapping[str, Shape], config_json: Mapping[str, Any] | None) -
     # timm's models with registers keep no position for the class token (no_embed_class).
     class_position = class_token and "reg_token" not in shapes
     after = "fc_norm.weight" in shapes
-    dino = "mask_token" in shapes and "decoder_embed.weight" not in shapes
+    dino = "mask_token" in shapes
     return ViTConfig(
         width=width,
         depth=depth_of(shapes, "blocks."),
-        heads=heads_of(width),
+        heads=told["num_heads"] if "num_heads" in told else heads_of(width),
         hidden=hidden,
         patch=patch,
         image_size=square(positions - int(class_position), patch, "pos_embed"),
@@ -146,12 +152,3 @@ DINOV2 = Layout(
     ignored=("dino_head.*", "ibot_head.*"),
 )
 """facebookresearch/dinov2: released backbones, and the teacher of a training checkpoint."""
-
-MAE = Layout(
-    name="mae",
-    recognise=lambda keys, _: _recognises(keys) and {"mask_token", "decoder_embed.weight"} <= keys,
-    config=config,
-    table=table,
-    ignored=("decoder_*",),
-)
-"""The encoder of facebookresearch/mae's pretraining checkpoints; the decoder is left out."""

@@ -37,7 +37,7 @@ class ViTModel(Model):
         side = config.image_size[0]
         if config.layer_scale is not None:
             return ImagePreprocessing.dinov2(224)
-        if layout in ("timm", "mae"):  # DeiT's transform
+        if layout == "timm":  # DeiT's transform
             return ImagePreprocessing(side * 256 // 224, (side, side))
         return ImagePreprocessing.vit(side)
 
