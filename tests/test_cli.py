@@ -29,6 +29,11 @@ class TwoTowers:
     def encode_image(self, images):
         return np.stack([np.asarray(image, np.float32).mean((0, 1)) for image in images])
 
+    def classify(self, images, labels):
+        logits = np.stack([self.encode_image(images) @ self.encode_text([label])[0] / 9999 for label in labels], 1)
+        shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        return [sorted(zip(labels, row), key=lambda pair: -pair[1]) for row in shares]
+
     def encode_text(self, texts):
         return np.stack([next(np.float32(rgb) for name, rgb in COLOURS.items() if name in text) for text in texts])
 
@@ -224,7 +229,7 @@ def test_evaluate_on_train_and_test_folders(towers, pictures, tmp_path, monkeypa
         assert (first.value, first.n) == (pytest.approx(200 / 3), 3), task
 
 
-def test_classify(towers, pictures, capsys, monkeypatch):
+def test_classify(towers, pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     image = os.fspath(pictures / "green" / "3.png")
     assert cli.main(["classify", "owner/name", image, "--labels", "red,green,blue"]) == 0
@@ -233,7 +238,10 @@ def test_classify(towers, pictures, capsys, monkeypatch):
     assert cells[:2] == [image, "green"] and float(cells[2].rstrip(" %")) > 50
     assert sum(float(cell.rstrip(" %")) for cell in cells[2::2]) == pytest.approx(100, abs=0.2)
     assert cli.main(["classify", "owner/name", image]) == 2
-    assert "labels.json is not there" in capsys.readouterr().err
+    assert "no labels.json" in capsys.readouterr().err
+    (tmp_path / "labels.json").write_text('["blue", "green"]')
+    assert cli.main(["classify", os.fspath(tmp_path), image]) == 0
+    assert "green" in capsys.readouterr().out
     assert cli.main(["classify", "owner/name", "nowhere.png", "--labels", "a,b"]) == 2
     assert "nowhere.png: no such image" in capsys.readouterr().err
 

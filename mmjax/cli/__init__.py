@@ -145,7 +145,9 @@ def _classify(verbs: argparse._SubParsersAction) -> None:
     verb = _add(verbs, "classify", lambda flags, _: _run_classify(flags), about)
     verb.add_argument("source", metavar="MODEL", help="a workdir, a folder, a weight file or a hub id")
     verb.add_argument("images", nargs="+", metavar="IMAGE")
-    verb.add_argument("--labels", metavar="A,B,C", help="default: those of the run's labels.json")
+    verb.add_argument(
+        "--labels", metavar="A,B,C", help="default: the run's labels.json, or the numbers of a head's classes"
+    )
 
 
 def _run_classify(flags: argparse.Namespace) -> None:

@@ -10,42 +10,39 @@ import rich
 from rich.table import Table
 
 from mmjax import hub
-from mmjax.cli.evaluate import class_embeddings, image_features, read_images, text_features
+from mmjax.cli.evaluate import image_features, read_images, text_features
 from mmjax.data.decoding import decode_image
 from mmjax.data.image_folder import ImageFolder
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.retrieval import top_candidates
-from mmjax.evaluation.zero_shot import zero_shot_logits
-
-SHOWN = 5
 
 
 def classify(source: str, files: Sequence[str], labels: str | None) -> None:
-    """A table: each image's most likely labels, with probabilities at CLIP's temperature, 0.01."""
-    model = hub.load(source)
+    """A table: each image's likeliest labels with the model's probabilities.
+
+    labels: what a model with a text tower chooses from, or names for a head's classes.
+    """
+    model: Any = hub.load(source)
+    if not hasattr(model, "classify"):
+        raise MmjaxError(f"{model.system} does not classify images")
     names = _labels(source, labels)
-    images = [read_image(file) for file in files]
-    embeddings = class_embeddings(model, names)
-    logits = np.asarray(zero_shot_logits(image_features(model, images), embeddings))
-    table = Table("image", *(("label", "probability") * min(SHOWN, len(names))))
-    for file, row in zip(files, np.exp(logits - logits.max(1, keepdims=True))):
-        share = row / row.sum()
-        best = np.argsort(-share)[:SHOWN]
-        table.add_row(file, *(cell for i in best for cell in (names[i], f"{100 * share[i]:.1f} %")))
+    if names is None and hasattr(model, "encode_text"):
+        raise MmjaxError("--labels A,B,C: there is no labels.json beside the model, so nothing to choose from")
+    found = model.classify([read_image(file) for file in files], names)
+    table = Table("image", *(("label", "probability") * max(len(row) for row in found)))
+    for file, row in zip(files, found):
+        table.add_row(file, *(cell for name, share in row for cell in (name, f"{100 * share:.1f} %")))
     rich.print(table)
 
 
-def _labels(source: str, given: str | None) -> list[str]:
+def _labels(source: str, given: str | None) -> list[str] | None:
     if given is not None:
         names = [name.strip() for name in given.split(",") if name.strip()]
-    else:
-        file = pathlib.Path(source) / "labels.json"
-        if not file.is_file():
-            raise MmjaxError(f"--labels A,B,C: {file} is not there, so there are no labels to choose from")
-        names = json.loads(file.read_text())
-    if len(names) < 2 or len(set(names)) < len(names):
-        raise MmjaxError(f"--labels: want at least two different labels, not {names}")
-    return names
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise MmjaxError(f"--labels {given}: want at least two different labels")
+        return names
+    file = pathlib.Path(source) / "labels.json"
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def read_image(file: str) -> np.ndarray:
