@@ -166,6 +166,37 @@ def _group(line: str) -> int:
     return 2 if pairs else 1
 
 
+def loop_factor(jaxpr: Any) -> float:
+    """How many times the matrix work of a traced program is of what XLA counts, which takes a loop's body once.
+
+    jaxpr: of `jax.make_jaxpr`. Loops are `scan`s, whose length is known; a `while` of unknown length counts once.
+    """
+    once, full = _matrix_work(jaxpr)
+    return full / once if once else 1.0
+
+
+def _matrix_work(jaxpr: Any) -> tuple[float, float]:
+    """Operations of products and convolutions: (loop bodies once, as often as they run)."""
+    once = full = 0.0
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        shapes: list[Any] = [getattr(variable.aval, "shape", ()) for variable in equation.invars]
+        out = 2.0 * math.prod(getattr(equation.outvars[0].aval, "shape", ())) if equation.outvars else 0.0
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            work = out * math.prod(shapes[0][axis] for axis in contracted)
+            once, full = once + work, full + work
+        elif equation.primitive.name == "conv_general_dilated":
+            work = out * math.prod(shapes[1]) / shapes[1][equation.params["dimension_numbers"].rhs_spec[0]]
+            once, full = once + work, full + work
+        turns = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    inner_once, inner_full = _matrix_work(inner)
+                    once, full = once + inner_once, full + turns * inner_full
+    return once, full
+
+
 def out_of_memory(message: str) -> dict[str, float] | None:
     """{"used", "capacity", "missing"} in bytes, from XLA's error about a program that does not fit; else None."""
     number = r"([\d.]+)([KMGT]?)"

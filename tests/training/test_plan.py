@@ -131,11 +131,28 @@ def test_plan_of_a_step():
 
 @needs_libtpu
 def test_micro_batches_are_a_loop():
-    told = plan(EXPERIMENT, "v5e:2x4", ["--accumulate", "4"])
+    told = plan(EXPERIMENT, "v5e:2x4", ["--accumulate", "4", "--batch_size", "4096"])
     assert told["loops"] == [3]
     gathers = [row for row in told["collectives"] if row["kind"] == "all-gather" and row["size"] == 1024 * 512 * 2]
     assert sum(row["count"] for row in gathers) == 4
     assert any("counts a body once" in sentence for sentence in sentences(told))
+    # The same rows in four parts are the same matrix work.
+    assert told["flops"] == pytest.approx(2 * 2 * 512 * 1024 * 512, rel=0.05)
+
+
+def test_loops_count_by_their_length():
+    def step(x, w, image, kernel):
+        x = x @ w  # 2 * 3 * 5 * 5 = 150
+        x, _ = jax.lax.scan(lambda carry, _: (carry @ w, None), x, None, length=7)
+        convolved = jax.lax.conv_general_dilated(
+            image, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return x, convolved  # [2, 3, 5, 7] out, 3 * 3 * 11 in: 2 * 210 * 99 = 41580
+
+    arrays = jnp.ones((3, 5)), jnp.ones((5, 5)), jnp.ones((2, 5, 7, 11)), jnp.ones((3, 3, 11, 7))
+    jaxpr = jax.make_jaxpr(jax.jit(step))(*arrays)
+    assert roofline.loop_factor(jaxpr) == pytest.approx((150 * 8 + 41580) / (150 * 2 + 41580))
+    assert roofline.loop_factor(jax.make_jaxpr(jnp.sin)(1.0)) == 1.0
 
 
 @needs_libtpu
