@@ -1,0 +1,10 @@
+"""The templates can be filled, and no two are the same."""
+
+from mmjax.evaluation.zero_shot import prompts
+from mmjax.text.templates import PHOTOS, RENDITIONS
+
+
+def test_templates_hold_one_place_each():
+    texts, owners = prompts(["cat", "dog"], PHOTOS + RENDITIONS)
+    assert len(set(texts)) == len(texts) == 2 * (len(PHOTOS) + len(RENDITIONS))
+    assert owners.sum() == len(texts) / 2
