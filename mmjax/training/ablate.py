@@ -4,8 +4,8 @@ An arm is one choice of values and a seed. Values of hyper-parameters (`state.hp
 arrays, so arms that differ in them alone share a program, their states stacked along a leading axis. Values of ordinary
 config fields (a queue's length, a batch size) change shapes or the program itself: one group of arms after another.
 
-A workdir holds `ablation.json`, `ablation.png`, `arms/<arm>/metrics.jsonl` and `groups/<index>/checkpoints`; the same
-command again resumes it.
+A workdir holds `ablation.json`, `ablation.png`, `groups/<index>/checkpoints` (stacked states; the same command again
+resumes from them) and `arms/<arm>`, each at the end as a single run leaves its workdir: load it, evaluate it, train on.
 """
 
 import collections
@@ -29,7 +29,7 @@ from mmjax.training import ablation_report, checkpoint
 from mmjax.training.arms import How, choose, over_arms, stack, stacked_shapes, take
 from mmjax.training.experiment import ExperimentConfig, parse_overrides
 from mmjax.training.lift import Lift, create_lift, initialise
-from mmjax.training.loop import IN_FLIGHT, Interrupts, LoadWeights, adopt
+from mmjax.training.loop import IN_FLIGHT, Interrupts, LoadWeights, adopt, write_config
 from mmjax.training.metrics import MetricsWriter, read_metrics
 from mmjax.training.optimizer import LEARNING_RATE_SCALE
 from mmjax.training.state import create_state
@@ -199,7 +199,8 @@ class _Ablation:
     ) -> None:
         base: Any = parse_overrides(kind, arguments, prog="mmjax ablate")
         self.base, self.over, self.seeds = base, {name: list(values) for name, values in over.items()}, seeds
-        create = _creation(base, next(iter(base.train_data())))
+        shapes = base.example_batch() if hasattr(base, "example_batch") else next(iter(base.train_data()))
+        create = _creation(base, shapes)
         hparams = sorted(jax.eval_shape(create, jax.random.key(0)).hparams)
         self.groups = plan_groups(kind, arguments, over, seeds, hparams)
         if sequential:
@@ -207,6 +208,7 @@ class _Ablation:
         self.sequential = sequential
 
     def run(self, experiment_file: str | None) -> dict[str, Any] | None:
+        self.experiment_file = experiment_file
         self._describe(experiment_file)
         results: list[dict[str, Any]] = []
         for index, group in enumerate(self.groups):
@@ -279,11 +281,22 @@ class _Ablation:
             reached = loop.steps(lift.place(host), start, data, None if start else first)
             if reached is None:
                 return None
+            self._save_arms(group, lift.fetch(reached), [checkpoint.encode(data.get_state())])
             return loop.finish(reached)
         finally:
             writer.wait()
             for metrics in self.writers:
                 metrics.close()
+
+    def _save_arms(self, group: Group, states: Any, data: Any) -> None:
+        """Makes each arm's folder what `mmjax train` would have left."""
+        for index, arm in enumerate(group.arms):
+            place = self._arm(arm)
+            if checkpoint.latest(place) != group.config.steps:
+                write_config(group.config, place, self.experiment_file)
+                writer = checkpoint.CheckpointWriter(place)
+                writer.save(take(states, index), group.config.steps, data)
+                writer.wait()
 
     def _initial_state(self, group: Group, folder: epath.Path, first: Any, data: Any) -> tuple[Any, int]:
         create = _creation(group.config, first, group.arms[0].hparams)

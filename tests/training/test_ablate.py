@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import signal
 from typing import Any
 
@@ -130,6 +131,18 @@ def test_what_it_writes(together):
     losses = [results(told)[f"momentum=0.99,seed={seed}"]["train/loss"] for seed in (0, 1)]
     assert row["metrics"]["train/loss"]["mean"] == pytest.approx(sum(losses) / 2)
     assert row["metrics"]["train/loss"]["std"] == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5)
+
+
+def test_an_arm_is_a_workdir(kind, together, tmp_path):
+    """Trained on from where the ablation left it, the arm goes on as the plain run of its seed does."""
+    place = tmp_path / "arm"
+    shutil.copytree(together[0] / "arms" / "momentum=0.9,seed=0", place)
+    longer = kind(steps=9, log_every=1, eval_every=0, tensorboard=False)
+    last = train(longer, place)
+    assert last == pytest.approx(
+        train(longer, tmp_path / "plain") | {k: last[k] for k in last if "perf" in k}, rel=1e-5
+    )
+    assert [line["step"] for line in read_metrics(place) if "train/loss" in line] == list(range(1, 10))
 
 
 def test_again_only_evaluates_and_another_grid_is_refused(kind, together, capsys):
