@@ -89,7 +89,12 @@ def batch_normalise(
         members = tuple(tuple(range(first, first + together)) for first in range(0, devices, together))
     count = x.size // x.shape[-1] // local * together
     normalise = _normalise(epsilon, count, axis_name if together > 1 else None, members)
-    y, mean, var = normalise(x.reshape(local, -1, x.shape[-1]), scale, bias)
+    c = x.shape[-1]
+    if local == 1:
+        y, mean, var = normalise(x.reshape(-1, c), scale, bias)
+    else:
+        y, means, variances = jax.vmap(normalise, (0, None, None))(x.reshape(local, -1, c), scale, bias)
+        mean, var = means.mean(0), variances.mean(0)
     if axis_name is not None and groups > 1:
         mean, var = lax.pmean((mean, var), axis_name)
     return y.reshape(x.shape), mean, var
@@ -99,40 +104,38 @@ def batch_normalise(
 def _normalise(
     epsilon: float, count: int, axis_name: str | None, members: tuple[tuple[int, ...], ...] | None
 ) -> Callable[..., Any]:
-    """x [group, row, c] normalised; `count` rows make a group, over all devices that share it."""
+    """x [row, c] of one group -> (y, mean, unbiased variance); `count` rows make a group, over all its devices.
+
+    The centred x is what the backward pass keeps, in the place of x: then both of its sums are over arrays that exist
+    (XLA's CPU reductions do not take in what computes their operand), and nothing cancels where the mean is large.
+    """
 
     def total(*sums: Array) -> tuple[Array, ...]:
         if axis_name is None:
             return sums
         return lax.psum(sums, axis_name, axis_index_groups=members)
 
-    def statistics(x: Array) -> tuple[Array, Array]:
-        wide = x.astype(jnp.float32)
-        # Two readings: the mean of squares minus the square of the mean would cancel where the mean is large.
-        (mean,) = total(jnp.sum(wide, 1, keepdims=True) / count)
-        (var,) = total(jnp.sum(jnp.square(wide - mean), 1, keepdims=True) / count)
-        return mean, var
-
     @jax.custom_vjp
     def run(x: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
         return forward(x, scale, bias)[0]
 
     def forward(x: Array, scale: Array, bias: Array) -> Any:
-        mean, var = statistics(x)
+        wide = x.astype(jnp.float32)
+        mean = total(jnp.sum(wide, 0))[0] / count
+        centred = wide - mean
+        var = total(jnp.sum(jnp.square(centred), 0))[0] / count
         inverse = lax.rsqrt(var + epsilon)
-        slope = scale * inverse
-        y = x * slope + (bias - mean * slope)
-        unbiased = var * (count / max(count - 1, 1))
-        return (y.astype(x.dtype), mean.mean((0, 1)), unbiased.mean((0, 1))), (x, mean, inverse, scale)
+        y = centred * (scale * inverse) + bias
+        return (y.astype(x.dtype), mean, var * (count / max(count - 1, 1))), (centred.astype(x.dtype), inverse, scale)
 
     def backward(kept: Any, cotangents: Any) -> tuple[Array, Array, Array]:
-        x, mean, inverse, scale = kept
-        dy = cotangents[0].astype(jnp.float32)
-        normal = (x.astype(jnp.float32) - mean) * inverse
-        d_bias, d_scale = jnp.sum(dy, 1, keepdims=True), jnp.sum(dy * normal, 1, keepdims=True)
-        all_bias, all_scale = total(d_bias, d_scale)
-        dx = (dy - all_bias / count - normal * (all_scale / count)) * (scale * inverse)
-        return dx.astype(x.dtype), d_scale.sum((0, 1)), d_bias.sum((0, 1))
+        centred, inverse, scale = kept
+        dy, wide = cotangents[0].astype(jnp.float32), centred.astype(jnp.float32)
+        d_bias, d_slope = jnp.sum(dy, 0), jnp.sum(dy * wide, 0)
+        all_bias, all_slope = total(d_bias, d_slope)
+        slope = scale * inverse
+        dx = dy * slope - wide * (slope * jnp.square(inverse) * all_slope / count) - slope * all_bias / count
+        return dx.astype(centred.dtype), d_slope * inverse, d_bias
 
     run.defvjp(forward, backward)
     return run
