@@ -1,0 +1,330 @@
+"""CLIP's public forms: OpenAI's, open_clip's two, Hugging Face's. One table each, read in both directions.
+
+The head counts are in no file of weights: OpenAI's heads are 64 wide, other widths (open_clip's H, g, bigG) come
+from the config beside the weights, or from the published sizes where there is none.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Set
+from typing import Any
+
+from mmjax.errors import MmjaxError
+from mmjax.models.clip.modified_resnet import ModifiedResNetConfig
+from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from mmjax.weights.table import Entry, Layout, Op, Shape, Table, chain, conv, int64, linear, reshape, split
+
+ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+WIDE_HEADS = {1280: 16, 1408: 16, 1664: 16}
+"""Heads by width of open_clip's H, g and bigG vision towers, where no config tells them."""
+Shapes = Mapping[str, Shape]
+Told = Mapping[str, Any] | None
+
+
+def _dense(source: str, target: str, op: Op = linear) -> list[Entry]:
+    return [Entry(f"{source}.weight", f"params/{target}/kernel", op), Entry(f"{source}.bias", f"params/{target}/bias")]
+
+
+def _norm(source: str, target: str) -> list[Entry]:
+    return [Entry(f"{source}.weight", f"params/{target}/scale"), Entry(f"{source}.bias", f"params/{target}/bias")]
+
+
+def _patches(vision: CLIPVisionConfig) -> Op:
+    return chain(conv, reshape((vision.patch, vision.patch, 3, vision.width)))
+
+
+def _scalars(config: CLIPConfig) -> list[Entry]:
+    """Some files hold [1] where others hold []."""
+    names = ["logit_scale"] + (["logit_bias"] if config.init_bias is not None else [])
+    return [Entry(name, f"params/{name}", SCALAR) for name in names]
+
+
+SCALAR = Op("scalar", lambda x: x.reshape(()), lambda x: x)
+
+
+# ------------------------------------------------------------------------------------------------ OpenAI and open_clip
+
+
+def openai_table(config: CLIPConfig, text: str = "") -> Table:
+    """Keys of openai/CLIP; text: what open_clip's CustomTextCLIP puts before those of the text tower."""
+    if config.act not in ("quick_gelu", "gelu"):
+        raise MmjaxError(f"act={config.act!r}: OpenAI's and open_clip's CLIP know quick_gelu and gelu")
+    entries = _scalars(config)
+    entries += [
+        Entry(f"{text}token_embedding.weight", "params/text/token_embedding"),
+        Entry(f"{text}positional_embedding", "params/text/positions"),
+        Entry(f"{text}text_projection", "params/text/projection/kernel"),
+        *_norm(f"{text}ln_final", "text/norm"),
+    ]
+    for i in range(config.text.depth):
+        entries += _openai_block(f"{text}transformer.resblocks.{i}", f"text/encoder/block_{i}")
+    vision = config.vision
+    if isinstance(vision, ModifiedResNetConfig):
+        return tuple(entries + _modified_resnet(vision))
+    if not isinstance(vision, CLIPVisionConfig):
+        raise MmjaxError("no public layout of CLIP holds an ordinary ResNet as its image tower")
+    entries += [
+        Entry("visual.class_embedding", "params/vision/class_embedding"),
+        Entry("visual.positional_embedding", "params/vision/positions"),
+        Entry("visual.proj", "params/vision/projection/kernel"),
+        Entry("visual.conv1.weight", "params/vision/patch_embed/projection/kernel", _patches(vision)),
+        *_norm("visual.ln_pre", "vision/norm_pre"),
+        *_norm("visual.ln_post", "vision/norm_post"),
+    ]
+    for i in range(vision.depth):
+        entries += _openai_block(f"visual.transformer.resblocks.{i}", f"vision/encoder/block_{i}")
+    return tuple(entries)
+
+
+def _openai_block(source: str, target: str) -> list[Entry]:
+    kernels, biases = (tuple(f"params/{target}/attention/{x}/{y}" for x in "qkv") for y in ("kernel", "bias"))
+    return [
+        *_norm(f"{source}.ln_1", f"{target}/norm_1"),
+        Entry(f"{source}.attn.in_proj_weight", kernels, chain(split(3), linear)),
+        Entry(f"{source}.attn.in_proj_bias", biases, split(3)),
+        *_dense(f"{source}.attn.out_proj", f"{target}/attention/out"),
+        *_norm(f"{source}.ln_2", f"{target}/norm_2"),
+        *_dense(f"{source}.mlp.c_fc", f"{target}/mlp/up"),
+        *_dense(f"{source}.mlp.c_proj", f"{target}/mlp/down"),
+    ]
+
+
+def _batch_norm(source: str, target: str) -> list[Entry]:
+    return [
+        *_norm(source, target),
+        Entry(f"{source}.running_mean", f"stats/{target}/mean"),
+        Entry(f"{source}.running_var", f"stats/{target}/var"),
+        Entry(f"{source}.num_batches_tracked", f"stats/{target}/count", int64, optional=True, default=0),
+    ]
+
+
+def _modified_resnet(vision: ModifiedResNetConfig) -> list[Entry]:
+    def pair(source: str, target: str, conv_name: str, norm_name: str, i: int | str) -> list[Entry]:
+        kernel = Entry(f"visual.{source}{conv_name}.weight", f"params/vision/{target}conv{i}/kernel", conv)
+        return [kernel, *_batch_norm(f"visual.{source}{norm_name}", f"vision/{target}bn{i}")]
+
+    entries: list[Entry] = []
+    for i in (1, 2, 3):
+        entries += pair("", "", f"conv{i}", f"bn{i}", i)
+    for stage, count in enumerate(vision.layers, 1):
+        for block in range(count):
+            source, target = f"layer{stage}.{block}.", f"layer{stage}_{block}/"
+            for i in (1, 2, 3):
+                entries += pair(source, target, f"conv{i}", f"bn{i}", i)
+            if not block:
+                shortcut = "downsample.0.weight", "shortcut_conv/kernel"
+                entries.append(Entry(f"visual.{source}{shortcut[0]}", f"params/vision/{target}{shortcut[1]}", conv))
+                entries += _batch_norm(f"visual.{source}downsample.1", f"vision/{target}shortcut_bn")
+    entries.append(Entry("visual.attnpool.positional_embedding", "params/vision/attnpool/positions"))
+    for ours, theirs in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "c")):
+        entries += _dense(f"visual.attnpool.{theirs}_proj", f"vision/attnpool/{ours}")
+    return entries
+
+
+def openai_config(shapes: Shapes, told: Told, text: str = "", act: str = "quick_gelu") -> CLIPConfig:
+    """From shapes, as `build_model` does (model.py:399-422); open_clip_config.json goes before, if it is there."""
+    model = (told or {}).get("model_cfg", told) or {}
+    length, width = shapes[f"{text}positional_embedding"]
+    vocabulary, embed_dim = shapes[f"{text}token_embedding.weight"][0], shapes[f"{text}text_projection"][1]
+    hidden, depth = _blocks(shapes, f"{text}transformer.resblocks")
+    heads = model.get("text_cfg", {}).get("heads", max(width // 64, 1))
+    if "quick_gelu" in model or "embed_dim" in model:
+        act = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    return CLIPConfig(
+        _openai_vision(shapes, model.get("vision_cfg", {})),
+        CLIPTextConfig(length, vocabulary, width, depth, heads, hidden),
+        embed_dim,
+        act,
+        init_bias=-10.0 if "logit_bias" in shapes else None,
+    )
+
+
+def _openai_vision(shapes: Shapes, told: Mapping[str, Any]) -> CLIPVisionConfig | ModifiedResNetConfig:
+    if "visual.proj" not in shapes:
+        positions, features = shapes["visual.attnpool.positional_embedding"]
+        stages = (_count(shapes, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
+        one, two, three, four = stages
+        heads = features // told.get("head_width", 64)
+        return ModifiedResNetConfig(32 * round((positions - 1) ** 0.5), (one, two, three, four), features // 32, heads)
+    width, _, patch, _ = shapes["visual.conv1.weight"]
+    hidden, depth = _blocks(shapes, "visual.transformer.resblocks")
+    grid = round((shapes["visual.positional_embedding"][0] - 1) ** 0.5)
+    heads = width // told["head_width"] if "head_width" in told else WIDE_HEADS.get(width, max(width // 64, 1))
+    return CLIPVisionConfig(grid * patch, patch, width, depth, heads, hidden)
+
+
+def _blocks(shapes: Shapes, place: str) -> tuple[int, int]:
+    """(width of the feed-forward, number of blocks)."""
+    return shapes[f"{place}.0.mlp.c_fc.weight"][0], _count(shapes, re.escape(place) + r"\.(\d+)\.")
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    return len({found[1] for found in (re.match(pattern, key) for key in shapes) if found})
+
+
+def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
+    """What open_clip_config.json says under "model_cfg"."""
+    text, vision = config.text, config.vision
+    told: dict[str, Any] = {"embed_dim": config.embed_dim, "quick_gelu": config.act == "quick_gelu"}
+    if isinstance(vision, CLIPVisionConfig):
+        told["vision_cfg"] = {
+            "image_size": vision.image_size,
+            "layers": vision.depth,
+            "width": vision.width,
+            "head_width": vision.width // vision.heads,
+            "mlp_ratio": vision.hidden / vision.width,
+            "patch_size": vision.patch,
+        }
+    elif isinstance(vision, ModifiedResNetConfig):
+        told["vision_cfg"] = {"image_size": vision.image_size, "layers": list(vision.layers), "width": vision.width}
+        told["vision_cfg"]["head_width"] = vision.features // vision.heads
+    told["text_cfg"] = {"context_length": text.context_length, "vocab_size": text.vocab_size, "width": text.width}
+    told["text_cfg"] |= {"heads": text.heads, "layers": text.depth}
+    return told
+
+
+# -------------------------------------------------------------------------------------------------------- Hugging Face
+
+
+def hf_table(config: CLIPConfig) -> Table:
+    vision, text = config.vision, config.text
+    if not isinstance(vision, CLIPVisionConfig) or config.init_bias is not None:
+        raise MmjaxError("Hugging Face's CLIPModel has a ViT as its image tower, and no logit_bias")
+    embeddings = "vision_model.embeddings."
+    entries = [
+        *_scalars(config),
+        Entry("text_model.embeddings.token_embedding.weight", "params/text/token_embedding"),
+        Entry("text_model.embeddings.position_embedding.weight", "params/text/positions"),
+        *_norm("text_model.final_layer_norm", "text/norm"),
+        Entry("text_projection.weight", "params/text/projection/kernel", linear),
+        Entry(f"{embeddings}class_embedding", "params/vision/class_embedding"),
+        Entry(f"{embeddings}position_embedding.weight", "params/vision/positions"),
+        Entry(f"{embeddings}patch_embedding.weight", "params/vision/patch_embed/projection/kernel", _patches(vision)),
+        *_norm("vision_model.pre_layrnorm", "vision/norm_pre"),
+        *_norm("vision_model.post_layernorm", "vision/norm_post"),
+        Entry("visual_projection.weight", "params/vision/projection/kernel", linear),
+    ]
+    for tower, depth in (("vision", vision.depth), ("text", text.depth)):
+        for i in range(depth):
+            source, target = f"{tower}_model.encoder.layers.{i}", f"{tower}/encoder/block_{i}"
+            for j in (1, 2):
+                entries += _norm(f"{source}.layer_norm{j}", f"{target}/norm_{j}")
+            for ours, theirs in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "out")):
+                entries += _dense(f"{source}.self_attn.{theirs}_proj", f"{target}/attention/{ours}")
+            entries += _dense(f"{source}.mlp.fc1", f"{target}/mlp/up") + _dense(
+                f"{source}.mlp.fc2", f"{target}/mlp/down"
+            )
+    return tuple(entries)
+
+
+def hf_config_of(shapes: Shapes, told: Told) -> CLIPConfig:
+    """From config.json: heads and activation are nowhere else. Fields left out have CLIPConfig's defaults there."""
+    told = told or {}
+    text = {**(told.get("text_config") or {}), **(told.get("text_config_dict") or {})}
+    vision = {**(told.get("vision_config") or {}), **(told.get("vision_config_dict") or {})}
+    length, width = shapes["text_model.embeddings.position_embedding.weight"]
+    text_config = CLIPTextConfig(
+        length,
+        shapes["text_model.embeddings.token_embedding.weight"][0],
+        width,
+        _count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
+        text.get("num_attention_heads", 8),
+        shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+        # 2 is a mistake in the configs of OpenAI's weights, and stands for the largest id.
+        None if text.get("eos_token_id", 49407) == 2 else text.get("eos_token_id", 49407),
+    )
+    channels, _, patch, _ = shapes["vision_model.embeddings.patch_embedding.weight"]
+    vision_config = CLIPVisionConfig(
+        round((shapes["vision_model.embeddings.position_embedding.weight"][0] - 1) ** 0.5) * patch,
+        patch,
+        channels,
+        _count(shapes, r"vision_model\.encoder\.layers\.(\d+)\."),
+        vision.get("num_attention_heads", 12),
+        shapes["vision_model.encoder.layers.0.mlp.fc1.weight"][0],
+    )
+    acts = {part.get("hidden_act", "quick_gelu") for part in (text, vision)}
+    epsilons = {part.get("layer_norm_eps", 1e-5) for part in (text, vision)}
+    if len(acts) != 1 or not acts <= ACTIVATIONS.keys() or epsilons != {1e-5}:
+        raise MmjaxError(f"config.json: hidden_act {sorted(acts)}, layer_norm_eps {sorted(epsilons)} are not CLIP's")
+    return CLIPConfig(vision_config, text_config, shapes["text_projection.weight"][0], ACTIVATIONS[acts.pop()])
+
+
+def hf_config(config: CLIPConfig) -> dict[str, Any]:
+    """config.json of a CLIPModel."""
+    act = next(name for name, own in ACTIVATIONS.items() if own == config.act)
+    towers: dict[str, dict[str, Any]] = {}
+    for name, tower in (("text_config", config.text), ("vision_config", config.vision)):
+        assert isinstance(tower, CLIPTextConfig | CLIPVisionConfig)
+        towers[name] = {
+            "model_type": f"clip_{name.removesuffix('_config')}_model",
+            "hidden_size": tower.width,
+            "intermediate_size": tower.hidden,
+            "num_hidden_layers": tower.depth,
+            "num_attention_heads": tower.heads,
+            "hidden_act": act,
+            "layer_norm_eps": 1e-5,
+            "projection_dim": config.embed_dim,
+        }
+    text, vision = config.text, config.vision
+    assert isinstance(vision, CLIPVisionConfig)
+    # Where the largest id is pooled, 2 tells transformers to do so.
+    towers["text_config"] |= {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length}
+    towers["text_config"] |= {"eos_token_id": 2 if text.eos is None else text.eos, "bos_token_id": None}
+    towers["vision_config"] |= {"image_size": vision.image_size, "patch_size": vision.patch, "num_channels": 3}
+    told = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embed_dim}
+    return told | {"logit_scale_init_value": 2.6592} | towers
+
+
+# ------------------------------------------------------------------------------------------------------------- layouts
+
+
+def _recognise(needed: str, open_clip: bool | None) -> Callable[[Set[str], Told], bool]:
+    """By a key, and where two layouts share their keys by whether open_clip's config is beside them."""
+
+    def recognise(keys: Set[str], told: Told) -> bool:
+        if needed not in keys or not any(key.startswith(("visual.", "visual_projection")) for key in keys):
+            return False
+        if any(key.startswith(("visual.trunk.", "text.transformer.embeddings.")) for key in keys):
+            return False  # open_clip around a tower of timm or of transformers
+        return open_clip is None or open_clip == bool(told and ("model_cfg" in told or "vision_cfg" in told))
+
+    return recognise
+
+
+IGNORED = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask")
+CUSTOM = ("text.", "gelu")
+
+OPENAI = Layout(
+    "openai",
+    _recognise("text_projection", False),
+    openai_config,
+    openai_table,
+    ignored=IGNORED,
+    file="model.safetensors",
+)
+OPEN_CLIP = Layout(
+    "open_clip",
+    _recognise("text_projection", True),
+    lambda shapes, told: openai_config(shapes, told, act="gelu"),
+    openai_table,
+    hf_config=lambda config: {"model_cfg": open_clip_config(config)},
+    file="open_clip_model.safetensors",
+    ignored=IGNORED,
+)
+OPEN_CLIP_CUSTOM_TEXT = Layout(
+    "open_clip_custom_text",
+    _recognise("text.text_projection", None),
+    lambda shapes, told: openai_config(shapes, told, *CUSTOM),
+    lambda config: openai_table(config, "text."),
+    hf_config=lambda config: {"model_cfg": open_clip_config(config) | {"custom_text": True}},
+    file="open_clip_model.safetensors",
+    ignored=IGNORED,
+)
+HF = Layout(
+    "hf",
+    _recognise("text_projection.weight", None),
+    hf_config_of,
+    hf_table,
+    hf_config=hf_config,
+    ignored=("*.embeddings.position_ids",),
+)
+LAYOUTS: tuple[Layout, ...] = (OPENAI, OPEN_CLIP, OPEN_CLIP_CUSTOM_TEXT, HF)

@@ -1,0 +1,179 @@
+"""The handle of CLIP: features, zero-shot classification, retrieval."""
+
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from mmjax.data.preprocess import ImagePreprocessing
+from mmjax.errors import MmjaxError
+from mmjax.evaluation.zero_shot import TEMPLATES, class_embeddings, prompts
+from mmjax.models.clip.network import CLIP, CLIPConfig
+from mmjax.models.handle import Model, unit
+from mmjax.text.clip_tokenizer import CLIPTokenizer
+from mmjax.types import Array, ArrayLike, Float
+
+
+@dataclass
+class CLIPModel(Model):
+    """A CLIP with its weights; `tokenizer` is a `mmjax.text.clip_tokenizer.CLIPTokenizer`."""
+
+    system: ClassVar[str] = "clip"
+    config_class: ClassVar[type] = CLIPConfig
+
+    @classmethod
+    def build(cls, config: CLIPConfig) -> nn.Module:
+        return CLIP(config)
+
+    @classmethod
+    def example(cls, config: CLIPConfig) -> dict[str, jax.ShapeDtypeStruct]:
+        side = config.image_size or 64
+        return {
+            "pixel_values": jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32),
+            "input_ids": jax.ShapeDtypeStruct((1, config.text.context_length), jnp.int32),
+        }
+
+    @classmethod
+    def default_preprocess(cls, config: CLIPConfig, layout: str) -> ImagePreprocessing:
+        return ImagePreprocessing.clip(config.image_size or 64)
+
+    @classmethod
+    def load_tokenizer(cls, file: pathlib.Path) -> CLIPTokenizer | None:
+        """tokenizer.json, or Hugging Face's older vocab.json and merges.txt beside where it would be."""
+        if file.is_file():
+            return CLIPTokenizer.from_file(file)
+        vocab, merges = file.with_name("vocab.json"), file.with_name("merges.txt")
+        return CLIPTokenizer.from_vocab(vocab, merges) if vocab.is_file() and merges.is_file() else None
+
+    # ----------------------------------------------------------------------------------------------------------- arrays
+
+    def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
+        """image_embeds and text_embeds [b, e] (unit length), logits_per_image, logits_per_text; one of the two alone if
+        only pixel_values or input_ids are given.
+
+        vision_model_output, text_model_output: {"last_hidden_state", "pooler_output"}: the last states (before the norm
+        of the images, after that of the texts; a ResNet's last feature map), and as in transformers 5 the projected
+        features before they are brought to unit length. hidden_states besides, where the tower is a transformer.
+        """
+        told: dict[str, Any] = {}
+        if "pixel_values" in inputs:
+            out = self.module.apply(variables, inputs["pixel_values"], method="encode_image")
+            told["image_embeds"], told["vision_model_output"] = unit(out["embeds"]), _vision_output(out)  # type: ignore[index]
+        if "input_ids" in inputs:
+            mask = inputs.get("attention_mask")
+            out: Any = self.module.apply(variables, inputs["input_ids"], mask, method="encode_text")
+            told["text_embeds"] = unit(out["embeds"])
+            told["text_model_output"] = {"last_hidden_state": out["tokens"], "pooler_output": out["embeds"]}
+            told["text_model_output"]["hidden_states"] = tuple(out["states"])
+        if not told:
+            raise MmjaxError("CLIP's forward needs pixel_values, input_ids or both")
+        if len(told) == 4:
+            logits = self._logits(variables["params"], told["image_embeds"], told["text_embeds"])
+            told |= {"logits_per_image": logits, "logits_per_text": logits.T}
+        return told
+
+    @staticmethod
+    def _logits(params: Mapping[str, Any], image: Array, text: Array) -> Array:
+        logits = jnp.exp(params["logit_scale"].astype(jnp.float32)) * image @ text.T
+        return logits + params["logit_bias"] if "logit_bias" in params else logits
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor on the cosines."""
+        return float(np.exp(np.asarray(self.params["logit_scale"], np.float32)))
+
+    @functools.cached_property
+    def _encoders(self) -> tuple[Any, Any]:
+        def image(variables: Any, pixels: Array) -> Array:
+            return unit(self.module.apply(variables, pixels, method="encode_image")["embeds"])  # type: ignore[index]
+
+        def text(variables: Any, ids: Array) -> Array:
+            return unit(self.module.apply(variables, ids, method="encode_text")["embeds"])  # type: ignore[index]
+
+        return jax.jit(image), jax.jit(text)
+
+    # ----------------------------------------------------------------------------------------------- images and strings
+
+    def encode_image(self, images: Any, batch_size: int = 256) -> Float[Array, "b e"]:
+        """Unit-norm features of images as `preprocess` takes them, or of pixel values [b, height, width, 3]."""
+        return _batched(self._encoders[0], self.variables, self.pixels(images), batch_size)
+
+    def encode_text(self, texts: str | Sequence[str] | ArrayLike, batch_size: int = 256) -> Float[Array, "b e"]:
+        """Unit-norm features of strings, or of ids [b, l]. Raises MmjaxError for strings without a tokenizer."""
+        return _batched(self._encoders[1], self.variables, self._ids(texts), batch_size)
+
+    def _ids(self, texts: Any) -> Array:
+        if isinstance(texts, np.ndarray | jax.Array) and texts.dtype.kind in "iu":
+            return jnp.asarray(texts, jnp.int32)
+        if self.tokenizer is None:
+            raise MmjaxError(
+                "this CLIP came without a tokenizer.json: pass ids, or set one: "
+                "vlm.replace(tokenizer=CLIPTokenizer.from_merges('bpe_simple_vocab_16e6.txt.gz'))"
+            )
+        ids = self.tokenizer(texts)
+        if int(ids.max(initial=0)) >= self.config.text.vocab_size or ids.shape[1] > self.config.text.context_length:
+            text = self.config.text
+            raise MmjaxError(
+                f"the tokenizer (vocabulary {self.tokenizer.vocab_size}, length {ids.shape[1]}) does not fit the model "
+                f"({text.vocab_size}, {text.context_length})"
+            )
+        return jnp.asarray(ids)
+
+    def classify(
+        self,
+        images: Any,
+        labels: Sequence[str | Sequence[str]],
+        templates: Sequence[str] = TEMPLATES,
+        top: int = 5,
+    ) -> list[list[tuple[str, float]]]:
+        """The most probable labels of each image with their probabilities, the best first.
+
+        labels: a name a class, or several names each, of which the first is told. templates: each with a {} for the
+        name; features are averaged over them.
+        """
+        texts, owners = prompts(labels, templates)
+        classes = class_embeddings(self.encode_text(texts), owners, len(labels))
+        logits = self._logits(self.params, self.encode_image(images), classes)
+        values, indices = jax.lax.top_k(jax.nn.softmax(logits), min(top, len(labels)))
+        names = [label if isinstance(label, str) else label[0] for label in labels]
+        return [[(names[i], p) for i, p in zip(*row)] for row in zip(indices.tolist(), values.tolist())]
+
+    def retrieve(self, queries: Any, candidates: Any, k: int = 5) -> list[list[tuple[int, float]]]:
+        """For each query the k nearest candidates as (index, cosine), the best first.
+
+        Each of the two: strings or ids (texts), or anything else (images), or features [n, embed_dim] from before.
+        Strings are always texts: open image files first.
+        """
+        queries, candidates = self._features(queries), self._features(candidates)
+        values, indices = jax.lax.top_k(queries @ candidates.T, min(k, candidates.shape[0]))
+        return [list(zip(*row)) for row in zip(indices.tolist(), values.tolist())]
+
+    def _features(self, items: Any) -> Array:
+        if isinstance(items, str) or (isinstance(items, Sequence) and items and isinstance(items[0], str)):
+            return self.encode_text(items)
+        if isinstance(items, np.ndarray | jax.Array) and items.ndim == 2 and items.dtype != np.uint8:
+            return self.encode_text(items) if items.dtype.kind in "iu" else unit(jnp.asarray(items))
+        return self.encode_image(items)
+
+
+def _vision_output(out: Any) -> dict[str, Any]:
+    if "states" in out:
+        states = tuple(out["states"])
+        return {"last_hidden_state": states[-1], "pooler_output": out["embeds"], "hidden_states": states}
+    return {"last_hidden_state": out.get("layer4", out.get("C5")), "pooler_output": out["embeds"]}
+
+
+def _batched(encode: Any, variables: Any, inputs: Array, size: int) -> Array:
+    """Batch by batch, the last padded to the size of the others, so that one program serves them all."""
+    if inputs.shape[0] <= size:
+        return encode(variables, inputs)
+    rest = -inputs.shape[0] % size
+    padded = jnp.concatenate([inputs, jnp.zeros((rest, *inputs.shape[1:]), inputs.dtype)])
+    parts = [encode(variables, padded[i : i + size]) for i in range(0, padded.shape[0], size)]
+    return jnp.concatenate(parts)[: inputs.shape[0]]

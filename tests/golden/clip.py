@@ -1,0 +1,80 @@
+"""Vaults openai_clip_vit, openai_clip_rn, open_clip_vit and open_clip_custom_text."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax.models.clip.checkpoint import OPEN_CLIP_CUSTOM_TEXT, OPENAI
+from mmjax.models.clip.modified_resnet import ModifiedResNetConfig
+from mmjax.models.clip.network import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from mmjax.models.clip.tasks import CLIPModel
+from mmjax.models.handle import unit
+from mmjax.objectives.contrastive import clip_loss
+from mmjax.weights.table import load_table, save_table
+
+
+def openai(told):
+    width, heads = told["vision_width"], told["vision_heads"]
+    if isinstance(told["vision_layers"], list):
+        vision = ModifiedResNetConfig(told["image_resolution"], tuple(told["vision_layers"]), width, heads)
+    else:
+        patch, depth = told["vision_patch_size"], told["vision_layers"]
+        vision = CLIPVisionConfig(told["image_resolution"], patch, width, depth, heads, 4 * width)
+    width, depth, heads = (told[f"transformer_{name}"] for name in ("width", "layers", "heads"))
+    text = CLIPTextConfig(told["context_length"], told["vocab_size"], width, depth, heads, 4 * width)
+    return CLIPConfig(vision, text, told["embed_dim"], re.match(r"\w+", told["act"])[0])
+
+
+def open_clip(told):
+    vision, text = told["vision_cfg"], told["text_cfg"]
+    width, head = vision["width"], vision.get("head_width", 64)
+    if isinstance(vision["layers"], list):
+        image = ModifiedResNetConfig(vision["image_size"], tuple(vision["layers"]), width, 32 * width // head)
+    else:
+        hidden = int(width * vision.get("mlp_ratio", 4.0))
+        image = CLIPVisionConfig(
+            vision["image_size"], vision["patch_size"], width, vision["layers"], width // head, hidden
+        )
+    words = CLIPTextConfig(
+        text["context_length"], text["vocab_size"], text["width"], text["layers"], text["heads"], 4 * text["width"]
+    )
+    return CLIPConfig(image, words, told["embed_dim"], "quick_gelu" if told.get("quick_gelu") else "gelu")
+
+
+def check(meta, tensors):
+    told = meta["config"]
+    config = open_clip(told) if "vision_cfg" in told else openai(told)
+    layout = OPEN_CLIP_CUSTOM_TEXT if "weights/text.text_projection" in tensors else OPENAI
+    weights = {key.removeprefix("weights/"): value for key, value in tensors.items() if key.startswith("weights/")}
+    names = layout.unwrap(weights)
+    arrays = {name: weights[key] for name, key in names.items()}
+    variables = load_table(layout.table(config), arrays, CLIPModel.shapes(config), meta["name"])
+    stats = {"batch_stats": variables["stats"]} if "stats" in variables else {}
+    pixels = jnp.asarray(tensors["inputs/image"].transpose(0, 2, 3, 1))
+    ids = jnp.asarray(tensors["inputs/text"].astype(np.int32))
+
+    def loss(params):
+        out = CLIP(config).apply({"params": params, **stats}, pixels, ids)
+        image, text = out["vision"]["embeds"], out["text"]["embeds"]
+        return clip_loss(unit(image), unit(text), params["logit_scale"]), out
+
+    (value, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+    found = outputs(out, jnp.exp(variables["params"]["logit_scale"]), open_clip="vision_cfg" in told)
+    saved = save_table(layout.table(config), {"params": grads} | ({"stats": variables["stats"]} if stats else {}))
+    return found | {f"grad/{key}": array for key, array in saved.items()} | {"contrastive_loss": value, "loss": value}
+
+
+def outputs(out, scale, open_clip):
+    vision, text = out["vision"], out["text"]
+    image, words = unit(vision["embeds"]), unit(text["embeds"])
+    logits = scale * image @ words.T
+    raw = {"image_features": vision["embeds"], "text_features": text["embeds"]}
+    found = {f"raw_{name}": value for name, value in raw.items()}
+    found |= {"image_features": image, "text_features": words} if open_clip else raw
+    found |= {"logits_per_image": logits, "logits_per_text": logits.T, "logit_scale_exp": scale}
+    found["text_hidden"] = text["states"][-1]
+    if "states" in vision:
+        return found | {"visual_pre": vision["states"][0], "visual_hidden": vision["states"][-1]}
+    return found | {f"visual_layer{i}": vision[f"layer{i}"].transpose(0, 3, 1, 2) for i in (1, 2, 3, 4)}
