@@ -70,7 +70,8 @@ def table(told: Mapping[str, Any]) -> Table:
     seeds = max(row["metrics"][metrics[0]]["n"] for row in told["table"]) if metrics else 1
     after = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
     figures = any(row.get("published") is not None for row in told["table"])
-    shown = Table(title=f"after {told['steps']} steps{after}", title_justify="left")
+    title = f"after {told['steps']} steps{after}"
+    shown = Table(title=title, title_justify="left", min_width=len(title))
     for name in [*names, *metrics, *(["published"] if figures else [])]:
         shown.add_column(name, justify="right")
     for row in told["table"]:

@@ -179,12 +179,9 @@ def _cost(compiled: Any, chip: roofline.Chip, config: Any, loop_factor: float) -
 def sentences(told: Mapping[str, Any]) -> list[str]:
     """What is to be said of a plan beside its tables."""
     if not told["fits"]:
-        memory = told["memory"]
-        words = [
-            f"does not fit: {roofline.size(memory['missing'])} more than a {told['chip']} chip has",
-            "try more chips",
-        ]
-        return ["; ".join([*words, "a smaller batch, accumulate, fsdp or rematerialisation"])]
+        missing = roofline.size(told["memory"]["missing"])
+        advice = "try more chips, a smaller batch, accumulate, fsdp or rematerialisation"
+        return [f"does not fit: {missing} more than a {told['chip']} chip has; {advice}"]
     found = [f"bound by {told['bound']}; compiled in {told['compile_seconds']:.0f} s"]
     if told["loops"]:
         turns = ", ".join(map(str, told["loops"]))

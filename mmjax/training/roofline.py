@@ -233,7 +233,7 @@ def tables(told: Mapping[str, Any]) -> list[Table]:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", min_width=len(title))
     for index, name in enumerate(columns):
         table.add_column(name, justify="right" if index else "left")
     return table
