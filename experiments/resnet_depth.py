@@ -1,0 +1,239 @@
+"""With and without shortcuts at 20, 56 and 110 layers (arXiv 1512.03385, section 4.2), on the digits of scikit-learn.
+
+    mmjax train experiments/resnet_depth.py --depth 56 --skip none --workdir runs/plain56
+    python experiments/resnet_depth.py --depths 20,56,110 --steps 400 --workdir runs/depth
+
+The second trains every depth with and without shortcuts and writes `depth.png` and `depth.json`: training loss, test
+accuracy, and the gradient of every convolution at initialisation and at the end, on one batch. 1,797 real scans of
+8x8 pixels, enlarged; the paper's recipe (SGD 0.9, weight decay 1e-4, rate 0.1 with its drops at 1/2 and 3/4) but for
+the length and a warm-up, which the paper gives to 110 layers only. Minutes on a CPU at the default 16 px.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mmjax import tree
+from mmjax.data.pipeline import Pipeline
+from mmjax.data.preprocess import ImagePreprocessing
+from mmjax.data.sources import ArraySource
+from mmjax.models.resnet.network import ResNet, ResNetConfig
+from mmjax.training.checkpoint import load_params
+from mmjax.training.experiment import ExperimentConfig
+from mmjax.training.loop import train
+from mmjax.training.method import Method
+from mmjax.training.metrics import read_metrics
+from mmjax.training.optimizer import Optimizer, sgd
+from mmjax.training.state import Carry
+
+TEST = 297
+"""The last records, which other writers drew."""
+MEAN, STD = 0.3053, 0.3762
+"""Of all pixels in [0, 1]."""
+
+
+def digits(size: int) -> tuple[ArraySource, ArraySource]:
+    """(training, test) records: image float32 [size, size, 3], normalised, and label."""
+    from sklearn.datasets import load_digits
+
+    told: Any = load_digits()
+    small = jnp.asarray(told.images[..., None] / 16, jnp.float32)
+    images = np.asarray(jax.image.resize(small, (len(small), size, size, 1), "bilinear"))
+    images = np.repeat((images - MEAN) / STD, 3, axis=-1).astype(np.float32)
+    source = ArraySource(name="digits", image=images, label=told.target.astype(np.int32))
+    return source.select(range(len(source) - TEST)), source.select(range(len(source) - TEST, len(source)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(Method):
+    """Mean cross-entropy of a ResNet's logits; batch statistics of each device's share of the batch."""
+
+    config: ResNetConfig
+
+    @property
+    def module(self) -> ResNet:
+        return ResNet(self.config)
+
+    def init(self, rng: Any, batch: Any) -> tuple[Any, Carry]:
+        variables = self.module.init(rng, jnp.zeros(batch["image"].shape, jnp.float32))
+        return variables["params"], Carry({}, {}, variables["batch_stats"], {})
+
+    def loss(self, params: Any, carry: Carry, batch: Any, rng: Any, axis_name: str | None = None) -> Any:
+        groups = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+        variables = {"params": params, "batch_stats": carry.stats}
+        out, new = self.module.apply(
+            variables, batch["image"], train=True, bn_groups=groups, axis_name=axis_name, mutable=["batch_stats"]
+        )
+        logits = out["logits"]
+        value = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+        accuracy = jnp.mean(jnp.argmax(logits, -1) == batch["label"])
+        return value, (carry.replace(stats=new["batch_stats"]), {"accuracy": accuracy})
+
+
+@dataclasses.dataclass(frozen=True)
+class TestAccuracy:
+    """Share of the test digits that are named rightly, by the running statistics."""
+
+    module: ResNet
+    source: ArraySource
+    name: str = "test"
+    every: int = 0
+
+    @functools.cached_property
+    def _logits(self) -> Any:
+        return jax.jit(lambda variables, x: self.module.apply(variables, x)["logits"])
+
+    def run(self, params: Any, state: Any) -> Mapping[str, float]:
+        logits = self._logits({"params": params, "batch_stats": state.stats}, self.source.columns["image"])
+        return {"accuracy": float(np.mean(np.argmax(logits, -1) == self.source.columns["label"]))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(ExperimentConfig):
+    """depth: 6n + 2 layers. skip: pad (option A), projection (option B) or none (plain). size: pixels of a side."""
+
+    steps: int = 400
+    batch_size: int = 64
+    tensorboard: bool = False
+    depth: int = 20
+    skip: Literal["pad", "projection", "none"] = "pad"
+    size: int = 16
+    learning_rate: float = 0.1
+    warmup: int = 20
+
+    @property
+    def network(self) -> ResNetConfig:
+        return ResNetConfig.cifar(self.depth, self.skip)
+
+    def method(self) -> Method:
+        return Classification(self.network)
+
+    def optimizer(self) -> Optimizer:
+        drops = {self.steps // 2: 0.1, self.steps * 3 // 4: 0.1}
+        falling = optax.piecewise_constant_schedule(self.learning_rate, drops)
+        return Optimizer(sgd(lambda step: falling(step) * jnp.minimum(1.0, (step + 1) / self.warmup), 0.9, 1e-4))
+
+    def train_data(self) -> Pipeline:
+        return Pipeline(
+            digits(self.size)[0],
+            self.batch_size,
+            seed=self.seed,
+            workers=self.workers,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def evaluations(self) -> tuple[TestAccuracy, ...]:
+        return (TestAccuracy(ResNet(self.network), digits(self.size)[1]),)
+
+    def model(self) -> tuple[str, ResNetConfig]:
+        return "resnet", self.network
+
+    def save_assets(self, workdir: pathlib.Path) -> dict[str, Any]:
+        normal = ImagePreprocessing((self.size, self.size), None, "round", "bilinear", (MEAN,) * 3, (STD,) * 3)
+        return {"preprocess": dataclasses.asdict(normal)}
+
+
+def gradient_norms(config: Config, params: Any, stats: Any, batch: Any) -> list[float]:
+    """The norm of the loss's gradient for every 3x3 kernel, from the stem to the last."""
+    method = config.method()
+
+    def loss(params: Any) -> Any:
+        return method.loss(params, Carry({}, {}, stats, {}), batch, jax.random.key(0))[0]
+
+    flat = tree.flatten(jax.jit(jax.grad(loss))(params))
+    names = ["stem_conv/kernel"]
+    for stage, count in enumerate(config.network.layers, 1):
+        names += [f"stage{stage}_block{i}/conv{j}/kernel" for i in range(count) for j in (1, 2)]
+    return [float(jnp.linalg.norm(flat[name])) for name in names]
+
+
+def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains one net (or goes on with it) and measures its gradients before and after."""
+    last = train(config, workdir, experiment_file=str(pathlib.Path(__file__).resolve()))
+    rows = digits(config.size)[0].columns
+    batch = {name: jnp.asarray(column[: config.batch_size]) for name, column in rows.items()}
+    # Drawn from the run's seed, not the run's own draw: the law of the initial weights is what matters.
+    params, carry = jax.jit(config.method().init)(jax.random.key(config.seed), batch)
+    trained = load_params(workdir)
+    lines = [line for line in read_metrics(workdir) if "train/loss" in line]
+    return {
+        "depth": config.depth,
+        "skip": config.skip,
+        "step": [line["step"] for line in lines],
+        "loss": [line["train/loss"] for line in lines],
+        "test_accuracy": next((value for name, value in last.items() if name.endswith("accuracy") and "val" in name)),
+        "gradient_at_start": gradient_norms(config, params, carry.stats, batch),
+        "gradient_at_end": gradient_norms(config, trained["params"], trained["stats"], batch),
+    }
+
+
+def plot(runs: list[dict[str, Any]], file: pathlib.Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
+    colors = {depth: f"C{i}" for i, depth in enumerate(sorted({told["depth"] for told in runs}))}
+    for told in runs:
+        plain = told["skip"] == "none"
+        name = f"{'plain' if plain else 'ResNet'}-{told['depth']}"
+        style = {"color": colors[told["depth"]], "linestyle": "--" if plain else "-", "label": name}
+        axes[0].plot(told["step"], told["loss"], **style)
+        for axis, when in zip(axes[1:], ("start", "end")):
+            norms = told[f"gradient_at_{when}"]
+            axis.plot(np.linspace(0, 1, len(norms)), norms, **style)
+    for axis, title, label in zip(
+        axes,
+        ("Training loss", "Gradient of each kernel, at initialisation", "The same, after training"),
+        ("step", "place in the net (0 = first layer)", "place in the net (0 = first layer)"),
+    ):
+        axis.set(title=title, xlabel=label, yscale="log")
+        axis.legend(fontsize=8)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--depths", default="20,56,110")
+    parser.add_argument("--steps", type=int, default=Config.steps)
+    parser.add_argument("--batch-size", type=int, default=Config.batch_size)
+    parser.add_argument("--size", type=int, default=Config.size)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    told = parser.parse_args()
+    runs = []
+    for depth in map(int, told.depths.split(",")):
+        for skip in ("pad", "none"):
+            config = Config(
+                seed=told.seed,
+                steps=told.steps,
+                batch_size=told.batch_size,
+                size=told.size,
+                depth=depth,
+                skip=skip,  # type: ignore[arg-type]
+                warmup=max(told.steps // 20, 1),
+                log_every=max(told.steps // 40, 1),
+            )
+            runs.append(run(config, told.workdir / f"{'plain' if skip == 'none' else 'resnet'}{depth}"))
+            (told.workdir / "depth.json").write_text(json.dumps(runs, indent=1) + "\n")
+            plot(runs, told.workdir / "depth.png")
+            new = runs[-1]
+            start = new["gradient_at_start"]
+            print(
+                f"depth {depth:4} skip {skip:5} last loss {new['loss'][-1]:.4f}  test accuracy "
+                f"{new['test_accuracy']:.3f}  first / last kernel's gradient at start {start[0] / start[-1]:.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
