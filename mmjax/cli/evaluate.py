@@ -95,6 +95,7 @@ def on_folder(source: str, task: str, data: str) -> None:
     Where there is no such split, zero_shot judges all images, knn leaves one out, and linear_probe tests on every fifth
     image of a class. Writes evaluations/TASK.json into a workdir, else into the current folder.
     """
+    task = task.replace("-", "_")
     if task not in FOLDER_TASKS:
         raise MmjaxError(f"--task {task}: with --data one of {', '.join(FOLDER_TASKS)}")
     model = hub.load(source)
