@@ -15,7 +15,7 @@ MEASURED: dict[str, How] = {"cpu": "unroll", "gpu": "vmap", "tpu": "vmap"}
 """The way of `over_arms` that `--arms auto` takes; `experiments/benchmarks/ablation_arms.py` measures it.
 
 Four arms of MoCo on a small ResNet, 2 CPU cores, against four single steps: unroll 0.85, map 0.92, vmap 1.37 of their
-time (under `vmap` over weights a convolution becomes a grouped one). A whole run of 40 steps against four processes: map
+time (under `vmap` over weights a convolution becomes a grouped one). A whole run of 40 steps to four processes: map
 0.44, unroll 0.48, for unroll compiles four times as long. Accelerators, where nothing was measured, get larger kernels
 from `vmap`, and a program no longer than one arm's.
 """
