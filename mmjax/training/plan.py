@@ -27,8 +27,9 @@ from mmjax.training.lift import MeshLift
 from mmjax.training.state import create_state
 from mmjax.training.step import train_step
 
-SETTINGS = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-"""Of the child: no device of this machine is used, and libtpu does not look for a TPU's metadata server."""
+SETTINGS = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+"""Of the child: no device of this machine is used, libtpu does not look for a TPU's metadata server, and takes no lock,
+so that several plans can be made at once."""
 
 
 def plan(experiment_file: str | os.PathLike[str], topology: str, arguments: Sequence[str] = ()) -> dict[str, Any]:
