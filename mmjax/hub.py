@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmjax.data.preprocess import ImagePreprocessing, from_hf
 from mmjax.errors import MmjaxError
 from mmjax.models import SYSTEMS, System
 from mmjax.models.config import config_from_json
 from mmjax.models.handle import Model
-from mmjax.models.preprocess import Preprocess, from_hf
 from mmjax.tree import flatten
 from mmjax.weights.files import Weights, parse_json, read_weights, write_atomically, write_safetensors
 from mmjax.weights.table import Entry, Layout, WeightsError, load_table, save_table
@@ -297,6 +297,6 @@ def _read_own_config(folder: pathlib.Path) -> tuple[type[Model], Any, dict[str, 
     layout = told.get("layout", "mmjax")
     preprocess = kind.default_preprocess(config, layout)
     if told.get("preprocess"):
-        preprocess = config_from_json(Preprocess, told["preprocess"], f"{place}: preprocess")
+        preprocess = config_from_json(ImagePreprocessing, told["preprocess"], f"{place}: preprocess")
     tokenizer = kind.load_tokenizer(folder / told["tokenizer"]) if told.get("tokenizer") else None
     return kind, config, {"preprocess": preprocess, "layout": layout, "tokenizer": tokenizer}

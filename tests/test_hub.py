@@ -18,10 +18,10 @@ from PIL import Image
 
 import mmjax
 from mmjax import hub
+from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
 from mmjax.models import SYSTEMS, System
 from mmjax.models.handle import Model, unit
-from mmjax.models.preprocess import Preprocess
 from mmjax.training.checkpoint import CheckpointWriter
 from mmjax.tree import flatten, tree_hash
 from mmjax.weights.files import read_weights, write_safetensors
@@ -101,7 +101,7 @@ def toy(monkeypatch):
     config = ToyConfig()
     rng = np.random.default_rng(3)
     arrays = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), ToyModel.shapes(config))
-    return ToyModel(config, arrays["params"], arrays["stats"], preprocess=Preprocess(resize=13, crop=(11, 7)))
+    return ToyModel(config, arrays["params"], arrays["stats"], preprocess=ImagePreprocessing(resize=13, crop=(11, 7)))
 
 
 def pixels(b: int = 2) -> np.ndarray:

@@ -13,8 +13,8 @@ import numpy as np
 import tokenizers
 from flax import linen as nn
 
+from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
-from mmjax.models.preprocess import Preprocess
 from mmjax.types import Array, ArrayLike, Params
 
 
@@ -39,7 +39,7 @@ class Model(abc.ABC):
     params: Params
     stats: Params = dataclasses.field(default_factory=dict)
     tokenizer: Any = None
-    preprocess: Preprocess = dataclasses.field(default_factory=Preprocess)
+    preprocess: ImagePreprocessing = dataclasses.field(default_factory=ImagePreprocessing)
     layout: str = "mmjax"
 
     # ------------------------------------------------------------------------------------------- what a subclass gives
@@ -59,9 +59,9 @@ class Model(abc.ABC):
         """Everything that `forward` returns, as a pure function."""
 
     @classmethod
-    def default_preprocess(cls, config: Any, layout: str) -> Preprocess:
+    def default_preprocess(cls, config: Any, layout: str) -> ImagePreprocessing:
         """The preprocessing of a layout whose files do not tell it."""
-        return Preprocess()
+        return ImagePreprocessing()
 
     @classmethod
     def load_tokenizer(cls, file: pathlib.Path) -> Any:

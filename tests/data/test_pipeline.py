@@ -1,5 +1,6 @@
 """Order, resume, sharding and bad records of the pipeline."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -123,6 +124,15 @@ def test_a_killed_worker_is_replaced_and_the_order_goes_on(straight):
     assert time.monotonic() - began < 30
     iterator.close()
     assert_same(ours, straight[:10])
+    assert not multiprocessing.active_children()
+
+
+def test_workers_end_with_their_iterator():
+    iterator = iter(pipeline(workers=2))
+    next(iterator)
+    assert len(multiprocessing.active_children()) == 2
+    del iterator
+    gc.collect()
     assert not multiprocessing.active_children()
 
 

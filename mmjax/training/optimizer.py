@@ -1,0 +1,173 @@
+"""Optimizers of the lineage's recipes, as optax chains, with the partition that says what they may touch."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mmjax import tree
+from mmjax.errors import MmjaxError
+from mmjax.training.partition import FROZEN, TRAINABLE, Partition
+from mmjax.types import Array, Float, Params
+
+Schedule = Callable[[Any], Any]
+LEARNING_RATE_SCALE = "learning_rate_scale"
+"""The hyper-parameter that multiplies every update: a learning rate that can be ablated without a recompile."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """Gradient transformations by label, over the trainable part of the parameters alone.
+
+    Attributes:
+        transforms: label -> transformation, or one transformation for everything trainable.
+        partition: labels of the parameter tree; "frozen" leaves never reach optax.
+        clip_norm: the global norm, over all trainable leaves, that gradients are scaled down to before anything else.
+    """
+
+    transforms: optax.GradientTransformation | Mapping[str, optax.GradientTransformation]
+    partition: Partition = dataclasses.field(default_factory=Partition)
+    clip_norm: float | None = None
+
+    def _chain(self, trainable: Params) -> optax.GradientTransformationExtraArgs:
+        if isinstance(self.transforms, optax.GradientTransformation):
+            transforms = {TRAINABLE: self.transforms}
+        else:
+            transforms = dict(self.transforms)
+        labels = self.partition.label_tree(trainable)
+        unknown = set(jax.tree.leaves(labels)) - transforms.keys() - {FROZEN}
+        if unknown:
+            raise MmjaxError(
+                f"the partition uses labels {sorted(unknown)} that have no optimizer: {sorted(transforms)}"
+            )
+        chain = optax.partition(transforms, labels)
+        if self.clip_norm is not None:
+            chain = optax.chain(optax.clip_by_global_norm(self.clip_norm), chain)
+        return optax.with_extra_args_support(chain)
+
+    def init(self, params: Params) -> Any:
+        """The optimizer's state for the trainable leaves of the whole parameter tree."""
+        trainable, _ = self.partition.split(params)
+        return self._chain(trainable).init(trainable)
+
+    def update(
+        self, grads: Params, opt_state: Any, trainable: Params, hparams: Mapping[str, Float[Array, ""]]
+    ) -> tuple[Any, Any]:
+        """(updates, next state) for the trainable subtree."""
+        updates, opt_state = self._chain(trainable).update(grads, opt_state, trainable)
+        if LEARNING_RATE_SCALE in hparams:
+            updates = jax.tree.map(lambda update: hparams[LEARNING_RATE_SCALE] * update, updates)
+        return updates, opt_state
+
+
+def warmup_cosine(peak: float, steps: int, warmup: int = 0, end: float = 0.0) -> Schedule:
+    """Linear to `peak` over `warmup` steps, then half a cosine to `end` (open_clip scheduler.py:38-53).
+
+    Step 0 already takes peak / warmup, as open_clip does; MoCo v3 and the original ViT start at exactly 0:
+    `delayed(warmup_cosine(...))`.
+    """
+    if steps <= warmup:
+        raise MmjaxError(f"steps={steps} leaves nothing after warmup={warmup}")
+
+    def schedule(step: Any) -> Any:
+        step = jnp.asarray(step, jnp.float32)
+        rising = peak * (step + 1) / max(warmup, 1)
+        progress = jnp.clip((step - warmup) / (steps - warmup), 0.0, 1.0)
+        falling = end + 0.5 * (peak - end) * (1 + jnp.cos(jnp.pi * progress))
+        return jnp.where(step < warmup, rising, falling)
+
+    return schedule
+
+
+def linear_warmup_cosine(peak: float, steps: int, warmup: int, end: float = 0.0) -> Schedule:
+    """The same with step 0 at exactly 0 (MoCo v3 main_moco.py adjust_learning_rate; ViT utils.py:43-82)."""
+    after = warmup_cosine(peak, steps, warmup, end)
+    return lambda step: jnp.where(step < warmup, peak * jnp.asarray(step, jnp.float32) / max(warmup, 1), after(step))
+
+
+def per_epoch(schedule: Schedule, steps_per_epoch: int) -> Schedule:
+    """Holds a schedule over *epochs* constant within each epoch, as MoCo v1/v2 and torchvision step it."""
+    return lambda step: schedule(jnp.asarray(step) // steps_per_epoch)
+
+
+def staircase(base: float, boundaries: tuple[int, ...], factor: float = 0.1) -> Schedule:
+    """`base`, multiplied by `factor` at each boundary."""
+    return optax.piecewise_constant_schedule(base, dict.fromkeys(boundaries, factor))
+
+
+def matrices_only(params: Params) -> Any:
+    """Weight-decay mask: leaves with two axes or more (no bias, no norm, no scalar)."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def excluding(*globs: str) -> Callable[[Params], Any]:
+    """Weight-decay mask: leaves with two axes or more whose path fits none of the globs."""
+
+    def mask(params: Params) -> Any:
+        return tree.map_with_path(
+            lambda path, leaf: leaf.ndim > 1 and not any(tree.matches(path, glob) for glob in globs), params
+        )
+
+    return mask
+
+
+def sgd(
+    learning_rate: float | Schedule, momentum: float = 0.9, weight_decay: float = 0.0, mask: Any = None
+) -> optax.GradientTransformation:
+    """SGD in torch's form: decay joins the gradient, the rate stays outside the momentum buffer."""
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask) if weight_decay else optax.identity(),
+        optax.trace(momentum) if momentum else optax.identity(),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def lars(
+    learning_rate: float | Schedule, momentum: float = 0.9, weight_decay: float = 1e-6, trust: float = 0.001
+) -> optax.GradientTransformation:
+    """LARS as MoCo v3 writes it (moco/optimizer.py): trust ratio and decay only for leaves of two axes or more.
+
+    The rate multiplies the momentum buffer and is not inside it, unlike `optax.lars`.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, matrices_only),
+        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust), matrices_only),
+        optax.trace(momentum),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def lamb(
+    learning_rate: float | Schedule, weight_decay: float = 0.0, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6
+) -> optax.GradientTransformation:
+    """LAMB (arXiv 1904.00962), decay for leaves of two axes or more."""
+    return optax.lamb(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=matrices_only)
+
+
+def adamw(
+    learning_rate: float | Schedule,
+    weight_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    mask: Any = matrices_only,
+) -> optax.GradientTransformation:
+    """AdamW; `mask=None` decays every leaf, as MoCo v3 does for ViT."""
+    return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
+
+
+def layer_decay(decay: float, layer_of: Callable[[str], int], layers: int) -> optax.GradientTransformation:
+    """Multiplies each update by decay ** (layers - layer): the head moves at the full rate, the stem slowest (BEiT).
+
+    Args:
+        layer_of: slash path -> depth, from 0 (embeddings) to `layers` (head).
+    """
+
+    def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Any, Any]:
+        scaled = tree.map_with_path(lambda path, leaf: leaf * decay ** (layers - layer_of(path)), updates)
+        return scaled, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

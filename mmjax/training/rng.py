@@ -1,0 +1,22 @@
+"""Counter-based randomness: a key is a function of (seed, step, name, example), never of what was drawn before."""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.types import Array, PRNGKeyArray
+
+
+def named(rng: PRNGKeyArray, name: str) -> PRNGKeyArray:
+    """The key of one purpose: `named(rng, "augment")`. Adding a purpose leaves the draws of the others as they were."""
+    return jax.random.fold_in(rng, zlib.crc32(name.encode()))
+
+
+def example_keys(rng: PRNGKeyArray, size: int, axis_name: str | None = None) -> Array:
+    """A key for each of this device's `size` examples, by their place in the global batch: [b] typed keys.
+
+    axis_name: the mapped axis over which the batch is cut; any cut gives an example the same key.
+    """
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * size
+    return jax.vmap(lambda index: jax.random.fold_in(rng, index))(first + jnp.arange(size))
