@@ -12,8 +12,8 @@ from mmjax.types import Array, Batch, Float, Int, Metrics, Params, PRNGKeyArray
 class Method(Protocol):
     """A pretraining (or fine-tuning) method: what distinguishes the systems from each other.
 
-    Implementations are frozen dataclasses without state. `loss` sees the whole batch, or under `pmap` a device's share of
-    it and the name of the axis over which to gather.
+    Implementations are frozen dataclasses without state. `loss` sees the whole batch, or under `pmap` a device's share
+    of it and the name of the axis over which to gather.
     """
 
     def init(self, rng: PRNGKeyArray, batch: Batch) -> tuple[Params, Carry]:

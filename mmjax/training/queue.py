@@ -33,7 +33,7 @@ def create_queue(rng: PRNGKeyArray, length: int, width: int, batch_size: int) ->
     if batch_size < 1 or length % batch_size:
         raise MmjaxError(
             f"queue length {length} is not a multiple of the batch size {batch_size}: "
-            f"use {max(length // batch_size, 1) * batch_size if batch_size > 0 else 'a positive batch'} or another batch size"
+            f"use {max(length // max(batch_size, 1), 1) * max(batch_size, 1)} or another batch size"
         )
     keys = jax.random.normal(rng, (length, width), jnp.float32)
     keys /= jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)

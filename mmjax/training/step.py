@@ -27,11 +27,11 @@ def train_step(
     Args:
         batch: arrays [b, ...]; under `pmap` a device's share of the global batch.
         axis_name: the mapped axis over which gradients and metrics are averaged, if there is one.
-        accumulate: micro-batches that the batch is cut in; gradients are averaged over them, the carry runs through them.
+        accumulate: micro-batches that the batch is cut in; gradients are averaged over them, the carry runs through.
 
     Returns:
-        The next state and the batch's metrics. If the loss or a gradient is not finite the state comes back unchanged but
-        for `step` (so that the next batch draws other random numbers) and the `skipped` counters.
+        The next state and the batch's metrics. If the loss or a gradient is not finite the state comes back unchanged
+        but for `step` (so that the next batch draws other random numbers) and the `skipped` counters.
     """
     rng = jax.random.fold_in(state.rng, state.step)
     ema = update_ema(state.ema, state.params, method.momentum(state.hparams, state.step)) if state.ema else state.ema
