@@ -24,7 +24,7 @@ Metric = Callable[[np.ndarray], np.ndarray]
 
 def ratio(sums: np.ndarray) -> np.ndarray:
     """The metric "first statistic over the second, in percent": hits over queries, correct over items."""
-    return 100.0 * sums[..., 0] / sums[..., 1]
+    return np.asarray(100.0 * sums[..., 0] / sums[..., 1])
 
 
 def resampled_sums(

@@ -29,7 +29,8 @@ def _nearest(
     similarity = jnp.matmul(unit(queries), unit(bank).T, precision="highest")
     # A row is not its own neighbour; own = -1 (outside the bank) leaves all.
     similarity = jnp.where(own[:, None] == jnp.arange(len(bank))[None], -jnp.inf, similarity)
-    return jax.lax.top_k(similarity, k)
+    nearest_first, index = jax.lax.top_k(similarity, k)
+    return nearest_first, index
 
 
 def nearest(

@@ -19,9 +19,9 @@ def greens(picture, columns=slice(None)):
 def drawn(found, attribution=None, captions=None):
     thumbnails = np.full((5, 7, 11, 3), 200, np.uint8)
     captions = captions or [f"caption {i}" for i in range(5)]
-    queries = np.array([0, 3])
-    pair = (queries, np.array(found))
-    return retrieval_picture(thumbnails, captions, np.arange(5), pair, pair, attribution)
+    # Text i belongs to image 4 - i: images 4 and 1 are asked with texts 0 and 3.
+    images, texts = (np.array([4, 1]), np.array(found)), (np.array([0, 3]), 4 - np.array(found))
+    return retrieval_picture(thumbnails, captions, 4 - np.arange(5), images, texts, attribution)
 
 
 def test_right_answers_are_green():
