@@ -1,0 +1,77 @@
+"""What a loaded MoCo can be asked: features of its backbone."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.data.preprocess import ImagePreprocessing
+from mmjax.errors import MmjaxError
+from mmjax.models.handle import Model, unit
+from mmjax.models.moco.network import MoCo, MoCoConfig
+from mmjax.models.resnet.network import ResNetConfig
+from mmjax.types import Array, Float
+
+
+class MoCoModel(Model):
+    """The query encoder, which all published evaluations use.
+
+    stats: {"query", "key"}: batch statistics; with `config.holds_state` also "momentum" (parameters) and "queue"
+    {"keys" [q, d], "cursor"}, so that an export writes back what was read.
+    """
+
+    system: ClassVar[str] = "moco"
+    config_class: ClassVar[type] = MoCoConfig
+    config: MoCoConfig
+
+    @classmethod
+    def build(cls, config: MoCoConfig) -> MoCo:
+        return MoCo(config)
+
+    @classmethod
+    def example(cls, config: MoCoConfig) -> dict[str, jax.ShapeDtypeStruct]:
+        backbone = config.backbone
+        if isinstance(backbone, ResNetConfig):
+            side = (224, 224) if backbone.stem == "imagenet" else (32, 32)
+        else:
+            side = backbone.image_size
+        return {"pixel_values": jax.ShapeDtypeStruct((1, *side, 3), jnp.float32)}
+
+    @classmethod
+    def shapes(cls, config: MoCoConfig) -> dict[str, Any]:
+        shapes = super().shapes(config)
+        params, stats = shapes["params"], shapes.get("stats", {})
+        parts = ("backbone", "projector")
+        told: dict[str, Any] = {"query": stats, "key": {part: stats[part] for part in parts if part in stats}}
+        if config.holds_state:
+            told["momentum"] = {part: params[part] for part in parts}
+            if config.queue:
+                keys = jax.ShapeDtypeStruct((config.queue, config.dim), jnp.float32)
+                told["queue"] = {"keys": keys, "cursor": jax.ShapeDtypeStruct((), jnp.int32)}
+        told = {name: tree for name, tree in told.items() if tree}
+        return {"params": params} | ({"stats": told} if told else {})
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        stats = self.stats.get("query")
+        return {"params": self.params} | ({"batch_stats": stats} if stats else {})
+
+    @classmethod
+    def default_preprocess(cls, config: MoCoConfig, layout: str) -> ImagePreprocessing:
+        """Short side 256, central 224, bilinear (main_lincls.py); small images as they are."""
+        height, width, _ = cls.example(config)["pixel_values"].shape[1:]
+        if height == width == 224:
+            return ImagePreprocessing.imagenet()
+        return ImagePreprocessing((height, width), None, resample="bilinear")
+
+    def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
+        """pooler_output [b, d]: the backbone's features; image_embeds [b, dim]: the projector's, of unit length."""
+        if "pixel_values" not in inputs:
+            raise MmjaxError("MoCo's forward takes pixel_values")
+        told: Any = self.module.apply(variables, inputs["pixel_values"], predict=False)
+        return {"pooler_output": told["features"], "image_embeds": unit(told["embedding"])}
+
+    def encode_image(self, images: Any) -> Float[Array, "b d"]:
+        """The backbone's features, of unit length. images: as `preprocess` takes them, or ready pixel values."""
+        return unit(self.forward(pixel_values=self.pixels(images))["pooler_output"])
