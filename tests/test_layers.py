@@ -1,0 +1,210 @@
+"""The picture of the house: every import in the package points down, and data and text never reach jax.
+
+Imports are read from the source, those inside functions too: a late import hides an arrow, it does not turn it.
+"""
+
+import ast
+import functools
+import pathlib
+
+import pytest
+
+from mmjax.training.experiment import load_experiment
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "mmjax"
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
+
+FLOORS = (
+    {"errors", "tree", "types"},
+    {"nn", "weights"},
+    {"objectives"},
+    {"training"},
+    {"data", "text"},
+    {"generation"},
+    {"evaluation"},
+    {"models"},
+    {"hub"},
+    {"cli", "__init__", "__main__"},
+)
+"""Lowest first. Rooms of one set are neighbours."""
+APART = ({"nn", "weights"},)
+"""Neighbours with a wall between them."""
+ABOVE_WEIGHTS = {"models", "hub"}
+"""weights/ is the floor of these alone: training, evaluation and data know no public layout."""
+WRONG_TODAY = {
+    "mmjax.training.augment": "the channel means of mmjax.data.preprocess",
+    "mmjax.models.moco.checkpoint": "mmjax.hub.load, late, to read a released checkpoint",
+}
+"""Arrows that point up and are to be turned; strict, so that a turned one has to leave this list."""
+LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+
+COMPILERS = {
+    "jit",
+    "pjit",
+    "pmap",
+    "shard_map",
+    "make_mesh",
+    "set_mesh",
+    "use_mesh",
+    "Mesh",
+    "AbstractMesh",
+    "sharding",
+}
+"""What of jax places or compiles a step."""
+
+
+def module_name(path: pathlib.Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@functools.cache
+def tree_of(path: pathlib.Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """Everything a file imports, as dotted names down to the module: `from mmjax import hub` is mmjax.hub."""
+    found: set[str] = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}:{node.lineno}: relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = names & MODULES.keys()
+            found |= modules | ({node.module} if names - modules else set())
+    return found
+
+
+def room(module: str) -> str:
+    """mmjax.training.loop -> training; mmjax itself -> __init__."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def own_imports(module: str) -> set[str]:
+    return {name for name in imports(MODULES[module]) if name.split(".")[0] == "mmjax"}
+
+
+def reached(module: str) -> set[str]:
+    """The package's modules that are loaded with this one, their parents' __init__ apart from the package's own."""
+    seen, waiting = set(), [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            parents = [".".join(name.split(".")[:depth]) for depth in range(2, name.count(".") + 1)]
+            waiting += [*own_imports(name), *(parent for parent in parents if parent in MODULES)]
+    return seen
+
+
+def test_every_room_has_a_floor():
+    found = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert found <= LEVEL.keys(), f"not in the picture: {sorted(found - LEVEL.keys())}"
+    assert {"training", "models", "data", "nn", "evaluation"} <= found
+
+
+def test_the_reader_sees_late_and_nested_imports(tmp_path):
+    file = tmp_path / "example.py"
+    file.write_text(
+        "import jax.numpy\ndef f():\n    from mmjax import hub, load\n    from mmjax.training import loop\n"
+    )
+    assert imports(file) == {"jax.numpy", "mmjax.hub", "mmjax", "mmjax.training.loop"}
+    file.write_text("import jax\n@jax.jit\ndef f(x):\n    from jax import pmap\n    return jax.sharding.Mesh\n")
+    assert {name for _, name in compilers(tree_of.__wrapped__(file))} == {"jax.jit", "jax.pmap", "jax.sharding.Mesh"}
+
+
+def arrows() -> list[object]:
+    marks = {name: pytest.mark.xfail(strict=True, reason=reason) for name, reason in WRONG_TODAY.items()}
+    return [pytest.param(name, marks=marks[name]) if name in marks else name for name in MODULES]
+
+
+@pytest.mark.parametrize("module", arrows())
+def test_arrows_point_down(module):
+    here = room(module)
+    wrong = []
+    for target in sorted(own_imports(module)):
+        there = room(target)
+        walled = any({here, there} == wall for wall in APART)
+        weights = there == "weights" and here != "weights" and here not in ABOVE_WEIGHTS
+        if LEVEL[there] > LEVEL[here] or walled or weights:
+            wrong.append(target)
+    assert not wrong, f"{module} ({here}) imports upwards: {', '.join(wrong)}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if room(name) in ("data", "text")])
+def test_data_and_text_reach_no_jax(module):
+    for name in reached(module):
+        outside = {target.split(".")[0] for target in imports(MODULES[name])}
+        wrong = outside & {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
+        assert not wrong, f"{module} reaches {name}, which imports {', '.join(wrong)}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if room(name) == "models"])
+def test_systems_share_networks_but_no_training_and_no_tasks(module):
+    system = module.split(".")[2] if module.count(".") >= 2 and MODULES[module].parent.name != "models" else None
+    for target in own_imports(module):
+        parts = target.split(".")
+        if len(parts) == 4 and parts[1] == "models" and parts[2] != system:
+            assert parts[3] not in ("pretrain", "tasks"), f"{module} imports {target}"
+
+
+def compilers(tree: ast.AST) -> list[tuple[int, str]]:
+    """(line, name) of what compiles or places: `jax.jit`, `from jax import pmap`, `jax.sharding.Mesh`."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        else:
+            continue
+        for name in names:
+            first, *rest = name.split(".")
+            if first == "jax" and COMPILERS & set(rest):
+                found.append((node.lineno, name))
+    # `jax.sharding` inside `jax.sharding.Mesh` is the same place
+    return [(line, name) for line, name in found if not any(o.startswith(name + ".") for at, o in found if at == line)]
+
+
+def on_training_path(module: str) -> bool:
+    if room(module) in ("training", "objectives", "nn"):
+        return True
+    return room(module) == "models" and module.split(".")[-1] in ("network", "pretrain")
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if on_training_path(name)])
+def test_only_lift_compiles_the_training_path(module):
+    found = compilers(tree_of(MODULES[module]))
+    if module == "mmjax.training.lift":
+        assert {"jax.jit", "jax.pmap", "jax.make_mesh"} <= {name for _, name in found}
+    else:
+        assert not found, "; ".join(f"{MODULES[module]}:{line}: {name}" for line, name in found)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_other_framework(module):
+    outside = {name.split(".")[0] for name in imports(MODULES[module])}
+    assert not outside & {"torch", "torchvision", "transformers", "tensorflow", "timm", "open_clip"}
+
+
+def defines_config(path: pathlib.Path) -> bool:
+    return any(isinstance(node, ast.ClassDef) and node.name == "Config" for node in tree_of(path).body)
+
+
+@pytest.mark.parametrize("path", [path for path in EXPERIMENTS if defines_config(path)], ids=lambda path: path.stem)
+def test_an_experiment_loads_and_its_defaults_are_valid(path):
+    config = load_experiment(path)()
+    assert config.steps > 1 and config.batch_size > 1
+    assert path.stem.split("_")[0] in {folder.name for folder in (PACKAGE / "models").iterdir()}, "<system>_<variant>"
+
+
+@pytest.mark.parametrize("path", [path for path in EXPERIMENTS if not defines_config(path)], ids=lambda path: path.stem)
+def test_what_is_not_an_experiment_is_a_program(path):
+    assert 'if __name__ == "__main__":' in path.read_text()
