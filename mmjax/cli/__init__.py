@@ -163,7 +163,9 @@ def _retrieve(verbs: argparse._SubParsersAction) -> None:
     query = verb.add_mutually_exclusive_group(required=True)
     query.add_argument("--image", metavar="FILE", help="what to look for")
     query.add_argument("--text", metavar="T", help="what to look for")
-    verb.add_argument("--folder", metavar="DIR", required=True, help="the images that are searched")
+    verb.add_argument(
+        "--folder", metavar="DIR", help="the images that are searched; default: MODEL/images, if a run has them"
+    )
     verb.add_argument("-k", type=int, default=5, help="how many (default 5)")
     verb.add_argument("--picture", metavar="FILE", default="retrieved.png", help="default: retrieved.png")
 

@@ -53,12 +53,18 @@ def read_image(file: str) -> np.ndarray:
     return decode_image(path.read_bytes(), file)
 
 
-def retrieve(source: str, image: str | None, text: str | None, folder: str, k: int, picture: str) -> None:
-    """The k images of a folder nearest to the query by cosine: a table, and a picture of them."""
+def retrieve(source: str, image: str | None, text: str | None, folder: str | None, k: int, picture: str) -> None:
+    """The k images of a folder nearest to the query by cosine: a table, and a picture of them.
+
+    folder: None takes `images` in the source, where an experiment puts drawings or photographs of its own.
+    """
     if k < 1:
         raise MmjaxError(f"-k {k}: at least 1")
+    own = pathlib.Path(source) / "images"
+    if folder is None and not own.is_dir():
+        raise MmjaxError(f"--folder DIR: {source} has no images of its own to search")
     model = hub.load(source)
-    index = ImageFolder(folder)
+    index = ImageFolder(folder or own)
     images, rows, _ = read_images(index)
     features = image_features(model, images)
     if text is not None:
