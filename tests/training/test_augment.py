@@ -1,0 +1,238 @@
+"""Device-side views: each operation against PIL or plain formulas, the draws by counting, the same bits anywhere."""
+
+import colorsys
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmjax.errors import MmjaxError
+from mmjax.training import augment_color as color
+from mmjax.training.augment import View, gaussian_blur, one_view, random_box, resized_crop, to_unit, two_views
+
+HEIGHT, WIDTH = 23, 31
+UNIT = 1 / 255
+
+
+def pixels(seed: int = 0, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def unit_image(seed: int = 0) -> np.ndarray:
+    return pixels(seed).astype(np.float32) / 255
+
+
+def luma(image: np.ndarray) -> np.ndarray:
+    return image @ np.array([0.299, 0.587, 0.114])
+
+
+def within(count: int, n: int, p: float) -> bool:
+    """Five standard deviations of a binomial: a right implementation fails once in a million."""
+    return abs(count - n * p) <= 5 * math.sqrt(n * p * (1 - p))
+
+
+# ------------------------------------------------------------------------------------------------------ operations
+
+
+@pytest.mark.parametrize("filter", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("box", [(0, 0, 23, 31), (3, 5, 17, 13), (11, 2, 5, 7)])
+def test_crop_is_pils_resize(filter, box):
+    top, left, height, width = box
+    # Bicubic between 64 and 191: it overshoots, but not so far that PIL's clipping between the two axes matters.
+    image = pixels() if filter == "bilinear" else pixels() // 2 + 64
+    crop = Image.fromarray(image).crop((left, top, left + width, top + height))
+    expected = np.asarray(crop.resize((11, 11), getattr(Image.Resampling, filter.upper()))) / 255
+    found = resized_crop(jnp.asarray(image / 255, jnp.float32), jnp.asarray(box, jnp.float32), 11, filter)
+    # PIL rounds to 8 bits after the rows and again after the columns.
+    np.testing.assert_allclose(found, expected, atol=2 * UNIT)
+    assert np.mean(np.abs(np.asarray(found) - expected)) < 0.5 * UNIT
+
+
+def test_the_whole_box_at_its_own_size_is_the_image():
+    image = unit_image()[:, :23]
+    found = resized_crop(jnp.asarray(image), jnp.asarray([0.0, 0.0, 23.0, 23.0]), 23)
+    np.testing.assert_allclose(found, image, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.4, 1.0, 1.7])
+def test_brightness_contrast_and_saturation(factor):
+    x = unit_image(1).astype(np.float64)
+    expected = {
+        color.brightness: x * factor,
+        color.contrast: factor * x + (1 - factor) * luma(x).mean(),
+        color.saturation: factor * x + (1 - factor) * luma(x)[..., None],
+    }
+    for operation, value in expected.items():
+        np.testing.assert_allclose(operation(jnp.asarray(x, jnp.float32), factor), value.clip(0, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [-0.4, -0.1, 0.0, 0.1, 0.5])
+def test_hue_turns_as_colorsys(shift):
+    x = unit_image(2)
+    x[0, :4] = [[0.5, 0.5, 0.5], [0, 0, 0], [1, 1, 1], [0.7, 0.7, 0.2]]
+
+    def turned(rgb):
+        h, s, v = colorsys.rgb_to_hsv(*rgb)
+        return colorsys.hsv_to_rgb((h + shift) % 1, s, v)
+
+    expected = np.array([[turned(rgb) for rgb in row.tolist()] for row in x])
+    np.testing.assert_allclose(color.hue(jnp.asarray(x), shift), expected, atol=1e-5)
+
+
+def test_grey_and_solarise_are_pils():
+    image = pixels(3)
+    x = jnp.asarray(image / 255, jnp.float32)
+    expected = np.asarray(Image.fromarray(image).convert("L"))[..., None] / 255
+    np.testing.assert_allclose(color.to_grey(x), np.broadcast_to(expected, image.shape), atol=1.01 * UNIT)
+    np.testing.assert_allclose(color.to_grey(x)[..., 1], luma(image / 255), atol=1e-6)
+    image[0, :3] = [[127] * 3, [128] * 3, [129] * 3]
+    expected = np.where(image < 128, image, 255 - image) / 255
+    np.testing.assert_allclose(color.solarise(to_unit(jnp.asarray(image))), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 1.3, 2.0])
+def test_blur_is_a_gaussian_convolution(sigma):
+    x = unit_image(4).astype(np.float64)
+    offsets = np.arange(-8, 9)
+    kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel /= kernel.sum()
+    padded = np.pad(x, ((8, 8), (8, 8), (0, 0)), mode="edge")
+    rows = sum(w * padded[8 + o : 8 + o + HEIGHT] for w, o in zip(kernel, offsets))
+    expected = sum(w * rows[:, 8 + o : 8 + o + WIDTH] for w, o in zip(kernel, offsets))
+    np.testing.assert_allclose(gaussian_blur(jnp.asarray(x, jnp.float32), sigma, 2.0), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+@pytest.mark.parametrize("hue_at", [0, 1, 2, 3])
+def test_jitter_does_its_four_operations_in_the_order_told(order, hue_at):
+    x, factors, shift = jnp.asarray(unit_image(5)), (1.3, 0.6, 1.4), 0.1
+    operations = [lambda x, i=i: (color.brightness, color.contrast, color.saturation)[i](x, factors[i]) for i in order]
+    operations.insert(hue_at, lambda x: color.hue(x, shift))
+    expected = x
+    for operation in operations:
+        expected = operation(expected)
+    found = color.colour_jitter(x, jnp.asarray(factors), shift, jnp.asarray(order), hue_at)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ draws
+
+N = 400
+KEYS = jax.random.split(jax.random.key(7), N)
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "scale": (1.0, 1.0), "ratio": (1.0, 1.0), "flip_p": 0.0}
+
+
+def views(**fields) -> np.ndarray:
+    """N views of one square image, of the image's own size and not cropped, that differ by what `fields` say."""
+    image = jnp.asarray(pixels(6, 13, 13))
+    view = View(13, **(PLAIN | fields))
+    return np.asarray(jax.jit(jax.vmap(view, (0, None)))(KEYS, image))
+
+
+@pytest.mark.parametrize(
+    "fields, p",
+    [
+        ({"flip_p": 0.5}, 0.5),
+        ({"grey_p": 0.2}, 0.2),
+        ({"grey_p": 0.2, "grey_first": True}, 0.2),
+        ({"jitter_p": 0.8}, 0.8),
+        ({"blur_p": 0.5, "blur_sigma": (0.5, 2.0)}, 0.5),
+        ({"blur_p": 0.1, "blur_sigma": (0.5, 2.0)}, 0.1),
+        ({"solarise_p": 0.2}, 0.2),
+    ],
+)
+def test_each_operation_happens_as_often_as_it_should(fields, p):
+    image = pixels(6, 13, 13) / 255
+    found = views(**fields)
+    changed = np.abs(found - image).max((1, 2, 3)) > 1e-4
+    assert within(int(changed.sum()), N, p), changed.mean()
+    if "flip_p" in fields:
+        np.testing.assert_allclose(found[changed], np.broadcast_to(image[:, ::-1], found[changed].shape), atol=1e-5)
+
+
+def test_boxes_have_the_area_and_the_ratio_of_torchvision():
+    boxes = np.asarray(jax.vmap(lambda key: random_box(key, (97, 101), (0.2, 1.0), (3 / 4, 4 / 3)))(KEYS))
+    top, left, height, width = boxes.T
+    assert (boxes == np.round(boxes)).all() and (top >= 0).all() and (left >= 0).all()
+    assert (top + height <= 97).all() and (left + width <= 101).all()
+    area, ratio = height * width / (97 * 101), width / height
+    assert area.min() > 0.19 and area.max() <= 1.0
+    assert ratio.min() > 0.73 and ratio.max() < 1.37
+    # torchvision's own procedure, in NumPy, many times: quartiles agree.
+    rng, expected = np.random.default_rng(0), []
+    while len(expected) < 4000:
+        wanted, aspect = 97 * 101 * rng.uniform(0.2, 1.0), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(wanted * aspect)), round(math.sqrt(wanted / aspect))
+        if 0 < w <= 101 and 0 < h <= 97:
+            expected.append((w * h / (97 * 101), w / h))
+    for mine, theirs in zip((area, ratio), np.array(expected).T):
+        for quartile in (0.25, 0.5, 0.75):
+            assert within(int((mine < np.quantile(theirs, quartile)).sum()), N, quartile)
+
+
+def test_a_box_that_never_fits_is_the_largest_central_one():
+    box = random_box(jax.random.key(0), (10, 101), (1.0, 1.0), (3 / 4, 4 / 3))
+    np.testing.assert_array_equal(box, [0, 44, 10, 13])
+
+
+def test_jitter_draws_factors_and_orders_evenly():
+    mid = jnp.full((2, 2, 3), 0.5)
+    only_brightness = jax.vmap(lambda key: color.random_colour_jitter(key, mid, (0.4, 0.0, 0.0, 0.0)))(KEYS)
+    factor = np.asarray(only_brightness)[:, 0, 0, 0] / 0.5
+    assert 0.6 <= factor.min() < 0.62 and 1.38 < factor.max() <= 1.4
+    for bound in (0.8, 1.0, 1.2):
+        assert within(int((factor < bound).sum()), N, (bound - 0.6) / 0.8)
+
+
+# ------------------------------------------------------------------------------------------------------------ views
+
+PUBLISHED = [View.moco_v1(11), View.moco_v2(11), View.moco_v3_2(11), View.clip(11), View.supervised(11)]
+
+
+@pytest.mark.parametrize("view", PUBLISHED, ids=["moco_v1", "moco_v2", "moco_v3_2", "clip", "supervised"])
+def test_a_view_is_a_function_of_its_own_key_and_image(view):
+    images, keys = jnp.stack([jnp.asarray(pixels(i)) for i in range(4)]), jax.random.split(jax.random.key(1), 4)
+    many = jax.jit(jax.vmap(view))
+    found = np.asarray(many(keys, images))
+    np.testing.assert_array_equal(found, many(keys, images))
+    halves = [np.asarray(many(keys[i : i + 2], images[i : i + 2])) for i in (0, 2)]
+    np.testing.assert_allclose(found, np.concatenate(halves), atol=1e-5)
+    again = np.stack([np.asarray(jax.jit(view)(key, image)) for key, image in zip(keys, images)])
+    np.testing.assert_allclose(found, again, atol=1e-5)
+    assert np.abs(np.asarray(many(keys[::-1], images)) - found).max() > 0.1
+    raw = found * np.array(view.std) + np.array(view.mean)
+    assert found.dtype == np.float32 and raw.min() > -1e-5 and raw.max() < 1 + 1e-5
+
+
+def test_two_views_differ_and_compile_once():
+    view = View.moco_v2(11)
+    traced = []
+    augment = two_views(view, view)
+
+    @jax.jit
+    def run(keys, batch):
+        traced.append(1)
+        return augment(keys, batch)
+
+    images = jnp.stack([jnp.asarray(pixels(i)) for i in range(3)])
+    for seed in range(3):
+        out = run(jax.random.split(jax.random.key(seed), 3), {"image": images, "label": jnp.arange(3)})
+    assert len(traced) == 1 and sorted(out) == ["label", "view_1", "view_2"]
+    assert np.abs(np.asarray(out["view_1"] - out["view_2"])).max((1, 2, 3)).min() > 0.1
+
+
+def test_no_draw_is_shared_between_operations():
+    """Leaving the blur out changes neither crop nor colours nor flip of a view that was not blurred."""
+    keys, image = KEYS[:40], jnp.asarray(pixels(8))
+    with_blur, without = View(11, jitter_p=0.8, grey_p=0.2, blur_p=0.5), View(11, jitter_p=0.8, grey_p=0.2)
+    first, second = (np.asarray(jax.jit(jax.vmap(v, (0, None)))(keys, image)) for v in (with_blur, without))
+    same = np.abs(first - second).max((1, 2, 3)) < 1e-4
+    assert 8 <= same.sum() <= 36
+
+
+def test_a_batch_without_images_is_named():
+    with pytest.raises(MmjaxError, match=r"'image'.*'text'"):
+        one_view(View(11))(KEYS[:2], {"text": jnp.zeros((2, 3))})
