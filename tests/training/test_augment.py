@@ -1,7 +1,9 @@
 """Device-side views: each operation against PIL or plain formulas, the draws by counting, the same bits anywhere."""
 
 import colorsys
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,8 +102,8 @@ def test_blur_is_a_gaussian_convolution(sigma):
     kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
     kernel /= kernel.sum()
     padded = np.pad(x, ((8, 8), (8, 8), (0, 0)), mode="edge")
-    rows = sum(w * padded[8 + o : 8 + o + HEIGHT] for w, o in zip(kernel, offsets))
-    expected = sum(w * rows[:, 8 + o : 8 + o + WIDTH] for w, o in zip(kernel, offsets))
+    rows = np.sum([w * padded[8 + o : 8 + o + HEIGHT] for w, o in zip(kernel, offsets)], 0)
+    expected = np.sum([w * rows[:, 8 + o : 8 + o + WIDTH] for w, o in zip(kernel, offsets)], 0)
     np.testing.assert_allclose(gaussian_blur(jnp.asarray(x, jnp.float32), sigma, 2.0), expected, atol=1e-5)
 
 
@@ -109,8 +111,9 @@ def test_blur_is_a_gaussian_convolution(sigma):
 @pytest.mark.parametrize("hue_at", [0, 1, 2, 3])
 def test_jitter_does_its_four_operations_in_the_order_told(order, hue_at):
     x, factors, shift = jnp.asarray(unit_image(5)), (1.3, 0.6, 1.4), 0.1
-    operations = [lambda x, i=i: (color.brightness, color.contrast, color.saturation)[i](x, factors[i]) for i in order]
-    operations.insert(hue_at, lambda x: color.hue(x, shift))
+    blends = (color.brightness, color.contrast, color.saturation)
+    operations: list[Any] = [functools.partial(blends[i], factor=factors[i]) for i in order]
+    operations.insert(hue_at, functools.partial(color.hue, shift=shift))
     expected = x
     for operation in operations:
         expected = operation(expected)
