@@ -66,26 +66,35 @@ class MoCoConfig:
     @classmethod
     def v1(cls, backbone: ResNetConfig | None = None, **fields: Any) -> "MoCoConfig":
         """ResNet-50, one matrix: 23,770,304 parameters."""
-        return cls(
-            backbone or ResNetConfig.r50(num_classes=0), **{"version": 1, "layers": 1, "temperature": 0.07} | fields
-        )
+        sizes: dict[str, Any] = {"version": 1, "layers": 1, "temperature": 0.07}
+        return cls(backbone or ResNetConfig.r50(num_classes=0), **sizes | fields)
 
     @classmethod
     def v2(cls, backbone: ResNetConfig | None = None, **fields: Any) -> "MoCoConfig":
         """ResNet-50, a hidden layer as wide as the features: 27,966,656 parameters."""
         backbone = backbone or ResNetConfig.r50(num_classes=0)
-        return cls(backbone, **{"hidden": backbone.features} | fields)
+        sizes: dict[str, Any] = {"version": 2, "hidden": backbone.features}
+        return cls(backbone, **sizes | fields)
 
     @classmethod
     def v3_resnet50(cls, **fields: Any) -> "MoCoConfig":
         """35,058,752 parameters with the predictor."""
-        sizes = {"version": 3, "hidden": 4096, "dim": 256, "queue": 0, "momentum": 0.99, "temperature": 1.0}
+        sizes: dict[str, Any] = {
+            "version": 3,
+            "hidden": 4096,
+            "dim": 256,
+            "queue": 0,
+            "momentum": 0.99,
+            "temperature": 1.0,
+        }
         return cls(ResNetConfig.r50(num_classes=0, zero_init_residual=True), **sizes | fields)
 
     @classmethod
     def v3_vit(cls, backbone: ViTConfig, **fields: Any) -> "MoCoConfig":
-        sizes = {"version": 3, "layers": 3, "hidden": 4096, "dim": 256, "predictor_norm": True, "queue": 0}
-        return cls(backbone, **sizes | {"momentum": 0.99, "temperature": 0.2} | fields)
+        """Three matrices, a predictor that ends in a norm."""
+        sizes: dict[str, Any] = {"version": 3, "layers": 3, "hidden": 4096, "dim": 256, "predictor_norm": True}
+        sizes |= {"queue": 0, "momentum": 0.99, "temperature": 0.2}
+        return cls(backbone, **sizes | fields)
 
     @classmethod
     def v3_s16(cls, **fields: Any) -> "MoCoConfig":

@@ -8,6 +8,7 @@ query and its key are never normalised together. The permutation comes from the 
 groups, 8 devices with one each and a mesh compute the same.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,7 @@ class MoCoMethod(Method):
         """Raises MmjaxError if the queue's length is not a multiple of the batch, or a view is missing."""
         images = jnp.zeros(_view(batch, "view_1").shape, jnp.float32)
         variables = self.module.init(named(rng, "params"), images[:1])
-        params, stats = variables["params"], variables.get("batch_stats", {})
+        params, stats = variables["params"], variables.get("batch_stats") or {}
         ema = {part: params[part] for part in MOMENTUM}
         queues: dict[str, Any] = {}
         if self.config.queue:
@@ -94,7 +95,7 @@ class MoCoMethod(Method):
         if self.drift_rows:
             probe, metrics["key_drift"] = self._drift(carry, views[-1], axis_name)
             queues = {**queues, "probe": probe}
-        return value, (carry.replace(stats=stats, queues={**carry.queues, **queues}), metrics)
+        return value, (dataclasses.replace(carry, stats=stats, queues={**carry.queues, **queues}), metrics)
 
     def encode(
         self, params: Params, stats: Params, images: Array, axis_name: str | None, query: bool
@@ -104,9 +105,8 @@ class MoCoMethod(Method):
         told, new = self.module.apply(
             variables, images, True, self.bn_groups, axis_name, query, mutable=["batch_stats"]
         )
-        return unit(told["prediction" if query and self.config.version == 3 else "embedding"]), new.get(
-            "batch_stats", {}
-        )
+        name = "prediction" if query and self.config.version == 3 else "embedding"
+        return unit(told[name]), new.get("batch_stats") or {}
 
     # ------------------------------------------------------------------------------------------------------- v1, v2
 

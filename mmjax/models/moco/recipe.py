@@ -1,0 +1,106 @@
+"""What the published recipes of MoCo v1, v2 and v3 share: ImageNet, two views, an epoch's length."""
+
+import abc
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.data.image_folder import ImageFolder
+from mmjax.data.pipeline import Pipeline
+from mmjax.data.transforms import RandomResizedCrop
+from mmjax.data.two_crops import TwoCrops
+from mmjax.errors import MmjaxError
+from mmjax.models.moco.network import MoCoConfig
+from mmjax.training.augment import View
+from mmjax.training.experiment import ExperimentConfig
+from mmjax.training.method import Augment
+from mmjax.types import Array, Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class MoCoRecipe(ExperimentConfig, abc.ABC):
+    """Base of the experiments: data and shapes. They add network, method and optimizer.
+
+    Random crops are made on the host, from the image as it was decoded, in the originals' way; colour, blur and flips
+    on the device, in float32 without the originals' rounding to 8 bits after each.
+
+    Attributes:
+        data: a folder of images, as ImageNet's `train`; its classes are not used.
+        images: of the training set. They make an epoch of images // batch_size steps; the rest is dropped.
+        size: side of a view.
+        crop_min: least share of the image's area in a crop.
+        dtype: of the computation; parameters, statistics and losses are float32.
+    """
+
+    lift: Literal["jit", "pmap", "mesh"] = "mesh"
+    log_every: int = 50
+    checkpoint_every: int = 2_000
+    workers: int = 16
+    data: str = ""
+    images: int = 1_281_167
+    size: int = 224
+    crop_min: float = 0.2
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    @abc.abstractmethod
+    def network(self) -> MoCoConfig: ...
+
+    @property
+    def epoch(self) -> int:
+        """Steps of an epoch."""
+        return max(self.images // self.batch_size, 1)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the run, a started one included: what schedules run over."""
+        return -(-self.steps // self.epoch)
+
+    def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the global batch."""
+        view = jax.ShapeDtypeStruct((self.batch_size, self.size, self.size, 3), jnp.uint8)
+        return {"view_1": view, "view_2": view}
+
+    def train_data(self) -> Pipeline:
+        """Raises MmjaxError without --data, or if the folder has another number of images than `images`."""
+        if not self.data:
+            raise MmjaxError("MoCo's recipes need --data: a folder of images, such as ImageNet's train")
+        source = ImageFolder(self.data)
+        if len(source) != self.images:
+            raise MmjaxError(
+                f"{self.data} holds {len(source)} images, schedules count epochs of {self.images}: "
+                f"--images {len(source)}"
+            )
+        return Pipeline(
+            source,
+            self.batch_size,
+            seed=self.seed,
+            transforms=(TwoCrops(RandomResizedCrop(self.size, (self.crop_min, 1.0))),),
+            workers=self.workers,
+            max_bad_fraction=self.max_bad_fraction,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def evaluations(self) -> tuple[Any, ...]:
+        """None beside training: `mmjax evaluate WORKDIR` takes any checkpoint."""
+        return ()
+
+    def model(self) -> tuple[str, MoCoConfig]:
+        return "moco", self.network
+
+
+def on_device(first: View, second: View) -> Augment:
+    """What is left of two views once they are cropped: batch["view_1"], batch["view_2"] uint8 -> normalised float32."""
+    uncropped = [dataclasses.replace(view, scale=(1.0, 1.0), ratio=(1.0, 1.0)) for view in (first, second)]
+
+    def augment(keys: Array, batch: Batch) -> Batch:
+        views = {}
+        for i, view in enumerate(uncropped, 1):
+            own = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys)
+            views[f"view_{i}"] = jax.vmap(view)(own, batch[f"view_{i}"])
+        return {**batch, **views}
+
+    return augment
