@@ -20,7 +20,7 @@ def run(tmp_path, monkeypatch):
         pytest.importorskip(package)
     (tmp_path / "clone").symlink_to(ROOT, target_is_directory=True)
 
-    def execute(name: str, **settings: int):
+    def execute(name: str, **settings: object):
         for key, value in settings.items():
             monkeypatch.setenv(f"MMJAX_NOTEBOOK_{key.upper()}", str(value))
         notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
@@ -58,3 +58,19 @@ def test_quickstart(run):
     assert len(losses) == 2 and abs(losses[0] - 2.77) < 1.0  # log 16, before anything is learned
     assert "val/image_to_text_R@5" in printed(notebook)
     assert pictures(notebook) >= 8
+
+
+TINY = "--batch_size 16 --queue 32 --width 8 --bn_groups 2 --view_size 32 --image_size 32 --warmup 1 --log_every 1"
+
+
+def test_momentum_ablation(run):
+    notebook, folder = run("02_momentum_ablation.ipynb", steps=3, momenta="0,0.9", flags=TINY)
+    told = json.loads((folder / "workdirs/momentum_ablation/ablation.json").read_text())
+    assert told["over"] == {"momentum": ["0", "0.9"]} and told["compiles"] == 1 and told["steps"] == 3
+    text = printed(notebook)
+    assert "2 arms, 1 program" in text
+    for row in told["table"]:
+        assert f"val/knn_top1 {row['metrics']['val/knn_top1']['mean']:.4g}" in text
+    drift = [row["metrics"]["train/key_drift"]["mean"] for row in told["table"]]
+    assert min(drift) > 0 and drift[0] != drift[1]
+    assert pictures(notebook) == 2
