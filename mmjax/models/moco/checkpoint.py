@@ -1,7 +1,8 @@
 """The layouts of facebookresearch/moco (v1, v2) and facebookresearch/moco-v3, and how training goes on from them.
 
-Their linear classifiers have torchvision's and timm's keys: `mmjax.load` reads those as ResNet or ViT (the heads of
-v3's ViT-S, 12, are in no array).
+Their linear classifiers have torchvision's and timm's keys: `mmjax.load` reads those as ResNet or ViT. The heads of
+v3's ViT-S, 12, are in no array, and DeiT-S of the same shapes has 6: put a config.json with
+{"model_args": {"num_heads": 12}} beside the file.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from mmjax.models.resnet.checkpoint import backbone_table, torchvision_config
 from mmjax.models.resnet.network import ResNetConfig
 from mmjax.models.vit import checkpoint_timm as timm
 from mmjax.models.vit.network import ViTConfig
-from mmjax.weights.table import Entry, Layout, Shape, Table, chain, int64, linear, reshape, transpose
+from mmjax.weights.table import Entry, Layout, Op, Shape, Table, chain, int64, linear, reshape, transpose
 
 Shapes = Mapping[str, Shape]
 
@@ -71,12 +72,26 @@ def _moved(entry: Entry, prefix: str, part: str, params: str = "params", stats: 
     )
 
 
+TWICE = Op("twice", lambda x: (x, x), lambda query, key: query, divides=True)
+"""One array of the file <-> two of ours, of which the first is written back."""
+
+
+def _for_both(entry: Entry) -> Entry:
+    """Statistics of the query encoder, from which the key encoder's start as well: it begins as its copy."""
+    if not entry.targets[0].startswith("stats/query/"):
+        return entry
+    targets = (entry.targets[0], entry.targets[0].replace("stats/query/", "stats/key/"))
+    return dataclasses.replace(entry, target=targets, op=chain(entry.op, TWICE))
+
+
 def table(config: MoCoConfig) -> Table:
     """Both encoders, the predictor, the queue. Without `holds_state` the query encoder and the predictor alone."""
     query, key = ("base_encoder.", "momentum_encoder.") if config.version == 3 else ("encoder_q.", "encoder_k.")
     encoder = encoder_table(config)
     entries = [_moved(entry, query, "", stats="stats/query") for entry in encoder]
-    if config.holds_state:
+    if not config.holds_state:
+        entries = [_for_both(entry) for entry in entries]
+    else:
         entries += [_moved(entry, key, "", "stats/momentum", "stats/key") for entry in encoder]
         if config.queue:
             entries.append(Entry("queue", "stats/queue/keys", transpose((1, 0))))
