@@ -88,7 +88,7 @@ def count(tree: Any) -> int:
 
 def leaf_hash(leaf: Any) -> str:
     """SHA-256 of an array's dtype, shape and bytes; typed PRNG keys are hashed through their data."""
-    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     array = np.ascontiguousarray(np.asarray(leaf))
     digest = hashlib.sha256(f"{array.dtype.name}{array.shape}".encode())

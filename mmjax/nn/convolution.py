@@ -135,7 +135,7 @@ def _dense(strides: Pair, padding: Pair, dilation: Pair) -> Callable[[Array, Arr
 
     def backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
         x, kernel = kept
-        return _dx(dy, kernel, x.shape[1:3], strides, padding, dilation), _dk(
+        return _dx(dy, kernel, (x.shape[1], x.shape[2]), strides, padding, dilation), _dk(
             x, dy, kernel.shape[:2], strides, padding, dilation
         )
 

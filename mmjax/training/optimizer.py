@@ -33,6 +33,7 @@ class Optimizer:
     clip_norm: float | None = None
 
     def _chain(self, trainable: Params) -> optax.GradientTransformationExtraArgs:
+        transforms: dict[Any, optax.GradientTransformation]
         if isinstance(self.transforms, optax.GradientTransformation):
             transforms = {TRAINABLE: self.transforms}
         else:
@@ -166,7 +167,7 @@ def layer_decay(decay: float, layer_of: Callable[[str], int], layers: int) -> op
         layer_of: slash path -> depth, from 0 (embeddings) to `layers` (head).
     """
 
-    def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         scaled = tree.map_with_path(lambda path, leaf: leaf * decay ** (layers - layer_of(path)), updates)
         return scaled, state
 

@@ -1,5 +1,8 @@
 """The one train step. It knows no system."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -41,7 +44,7 @@ def train_step(
         return method.loss(tree.merge(trainable, frozen), carry, batch, rng, axis_name)
 
     gradient = _accumulated(jax.value_and_grad(loss, has_aux=True), accumulate)
-    (value, (carry, metrics)), grads = gradient(trainable, state.carry.replace(ema=ema), batch, rng)
+    (value, (carry, metrics)), grads = gradient(trainable, dataclasses.replace(state.carry, ema=ema), batch, rng)
     metrics = {"loss": value, **metrics}
     check_scalars(metrics)
     if axis_name is not None:
@@ -49,17 +52,24 @@ def train_step(
 
     norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, trainable, state.hparams)
-    params = method.constrain(tree.merge(optax.apply_updates(trainable, updates), frozen))
+    moved: Any = optax.apply_updates(trainable, updates)
+    params = method.constrain(tree.merge(moved, frozen))
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-    new = state.replace(
-        params=params, opt_state=opt_state, ema=carry.ema, queues=carry.queues, stats=carry.stats, hparams=carry.hparams
+    new = dataclasses.replace(
+        state,
+        params=params,
+        opt_state=opt_state,
+        ema=carry.ema,
+        queues=carry.queues,
+        stats=carry.stats,
+        hparams=carry.hparams,
     )
     kept = _select(finite, new, state)
     skipped = Skipped(
         total=state.skipped.total + ~finite, consecutive=jnp.where(finite, 0, state.skipped.consecutive + 1)
     )
     metrics |= {"gradient_norm": norm, "skipped_updates": skipped.total.astype(jnp.float32)}
-    return kept.replace(step=state.step + 1, skipped=skipped), metrics
+    return dataclasses.replace(kept, step=state.step + 1, skipped=skipped), metrics
 
 
 def _select(condition: Bool[Array, ""], new: TrainState, old: TrainState) -> TrainState:

@@ -69,7 +69,7 @@ def torchvision_config(
         stage_widths=planes,
         groups=groups,
         width_per_group=math.ceil(64 * per_group / planes[0]) if block == "bottleneck" else 64,
-        **{"num_classes": shapes["fc.weight"][0] if "fc.weight" in shapes else 0} | fields,
+        **dict[str, Any](num_classes=shapes["fc.weight"][0] if "fc.weight" in shapes else 0) | fields,
     )
 
 

@@ -92,11 +92,11 @@ class ResNetConfig:
 
     @classmethod
     def r18(cls, **fields: Any) -> Self:
-        return cls(**{"layers": (2, 2, 2, 2), "block": "basic"} | fields)
+        return cls(**dict[str, Any](layers=(2, 2, 2, 2), block="basic") | fields)
 
     @classmethod
     def r34(cls, **fields: Any) -> Self:
-        return cls(**{"block": "basic"} | fields)
+        return cls(**dict[str, Any](block="basic") | fields)
 
     @classmethod
     def r50(cls, **fields: Any) -> Self:
@@ -104,11 +104,11 @@ class ResNetConfig:
 
     @classmethod
     def r101(cls, **fields: Any) -> Self:
-        return cls(**{"layers": (3, 4, 23, 3)} | fields)
+        return cls(**dict[str, Any](layers=(3, 4, 23, 3)) | fields)
 
     @classmethod
     def r152(cls, **fields: Any) -> Self:
-        return cls(**{"layers": (3, 8, 36, 3)} | fields)
+        return cls(**dict[str, Any](layers=(3, 8, 36, 3)) | fields)
 
     @classmethod
     def resnext50_32x4d(cls, **fields: Any) -> Self:
