@@ -4,7 +4,7 @@
 
 About 1,500 drawings are trained on, every fifth name family is held out; no training text is a held-out one
 (`mmjax.data.openmoji`). Beside training, on the held-out drawings: retrieval both ways, zero-shot classification over
-the names of the eight groups, and how much the features tell about each other at least (log N - L).
+the names of the nine groups, and how much the features tell about each other at least (log N - L).
 """
 
 import dataclasses
