@@ -21,6 +21,7 @@ from PIL import Image
 from mmjax.data.openmoji import ATTRIBUTION, OpenMoji, load_openmoji
 from mmjax.data.pipeline import Pipeline
 from mmjax.data.preprocess import ImagePreprocessing
+from mmjax.data.sources import ArraySource
 from mmjax.data.transforms import EncodeText, RandomFlip, RandomResizedCrop
 from mmjax.evaluation.retrieval import RetrievalEvaluation
 from mmjax.evaluation.zero_shot import ZeroShotEvaluation, prompts
@@ -47,26 +48,33 @@ class Config(ExperimentConfig):
         crop: the smallest share of a drawing's area that a training crop keeps.
     """
 
-    steps: int = 400
+    steps: int = 240
     batch_size: int = 256
     log_every: int = 10
-    eval_every: int = 100
-    checkpoint_every: int = 200
+    eval_every: int = 80
+    checkpoint_every: int = 100
     image_size: int = 64
     vocab_size: int = 1500
     width: int = 32
-    learning_rate: float = 2e-3
-    warmup: int = 50
-    weight_decay: float = 0.2
-    crop: float = 0.6
+    learning_rate: float = 1e-3
+    warmup: int = 30
+    weight_decay: float = 0.5
+    crop: float = 0.35
 
     @functools.cached_property
     def pairs(self) -> OpenMoji:
         return load_openmoji(self.image_size)
 
     @functools.cached_property
+    def captioned(self) -> ArraySource:
+        """The training drawings; a caption is the name, an alias, or the name with its group behind it."""
+        columns = self.pairs.train.columns
+        texts = [(*texts, f"{texts[0]}, {group}") for texts, group in zip(columns["texts"], columns["group"])]
+        return ArraySource(name=self.pairs.train.name, **dict(columns) | {"texts": texts})
+
+    @functools.cached_property
     def tokenizer(self) -> CLIPTokenizer:
-        texts = [text for texts in self.pairs.train.columns["texts"] for text in texts]
+        texts = [text for texts in self.captioned.columns["texts"] for text in texts]
         return train_clip_tokenizer(texts, self.vocab_size, context_length=16)
 
     @property
@@ -93,7 +101,7 @@ class Config(ExperimentConfig):
     def train_data(self) -> Pipeline:
         crop = RandomResizedCrop(self.image_size, scale=(self.crop, 1.0))
         return Pipeline(
-            self.pairs.train,
+            self.captioned,
             self.batch_size,
             seed=self.seed,
             transforms=(crop, RandomFlip(), EncodeText(self.tokenizer)),
