@@ -29,9 +29,10 @@ def classify(source: str, files: Sequence[str], labels: str | None) -> None:
     if names is None and hasattr(model, "encode_text"):
         raise MmjaxError("--labels A,B,C: there is no labels.json beside the model, so nothing to choose from")
     found = model.classify([read_image(file) for file in files], names)
-    table = Table("image", *(("label", "probability") * max(len(row) for row in found)))
+    table = Table("image", "label", "probability")
     for file, row in zip(files, found):
-        table.add_row(file, *(cell for name, share in row for cell in (name, f"{100 * share:.1f} %")))
+        for place, (name, share) in enumerate(row):
+            table.add_row("" if place else file, name, f"{100 * share:.1f} %")
     rich.print(table)
 
 
