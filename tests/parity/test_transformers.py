@@ -198,7 +198,9 @@ def test_parity_and_the_way_back(tmp_path, make, name):
     reloaded = run(back[0].eval(), given, torch)
     for output in case.outputs:
         if output != "hidden_states":
-            assert torch.equal(reloaded[output], expected[output]), output
+            # The weights are the same bits; PyTorch's sums differ with where a reloaded model lies in memory.
+            difference = (reloaded[output] - expected[output]).abs().max()
+            assert difference <= 1e-5 * expected[output].abs().max(), output
 
 
 @pytest.mark.parametrize("name", ["vit", "vit classifier", "dinov2", "dinov2 swiglu", "dinov2 classifier", "clip gelu"])
