@@ -163,6 +163,9 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     rows = digits(config.size)[0].columns
     batch = {name: jnp.asarray(column[: config.batch_size]) for name, column in rows.items()}
     # Drawn from the run's seed, not the run's own draw: the law of the initial weights is what matters.
+    accuracy = next((value for name, value in last.items() if name.endswith("accuracy") and "val" in name), None)
+    if accuracy is None:
+        raise SystemExit(f"{workdir}: interrupted and saved; the same command goes on from there")
     params, carry = jax.jit(config.method().init)(jax.random.key(config.seed), batch)
     trained = load_params(workdir)
     lines = [line for line in read_metrics(workdir) if "train/loss" in line]
@@ -171,7 +174,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         "skip": config.skip,
         "step": [line["step"] for line in lines],
         "loss": [line["train/loss"] for line in lines],
-        "test_accuracy": next((value for name, value in last.items() if name.endswith("accuracy") and "val" in name)),
+        "test_accuracy": accuracy,
         "gradient_at_start": gradient_norms(config, params, carry.stats, batch),
         "gradient_at_end": gradient_norms(config, trained["params"], trained["stats"], batch),
     }
