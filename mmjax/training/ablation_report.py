@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-DETAILS = ("_low", "_high", "_chance")
+DETAILS = ("_low", "_high", "_chance", "_n")
 """Ends of the names of metrics that say more of another one: in ablation.json, not in the table."""
 COLUMNS = 6
 """Metrics that the table and the picture show; all of them are in ablation.json."""

@@ -89,7 +89,7 @@ def resized_crop(
 ) -> Float[Array, "size size 3"]:
     """The box (top, left, height, width) of an image, brought to `size` x `size`.
 
-    The overshoot of bicubic is clipped once; PIL clips after each axis too, in an order that its versions disagree on.
+    The overshoot of bicubic is clipped once; PIL clips and rounds after each axis.
     """
     top, left, height, width = box
     rows = resample_matrix(top, height, image.shape[0], size, filter)

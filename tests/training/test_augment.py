@@ -181,7 +181,7 @@ def test_a_box_that_never_fits_is_the_largest_central_one():
     np.testing.assert_array_equal(box, [0, 44, 10, 13])
 
 
-def test_jitter_draws_factors_and_orders_evenly():
+def test_jitter_draws_brightness_factors_evenly():
     mid = jnp.full((2, 2, 3), 0.5)
     only_brightness = jax.vmap(lambda key: color.random_colour_jitter(key, mid, (0.4, 0.0, 0.0, 0.0)))(KEYS)
     factor = np.asarray(only_brightness)[:, 0, 0, 0] / 0.5
