@@ -1,10 +1,19 @@
 """From class scores to numbers: top-k, accuracy a class, confusions, and what guessing would get."""
 
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
-from mmjax.evaluation.features import checked_integers
+from mmjax.evaluation.bootstrap import Z
+from mmjax.evaluation.features import Encode, Extractor, Inputs, checked_integers
+from mmjax.evaluation.pictures import confusion_picture, mistakes_picture
+from mmjax.evaluation.protocol import Outcome, ScoredEvaluation
 from mmjax.evaluation.report import Score, proportion
-from mmjax.types import ArrayLike, Float, Int, MmjaxError
+from mmjax.types import ArrayLike, Float, Int, MmjaxError, Params
 
 
 def class_ranks(logits: Float[ArrayLike, "n c"], labels: Int[ArrayLike, " n"]) -> Int[np.ndarray, " n"]:
@@ -68,3 +77,83 @@ def confusion(predicted: Int[ArrayLike, " n"], labels: Int[ArrayLike, " n"], cla
     truth = checked_integers("labels", labels, len(np.asarray(labels)), classes)
     guess = checked_integers("predicted", predicted, len(truth), classes)
     return np.bincount(truth.astype(np.int64) * classes + guess, minlength=classes * classes).reshape(classes, classes)
+
+
+def log_probabilities(logits: Float[ArrayLike, "n c"]) -> Float[np.ndarray, "n c"]:
+    """log softmax over the classes, float64."""
+    scores = np.asarray(logits, np.float64)
+    scores = scores - scores.max(1, keepdims=True)
+    return scores - np.log(np.exp(scores).sum(1, keepdims=True))
+
+
+def cross_entropy(logits: Float[ArrayLike, "n c"], labels: Int[ArrayLike, " n"]) -> Score:
+    """The mean of -log p(true class), in nats. Chance: always naming the classes' own shares (their entropy)."""
+    truth = checked_integers("labels", labels, len(logits), np.shape(logits)[1])
+    losses = -np.take_along_axis(log_probabilities(logits), truth[:, None], 1)[:, 0]
+    mean, half = float(losses.mean()), Z * float(losses.std()) / math.sqrt(len(losses))
+    shares = np.unique(truth, return_counts=True)[1] / len(truth)
+    return Score(mean, len(losses), mean - half, mean + half, -float(shares @ np.log(shares)), "nats")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ClassificationEvaluation(ScoredEvaluation):
+    """`classification_top1`, `_top5`, `_mean_per_class` and `_loss` of a network with a head.
+
+    Pictures, at the end: which class was taken for which, and the mistakes that the network was surest of.
+
+    Attributes:
+        logits: (params, state, images [b, ...]) -> [b, classes]: `predict` of mmjax.training.classification, say.
+        images, labels: an array [n, ...] and int [n], or a pipeline, which has labels of its own.
+        class_names: for the pictures; None draws none.
+        attribution: a line at the foot of the pictures.
+    """
+
+    name: str = "classification"
+    logits: Encode
+    images: Inputs
+    labels: Int[ArrayLike, " n"] | None = None
+    ks: tuple[int, ...] = (1, 5)
+    class_names: Sequence[str] | None = None
+    attribution: str | None = None
+    batch_size: int = 256
+
+    @functools.cached_property
+    def _extractor(self) -> Extractor:
+        return Extractor(self.logits, self.batch_size)
+
+    def evaluate(self, params: Params, state: Any, pictures: bool = True) -> Outcome:
+        logits, labels = self._extractor.labelled(params, state, self.images, self.labels, "images")
+        scores = {f"{self.name}_{key}": score for key, score in classification_scores(logits, labels, self.ks).items()}
+        drawn = {}
+        if pictures and self.class_names is not None:
+            matrix = confusion(logits.argmax(1), labels, logits.shape[1])
+            drawn[f"{self.name}_confusion"] = confusion_picture(matrix, self.class_names, self.attribution)
+            found = surest_mistakes(logits, labels)
+            if len(found) and isinstance(self.images, np.ndarray) and self.images.dtype == np.uint8:
+                guess, share = logits[found].argmax(1), np.exp(log_probabilities(logits[found]).max(1))
+                told = [
+                    f"{self.class_names[i]}, not {self.class_names[j]} ({100 * p:.0f} %)"
+                    for i, j, p in zip(labels[found], guess, share)
+                ]
+                drawn[f"{self.name}_mistakes"] = mistakes_picture(self.images[found], told, self.attribution)
+        return Outcome(scores, {f"{self.name}_n": len(labels)}, drawn)
+
+
+def classification_scores(
+    logits: Float[ArrayLike, "n c"], labels: Int[ArrayLike, " n"], ks: tuple[int, ...] = (1, 5)
+) -> dict[str, Score]:
+    """top1, top5, mean_per_class (chance: a uniform guess) and loss."""
+    n, classes = np.shape(logits)
+    scores = {f"top{k}": score for k, score in top_k(logits, labels, ks).items()}
+    mean = mean_per_class(np.argmax(logits, 1), labels, classes)
+    scores["mean_per_class"] = Score(mean, n, chance=100.0 / len(np.unique(labels)))
+    return scores | {"loss": cross_entropy(logits, labels)}
+
+
+def surest_mistakes(
+    logits: Float[ArrayLike, "n c"], labels: Int[ArrayLike, " n"], most: int = 24
+) -> Int[np.ndarray, " m"]:
+    """Rows whose highest class is not the true one, those of the highest probability first."""
+    scores = log_probabilities(logits)
+    wrong = np.flatnonzero(scores.argmax(1) != np.asarray(labels))
+    return wrong[np.argsort(-scores[wrong].max(1), kind="stable")][:most]

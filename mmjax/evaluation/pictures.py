@@ -129,6 +129,25 @@ def confusion_picture(
     return pixels(figure)
 
 
+def mistakes_picture(
+    images: UInt8[np.ndarray, "n height width c"], told: Sequence[str], attribution: str | None = None
+) -> UInt8[np.ndarray, "pixels_high pixels_wide 3"]:
+    """A grid of images with a line or two under each: what it is, and what it was taken for."""
+    if not 0 < len(images) == len(told):
+        raise MmjaxError(f"told: {len(told)} lines for {len(images)} images")
+    columns = min(8, len(images))
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(1.6 * columns, 2.1 * rows + 0.3), dpi=100, layout="constrained")
+    for place, (image, line) in enumerate(zip(images, told), 1):
+        axes = figure.add_subplot(rows, columns, place)
+        axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+        axes.set_xlabel("\n".join(textwrap.wrap(_plain(line), 22)), fontsize=7)
+        _bare(axes)
+    if attribution:
+        figure.supxlabel(attribution, fontsize=7, color="#444444", x=0.01, ha="left")
+    return pixels(figure)
+
+
 def accuracy_picture(
     accuracy: Float[np.ndarray, " c"],
     counts: Int[np.ndarray, " c"],
