@@ -190,14 +190,15 @@ def test_evaluate_restores_the_run(run_dir, capsys):
 
 def test_init_from_takes_runs_and_public_weights(run_dir, tmp_path, monkeypatch, capsys):
     kernel = np.full((5, 11), 0.25, np.float32)
-    model = types.SimpleNamespace(params={"stem": {"kernel": kernel}}, stats={})
+    weights = {"params": {"stem": {"kernel": kernel}}, "stats": {}}
+    model = types.SimpleNamespace(weights=lambda: weights)
     monkeypatch.setattr(hub, "load", lambda source: model)
     np.testing.assert_array_equal(load_weights("owner/name")["params"]["stem"]["kernel"], kernel)
     assert load_weights(os.fspath(run_dir))["params"]["stem"]["kernel"].shape == (5, 11)
     start = ["train", TOY, "--steps", "1", "--init_from", "owner/name", "--workdir"]
     assert cli.main([*start, os.fspath(tmp_path / "a")]) == 0
     assert "initialised from owner/name: 1 arrays; fresh: " in capsys.readouterr().out
-    model.params["stem"]["kernel"] = kernel[:, :7]
+    weights["params"]["stem"]["kernel"] = kernel[:, :7]
     assert cli.main([*start, os.fspath(tmp_path / "b")]) == 2
     assert "stem/kernel: want [5, 11], got [5, 7]" in capsys.readouterr().err
 

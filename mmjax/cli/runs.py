@@ -25,8 +25,7 @@ def load_weights(source: str) -> Mapping[str, Any]:
         return checkpoint.load_params(source)
     from mmjax.hub import load
 
-    model = load(source)
-    return {"params": model.params, "stats": model.stats}
+    return load(source).weights()
 
 
 def train(experiment: str, workdir: str | None, fields: Sequence[str], distributed: bool = False) -> None:

@@ -10,14 +10,11 @@ from typing import Any, Literal, Self, TypeAlias
 import numpy as np
 from PIL import Image
 
+from mmjax.channels import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD
 from mmjax.errors import MmjaxError
 
 ImageLike: TypeAlias = Image.Image | np.ndarray | str | pathlib.Path
 """A PIL image, a uint8 array [height, width, 3] or [height, width], or a file's name."""
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-HALF = (0.5, 0.5, 0.5)
 
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 """PIL's numbers, which Hugging Face's preprocessor_config.json uses."""

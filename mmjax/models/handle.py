@@ -95,6 +95,10 @@ class Model(abc.ABC):
         shapes = {"params": variables["params"], "stats": variables.get("batch_stats", {})}
         return {name: tree for name, tree in shapes.items() if tree}
 
+    def weights(self) -> dict[str, Any]:
+        """What a run that begins with this model takes from it: see `mmjax.training.loop.LoadWeights`."""
+        return {"params": self.params, "stats": self.stats}
+
     def replace(self, **fields: Any) -> Self:
         """The same model with other fields: `vlm.replace(params=tuned)`."""
         return dataclasses.replace(self, **fields)

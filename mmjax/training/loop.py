@@ -42,7 +42,8 @@ CONVERT_EVERY = 32
 """At most so many steps of metrics wait on the device: refused updates are noticed within them."""
 
 LoadWeights = Callable[[str], Mapping[str, Any]]
-"""path -> {"params", "stats" (optional), "ema" (optional)}: nested dicts of arrays."""
+"""path -> {"params", "stats", "ema", "queues": {name: {"keys", "cursor"}}}: nested dicts of arrays, all but the first
+optional."""
 
 
 def train(
@@ -429,7 +430,11 @@ def adopt(state: TrainState, weights: Mapping[str, Any], source: str) -> tuple[T
     ema, _ = _overlay(state.ema, tree.unflatten(followed), source)
     told = f"; fresh: {', '.join(fresh[:8])}{' ...' if len(fresh) > 8 else ''}" if fresh else ""
     said = f"initialised from {source}: {len(tree.flatten(params)) - len(fresh)} arrays{told}"
-    return dataclasses.replace(state, params=params, stats=stats, ema=ema), said
+    queues = dict(state.queues)
+    for name, queue in (weights.get("queues") or {}).items():
+        if name in queues and queues[name].keys.shape == queue["keys"].shape:  # of another length it begins afresh
+            queues[name] = dataclasses.replace(queues[name], **jax.tree.map(np.asarray, dict(queue)))
+    return dataclasses.replace(state, params=params, stats=stats, ema=ema, queues=queues), said
 
 
 def write_config(

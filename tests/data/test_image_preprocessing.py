@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmjax.data.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing, from_hf
+from mmjax.channels import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from mmjax.data.preprocess import ImagePreprocessing, from_hf
 from mmjax.errors import MmjaxError
 
 OLD_RESNET = {  # what the hub holds for microsoft/resnet-50

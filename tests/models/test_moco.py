@@ -1,5 +1,6 @@
 """MoCo: ShuffleBN, the queue's order, v3's loss against PyTorch, frozen stem, drift, layouts, sizes."""
 
+import dataclasses
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import pytest
 import mmjax
 from mmjax import tree
 from mmjax.errors import MmjaxError
-from mmjax.models.moco.checkpoint import LAYOUTS, load_state
+from mmjax.models.moco.checkpoint import LAYOUTS
 from mmjax.models.moco.network import FROZEN_STEM, MoCoConfig
 from mmjax.models.moco.pretrain import MoCoMethod, feature_std
 from mmjax.models.moco.tasks import MoCoModel
@@ -26,6 +27,7 @@ from mmjax.models.vit.checkpoint_timm import table as timm_table
 from mmjax.models.vit.network import ViTConfig
 from mmjax.models.vit.tasks import ViTModel
 from mmjax.training.lift import create_lift
+from mmjax.training.loop import adopt
 from mmjax.training.optimizer import Optimizer, adamw
 from mmjax.training.partition import Partition
 from mmjax.training.rng import named
@@ -354,13 +356,13 @@ def test_released_files_load_export_and_start_a_run(name: str, tmp_path: pathlib
     near({"params": again.params, "stats": again.stats}, variables, 0)
     np.testing.assert_array_equal(again.encode_image(pixels), features)
 
-    start = load_state(tmp_path / "moco.safetensors")
+    start = model.weights()
     near(start["params"], variables["params"], 0)
     near(start["ema"], variables["stats"]["momentum"], 0)
     near(start["stats"], {part: variables["stats"][part] for part in ("query", "key")}, 0)
-    assert ("queue" in start) == (config.queue > 0)
+    assert ("queues" in start) == (config.queue > 0)
     if config.queue:
-        near(start["queue"], variables["stats"]["queue"], 0)
+        near(start["queues"]["keys"], variables["stats"]["queue"], 0)
 
 
 @pytest.mark.torch
@@ -387,7 +389,23 @@ def test_the_query_encoder_alone_loads(tmp_path: pathlib.Path):
     near(model.stats["key"], variables["stats"]["query"], 0)
     mmjax.export(model, tmp_path / "out", layout="v2")
     near(mmjax.load(tmp_path / "out").params, variables["params"], 0)
-    assert load_state(tmp_path / "q.safetensors").keys() == {"params", "stats"}
+    assert model.weights().keys() == {"params", "stats"}
+
+
+@pytest.mark.parametrize("length", [24, 36])
+def test_training_goes_on_from_a_released_checkpoint(length: int):
+    """Both encoders, the statistics, and the queue if it has the same length."""
+    config = dataclasses.replace(V2, queue=24, holds_state=True)
+    method = MoCoMethod(dataclasses.replace(config, queue=length, holds_state=False))
+    model = MoCoModel(config, **drawn(config))
+    fresh = started(method, SGD, batch(12))
+    state, said = adopt(fresh, model.weights(), "moco.pth")
+    assert said == f"initialised from moco.pth: {len(tree.flatten(model.params))} arrays"
+    near(state.params, model.params, 0)
+    near(state.ema, model.stats["momentum"], 0)
+    near(state.stats, {part: model.stats[part] for part in ("query", "key")}, 0)
+    queue = model.stats["queue"] if length == config.queue else {"keys": fresh.queues["keys"].keys, "cursor": 0}
+    near({"keys": state.queues["keys"].keys, "cursor": state.queues["keys"].cursor}, queue, 0)
 
 
 def test_a_linear_classifier_of_vit_s_takes_its_heads_from_config_json(tmp_path: pathlib.Path):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mmjax.data.preprocess import CLIP_MEAN, CLIP_STD
+from mmjax.channels import CLIP_MEAN, CLIP_STD
 from mmjax.errors import MmjaxError
 from mmjax.models.clip.network import CLIP as Network
 from mmjax.models.clip.network import CLIPConfig, CLIPVisionConfig

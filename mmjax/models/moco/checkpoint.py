@@ -1,4 +1,4 @@
-"""The layouts of facebookresearch/moco (v1, v2) and facebookresearch/moco-v3, and how training goes on from them.
+"""The layouts of facebookresearch/moco (v1, v2) and facebookresearch/moco-v3.
 
 Their linear classifiers have torchvision's and timm's keys: `mmjax.load` reads those as ResNet or ViT. The heads of
 v3's ViT-S, 12, are in no array, and DeiT-S of the same shapes has 6: put a config.json with
@@ -7,7 +7,6 @@ v3's ViT-S, 12, are in no array, and DeiT-S of the same shapes has 6: put a conf
 
 import dataclasses
 import functools
-import os
 import re
 from collections.abc import Mapping, Set
 from typing import Any
@@ -167,20 +166,3 @@ LAYOUTS = tuple(
     for version in (1, 2, 3)
 )
 """Layouts v1, v2, v3: what the originals' main_moco.py saves; exports are safetensors with the keys of `state_dict`."""
-
-
-def load_state(source: str | os.PathLike[str]) -> dict[str, Any]:
-    """A released checkpoint as a run's `init_from` wants it: {"params", "ema", "stats": {"query", "key"}, "queue"}.
-
-    queue: {"keys" [q, d], "cursor"}; missing in v3, and like "ema" where the file holds the query encoder alone.
-    """
-    from mmjax.hub import load
-
-    model = load(source)
-    if model.system != "moco":
-        raise MmjaxError(f"{source}: holds a {model.system}, not a MoCo")
-    stats = dict(model.stats)
-    moved = {"ema": stats.pop("momentum", None), "queue": stats.pop("queue", None)}
-    return {"params": model.params, "stats": stats} | {
-        name: value for name, value in moved.items() if value is not None
-    }

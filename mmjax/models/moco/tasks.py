@@ -57,6 +57,13 @@ class MoCoModel(Model):
         stats = self.stats.get("query")
         return {"params": self.params} | ({"batch_stats": stats} if stats else {})
 
+    def weights(self) -> dict[str, Any]:
+        """Also the momentum encoder and the queue, where the file held them."""
+        stats = dict(self.stats)
+        momentum, queue = stats.pop("momentum", None), stats.pop("queue", None)
+        told = {"params": self.params, "stats": stats}
+        return told | ({"ema": momentum} if momentum else {}) | ({"queues": {"keys": queue}} if queue else {})
+
     @classmethod
     def default_preprocess(cls, config: MoCoConfig, layout: str) -> ImagePreprocessing:
         """Short side 256, central 224, bilinear (main_lincls.py); small images as they are."""
