@@ -11,10 +11,8 @@ the length and a warm-up, which the paper gives to 110 layers only. Minutes on a
 
 import argparse
 import dataclasses
-import functools
 import json
 import pathlib
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -26,14 +24,15 @@ from mmjax import tree
 from mmjax.data.pipeline import Pipeline
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.data.sources import ArraySource
-from mmjax.models.resnet.network import ResNet, ResNetConfig
+from mmjax.evaluation.classification import ClassificationEvaluation
+from mmjax.models.resnet.network import ResNetConfig
+from mmjax.models.resnet.supervised import ResNetClassifier
 from mmjax.training.checkpoint import load_params
-from mmjax.training.experiment import ExperimentConfig
+from mmjax.training.classification import Classification
+from mmjax.training.experiment import Evaluation, ExperimentConfig
 from mmjax.training.loop import train
-from mmjax.training.method import Method
 from mmjax.training.metrics import read_metrics
 from mmjax.training.optimizer import Optimizer, sgd
-from mmjax.training.state import Carry
 
 TEST = 297
 """The last records, which other writers drew."""
@@ -54,50 +53,6 @@ def digits(size: int) -> tuple[ArraySource, ArraySource]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification(Method):
-    """Mean cross-entropy of a ResNet's logits; batch statistics of each device's share of the batch."""
-
-    config: ResNetConfig
-
-    @property
-    def module(self) -> ResNet:
-        return ResNet(self.config)
-
-    def init(self, rng: Any, batch: Any) -> tuple[Any, Carry]:
-        variables = self.module.init(rng, jnp.zeros(batch["image"].shape, jnp.float32))
-        return variables["params"], Carry({}, {}, variables["batch_stats"], {})
-
-    def loss(self, params: Any, carry: Carry, batch: Any, rng: Any, axis_name: str | None = None) -> Any:
-        groups = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-        variables = {"params": params, "batch_stats": carry.stats}
-        out, new = self.module.apply(
-            variables, batch["image"], train=True, bn_groups=groups, axis_name=axis_name, mutable=["batch_stats"]
-        )
-        logits = out["logits"]
-        value = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
-        accuracy = jnp.mean(jnp.argmax(logits, -1) == batch["label"])
-        return value, (carry.replace(stats=new["batch_stats"]), {"accuracy": accuracy})
-
-
-@dataclasses.dataclass(frozen=True)
-class TestAccuracy:
-    """Share of the test digits that are named rightly, by the running statistics."""
-
-    module: ResNet
-    source: ArraySource
-    name: str = "test"
-    every: int = 0
-
-    @functools.cached_property
-    def _logits(self) -> Any:
-        return jax.jit(lambda variables, x: self.module.apply(variables, x)["logits"])
-
-    def run(self, params: Any, state: Any) -> Mapping[str, float]:
-        logits = self._logits({"params": params, "batch_stats": state.stats}, self.source.columns["image"])
-        return {"accuracy": float(np.mean(np.argmax(logits, -1) == self.source.columns["label"]))}
-
-
-@dataclasses.dataclass(frozen=True)
 class Config(ExperimentConfig):
     """depth: 6n + 2 layers. skip: pad (option A), projection (option B) or none (plain). size: pixels of a side."""
 
@@ -114,8 +69,8 @@ class Config(ExperimentConfig):
     def network(self) -> ResNetConfig:
         return ResNetConfig.cifar(self.depth, self.skip)
 
-    def method(self) -> Method:
-        return Classification(self.network)
+    def method(self) -> Classification:
+        return Classification(ResNetClassifier(self.network), classes=10)
 
     def optimizer(self) -> Optimizer:
         drops = {self.steps // 2: 0.1, self.steps * 3 // 4: 0.1}
@@ -132,23 +87,28 @@ class Config(ExperimentConfig):
             process_count=jax.process_count(),
         )
 
-    def evaluations(self) -> tuple[TestAccuracy, ...]:
-        return (TestAccuracy(ResNet(self.network), digits(self.size)[1]),)
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """By the running statistics, on all test digits at once."""
+        images, labels = (np.asarray(digits(self.size)[1].columns[name]) for name in ("image", "label"))
+        told = ClassificationEvaluation(logits=self.method().predict, images=images, labels=labels, batch_size=TEST)
+        return (told,)  # type: ignore[return-value]
 
     def model(self) -> tuple[str, ResNetConfig]:
         return "resnet", self.network
 
     def save_assets(self, workdir: pathlib.Path) -> dict[str, Any]:
-        normal = ImagePreprocessing((self.size, self.size), None, "round", "bilinear", (MEAN,) * 3, (STD,) * 3)
+        normal = ImagePreprocessing(
+            (self.size, self.size), None, "round", "bilinear", (MEAN, MEAN, MEAN), (STD, STD, STD)
+        )
         return {"preprocess": dataclasses.asdict(normal)}
 
 
-def gradient_norms(config: Config, params: Any, stats: Any, batch: Any) -> list[float]:
+def gradient_norms(config: Config, params: Any, carry: Any, batch: Any) -> list[float]:
     """The norm of the loss's gradient for every 3x3 kernel, from the stem to the last."""
     method = config.method()
 
     def loss(params: Any) -> Any:
-        return method.loss(params, Carry({}, {}, stats, {}), batch, jax.random.key(0))[0]
+        return method.loss(params, carry, batch, jax.random.key(0))[0]
 
     flat = tree.flatten(jax.jit(jax.grad(loss))(params))
     names = ["stem_conv/kernel"]
@@ -162,10 +122,9 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     last = train(config, workdir, experiment_file=str(pathlib.Path(__file__).resolve()))
     rows = digits(config.size)[0].columns
     batch = {name: jnp.asarray(column[: config.batch_size]) for name, column in rows.items()}
-    # Drawn from the run's seed, not the run's own draw: the law of the initial weights is what matters.
-    accuracy = next((value for name, value in last.items() if name.endswith("accuracy") and "val" in name), None)
-    if accuracy is None:
+    if "val/classification_top1" not in last:
         raise SystemExit(f"{workdir}: interrupted and saved; the same command goes on from there")
+    # Drawn from the run's seed, not the run's own draw: the law of the initial weights is what matters.
     params, carry = jax.jit(config.method().init)(jax.random.key(config.seed), batch)
     trained = load_params(workdir)
     lines = [line for line in read_metrics(workdir) if "train/loss" in line]
@@ -174,9 +133,9 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         "skip": config.skip,
         "step": [line["step"] for line in lines],
         "loss": [line["train/loss"] for line in lines],
-        "test_accuracy": accuracy,
-        "gradient_at_start": gradient_norms(config, params, carry.stats, batch),
-        "gradient_at_end": gradient_norms(config, trained["params"], trained["stats"], batch),
+        "test_accuracy": last["val/classification_top1"] / 100,
+        "gradient_at_start": gradient_norms(config, params, carry, batch),
+        "gradient_at_end": gradient_norms(config, trained["params"], carry.replace(stats=trained["stats"]), batch),
     }
 
 
