@@ -12,7 +12,7 @@ import rich
 
 from mmjax import hub
 from mmjax.data.decoding import decode_image
-from mmjax.data.image_folder import ImageFolder
+from mmjax.data.image_folder import ImageFolder, split_folders
 from mmjax.errors import MmjaxError
 from mmjax.evaluation import knn, linear_probe, report, zero_shot
 from mmjax.evaluation.report import Score
@@ -99,23 +99,13 @@ def on_folder(source: str, task: str, data: str) -> None:
     if task not in FOLDER_TASKS:
         raise MmjaxError(f"--task {task}: with --data one of {', '.join(FOLDER_TASKS)}")
     model = hub.load(source)
-    train, test = _split_folders(pathlib.Path(data))
+    train, test = split_folders(data)
     if task == "zero_shot":
         scores = _zero_shot(model, test or train)
     else:
         scores = _with_labels(model, task, train, test)
     inside = pathlib.Path(source) if (pathlib.Path(source) / checkpoint.FOLDER).is_dir() else pathlib.Path()
     _tell(scores, inside, task, f"{source} on {data}", {"model": source, "data": os.path.abspath(data)})
-
-
-def _split_folders(root: pathlib.Path) -> tuple[ImageFolder, ImageFolder | None]:
-    tests = [root / name for name in ("test", "val", "validation") if (root / name).is_dir()]
-    split = (root / "train").is_dir() and bool(tests)
-    train = ImageFolder(root / "train" if split else root)
-    test = ImageFolder(tests[0]) if split else None
-    if not train.classes or (test is not None and test.classes != train.classes):
-        raise MmjaxError(f"{root}: want one sub-folder a class, the same ones in train and test")
-    return train, test
 
 
 def read_images(folder: ImageFolder) -> tuple[list[np.ndarray], np.ndarray, list[str]]:

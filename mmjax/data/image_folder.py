@@ -1,8 +1,12 @@
 """A folder of images, one sub-folder a class, as ImageNet and torchvision lay them out; or one without classes."""
 
+import copy
 import hashlib
+import math
 import os
 import pathlib
+from collections.abc import Sequence
+from typing import Self
 
 from mmjax.data.decoding import BadRecord
 from mmjax.data.sources import Record, read_bytes
@@ -14,17 +18,22 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", 
 class ImageFolder:
     """Records {"image": bytes, "label": int, "text": class name}; {"image": bytes} if there are no sub-folders.
 
-    classes: the sub-folders by name; `label` counts them. Files are sorted by class, then by path.
+    classes: the sub-folders by name, without hidden ones; `label` counts them. Given, they are numbered as there, and
+        some may lack a sub-folder. Files are sorted by class, then by path.
 
-    Raises MmjaxError: no such folder, or no image in it.
+    Raises MmjaxError: no such folder, no image in it, or a sub-folder that is none of the given classes.
     """
 
-    def __init__(self, root: str | os.PathLike[str], name: str | None = None):
+    def __init__(self, root: str | os.PathLike[str], name: str | None = None, classes: Sequence[str] | None = None):
         self.root = pathlib.Path(root)
         if not self.root.is_dir():
             raise MmjaxError(f"{self.root}: no such folder of images")
         self.name = name or self.root.name
-        self.classes = tuple(sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir()))
+        found = sorted(e.name for e in os.scandir(self.root) if e.is_dir() and not e.name.startswith("."))
+        self.classes: tuple[str, ...] = tuple(found if classes is None else classes)
+        unknown = sorted(set(found) - set(self.classes))
+        if unknown:
+            raise MmjaxError(f"{self.root}: {', '.join(unknown)}: not among the classes {', '.join(self.classes)}")
         folders = self.classes or (".",)
         found = [(label, path) for label, folder in enumerate(folders) for path in self._images(folder)]
         if not found:
@@ -52,10 +61,68 @@ class ImageFolder:
     def record_name(self, index: int) -> str:
         return str(self.root / self.paths[index])
 
+    def select(self, indices: Sequence[int]) -> Self:
+        """The records at `indices`, in that order, with the same classes."""
+        chosen = copy.copy(self)
+        chosen.labels, chosen.paths = [self.labels[i] for i in indices], [self.paths[i] for i in indices]
+        return chosen
+
+    def split(self, share: float) -> tuple[Self, Self]:
+        """(the rest, about `share` of each class); of a class with two images or more at least one on either side.
+
+        Which ones follows from the paths below the root alone: the same on every machine and in every run, and images
+        that join later move few of the others.
+        """
+        held: list[int] = []
+        for label in sorted(set(self.labels)):
+            rows = [i for i, own in enumerate(self.labels) if own == label]
+            rows.sort(key=lambda i: hashlib.sha256(self.paths[i].encode(errors="surrogateescape")).digest())
+            held += rows[: min(max(math.floor(share * len(rows) + 0.5), 1), len(rows) - 1)]
+        kept = sorted(set(range(len(self))) - set(held))
+        return self.select(kept), self.select(sorted(held))
+
     @property
     def fingerprint(self) -> str:
         """Of the paths below the root: the same wherever the folder lies."""
         return hashlib.sha256("\n".join(self.paths).encode(errors="surrogateescape")).hexdigest()
+
+
+def split_folders(root: str | os.PathLike[str]) -> tuple[ImageFolder, ImageFolder | None]:
+    """(training images, test images): of root/train and root/test, val or validation; else all of root, and None.
+
+    Raises MmjaxError: not one sub-folder a class, or a class among the test images that is not trained on.
+    """
+    root = pathlib.Path(root)
+    tests = [root / name for name in ("test", "val", "validation") if (root / name).is_dir()]
+    if not ((root / "train").is_dir() and tests):
+        train, test = ImageFolder(root), None
+    else:
+        train = ImageFolder(root / "train", root.name)
+        test = ImageFolder(tests[0], root.name, train.classes) if train.classes else None
+    if not train.classes:
+        raise MmjaxError(f"{train.root}: its images lie in no class: want one sub-folder a class")
+    return train, test
+
+
+def labelled_split(root: str | os.PathLike[str], held_out: float) -> tuple[ImageFolder, ImageFolder | None]:
+    """(training, held-out images) to train a classifier with: `split_folders`, or where there is no such split a share
+    of each class; None with held_out=0.
+
+    Raises MmjaxError, also for fewer than two classes or a class without an image to train on.
+    """
+    if not 0 <= held_out < 1:
+        raise MmjaxError(f"held_out={held_out}: a share from 0 to below 1")
+    train, test = split_folders(root)
+    if len(train.classes) < 2:
+        raise MmjaxError(f"{train.root}: {train.classes[0]} is its only class; there is nothing to tell apart")
+    empty = sorted({train.classes[i] for i in set(range(len(train.classes))) - set(train.labels)})
+    if empty:
+        raise MmjaxError(f"{train.root}: no image ({', '.join(sorted(SUFFIXES))}) of the classes {', '.join(empty)}")
+    if test is None and held_out:
+        train, test = train.split(held_out)
+        if not len(test):
+            raise MmjaxError(f"{train.root}: one image a class: nothing can be held out; held_out=0 trains on all")
+    return train, test
 
 
 def inside(folder: pathlib.Path, path: str) -> pathlib.Path:

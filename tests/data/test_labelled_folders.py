@@ -1,0 +1,92 @@
+"""Folders of labelled images: which are trained on, which are held out, and what is no such folder."""
+
+import pathlib
+
+import pytest
+
+from mmjax.data.image_folder import ImageFolder, labelled_split, split_folders
+from mmjax.errors import MmjaxError
+
+
+def folder(root: pathlib.Path, **counts: int) -> pathlib.Path:
+    """counts: images of each class; their bytes are their names."""
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            (root / name / f"{index}.png").write_bytes(f"{name}/{index}".encode())
+    return root
+
+
+def names(source: ImageFolder) -> list[tuple[str, int]]:
+    return [(source[i]["image"].decode(), source[i]["label"]) for i in range(len(source))]
+
+
+def test_a_share_of_each_class_is_held_out(tmp_path):
+    root = folder(tmp_path / "a", cat=20, ant=7, bee=2)
+    train, held = labelled_split(root, 0.3)
+    assert held is not None and train.classes == held.classes == ("ant", "bee", "cat")
+    assert [[label for _, label in names(part)].count(i) for i in range(3) for part in (train, held)] == [
+        *(5, 2),
+        *(1, 1),
+        *(14, 6),
+    ]
+    assert sorted(names(train) + names(held)) == sorted(names(ImageFolder(root)))
+    for name, label in names(train) + names(held):
+        assert name.split("/")[0] == train.classes[label]
+    assert train.record_name(0) == str(root / train.paths[0]) and train.fingerprint != held.fingerprint
+
+
+def test_the_same_are_held_out_elsewhere_and_when_images_join(tmp_path):
+    _, here = labelled_split(folder(tmp_path / "a", cat=20, ant=30), 0.2)
+    _, there = labelled_split(folder(tmp_path / "b", cat=20, ant=30), 0.2)
+    _, more = labelled_split(folder(tmp_path / "c", cat=20, ant=31), 0.2)
+    assert here is not None and there is not None and more is not None
+    assert names(here) == names(there)
+    assert len(set(names(here)) - set(names(more))) <= 1
+
+
+def test_a_split_that_is_there_is_taken(tmp_path):
+    folder(tmp_path / "train", cat=3, ant=2, bee=2)
+    folder(tmp_path / "val", cat=2)
+    train, held = labelled_split(tmp_path, 0.5)
+    assert held is not None and len(train) == 7
+    assert names(held) == [("cat/0", 2), ("cat/1", 2)]
+    folder(tmp_path / "test", cow=1)
+    with pytest.raises(MmjaxError, match=r"test: cow: not among the classes ant, bee, cat"):
+        split_folders(tmp_path)
+
+
+def test_nothing_may_be_held_out(tmp_path):
+    root = folder(tmp_path / "a", cat=1, ant=1)
+    train, held = labelled_split(root, 0.0)
+    assert held is None and len(train) == 2
+    with pytest.raises(MmjaxError, match=r"one image a class: nothing can be held out"):
+        labelled_split(root, 0.2)
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    root = folder(tmp_path / "a", cat=2, ant=2)
+    folder(root, **{".ipynb_checkpoints": 1})
+    assert ImageFolder(root).classes == ("ant", "cat")
+
+
+@pytest.mark.parametrize(
+    "made, share, words",
+    [
+        ({"cat": 3}, 0.1, "cat is its only class"),
+        ({"cat": 3, "ant": 0}, 0.1, r"no image \(.*\.png.*\) of the classes ant"),
+        ({"cat": 0, "ant": 0}, 0.1, "no image"),
+        ({".": 3}, 0.1, "want one sub-folder a class"),
+        ({}, 0.1, "no such folder"),
+        ({"cat": 3, "ant": 3}, 1.0, "held_out=1.0"),
+        ({"cat": 3, "ant": 3}, -0.1, "held_out=-0.1"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_one_error(tmp_path, made, share, words):
+    root = tmp_path / "data"
+    if "." in made:
+        folder(tmp_path, data=made["."])
+    else:
+        folder(root, **made)
+    with pytest.raises(MmjaxError, match=words):
+        labelled_split(root, share)
