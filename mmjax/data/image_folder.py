@@ -29,9 +29,9 @@ class ImageFolder:
         if not self.root.is_dir():
             raise MmjaxError(f"{self.root}: no such folder of images")
         self.name = name or self.root.name
-        found = sorted(e.name for e in os.scandir(self.root) if e.is_dir() and not e.name.startswith("."))
-        self.classes: tuple[str, ...] = tuple(found if classes is None else classes)
-        unknown = sorted(set(found) - set(self.classes))
+        inside = sorted(e.name for e in os.scandir(self.root) if e.is_dir() and not e.name.startswith("."))
+        self.classes: tuple[str, ...] = tuple(inside if classes is None else classes)
+        unknown = sorted(set(inside) - set(self.classes))
         if unknown:
             raise MmjaxError(f"{self.root}: {', '.join(unknown)}: not among the classes {', '.join(self.classes)}")
         folders = self.classes or (".",)
@@ -114,7 +114,7 @@ def labelled_split(root: str | os.PathLike[str], held_out: float) -> tuple[Image
         raise MmjaxError(f"held_out={held_out}: a share from 0 to below 1")
     train, test = split_folders(root)
     if len(train.classes) < 2:
-        raise MmjaxError(f"{train.root}: {train.classes[0]} is its only class; there is nothing to tell apart")
+        raise MmjaxError(f"{train.root}: {', '.join(train.classes)} is its only class; there is nothing to tell apart")
     empty = sorted({train.classes[i] for i in set(range(len(train.classes))) - set(train.labels)})
     if empty:
         raise MmjaxError(f"{train.root}: no image ({', '.join(sorted(SUFFIXES))}) of the classes {', '.join(empty)}")
