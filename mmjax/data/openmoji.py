@@ -4,12 +4,12 @@
     data.train[0]    # {"image": uint8 [64, 64, 3], "text": "grinning face", "texts": (...), "group": ..., "label": ...}
 
 Which drawings are left out, and which go to which side, is decided by these rules:
-  1. Only drawings that have a name and a group; skin-tone variants are dropped.
-  2. Of drawings that render to the same pixels at 64 px one is kept, the one with the shortest name ("cook", not
-     "man cook"; of flags, the first by name).
-  3. Drawings belong together if their names differ only in gender or direction ("woman climbing", "man climbing"), or
-     if their renderings differ by less than 5 of 255 (root mean square of 16 x 16 averages). What belongs together is
-     on one side: held out if the hash of its first name falls in the lowest fifth.
+  1. Only drawings that have a name and a group; skin-tone variants are dropped. Flags of countries have Unicode's name
+     ("flag: Chad"), which `emoji` shortens ("Chad").
+  2. Near-duplicates are dropped: of drawings whose renderings differ by less than 5 of 255 (root mean square of 16 x 16
+     averages at 64 px) one is kept, the one with the shortest name ("cook", not "man cook").
+  3. A name is held out if its hash falls in the lowest fifth. `hold_out="family"` is harder: what is hashed is the name
+     without gender and direction, so that "man climbing" is on the side of "woman climbing".
   4. `texts` are the name and its aliases. An alias that occurs on the other side too is dropped there, so that no
      training text is a held-out one.
 
@@ -24,7 +24,7 @@ import re
 import tempfile
 import zipfile
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -64,10 +64,13 @@ class Drawing:
     subgroup: str
 
 
-def load_openmoji(size: int = 64, cache: str | os.PathLike[str] | None = None) -> OpenMoji:
+def load_openmoji(
+    size: int = 64, cache: str | os.PathLike[str] | None = None, hold_out: Literal["name", "family"] = "name"
+) -> OpenMoji:
     """Renders OpenMoji at `size` x `size` pixels on white, once: later calls read the cache.
 
     Args:
+        hold_out: what is never on both sides, see rule 3.
         cache: folder; by default MMJAX_CACHE, else $XDG_CACHE_HOME/mmjax, else ~/.cache/mmjax.
 
     Raises MmjaxError when the packages of `pip install "mmjax[demo]"` are missing.
@@ -76,11 +79,10 @@ def load_openmoji(size: int = 64, cache: str | os.PathLike[str] | None = None) -
     folder = pathlib.Path(cache) if cache is not None else cache_folder()
     small = _renderings(drawings, RULE_SIZE, folder)
     kept = _distinct(drawings, small)
-    dropped["same rendering"] = len(drawings) - len(kept)
+    dropped["near-duplicate"] = len(drawings) - len(kept)
     images = (small if size == RULE_SIZE else _renderings(drawings, size, folder))[kept]
     drawings = [drawings[i] for i in kept]
-    families = _families(drawings, small[kept])
-    held = np.array([_held_out(min(drawings[j].name for j in family)) for family in families])
+    held = np.array([_held_out(_stem(d.name) if hold_out == "family" else d.name.lower()) for d in drawings])
     groups = tuple(sorted({drawing.group for drawing in drawings}))
     texts = _texts(drawings, held)
     everything = ArraySource(
@@ -139,7 +141,8 @@ def _drawings() -> tuple[list[Drawing], dict[str, int]]:
             continue
         aliases = tuple(_words(alias) for alias in known.get("alias", ()))
         group, subgroup = info.category.replace("-", " "), info.subcategory.replace("-", " ")
-        drawings.append(Drawing(codepoints, _words(known["en"]), aliases, group, subgroup))
+        name = info.cldr_name if subgroup == "country flag" else _words(known["en"])
+        drawings.append(Drawing(codepoints, name, aliases, group, subgroup))
     return drawings, dropped
 
 
@@ -181,38 +184,16 @@ def _renderings(drawings: list[Drawing], size: int, folder: pathlib.Path) -> np.
 
 
 def _distinct(drawings: list[Drawing], images: np.ndarray) -> list[int]:
-    """Indices, in order, of one drawing for each distinct rendering (rule 2)."""
-    best: dict[bytes, int] = {}
-    for i, image in enumerate(images):
-        key = hashlib.sha256(image.tobytes()).digest()
-        other = best.setdefault(key, i)
-        best[key] = min(other, i, key=lambda j: (len(drawings[j].name), drawings[j].name))
-    return sorted(best.values())
-
-
-def _families(drawings: list[Drawing], images: np.ndarray) -> list[list[int]]:
-    """For each drawing, the indices of those that belong together with it (rule 3)."""
+    """Indices, in order, of drawings of which no two look alike (rule 2)."""
     n, side = len(images), images.shape[1] // 16
     small = images.reshape(n, 16, side, 16, side, 3).mean((2, 4), dtype=np.float32).reshape(n, -1)
     squares = (small**2).sum(1)
-    distance = (squares[:, None] + squares[None] - 2 * small @ small.T) / small.shape[1]
-    pairs = list(zip(*np.nonzero(np.triu(distance < NEAR**2, 1))))
-    first: dict[str, int] = {}
-    pairs += [(first.setdefault(_stem(drawing.name), i), i) for i, drawing in enumerate(drawings)]
-    parent = list(range(n))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            i = parent[i]
-        return i
-
-    for i, j in pairs:
-        low, high = sorted((root(int(i)), root(int(j))))
-        parent[high] = low
-    members: dict[int, list[int]] = {}
-    for i in range(n):
-        members.setdefault(root(i), []).append(i)
-    return [members[root(i)] for i in range(n)]
+    alike = (squares[:, None] + squares[None] - 2 * small @ small.T) / small.shape[1] < NEAR**2
+    kept: list[int] = []
+    for i in sorted(range(n), key=lambda i: (len(drawings[i].name), drawings[i].name)):
+        if not alike[i, kept].any():
+            kept.append(i)
+    return sorted(kept)
 
 
 def _stem(name: str) -> str:
@@ -220,8 +201,8 @@ def _stem(name: str) -> str:
     return " ".join(GENDER.sub(" ", name.lower()).split()) or name.lower()
 
 
-def _held_out(name: str) -> bool:
-    digest = hashlib.sha256(_stem(name).encode()).digest()
+def _held_out(key: str) -> bool:
+    digest = hashlib.sha256(key.encode()).digest()
     return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
 
 

@@ -22,7 +22,7 @@ def data(cache):
 
 
 def test_every_drawing_is_accounted_for(data):
-    assert set(data.dropped) == {"skin tone", "no name", "no group", "same rendering"}
+    assert set(data.dropped) == {"skin tone", "no name", "no group", "near-duplicate"}
     total = len(data.train) + len(data.held_out)
     assert total > 1800 and total + sum(data.dropped.values()) > 4400
     assert 0.17 < len(data.held_out) / total < 0.23
@@ -31,21 +31,36 @@ def test_every_drawing_is_accounted_for(data):
     assert data.groups[record["label"]] == record["group"] and record["texts"][0] == record["text"]
 
 
-def test_nothing_is_on_both_sides(data):
+@pytest.mark.parametrize("hold_out", ["name", "family"])
+def test_nothing_is_on_both_sides(cache, hold_out):
+    data = openmoji.load_openmoji(64, cache, hold_out)
     train, held = data.train.columns, data.held_out.columns
     assert not {t.lower() for row in train["texts"] for t in row} & {t.lower() for row in held["texts"] for t in row}
-    assert not {openmoji._stem(t) for t in train["text"]} & {openmoji._stem(t) for t in held["text"]}
-    images = np.concatenate([train["image"], held["image"]])
-    assert len({image.tobytes() for image in images}) == len(images)
-    flat = [x.reshape(-1, 16, 4, 16, 4, 3).mean((2, 4)).reshape(len(x), -1) for x in (train["image"], held["image"])]
-    squares = (flat[0] ** 2).sum(1)[:, None] + (flat[1] ** 2).sum(1)
-    assert np.sqrt((squares - 2 * flat[0] @ flat[1].T).min() / flat[0].shape[1]) >= openmoji.NEAR
+    shared = {openmoji._stem(t) for t in train["text"]} & {openmoji._stem(t) for t in held["text"]}
+    assert bool(shared) == (hold_out == "name")
 
 
-def test_gender_variants_keep_together(data):
+def test_no_two_drawings_look_alike(data):
+    images = np.concatenate([data.train.columns["image"], data.held_out.columns["image"]])
+    small = images.reshape(-1, 16, 4, 16, 4, 3).mean((2, 4)).reshape(len(images), -1)
+    squares = (small**2).sum(1)
+    distance = (squares[:, None] + squares - 2 * small @ small.T) / small.shape[1]
+    np.fill_diagonal(distance, np.inf)
+    assert np.sqrt(distance.min()) >= openmoji.NEAR
+
+
+def test_of_near_duplicates_the_shortest_name_is_kept(data):
+    names = {name for side in (data.train, data.held_out) for name in side.columns["text"]}
+    assert "cook" in names and "man cook" not in names
+    assert "flag: Norway" in names and not any("Bouvet" in name for name in names)
+
+
+def test_a_family_keeps_together(cache):
+    data = openmoji.load_openmoji(64, cache, "family")
+    sides = [{openmoji._stem(name) for name in side.columns["text"]} for side in (data.train, data.held_out)]
     names = [set(side.columns["text"]) for side in (data.train, data.held_out)]
-    assert sum({"woman climbing", "man climbing", "person climbing"} <= side for side in names) == 1
-    assert not any("man cook" in side for side in names) and any("cook" in side for side in names)
+    assert not sides[0] & sides[1]
+    assert sum({"woman climbing", "man climbing"} <= side for side in names) == 1
 
 
 def test_the_split_does_not_depend_on_the_size_and_the_background_is_white(data, cache):
