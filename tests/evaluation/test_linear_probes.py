@@ -85,6 +85,66 @@ def test_sweep_chooses_on_its_validation_part():
     np.testing.assert_allclose(right, np.round(right), atol=1e-3)
 
 
+def test_sweep_standardises_by_the_rows_it_fits_alone():
+    """Its accuracies and its choice again by hand: moments, optimum and verdict, each on the rows that are theirs."""
+    features, labels = blobs(101, 3, 17, spread=2.5)
+    held = np.random.default_rng(5).permutation(101)[:30]
+    fitted = np.setdiff1d(np.arange(101), held)
+    # Three outliers among what is judged, in three columns: moments that looked at them would press those columns flat.
+    features[held[:3], :3] *= 300
+    found = swept_probe(features, labels, l2s=(1e-3, 0.1, 1.0), validation=30 / 101, seed=5)
+    mean, deviation = features[fitted].mean(0), features[fitted].std(0)
+    whole = (features.mean(0), features.std(0))
+    losses, shares, wrong = [], [], []
+    for l2 in found.l2s:
+        probe = logistic_regression((features[fitted] - mean) / deviation, labels[fitted], l2)
+        losses.append(objective(probe.kernel, probe.bias, (features[held] - mean) / deviation, labels[held], 0))
+        shares.append(100 * np.mean(probe.predict((features[held] - mean) / deviation) == labels[held]))
+        mixed = logistic_regression((features[fitted] - whole[0]) / whole[1], labels[fitted], l2)
+        wrong.append(100 * np.mean(mixed.predict((features[held] - whole[0]) / whole[1]) == labels[held]))
+    np.testing.assert_allclose(found.accuracies, shares, atol=1e-3)
+    assert np.abs(np.array(wrong) - shares).max() > 3
+    assert found.l2 == found.l2s[min(range(3), key=lambda i: (-shares[i], losses[i]))]
+    # The layer that is given back is fitted, and standardised, on all rows.
+    np.testing.assert_allclose(found.probe.mean, whole[0], rtol=1e-5)
+    np.testing.assert_allclose(found.probe.scale, whole[1], rtol=1e-5)
+
+
+def test_a_sweep_settles_ties_by_cross_entropy():
+    """Far apart classes: every penalty is right, and the weakest is the surest."""
+    features, labels = blobs(101, 2, 18, spread=0.05)
+    found = swept_probe(features, labels, l2s=(1.0, 1e-2, 1e-4))
+    assert found.accuracies == (100.0, 100.0, 100.0) and found.l2 == 1e-4
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+def test_sgd_by_hand_over_short_batches_passes_and_standardised_features(momentum):
+    """NumPy, float64: torch's order of decay, buffer and rate; batches of 5, 5 and 3 rows; two passes in turn."""
+    features, labels = blobs(13, 3, 19)
+    passes = np.stack([features, features[:, ::-1] + 1])
+    config = SGDConfig(0.3, momentum, weight_decay=0.02, batch_size=5, epochs=4, schedule="cosine")
+    ours = sgd_probe(passes, labels, config, standardise=True, seed=11)
+    flat = passes.reshape(-1, 7).astype(np.float64)
+    inputs = (passes - flat.mean(0)) / flat.std(0)
+    start, order_rng = jax.random.split(jax.random.key(11))
+    kernel, bias = 0.01 * np.asarray(jax.random.normal(start, (7, 3)), np.float64), np.zeros(3)
+    velocity, last = [np.zeros((7, 3)), np.zeros(3)], 0.0
+    for epoch in range(4):
+        rate, last = 0.3 * 0.5 * (1 + np.cos(np.pi * epoch / 4)), 0.0
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(order_rng, epoch), 13))
+        for rows in (order[:5], order[5:10], order[10:]):
+            x, y = inputs[epoch % 2][rows], labels[rows]
+            last += len(rows) / 13 * objective(kernel, bias, x, y, 0)
+            chances = np.exp(x @ kernel + bias)
+            error = (chances / chances.sum(1, keepdims=True) - np.eye(3)[y]) / len(rows)
+            for i, (leaf, gradient) in enumerate(((kernel, x.T @ error), (bias, error.sum(0)))):
+                velocity[i] = momentum * velocity[i] + gradient + 0.02 * leaf
+                leaf -= rate * velocity[i]
+    np.testing.assert_allclose(ours.kernel, kernel, atol=1e-5)
+    np.testing.assert_allclose(ours.bias, bias, atol=1e-5)
+    assert float(ours.loss) == pytest.approx(last, rel=1e-5) and int(ours.steps) == 12
+
+
 @pytest.mark.torch
 def test_sgd_equals_pytorch():
     torch = pytest.importorskip("torch")
