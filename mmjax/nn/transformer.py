@@ -18,6 +18,7 @@ from flax import linen as nn
 
 from mmjax.errors import MmjaxError
 from mmjax.nn.attention import attention_weights, dot_product_attention
+from mmjax.nn.dropout import Dropout, DropPath
 from mmjax.nn.norm import LayerNorm
 from mmjax.types import Array, Bool, Float
 
@@ -85,7 +86,7 @@ class MultiHeadAttention(nn.Module):
         heads: divides the width of the queries.
         width: of queries, keys and values; None: the width of x, which is also that of the result.
         causal: a token attends to itself and to earlier ones.
-        dropout: rate on the attention weights.
+        dropout: rate on the attention weights. axis_name: the mapped axis that cuts the batch, for dropout alone.
         use_bias: of q, k and v; `out` always has one.
 
     Inside `apply(..., mutable=["intermediates"])` the weights [b, h, l, s] are kept as "weights".
@@ -98,6 +99,7 @@ class MultiHeadAttention(nn.Module):
     use_bias: bool = True
     init_with: Init = Init()
     dtype: Any = jnp.float32
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(
@@ -121,7 +123,16 @@ class MultiHeadAttention(nn.Module):
         if self.is_mutable_collection("intermediates") and not self.is_initializing():
             self.sow("intermediates", "weights", attention_weights(q, k, mask, self.causal))
         rng = self.make_rng("dropout") if train and self.dropout else None
-        mixed = dot_product_attention(q, k, v, mask, causal=self.causal, dropout_rate=self.dropout, dropout_rng=rng)
+        mixed = dot_product_attention(
+            q,
+            k,
+            v,
+            mask,
+            causal=self.causal,
+            dropout_rate=self.dropout,
+            dropout_rng=rng,
+            axis_name=self.axis_name,
+        )
         mixed = rearrange(mixed, "b l h k -> b l (h k)")
         return Dense(x.shape[-1], True, self.dtype, self.init_with.out, name="out")(mixed)
 
@@ -138,6 +149,7 @@ class Mlp(nn.Module):
     dropout: float = 0.0
     init_with: Init = Init()
     dtype: Any = jnp.float32
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], train: bool = False) -> Float[Array, "b n d"]:
@@ -149,23 +161,9 @@ class Mlp(nn.Module):
             h = jax.nn.silu(dense("gate", self.hidden, self.init_with.up)(x)) * h
         else:
             h = activation(self.act)(h)
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = Dropout(self.dropout, self.axis_name)(h, train)
         h = dense("down", x.shape[-1], self.init_with.down)(h)
-        return nn.Dropout(self.dropout, deterministic=not train)(h)
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training an example's residual branch is left out with probability `rate`, and scaled up
-    by 1 / (1 - rate) where it stays (Huang et al. 2016; timm's `drop_path`)."""
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, branch: Float[Array, "b n d"], train: bool) -> Float[Array, "b n d"]:
-        if not train or self.rate == 0:
-            return branch
-        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, (branch.shape[0], 1, 1))
-        return jnp.where(kept, branch / (1 - self.rate), 0).astype(branch.dtype)
+        return Dropout(self.dropout, self.axis_name)(h, train)
 
 
 class TransformerBlock(nn.Module):
@@ -175,6 +173,7 @@ class TransformerBlock(nn.Module):
         norm_first: which of the two.
         layer_scale: the initial value of a learned factor on each branch [d] (DINOv2); None: there is none.
         drop_path: rate of stochastic depth. dropout: after attention and within the feed-forward.
+        axis_name: the mapped axis that cuts the batch: what an example loses depends on its place in the whole.
     """
 
     heads: int
@@ -190,6 +189,7 @@ class TransformerBlock(nn.Module):
     drop_path: float = 0.0
     init_with: Init = Init()
     dtype: Any = jnp.float32
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(
@@ -202,12 +202,22 @@ class TransformerBlock(nn.Module):
                 dropout=self.attention_dropout,
                 init_with=self.init_with,
                 dtype=self.dtype,
+                axis_name=self.axis_name,
                 name="attention",
             )
-            return nn.Dropout(self.dropout, deterministic=not train)(attention(y, mask=mask, train=train))
+            return Dropout(self.dropout, self.axis_name)(attention(y, mask=mask, train=train), train)
 
         def feed_forward(y: Array) -> Array:
-            mlp = Mlp(self.hidden, self.act, self.gated, self.dropout, self.init_with, self.dtype, name="mlp")
+            mlp = Mlp(
+                self.hidden,
+                self.act,
+                self.gated,
+                self.dropout,
+                self.init_with,
+                self.dtype,
+                self.axis_name,
+                name="mlp",
+            )
             return mlp(y, train)
 
         for i, branch in enumerate((attend, feed_forward), start=1):
@@ -216,7 +226,7 @@ class TransformerBlock(nn.Module):
             if self.layer_scale is not None:
                 scale = self.param(f"scale_{i}", nn.initializers.constant(self.layer_scale), (x.shape[-1],))
                 y = y * scale.astype(self.dtype)
-            x = x + DropPath(self.drop_path, name=f"drop_path_{i}")(y, train)
+            x = x + DropPath(self.drop_path, self.axis_name, name=f"drop_path_{i}")(y, train)
             x = x if self.norm_first else norm(x)
         return x
 

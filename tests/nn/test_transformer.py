@@ -8,9 +8,10 @@ import pytest
 from jax.test_util import check_grads
 
 from mmjax.errors import MmjaxError
+from mmjax.nn.dropout import DropPath
 from mmjax.nn.embeddings import PatchEmbed
 from mmjax.nn.norm import LayerNorm
-from mmjax.nn.transformer import Dense, DropPath, Encoder, Mlp, MultiHeadAttention, TransformerBlock, activation
+from mmjax.nn.transformer import Dense, Encoder, Mlp, MultiHeadAttention, TransformerBlock, activation
 
 B, N, H, D, HIDDEN = 2, 5, 3, 21, 13
 

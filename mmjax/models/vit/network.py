@@ -10,6 +10,7 @@ from flax import struct
 
 from mmjax.errors import MmjaxError
 from mmjax.models.vit.root import Root, RootConfig
+from mmjax.nn.dropout import Dropout
 from mmjax.nn.embeddings import PatchEmbed
 from mmjax.nn.norm import LayerNorm
 from mmjax.nn.positions import Rule, interpolate, sincos_2d
@@ -225,11 +226,15 @@ class ViT(nn.Module):
         images: Float[Array, "b height width 3"],
         hidden_patches: Bool[Array, "b m"] | None = None,
         train: bool = False,
+        axis_name: str | None = None,
     ) -> ViTOutput:
-        """hidden_patches: True where a patch, in row-major order, is replaced by the mask token."""
+        """hidden_patches: True where a patch, in row-major order, is replaced by the mask token.
+
+        axis_name: the mapped axis that cuts the batch; dropout asks for it, so that every cut draws the same.
+        """
         c = self.config
         x = self._embed(images, hidden_patches)
-        x = nn.Dropout(c.dropout, deterministic=not train)(x)
+        x = Dropout(c.dropout, axis_name)(x, train)
         block = {
             "heads": c.heads,
             "hidden": c.hidden,
@@ -241,6 +246,7 @@ class ViT(nn.Module):
             "attention_dropout": c.attention_dropout,
             "init_with": _block_init(c),
             "dtype": c.dtype,
+            "axis_name": axis_name,
         }
         states = Encoder(c.depth, block, c.drop_path, c.remat, name="encoder")(x, train=train)
         norm = LayerNorm(c.epsilon, c.dtype, name="norm")
