@@ -115,6 +115,22 @@ class ImagePreprocessing:
         left, top = (round(m / 2) if self.crop_rounding == "round" else m // 2 for m in margins)
         return left, top, left + width, top + height
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) of every image that comes out; None where they differ."""
+        return self.crop or (self.resize if isinstance(self.resize, tuple) else None)
+
+    def at_size(self, side: int) -> Self:
+        """The same for images of another size, `side` x `side`: what is cut off stays in proportion."""
+        if self.crop is None:
+            return dataclasses.replace(self, resize=(side, side))
+        factor = side / self.crop[0]
+        if isinstance(self.resize, tuple):
+            resize: Any = tuple(round(factor * length) for length in self.resize)
+        else:
+            resize = side if self.resize is None else round(factor * self.resize)
+        return dataclasses.replace(self, resize=resize, crop=(side, side))
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 

@@ -99,6 +99,14 @@ class Model(abc.ABC):
         """What a run that begins with this model takes from it: see `mmjax.training.loop.LoadWeights`."""
         return {"params": self.params, "stats": self.stats}
 
+    def headless(self, classes: int, size: int | None = None) -> Any:
+        """An `mmjax.models.image_classifier.Headless`: this image encoder before a head of so many classes.
+
+        size: side of the images that it will see; None: that of `preprocess`.
+        Raises MmjaxError: no image encoder, or one that cannot see images of that size.
+        """
+        raise MmjaxError(f"{self.system} has no image encoder that could be made a classifier")
+
     def replace(self, **fields: Any) -> Self:
         """The same model with other fields: `vlm.replace(params=tuned)`."""
         return dataclasses.replace(self, **fields)

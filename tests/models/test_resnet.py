@@ -225,16 +225,16 @@ def test_the_handle_encodes_and_classifies():
     features = model.encode_image(x)
     pooled = outputs(SMALL, randomised(SMALL), x)["pooled"]
     np.testing.assert_allclose(features, pooled / jnp.linalg.norm(pooled, axis=1, keepdims=True), rtol=1e-4, atol=1e-5)
-    told = model.classify(x, labels="abcdefg", top_k=7)
+    told = model.classify(x, labels="abcdefg", top=7)
     logits = model.forward(pixel_values=x)["logits"]
     chances = jax.nn.softmax(logits)
     assert [best[0][0] for best in told] == ["abcdefg"[i] for i in np.argmax(logits, 1)]
     for row, best in zip(chances, told):
         assert sum(chance for _, chance in best) == pytest.approx(1, abs=1e-5)
         assert dict(best)["c"] == pytest.approx(float(row[2]), rel=1e-5)
-    with pytest.raises(MmjaxError, match="names 2 classes"):
+    with pytest.raises(MmjaxError, match="2 names for the"):
         model.classify(x, labels=["a", "b"])
-    with pytest.raises(MmjaxError, match="no head"):
+    with pytest.raises(MmjaxError, match="no classification head"):
         ResNetModel(dataclasses.replace(SMALL, num_classes=0), {}, {}).classify(x)
 
 

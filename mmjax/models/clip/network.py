@@ -15,8 +15,9 @@ from mmjax.models.resnet.network import ResNet, ResNetConfig
 from mmjax.nn.attention import padding_mask
 from mmjax.nn.embeddings import PatchEmbed
 from mmjax.nn.norm import LayerNorm
+from mmjax.nn.positions import interpolate
 from mmjax.nn.transformer import Dense, Encoder, Init
-from mmjax.types import Array, Float, Int
+from mmjax.types import Array, Float, Int, Params
 
 EPSILON = 1e-5
 normal = nn.initializers.normal
@@ -58,7 +59,7 @@ class CLIPConfig:
 
     Attributes:
         vision: CLIP's ViT, CLIP's ResNet, or an ordinary ResNet with a linear projection of its pooled features.
-        embed_dim: of the common space.
+        embed_dim: of the common space; 0: towers end with "pooled", before the projection.
         act: "quick_gelu" in all of OpenAI's weights, "gelu" in most of open_clip's: by weights, not by size, and the
             wrong one costs points in silence.
         init_temperature: logit_scale starts at -log of it.
@@ -147,6 +148,28 @@ class CLIPConfig:
         return cls._of(fields, vision=vision, text=_text(1280, 32), embed_dim=1280, act="gelu")
 
 
+def at_side(
+    vision: CLIPVisionConfig | ModifiedResNetConfig | ResNetConfig, params: Params, size: tuple[int, int] | None
+) -> tuple[Any, Params]:
+    """An image tower for images of another size: its config, and its parameters with the position table brought to the
+    new grid (open_clip model.py, resize_pos_embed). The same ones where the size is unknown or asks for nothing.
+
+    Raises MmjaxError: images that are not square, or not whole patches wide.
+    """
+    if isinstance(vision, ResNetConfig) or size in (None, (vision.image_size,) * 2):
+        return vision, params
+    height, width = size
+    stride = vision.patch if isinstance(vision, CLIPVisionConfig) else 32
+    if height != width or height % stride:
+        raise MmjaxError(f"this CLIP sees squares of whole patches, {stride} pixels a side; not {height} x {width}")
+    old, new = ((side // stride, side // stride) for side in (vision.image_size, height))
+    inside = params["attnpool"] if isinstance(vision, ModifiedResNetConfig) else params
+    table = interpolate(jnp.asarray(inside["positions"]), old, new, "bicubic_antialias", prefix=1)
+    moved = {**inside, "positions": table}
+    moved = moved if inside is params else {**params, "attnpool": moved}
+    return dataclasses.replace(vision, image_size=height), moved
+
+
 def _text(width: int, depth: int) -> CLIPTextConfig:
     return CLIPTextConfig(width=width, depth=depth, heads=width // 64, hidden=4 * width)
 
@@ -181,7 +204,7 @@ class VisionTransformer(nn.Module):
         )
         states = _encoder(config, vision, init, causal=False)(tokens)
         pooled = LayerNorm(EPSILON, dtype, name="norm_post")(states[-1][:, 0])
-        return {"states": states, "pooled": pooled, "embeds": _projection(config, width)(pooled)}
+        return {"states": states, "pooled": pooled} | _embeds(config, pooled)
 
 
 class ResNetTower(nn.Module):
@@ -201,7 +224,7 @@ class ResNetTower(nn.Module):
         assert isinstance(vision, ResNetConfig)
         trunk = dataclasses.replace(vision, num_classes=0, dtype=self.config.dtype, remat=self.config.remat)
         maps = ResNet(trunk, name="trunk")(x, train, bn_groups, axis_name)
-        return maps | {"embeds": _projection(self.config, vision.features)(maps["pooled"])}
+        return maps | _embeds(self.config, maps["pooled"])
 
 
 class TextTransformer(nn.Module):
@@ -226,7 +249,7 @@ class TextTransformer(nn.Module):
         # The first of several: argmax of a boolean where the id is told.
         end = jnp.argmax(ids if text.eos is None else ids == text.eos, axis=-1)
         pooled = jnp.take_along_axis(tokens, end[:, None, None], axis=1)[:, 0]
-        return {"states": states, "tokens": tokens, "pooled": pooled, "embeds": _projection(config, text.width)(pooled)}
+        return {"states": states, "tokens": tokens, "pooled": pooled} | _embeds(config, pooled)
 
 
 ZEROS = nn.initializers.zeros
@@ -238,8 +261,12 @@ def _encoder(config: CLIPConfig, tower: CLIPVisionConfig | CLIPTextConfig, init:
     return Encoder(tower.depth, block, remat=config.remat, name="encoder")
 
 
-def _projection(config: CLIPConfig, width: int) -> Dense:
-    return Dense(config.embed_dim, False, jnp.dtype(config.dtype), normal(width**-0.5), name="projection")
+def _embeds(config: CLIPConfig, pooled: Array) -> dict[str, Array]:
+    """{"embeds": the pooled vectors' projection}; nothing where there is no common space."""
+    if not config.embed_dim:
+        return {}
+    init = normal(pooled.shape[-1] ** -0.5)
+    return {"embeds": Dense(config.embed_dim, False, jnp.dtype(config.dtype), init, name="projection")(pooled)}
 
 
 class CLIP(nn.Module):

@@ -14,8 +14,11 @@ from flax import linen as nn
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.zero_shot import TEMPLATES, class_embeddings, prompts
-from mmjax.models.clip.network import CLIP, CLIPConfig
+from mmjax.models.clip.modified_resnet import ModifiedResNetConfig
+from mmjax.models.clip.network import CLIP, CLIPConfig, at_side
+from mmjax.models.clip_classifier.network import CLIPClassifierConfig
 from mmjax.models.handle import Model, unit
+from mmjax.models.image_classifier import Headless, at_size
 from mmjax.text.clip_tokenizer import CLIPTokenizer
 from mmjax.types import Array, ArrayLike, Float
 
@@ -50,6 +53,17 @@ class CLIPModel(Model):
             return CLIPTokenizer.from_file(file)
         vocab, merges = file.with_name("vocab.json"), file.with_name("merges.txt")
         return CLIPTokenizer.from_vocab(vocab, merges) if vocab.is_file() and merges.is_file() else None
+
+    def headless(self, classes: int, size: int | None = None) -> Headless:
+        """The image tower without its projection into the common space, as CLIP's linear probes use it."""
+        c, params = self.config, dict(self.params["vision"])
+        params.pop("projection", None)
+        preprocess = at_size(self.preprocess, size)
+        vision, tower = at_side(c.vision, params, preprocess.size)
+        width = c.embed_dim if isinstance(vision, ModifiedResNetConfig) else 0
+        config = CLIPClassifierConfig(vision, width, c.act, classes, c.remat, c.dtype)
+        stats = {"tower": self.stats["vision"]} if "vision" in self.stats else {}
+        return Headless("clip_classifier", config, {"tower": tower}, stats, preprocess)
 
     # ----------------------------------------------------------------------------------------------------------- arrays
 

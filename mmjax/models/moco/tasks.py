@@ -1,5 +1,6 @@
 """What a loaded MoCo can be asked: features of its backbone."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
 from mmjax.models.handle import Model, unit
+from mmjax.models.image_classifier import Headless, at_size
 from mmjax.models.moco.network import MoCo, MoCoConfig
 from mmjax.models.resnet.network import ResNetConfig
 from mmjax.types import Array, Float
@@ -71,6 +73,14 @@ class MoCoModel(Model):
         if height == width == 224:
             return ImagePreprocessing.imagenet()
         return ImagePreprocessing((height, width), None, resample="bilinear")
+
+    def headless(self, classes: int, size: int | None = None) -> Headless:
+        """The query encoder's backbone, a ResNet or a ViT by itself; the projector is dropped."""
+        c = self.config
+        kind = "resnet" if isinstance(c.backbone, ResNetConfig) else "vit"
+        config = dataclasses.replace(c.backbone, num_classes=classes, dtype=c.dtype)
+        stats = self.stats.get("query", {}).get("backbone", {})
+        return Headless(kind, config, self.params["backbone"], stats, at_size(self.preprocess, size))
 
     def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
         """pooler_output [b, d]: the backbone's features; image_embeds [b, dim]: the projector's, of unit length."""

@@ -1,20 +1,22 @@
 """What a loaded ResNet can be asked."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
-from mmjax.models.handle import Model, unit
+from mmjax.models.handle import unit
+from mmjax.models.image_classifier import HEAD, Headless, ImageClassifier, at_size
 from mmjax.models.resnet.network import ResNet, ResNetConfig
+from mmjax.models.resnet.supervised import ResNetClassifier
 from mmjax.types import Array, Float
 
 
-class ResNetModel(Model):
+class ResNetModel(ImageClassifier):
     """Features for every net; classes for those with a head."""
 
     system: ClassVar[str] = "resnet"
@@ -55,21 +57,22 @@ class ResNetModel(Model):
         """Pooled features of unit length. images: as `preprocess` takes them, or ready pixel values."""
         return unit(self.forward(pixel_values=self.pixels(images))["pooler_output"][:, 0, 0])
 
-    def classify(
-        self, images: Any, labels: Sequence[str] | None = None, top_k: int = 5
-    ) -> list[list[tuple[str, float]]]:
-        """For each image its top_k (name, probability), the likeliest first.
+    def headless(self, classes: int, size: int | None = None) -> Headless:
+        """Without the head that there may be; images of any size."""
+        params = {name: leaf for name, leaf in self.params.items() if name != "head"}
+        config = dataclasses.replace(self.config, num_classes=classes)
+        return Headless(self.system, config, params, self.stats, at_size(self.preprocess, size))
 
-        labels: the names of the head's classes, in its order; by default their numbers.
-        Raises MmjaxError if there is no head, or another number of names than classes.
-        """
-        classes = self.config.num_classes
-        if not classes:
-            raise MmjaxError("this ResNet has no head (num_classes=0): it can encode_image, not classify")
-        names = [str(i) for i in range(classes)] if labels is None else list(labels)
-        if len(names) != classes:
-            raise MmjaxError(f"labels names {len(names)} classes, the head has {classes}")
-        logits = self.forward(pixel_values=self.pixels(images))["logits"]
-        chances = np.asarray(jax.nn.softmax(logits, axis=-1))
-        order = np.argsort(-chances, axis=-1, kind="stable")[:, :top_k]
-        return [[(names[i], float(row[i])) for i in best] for row, best in zip(chances, order)]
+    @classmethod
+    def classifier(cls, config: ResNetConfig) -> ResNetClassifier:
+        return ResNetClassifier(config)
+
+    @classmethod
+    def layers(cls, config: ResNetConfig) -> tuple[tuple[str, ...], ...]:
+        """The stem, each block, the head."""
+        blocks = [f"stage{stage}_block{i}/**" for stage, count in enumerate(config.layers, 1) for i in range(count)]
+        return (("stem_conv/**", "stem_bn/**"), *((block,) for block in blocks), (HEAD,))
+
+    def pooled(self, variables: Mapping[str, Any], pixels: Float[Array, "b height width 3"]) -> Float[Array, "b d"]:
+        told: Any = self.module.apply(variables, pixels)
+        return told["pooled"]

@@ -1,7 +1,8 @@
 """The handle of a ViT: features, classification, intermediate layers."""
 
+import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,13 +13,15 @@ from flax import linen as nn
 
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
-from mmjax.models.handle import Model, unit
+from mmjax.models.handle import unit
+from mmjax.models.image_classifier import HEAD, Headless, ImageClassifier, at_size
 from mmjax.models.vit.network import ViT, ViTConfig, ViTOutput
+from mmjax.models.vit.supervised import ViTClassifier
 from mmjax.types import Array, ArrayLike, Float
 
 
 @dataclass
-class ViTModel(Model):
+class ViTModel(ImageClassifier):
     """A ViT with its weights."""
 
     system: ClassVar[str] = "vit"
@@ -68,20 +71,39 @@ class ViTModel(Model):
     def _features(self) -> Any:
         return jax.jit(lambda variables, pixels: unit(self._apply(variables, pixels).pooled))
 
-    def classify(self, images: Any, labels: Sequence[str] | None = None, top: int = 5) -> list[list[tuple[str, float]]]:
-        """The most probable classes of each image with their probabilities, the best first.
+    def headless(self, classes: int, size: int | None = None) -> Headless:
+        """Without the heads that there may be and without the tanh layer before them, as the original fine-tunes.
 
-        labels: a name for every class; None: their numbers.
+        DINOv2's get a head on the class token and the mean of the patches side by side, as its own linear heads have;
+        of a distilled DeiT the class token alone. The position table stays as it is: it is interpolated in each call.
         """
-        classes = self.config.num_classes
-        if not classes:
-            raise MmjaxError("this ViT has no classification head: classify needs one (num_classes)")
-        names = [str(i) for i in range(classes)] if labels is None else list(labels)
-        if len(names) != classes:
-            raise MmjaxError(f"labels: {len(names)} names for the {classes} classes of the head")
-        logits = self.forward(pixel_values=self.pixels(images))["logits"]
-        values, indices = jax.lax.top_k(jax.nn.softmax(logits), min(top, classes))
-        return [[(names[i], p) for i, p in zip(*row)] for row in zip(indices.tolist(), values.tolist())]
+        c = self.config
+        if size is not None and size % c.stride:
+            raise MmjaxError(f"images of {size} x {size} cannot be cut in patches: a multiple of {c.stride} can")
+        parts = ("head", "head_distilled", "pre_logits")
+        params = {name: leaf for name, leaf in self.params.items() if name not in parts}
+        pool = "token_and_mean" if c.layer_scale is not None and c.pool == "token" else c.pool
+        fields: dict[str, Any] = {"num_classes": classes, "distilled_head": False, "representation": None}
+        config = dataclasses.replace(c, **fields, pool=pool, head_bias=0.0)
+        return Headless(self.system, config, params, {}, at_size(self.preprocess, size))
+
+    @classmethod
+    def classifier(cls, config: ViTConfig) -> ViTClassifier:
+        return ViTClassifier(config)
+
+    @classmethod
+    def layers(cls, config: ViTConfig) -> tuple[tuple[str, ...], ...]:
+        """Embeddings, each block, the rest, as BEiT counts them (optim_factory.py)."""
+        tokens = ("cls", "distillation", "registers", "mask_token", "positions")
+        blocks = ((f"encoder/block_{i}/**",) for i in range(config.depth))
+        return (
+            ("root/**", "patch/**", *tokens),
+            *blocks,
+            ("norm/**", "map_head/**", "pre_logits/**", "head_distilled/**", HEAD),
+        )
+
+    def pooled(self, variables: Mapping[str, Any], pixels: Float[Array, "b height width 3"]) -> Float[Array, "b d"]:
+        return self._apply(variables, pixels).pooled.astype(jnp.float32)
 
     def intermediate_layers(self, pixel_values: ArrayLike, n: int = 1) -> list[dict[str, Array]]:
         """The last n blocks' outputs after the final norm: {"class_token": [b, d], "patches": [b, rows, columns, d]}.

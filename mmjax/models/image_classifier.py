@@ -1,0 +1,75 @@
+"""What the handles of image classifiers share, and where the fine-tuning of any image encoder begins."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from mmjax.data.preprocess import ImagePreprocessing
+from mmjax.errors import MmjaxError
+from mmjax.models.handle import Model
+from mmjax.types import Array, Float, Params
+
+HEAD = "head/**"
+"""Where every classifier has its head: one affine layer, kernel [d, classes] and bias."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Headless:
+    """A loaded image encoder as a classifier whose head is still to be drawn: what `Model.headless` gives.
+
+    Attributes:
+        system, config: of the classifier, as a config.json names them.
+        params, stats: of all but the head.
+        preprocess: of its images.
+    """
+
+    system: str
+    config: Any
+    params: Params
+    stats: Params
+    preprocess: ImagePreprocessing
+
+
+def at_size(preprocess: ImagePreprocessing, size: int | None) -> ImagePreprocessing:
+    """The preprocessing for images of `size` x `size`; as it is for None."""
+    return preprocess if size is None or preprocess.size == (size, size) else preprocess.at_size(size)
+
+
+class ImageClassifier(Model):
+    """A network with an affine layer called "head", or without one (num_classes=0)."""
+
+    @classmethod
+    @abc.abstractmethod
+    def classifier(cls, config: Any) -> Any:
+        """The network as an `mmjax.training.classification.Classifier`."""
+
+    @classmethod
+    @abc.abstractmethod
+    def layers(cls, config: Any) -> tuple[tuple[str, ...], ...]:
+        """Globs of parameter paths by depth: what is before the blocks, each block, all behind them with the head.
+
+        Every parameter fits one of them; a glob may fit none.
+        """
+
+    @abc.abstractmethod
+    def pooled(self, variables: Mapping[str, Any], pixels: Float[Array, "b height width 3"]) -> Float[Array, "b d"]:
+        """What the head sees, in evaluation; a pure function."""
+
+    def classify(self, images: Any, labels: Sequence[str] | None = None, top: int = 5) -> list[list[tuple[str, float]]]:
+        """The most probable classes of each image with their probabilities, the best first.
+
+        labels: the names of the head's classes, in its order; None: their numbers.
+        Raises MmjaxError if there is no head, or another number of names than classes.
+        """
+        classes = self.config.num_classes
+        if not classes:
+            raise MmjaxError(f"this {self.system} has no classification head (num_classes=0): it cannot classify")
+        names = [str(i) for i in range(classes)] if labels is None else list(labels)
+        if len(names) != classes:
+            raise MmjaxError(f"labels: {len(names)} names for the {classes} classes of the head")
+        logits = self.forward(pixel_values=self.pixels(images))["logits"]
+        values, indices = jax.lax.top_k(jax.nn.softmax(logits), min(top, classes))
+        return [[(names[i], p) for i, p in zip(*row)] for row in zip(indices.tolist(), values.tolist())]

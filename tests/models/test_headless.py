@@ -1,0 +1,175 @@
+"""Every image encoder as a classifier without its head: the same features, every leaf in one layer, other sizes."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from backbones import BACKBONES, backbone
+
+from mmjax import tree
+from mmjax.data.preprocess import ImagePreprocessing
+from mmjax.errors import MmjaxError
+from mmjax.models import SYSTEMS
+from mmjax.models.handle import Model, unit
+from mmjax.models.image_classifier import Headless
+from mmjax.nn.positions import interpolate
+
+CLASSES = 3
+
+
+def kind_of(start: Headless) -> Any:
+    return next(system for system in SYSTEMS if system.name == start.system).model
+
+
+def pixels_of(start: Headless, count: int = 2) -> jax.Array:
+    assert start.preprocess.size is not None
+    return jnp.asarray(np.random.default_rng(5).normal(size=(count, *start.preprocess.size, 3)), jnp.float32)
+
+
+def with_head(start: Headless, width: int) -> Any:
+    rng = np.random.default_rng(6)
+    head = {"kernel": rng.normal(size=(width, CLASSES)), "bias": rng.normal(size=CLASSES)}
+    params = {**start.params, "head": jax.tree.map(np.float32, head)}
+    return kind_of(start)(start.config, params, start.stats, preprocess=start.preprocess)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_encoder_is_the_same_and_the_head_is_on_top(name):
+    model = backbone(name)
+    start = model.headless(CLASSES)
+    kind, pixels = kind_of(start), pixels_of(start)
+    wanted = tree.flatten(kind.shapes(start.config))
+    given = tree.flatten({"params": start.params} | ({"stats": start.stats} if start.stats else {}))
+    assert wanted.keys() - given.keys() == {"params/head/kernel", "params/head/bias"} and given.keys() <= wanted.keys()
+    assert {path: np.shape(leaf) for path, leaf in given.items()} == {path: wanted[path].shape for path in given}
+
+    width = wanted["params/head/kernel"].shape[0]
+    whole = with_head(start, width)
+    pooled = whole.pooled(whole.variables, pixels)
+    assert pooled.shape == (2, width) and pooled.dtype == jnp.float32
+    logits = pooled @ whole.params["head"]["kernel"] + whole.params["head"]["bias"]
+    np.testing.assert_allclose(whole.forward(pixel_values=pixels)["logits"], logits, rtol=1e-4, atol=1e-5)
+    trained, _ = kind.classifier(start.config).logits(whole.params, whole.stats, pixels, train=False)
+    np.testing.assert_allclose(trained, logits, rtol=1e-4, atol=1e-5)
+
+    told = model.forward(pixel_values=pixels)
+    if name == "dino":
+        tokens = told["last_hidden_state"]
+        features = jnp.concatenate([tokens[:, 0], tokens[:, 1:].mean(1)], -1)
+    elif name in ("vit", "deit"):
+        features = told["last_hidden_state"][:, 0]
+    elif name == "resnet":
+        features = told["pooler_output"][:, 0, 0]
+    elif name.startswith("clip"):
+        features = pooled if name == "clip_resnet" else pooled @ model.params["vision"]["projection"]["kernel"]
+        features, told = unit(features), {"pooler_output": told["image_embeds"]}
+    else:
+        features = told["pooler_output"]
+    ours = features if name.startswith("clip") else pooled
+    theirs = told["pooler_output"] if name.startswith("clip") else features
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert np.std(np.asarray(ours)) > 1e-3
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_parameter_is_in_one_layer(name):
+    start = backbone(name).headless(CLASSES)
+    kind = kind_of(start)
+    layers = kind.layers(start.config)
+    paths = tree.flatten(kind.shapes(start.config)["params"])
+    depth = {}
+    for path in paths:
+        inside = [i for i, globs in enumerate(layers) if any(tree.matches(path, glob) for glob in globs)]
+        assert len(inside) == 1, (path, inside)
+        depth[path] = inside[0]
+    assert set(depth.values()) == set(range(len(layers)))
+    assert depth["head/kernel"] == depth["head/bias"] == len(layers) - 1
+    blocks = {path.split("block")[1].split("/")[0]: i for path, i in depth.items() if "encoder/block_" in path}
+    assert all(int(number.strip("_")) + 1 == i for number, i in blocks.items())
+
+
+def test_layers_of_a_resnet_by_hand():
+    start = backbone("resnet").headless(CLASSES)
+    assert kind_of(start).layers(start.config) == (
+        ("stem_conv/**", "stem_bn/**"),
+        ("stage1_block0/**",),
+        ("stage2_block0/**",),
+        ("stage2_block1/**",),
+        ("head/**",),
+    )
+
+
+@pytest.mark.parametrize("name, side, table", [("clip_vit", 44, ()), ("clip_resnet", 96, ("attnpool",))])
+def test_clip_at_another_size(name, side, table):
+    """The table is brought to the new grid once; what another size of a ViT does is tested with the ViT."""
+    model = backbone(name)
+    start = model.headless(CLASSES, side)
+    assert start.config.image_size == side and start.preprocess.size == (side, side)
+    old, new = model.params["vision"], start.params["tower"]
+    for key in table:
+        old, new = old[key], new[key]
+    grid = 2 if name == "clip_vit" else 1
+    moved = interpolate(jnp.asarray(old["positions"]), (grid, grid), (side // 11, side // 11) if grid == 2 else (3, 3),
+                        "bicubic_antialias", prefix=1)  # fmt: skip
+    np.testing.assert_array_equal(new["positions"], moved)
+    whole = with_head(start, 12 if name == "clip_vit" else 5)
+    assert np.isfinite(whole.forward(pixel_values=pixels_of(start))["logits"]).all()
+    with pytest.raises(MmjaxError, match=r"whole patches, \d+ pixels a side; not 50 x 50"):
+        model.headless(CLASSES, 50)
+
+
+def test_a_vit_at_another_size_interpolates_in_the_call():
+    model = backbone("dino")
+    start = model.headless(CLASSES, 55)
+    np.testing.assert_array_equal(start.params["positions"], model.params["positions"])
+    pixels = pixels_of(start)
+    assert pixels.shape == (2, 55, 55, 3)
+    whole = with_head(start, 24)
+    token = model.forward(pixel_values=pixels)["last_hidden_state"][:, 0]
+    np.testing.assert_allclose(whole.pooled(whole.variables, pixels)[:, :12], token, rtol=1e-5, atol=1e-6)
+    with pytest.raises(MmjaxError, match="a multiple of 11 can"):
+        model.headless(CLASSES, 50)
+
+
+def test_a_dinov2_with_a_head_is_hugging_faces(tmp_path):
+    """Its export is a Dinov2ForImageClassification: the head reads the class token and the mean of the patches."""
+    import mmjax
+
+    whole = with_head(backbone("dino").headless(CLASSES), 24)
+    whole = whole.replace(config=dataclasses.replace(whole.config, hidden=24),
+                          params=tree.unflatten({k: np.zeros((*v.shape[:-1], 24), np.float32) if "mlp/up" in k else
+                                                 np.zeros((24, 12), np.float32) if "mlp/down/kernel" in k else v
+                                                 for k, v in tree.flatten(whole.params).items()}))  # fmt: skip
+    mmjax.export(whole, tmp_path)
+    again = mmjax.load(tmp_path)
+    pixels = pixels_of(backbone("dino").headless(CLASSES))
+    np.testing.assert_array_equal(
+        again.forward(pixel_values=pixels)["logits"], whole.forward(pixel_values=pixels)["logits"]
+    )
+
+
+def test_what_has_no_image_encoder_says_so():
+    class Texts(Model):
+        system = "texts"
+        build = example = outputs = None  # type: ignore[assignment]
+
+    with pytest.raises(MmjaxError, match="texts has no image encoder"):
+        Texts({}, {}).headless(3)
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (ImagePreprocessing(256, (224, 224)), ImagePreprocessing(64, (56, 56))),
+        (ImagePreprocessing((224, 224), None), ImagePreprocessing((56, 56), None)),
+        (ImagePreprocessing((256, 240), (224, 224)), ImagePreprocessing((64, 60), (56, 56))),
+        (ImagePreprocessing(None, None), ImagePreprocessing((56, 56), None)),
+        (ImagePreprocessing(None, (224, 224)), ImagePreprocessing(56, (56, 56))),
+    ],
+)
+def test_preprocessing_at_another_size(before, after):
+    assert before.at_size(56) == after and after.size == (56, 56)
+    assert ImagePreprocessing(224, None).size is None
