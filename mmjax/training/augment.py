@@ -183,12 +183,14 @@ class View:
 
     def __call__(self, key: PRNGKeyArray, image: Array) -> Float[Array, "size size 3"]:
         """image: uint8 [height, width, 3], or float in [0, 1]. Operations that never happen are not computed."""
-        keys = {name: jax.random.fold_in(key, i) for i, name in enumerate(STAGES)}
+        # Of each stage a key for whether, and one for how: a split of the one is no fold of the other.
+        pairs = {name: jax.random.split(jax.random.fold_in(key, i)) for i, name in enumerate(STAGES)}
+        chances, keys = ({name: pair[i] for name, pair in pairs.items()} for i in range(2))
         box = random_box(keys["crop"], image.shape[:2], self.scale, self.ratio)  # type: ignore[arg-type]
         x = resized_crop(to_unit(image), box, self.size, self.filter)
 
         def sometimes(x: Image, name: str, p: float, changed: Image) -> Image:
-            return jnp.where(jax.random.bernoulli(jax.random.fold_in(keys[name], 1), p), changed, x)
+            return jnp.where(jax.random.bernoulli(chances[name], p), changed, x)
 
         if self.grey_first and self.grey_p:
             x = sometimes(x, "grey", self.grey_p, color.to_grey(x))
@@ -200,7 +202,7 @@ class View:
             low, high = self.blur_sigma
             sigma = jax.random.uniform(keys["blur"], (), minval=low, maxval=high)
             # The rare plain image is blurred by an identity: one matrix is chosen, not two images computed.
-            sigma = jnp.where(jax.random.bernoulli(jax.random.fold_in(keys["blur"], 1), self.blur_p), sigma, 1e-3)
+            sigma = jnp.where(jax.random.bernoulli(chances["blur"], self.blur_p), sigma, 1e-3)
             x = gaussian_blur(x, sigma, high)
         if self.solarise_p:
             x = sometimes(x, "solarise", self.solarise_p, color.solarise(x))

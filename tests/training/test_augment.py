@@ -1,7 +1,9 @@
 """Device-side views: each operation against PIL or plain formulas, the draws by counting, the same bits anywhere."""
 
+import collections
 import colorsys
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -181,6 +183,61 @@ def test_a_box_that_never_fits_is_the_largest_central_one():
     np.testing.assert_array_equal(box, [0, 44, 10, 13])
 
 
+@pytest.fixture(scope="module")
+def jitters() -> np.ndarray:
+    """[N, 8]: what the jitter draws: three factors, the shift of hue, the order of three, the place of hue."""
+
+    def told(image, factors, shift, order, hue_at):
+        return jnp.concatenate([factors, shift[None], order.astype(jnp.float32), hue_at[None].astype(jnp.float32)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(color, "colour_jitter", told)
+        draw = lambda key: color.random_colour_jitter(key, jnp.zeros((1, 1, 3)), (0.4, 0.3, 1.5, 0.2))  # noqa: E731
+        return np.asarray(jax.vmap(draw)(KEYS))
+
+
+def test_each_order_of_a_jitter_is_as_likely(jitters):
+    orders = collections.Counter()
+    for *order, hue_at in jitters[:, 4:].astype(int).tolist():
+        order.insert(hue_at, 3)
+        assert sorted(order) == [0, 1, 2, 3]
+        orders[tuple(order)] += 1
+    assert set(orders) == set(itertools.permutations(range(4)))
+    assert all(within(count, N, 1 / 24) for count in orders.values())
+
+
+def test_jitter_draws_evenly_in_the_ranges_of_torchvision(jitters):
+    ranges = [(0.6, 1.4), (0.7, 1.3), (0.0, 2.5), (-0.2, 0.2)]  # a factor is never negative
+    for drawn, (low, high) in zip(jitters.T, ranges):
+        assert low <= drawn.min() and drawn.max() <= high
+        for share in (0.05, 0.25, 0.5, 0.75, 0.95):
+            assert within(int((drawn < low + share * (high - low)).sum()), N, share)
+    # None follows from another: each half of one is cut in halves by the others.
+    upper = jitters > np.median(jitters, 0)
+    for one, other in itertools.combinations(range(4), 2):
+        assert within(int((upper[:, one] == upper[:, other]).sum()), N, 0.5), (one, other)
+    first_is_brightness = jitters[:, 4] == 0
+    for i in range(4):
+        assert within(int(upper[first_is_brightness, i].sum()), int(first_is_brightness.sum()), 0.5), i
+
+
+def test_a_views_hue_turns_evenly_and_as_often_as_told():
+    """Of a flat image whose hue is a third of the circle, in a jitter of hue alone. How far it turns does not follow
+    from its happening: one draw for both would leave out the turns of the rarer side."""
+    flat = jnp.broadcast_to(jnp.asarray([0.2, 0.8, 0.2]), (5, 5, 3))
+    view = View(5, **(PLAIN | {"jitter": (0.0, 0.0, 0.0, 0.1), "jitter_p": 0.8}))
+    found = np.asarray(jax.jit(jax.vmap(view, (0, None)))(KEYS, flat))[:, 2, 2]
+    hues, saturations, values = np.array([colorsys.rgb_to_hsv(*rgb) for rgb in found.tolist()]).T
+    np.testing.assert_allclose(saturations, 0.75, atol=1e-5)
+    np.testing.assert_allclose(values, 0.8, atol=1e-5)
+    turned = hues - 1 / 3
+    moved = np.abs(turned) > 1e-6
+    assert within(int(moved.sum()), N, 0.8)
+    assert np.abs(turned).max() <= 0.1 + 1e-5
+    for bound in (-0.08, -0.05, 0.0, 0.05, 0.08):
+        assert within(int((turned[moved] < bound).sum()), int(moved.sum()), (bound + 0.1) / 0.2), bound
+
+
 def test_jitter_draws_brightness_factors_evenly():
     mid = jnp.full((2, 2, 3), 0.5)
     only_brightness = jax.vmap(lambda key: color.random_colour_jitter(key, mid, (0.4, 0.0, 0.0, 0.0)))(KEYS)
@@ -227,13 +284,48 @@ def test_two_views_differ_and_compile_once():
     assert np.abs(np.asarray(out["view_1"] - out["view_2"])).max((1, 2, 3)).min() > 0.1
 
 
-def test_no_draw_is_shared_between_operations():
-    """Leaving the blur out changes neither crop nor colours nor flip of a view that was not blurred."""
-    keys, image = KEYS[:40], jnp.asarray(pixels(8))
-    with_blur, without = View(11, jitter_p=0.8, grey_p=0.2, blur_p=0.5), View(11, jitter_p=0.8, grey_p=0.2)
-    first, second = (np.asarray(jax.jit(jax.vmap(v, (0, None)))(keys, image)) for v in (with_blur, without))
-    same = np.abs(first - second).max((1, 2, 3)) < 1e-4
-    assert 8 <= same.sum() <= 36
+OPERATIONS: dict[str, dict[str, Any]] = {
+    "grey": {"grey_p": 0.5},
+    "jitter": {"jitter_p": 0.5},
+    "blur": {"blur_p": 0.5, "blur_sigma": (0.5, 2.0)},
+    "solarise": {"solarise_p": 0.5},
+    "flip": {"flip_p": 0.5},
+}
+
+
+@pytest.fixture(scope="module")
+def happened() -> dict[str, np.ndarray]:
+    """In which of N views each operation happens, found with no other operation there."""
+    image = pixels(6, 13, 13) / 255
+    return {name: np.abs(views(**fields) - image).max((1, 2, 3)) > 1e-4 for name, fields in OPERATIONS.items()}
+
+
+@pytest.mark.parametrize("one, other", list(itertools.combinations(OPERATIONS, 2)))
+def test_no_draw_is_shared_between_operations(happened, one, other):
+    """One draw for both would make them happen together, or never, or in another share than a quarter."""
+    assert within(int((happened[one] & happened[other]).sum()), N, 0.25)
+
+
+@pytest.fixture(scope="module")
+def everything() -> np.ndarray:
+    return views(**{key: value for fields in OPERATIONS.values() for key, value in fields.items()})
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_leaving_an_operation_out_changes_no_other(happened, everything, name):
+    """A view with all of them and one without this one differ where this one happens by itself, and nowhere else."""
+    rest = {key: value for other in OPERATIONS if other != name for key, value in OPERATIONS[other].items()}
+    changed = np.abs(everything - views(**rest)).max((1, 2, 3)) > 1e-4
+    assert not (changed & ~happened[name]).any()
+    # A few views have become too dark for solarising to find a bright pixel.
+    assert changed.sum() > 0.9 * happened[name].sum()
+
+
+def test_how_strong_a_blur_is_does_not_follow_from_its_being_there(happened):
+    image = pixels(6, 13, 13) / 255
+    strength = np.abs(views(**OPERATIONS["blur"] | {"blur_p": 1.0}) - image).mean((1, 2, 3))
+    stronger = strength > np.median(strength)
+    assert within(int(stronger[happened["blur"]].sum()), int(happened["blur"].sum()), 0.5)
 
 
 def test_a_batch_without_images_is_named():
