@@ -1,4 +1,4 @@
-"""Convolutions and a whole ResNet-50: ours against XLA's own convolution and PyTorch, on CPU.
+"""Convolutions: ours against XLA's own and PyTorch's, on CPU (a whole ResNet-50: networks.py).
 
     python -m experiments.benchmarks.convolution --rounds 5
 
@@ -10,8 +10,6 @@ forward and backward, in units of the same for one.
 import argparse
 import dataclasses
 import statistics
-import time
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,12 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mmjax.models.resnet.network import ResNet, ResNetConfig
+from experiments.benchmarks.timing import Timed, alternate, ratio
 from mmjax.nn.convolution import conv
-from mmjax.training.optimizer import sgd
-
-Timed = Callable[[], Any]
-STEP = {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,27 +48,6 @@ LAYERS = (
     Layer("3x3, 7 px", 7, 512, 512, 3),
     Layer("3x3, 32 groups, 28 px", 28, 256, 256, 3, 1, 32),
 )
-
-
-def alternate(sides: Mapping[str, Timed], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side in each round, after one call of each that is not counted."""
-    for side in sides.values():
-        side()
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            side()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
-    """The median over rounds of one side's time by another's."""
-    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base]))
-
-
-# ------------------------------------------------------------------------------------------------------------- a layer
 
 
 def xla_conv(x: Any, kernel: Any, layer: Layer) -> Any:
@@ -156,104 +129,6 @@ def layer_row(layer: Layer, batch: int, rounds: int, with_arms: bool) -> str:
     return " ".join(cells)
 
 
-# --------------------------------------------------------------------------------------------------------- a whole net
-
-
-def resnet50_ours(batch: int, size: int = 224) -> tuple[Timed, Timed]:
-    """(forward in eval mode, training step with SGD and batch statistics); each call waits for its result."""
-    module = ResNet(ResNetConfig.r50())
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(batch, size, size, 3)), jnp.float32)
-    labels = jnp.asarray(rng.integers(0, 1000, batch))
-    variables = jax.jit(module.init)(jax.random.key(0), x[:1])
-    optimizer = sgd(**STEP)
-    forward = jax.jit(lambda variables, x: module.apply(variables, x)["logits"])
-
-    def step(params: Any, stats: Any, opt_state: Any, x: Any, labels: Any) -> Any:
-        def loss(params: Any) -> Any:
-            given = {"params": params, "batch_stats": stats}
-            out, new = module.apply(given, x, train=True, mutable=["batch_stats"])
-            chances = jax.nn.log_softmax(out["logits"])
-            return -jnp.mean(jnp.take_along_axis(chances, labels[:, None], 1)), new["batch_stats"]
-
-        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return jax.tree.map(jnp.add, params, updates), stats, opt_state, value
-
-    compiled = jax.jit(step, donate_argnums=(0, 1, 2))
-    copy = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), (variables["params"], variables["batch_stats"]))
-    state = [*copy, jax.jit(optimizer.init)(copy[0])]
-
-    def train() -> Any:
-        *state[:], value = compiled(*state, x, labels)
-        return jax.block_until_ready(value)
-
-    return lambda: jax.block_until_ready(forward(variables, x)), train
-
-
-def resnet50_torch(batch: int, size: int = 224) -> tuple[Timed, Timed]:
-    """The same in PyTorch; torchvision's network, written here because torchvision may not be installed."""
-    import torch
-    from torch import nn
-
-    def conv_norm(inside: int, out: int, kernel: int, stride: int = 1) -> list[Any]:
-        return [nn.Conv2d(inside, out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(out)]
-
-    class Bottleneck(nn.Module):
-        def __init__(self, inside: int, planes: int, stride: int):
-            super().__init__()
-            relu = nn.ReLU(inplace=True)
-            first, second = conv_norm(inside, planes, 1), conv_norm(planes, planes, 3, stride)
-            self.branch = nn.Sequential(*first, relu, *second, relu, *conv_norm(planes, 4 * planes, 1))
-            changes = stride != 1 or inside != 4 * planes
-            self.shortcut = nn.Sequential(*conv_norm(inside, 4 * planes, 1, stride)) if changes else nn.Identity()
-            self.relu = relu
-
-        def forward(self, x: Any) -> Any:
-            return self.relu(self.branch(x) + self.shortcut(x))
-
-    blocks, inside = [], 64
-    for stage, (count, planes) in enumerate(zip((3, 4, 6, 3), (64, 128, 256, 512))):
-        for i in range(count):
-            blocks.append(Bottleneck(inside, planes, 2 if stage and not i else 1))
-            inside = 4 * planes
-    stem = [*conv_norm(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, 1000)]
-    model = nn.Sequential(*stem, *blocks, *head)
-    x, labels = torch.randn(batch, 3, size, size), torch.randint(0, 1000, (batch,))
-    told = {"lr": STEP["learning_rate"], "momentum": STEP["momentum"], "weight_decay": STEP["weight_decay"]}
-    optimizer = torch.optim.SGD(model.parameters(), **told)
-
-    def forward() -> Any:
-        model.eval()
-        with torch.no_grad():
-            return model(x)
-
-    def train() -> Any:
-        model.train()
-        optimizer.zero_grad()
-        value = nn.functional.cross_entropy(model(x), labels)
-        value.backward()
-        optimizer.step()
-        return value.item()
-
-    return forward, train
-
-
-def net_rows(batch: int, rounds: int) -> list[str]:
-    ours, theirs = resnet50_ours(batch), resnet50_torch(batch)
-    rows = []
-    for name, mine, other in zip(("forward", "training step"), ours, theirs):
-        seconds = alternate({"torch": other, "ours": mine}, rounds)
-        each = [a / b for a, b in zip(seconds["ours"], seconds["torch"])]
-        rows.append(
-            f"ResNet-50 {name:14} torch {1e3 * statistics.median(seconds['torch']):6.0f} ms   ours "
-            f"{1e3 * statistics.median(seconds['ours']):6.0f} ms   x {statistics.median(each):.2f} of PyTorch's time "
-            f"({min(each):.2f} to {max(each):.2f})"
-        )
-    return rows
-
-
 def main() -> None:
     import torch
 
@@ -261,18 +136,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", choices=("all", "layers", "net"), default="all")
     parser.add_argument("--arms", action=argparse.BooleanOptionalAction, default=True, help="measure vmap and lax.map")
     told = parser.parse_args()
     torch.set_num_threads(told.threads)
-    if told.only != "net":
-        print(f"batch {told.batch_size}, float32, ms, median of {told.rounds} rounds on {jax.default_backend()}")
-        heads = ("forward: torch, xla, ours, ratio", "backward: the same", "x4: xla, ours; vmap, map")
-        print(" " * 22, *(f"{head:>31}" for head in heads))
-        for layer in LAYERS:
-            print(layer_row(layer, told.batch_size, told.rounds, told.arms), flush=True)
-    if told.only != "layers":
-        print(*net_rows(told.batch_size, told.rounds), sep="\n")
+    print(f"batch {told.batch_size}, float32, ms, median of {told.rounds} rounds on {jax.default_backend()}")
+    heads = ("forward: torch, xla, ours, ratio", "backward: the same", "x4: xla, ours; vmap, map")
+    print(" " * 22, *(f"{head:>31}" for head in heads))
+    for layer in LAYERS:
+        print(layer_row(layer, told.batch_size, told.rounds, told.arms), flush=True)
 
 
 if __name__ == "__main__":

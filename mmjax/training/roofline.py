@@ -175,6 +175,12 @@ def loop_factor(jaxpr: Any) -> float:
     return full / once if once else 1.0
 
 
+def matrix_flops(jaxpr: Any) -> float:
+    """Operations of a traced program's matrix products and convolutions, loops as often as they turn: what published
+    figures of efficiency count. A fused attention kernel's are not among them."""
+    return _matrix_work(jaxpr)[1]
+
+
 def _matrix_work(jaxpr: Any) -> tuple[float, float]:
     """Operations of products and convolutions: (loop bodies once, as often as they run)."""
     once = full = 0.0

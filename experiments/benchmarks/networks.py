@@ -1,0 +1,173 @@
+"""ResNet-50, ViT-B/16 and CLIP B/32: a forward pass and a training step, ours against transformers on PyTorch.
+
+    python -m experiments.benchmarks.networks --rounds 7
+
+Random weights, 224 px, batch 8; float32 on a CPU, with as many threads for PyTorch as the process may use, bfloat16 on
+an accelerator. Our step is the library's own `train_step` under its `jit` lift, with its check for finite updates; the
+other side's is forward, backward and torch's optimizer (networks_torch.py). The sides alternate, so that a change in
+the machine's load meets both; the ratio is the median over rounds, and only ratios mean anything.
+
+TFLOP/s counts matrix products and convolutions, as published figures do, against the speed of one large product
+measured in the same run. What a GPU's fused attention kernel does is not counted (under 5 % of these networks).
+"""
+
+import argparse
+import dataclasses
+import functools
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks.timing import Timed, alternate, ratio
+from mmjax.models.clip.network import CLIP as CLIPNetwork
+from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from mmjax.models.clip.pretrain import CLIP
+from mmjax.models.handle import unit
+from mmjax.models.resnet.network import ResNetConfig
+from mmjax.models.resnet.supervised import ResNetClassifier
+from mmjax.models.vit.network import ViTConfig
+from mmjax.models.vit.supervised import ViTClassifier
+from mmjax.training.classification import Classification
+from mmjax.training.lift import JitLift
+from mmjax.training.optimizer import Optimizer, adamw, sgd
+from mmjax.training.roofline import matrix_flops
+from mmjax.training.state import create_state
+from mmjax.training.step import train_step
+
+NAMES = {"resnet": "ResNet-50", "vit": "ViT-B/16", "clip": "CLIP B/32"}
+CLASSES, SIDE, WORDS = 1000, 224, 77
+SGD: dict[str, Any] = {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
+ADAMW: dict[str, Any] = {"learning_rate": 1e-4, "weight_decay": 0.05}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is timed; the published sizes, or such as show in seconds that the script runs (`--tiny`)."""
+
+    blocks: tuple[int, ...] = (3, 4, 6, 3)
+    depth: int = 12
+
+
+def data(name: str, batch: int) -> dict[str, np.ndarray]:
+    """Normalised images, and labels or texts."""
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(batch, SIDE, SIDE, 3)).astype(np.float32)
+    if name != "clip":
+        return {"image": image, "label": rng.integers(0, CLASSES, batch).astype(np.int32)}
+    text = rng.integers(1, 49_000, (batch, WORDS))
+    text[:, 0], text[:, -1] = 49_406, 49_407
+    return {"image": image, "text": text.astype(np.int32)}
+
+
+def recipe(name: str, sizes: Sizes, dtype: Any) -> tuple[Any, Optimizer, Callable[..., Any]]:
+    """(method, optimizer, (params, stats, batch) -> logits in evaluation)."""
+    if name == "clip":
+        vision, text = CLIPVisionConfig(depth=sizes.depth), CLIPTextConfig(depth=sizes.depth)
+        method: Any = CLIP(CLIPConfig.b32(vision=vision, text=text, dtype=dtype))
+
+        def logits(params: Any, stats: Any, batch: Any) -> Any:
+            told: Any = CLIPNetwork(method.config).apply({"params": params}, batch["image"], batch["text"])
+            image, words = (unit(told[tower]["embeds"]) for tower in ("vision", "text"))
+            return jnp.exp(params["logit_scale"]) * image @ words.T
+
+        return method, Optimizer(adamw(**ADAMW)), logits
+    if name == "vit":
+        network: Any = ViTClassifier(ViTConfig.b16(num_classes=CLASSES, depth=sizes.depth, dtype=dtype))
+    else:
+        network = ResNetClassifier(ResNetConfig.r50(layers=sizes.blocks, dtype=dtype))
+    transform = adamw(**ADAMW) if name == "vit" else sgd(**SGD)
+    return (
+        Classification(network, CLASSES),
+        Optimizer(transform),
+        lambda params, stats, batch: network.logits(params, stats, batch["image"], train=False)[0],
+    )
+
+
+def ours(name: str, batch: int, sizes: Sizes, dtype: str) -> tuple[dict[str, Timed], dict[str, float]]:
+    """(what is timed: forward and step, the operations of each). Every call runs on one batch; the step keeps its
+    state."""
+    method, optimizer, forward = recipe(name, sizes, dtype)
+    step = functools.partial(train_step, method, optimizer)
+    lift, examples = JitLift(step), data(name, batch)
+    state = lift.place(jax.jit(lambda rng: create_state(method, optimizer, rng, examples))(jax.random.key(0)))
+    placed = lift.place_batch(examples)
+    given = jax.tree.map(jnp.copy, (state.params, state.stats))  # the step donates the state's own
+    work = {
+        "forward": matrix_flops(jax.make_jaxpr(forward)(*given, placed)),
+        "step": matrix_flops(jax.make_jaxpr(lambda state, batch: step(state, batch))(state, placed)),
+    }
+    compiled, held = jax.jit(forward), [state]
+
+    def train() -> None:
+        held[0], metrics = lift.step(held[0], placed)
+        jax.block_until_ready((metrics["loss"], held[0].params))
+
+    return {"forward": lambda: jax.block_until_ready(compiled(*given, placed)), "step": train}, work
+
+
+def peak(dtype: str, size: int, rounds: int = 5) -> float:
+    """Operations a second of one large matrix product: the best of some rounds of ten."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)) / size**0.5, dtype)
+    chain = jax.jit(lambda x, y: functools.reduce(lambda z, _: z @ y, range(10), x))
+    jax.block_until_ready(chain(x, x))
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(chain(x, x))
+        seconds.append(time.perf_counter() - start)
+    return 10 * 2 * size**3 / min(seconds)
+
+
+def rows(name: str, batch: int, rounds: int, sizes: Sizes, dtype: str, best: float, alone: bool) -> list[str]:
+    """Lines of the table."""
+    mine, work = ours(name, batch, sizes, dtype)
+    theirs: dict[str, Timed] = {}
+    if not alone:
+        from experiments.benchmarks import networks_torch
+
+        theirs = networks_torch.theirs(name, data(name, batch), sizes.blocks, sizes.depth, CLASSES, SGD, ADAMW)
+    lines = []
+    for what in ("forward", "step"):
+        sides = {"mmjax": mine[what]} | ({"PyTorch": theirs[what]} if theirs else {})
+        seconds = alternate(sides, rounds)
+        middle = {side: statistics.median(values) for side, values in seconds.items()}
+        rate = work[what] / middle["mmjax"]
+        other = "- | -"
+        if theirs:
+            each = [a / b for a, b in zip(seconds["mmjax"], seconds["PyTorch"])]
+            spread = f"{ratio(seconds, 'mmjax', 'PyTorch'):.2f} ({min(each):.2f} to {max(each):.2f})"
+            other = f"{1e3 * middle['PyTorch']:.1f} | {spread}"
+        lines.append(
+            f"| {NAMES[name]} | {what} | {1e3 * middle['mmjax']:.1f} | {other} "
+            f"| {rate / 1e12:.3g} | {100 * rate / best:.0f} % |"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--only", nargs="+", choices=list(NAMES), default=list(NAMES))
+    parser.add_argument("--alone", action="store_true", help="without PyTorch")
+    parser.add_argument("--tiny", action="store_true", help="a block a stage or a tower, to try the script")
+    told = parser.parse_args()
+    accelerated = jax.default_backend() != "cpu"
+    dtype = "bfloat16" if accelerated else "float32"
+    sizes = Sizes((1, 1, 1, 1), 1) if told.tiny else Sizes()
+    best = peak(dtype, 8192 if accelerated else 1024)
+    print(f"{jax.devices()[0].device_kind}, {dtype}, batch {told.batch}: one product does {best / 1e12:.3g} TFLOP/s\n")
+    print("| network | | mmjax ms | PyTorch ms | ratio | TFLOP/s | of the product's |\n|---|---|---|---|---|---|---|")
+    for name in told.only:
+        print(*rows(name, told.batch, told.rounds, sizes, dtype, best, told.alone), sep="\n", flush=True)
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""How sides are timed against each other: in turns, in one process."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Timed = Callable[[], Any]
+"""Runs once and waits for its result."""
+
+
+def alternate(sides: Mapping[str, Timed], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each side in each round, after one call of each that is not counted."""
+    for side in sides.values():
+        side()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
+    """The median over rounds of one side's time by another's."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base]))
