@@ -183,6 +183,12 @@ class PipelineIterator:
         """How many distinct bad records were met, by reason."""
         return {reason: len(indices) for reason, indices in self.bad.items()}
 
+    @property
+    def skipped(self) -> list[str]:
+        """The bad records met so far, each with its reason."""
+        name = self.pipeline.source.record_name
+        return [f"{name(index)} ({reason})" for reason, indices in self.bad.items() for index in indices]
+
     def get_state(self) -> dict[str, Any]:
         """What `set_state` needs, as JSON types; equal for equal histories, whatever the workers."""
         return self._identity() | {"step": self.step, "bad": {reason: list(rows) for reason, rows in self.bad.items()}}

@@ -96,7 +96,7 @@ class Model(abc.ABC):
         return {name: tree for name, tree in shapes.items() if tree}
 
     def weights(self) -> dict[str, Any]:
-        """What a run that begins with this model takes from it: see `mmjax.training.loop.LoadWeights`."""
+        """What a run that begins with this model takes from it: see `mmjax.training.experiment.LoadWeights`."""
         return {"params": self.params, "stats": self.stats}
 
     def headless(self, classes: int, size: int | None = None) -> Any:

@@ -27,9 +27,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mmjax.errors import MmjaxError
 from mmjax.training import ablation_report, checkpoint
 from mmjax.training.arms import How, choose, over_arms, stack, stacked_shapes, take
-from mmjax.training.experiment import ExperimentConfig, parse_overrides
+from mmjax.training.experiment import ExperimentConfig, LoadWeights, parse_overrides
 from mmjax.training.lift import Lift, create_lift, initialise
-from mmjax.training.loop import IN_FLIGHT, Interrupts, LoadWeights, adopt, write_config
+from mmjax.training.loop import IN_FLIGHT, Interrupts, adopt, write_config
 from mmjax.training.metrics import MetricsWriter, read_metrics
 from mmjax.training.optimizer import LEARNING_RATE_SCALE
 from mmjax.training.state import create_state
@@ -310,7 +310,7 @@ class _Ablation:
         for arm in group.arms:
             state = initialise(create, jax.random.key(arm.seed))
             if group.config.init_from is not None:
-                state, told = adopt(state, self.load_weights(group.config.init_from), group.config.init_from)
+                state, told = adopt(state, group.config.initial_weights(self.load_weights), group.config.init_from)
                 if arm is group.arms[0]:
                     self._say(told)
             chosen = {name: np.float32(value) for name, value in arm.hparams.items()}

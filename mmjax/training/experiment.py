@@ -5,7 +5,7 @@ import importlib.util
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
 import tyro
@@ -34,8 +34,16 @@ class Evaluation(Protocol):
         ...
 
 
+LoadWeights = Callable[[str], Mapping[str, Any]]
+"""path -> {"params", "stats", "ema", "queues": {name: {"keys", "cursor"}}}: nested dicts of arrays, all but the first
+optional."""
+
+
 class DataIterator(Protocol):
-    """Batches of this process's rows. The state between two batches can be taken and set again."""
+    """Batches of this process's rows. The state between two batches can be taken and set again.
+
+    May have `skipped`: what of the bad records met so far is told at the end of a run, a string each.
+    """
 
     def __iter__(self) -> Iterator[Batch]: ...
     def __next__(self) -> Batch: ...
@@ -100,6 +108,11 @@ class ExperimentConfig:
         """Writes what loading the model needs beside its weights (tokenizer.json), and returns what config.json says of
         it: {"tokenizer": "tokenizer.json", "preprocess": {...}}. By default nothing."""
         return {}
+
+    def initial_weights(self, load: LoadWeights) -> Mapping[str, Any]:
+        """What a fresh state takes from `init_from`, which is set; by default what is there, under the same paths."""
+        assert self.init_from is not None
+        return load(self.init_from)
 
 
 RECIPE = {

@@ -29,7 +29,7 @@ from rich.table import Table
 from mmjax import tree
 from mmjax.errors import MmjaxError
 from mmjax.training import checkpoint
-from mmjax.training.experiment import ExperimentConfig
+from mmjax.training.experiment import ExperimentConfig, LoadWeights
 from mmjax.training.lift import create_lift, gather_json, initialise
 from mmjax.training.metrics import MetricsWriter
 from mmjax.training.partition import FROZEN
@@ -40,10 +40,6 @@ IN_FLIGHT = 2
 """Steps dispatched ahead of the device: enough to keep it busy, few enough to bound the memory of their batches."""
 CONVERT_EVERY = 32
 """At most so many steps of metrics wait on the device: refused updates are noticed within them."""
-
-LoadWeights = Callable[[str], Mapping[str, Any]]
-"""path -> {"params", "stats", "ema", "queues": {name: {"keys", "cursor"}}}: nested dicts of arrays, all but the first
-optional."""
 
 
 def train(
@@ -188,7 +184,7 @@ class _Run:
             return restored.state, restored.step
         host = initialise(create, rng)
         if self.config.init_from is not None:
-            host, told = adopt(host, self.load_weights(self.config.init_from), self.config.init_from)
+            host, told = adopt(host, self.config.initial_weights(self.load_weights), self.config.init_from)
             self._say(told)
         return host, 0
 
@@ -258,6 +254,10 @@ class _Run:
     def _finish(self, reached: tuple[Any, int], start: int) -> dict[str, float]:
         state, step = reached
         self._drain()
+        skipped = list(getattr(self.data, "skipped", ()))
+        if skipped:
+            more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+            self._warn(f"{len(skipped)} bad records were skipped: {', '.join(skipped[:3])}{more}")
         if step < self.config.steps:
             self._plot()
             return self.last

@@ -60,7 +60,7 @@ def backbone(name: str) -> Any:
             return np.full(leaf.shape, 8, np.int32)
         noise = rng.normal(size=leaf.shape).astype(np.float32)
         if path.endswith(("kernel", "positions", "cls")):
-            return noise * (leaf.shape[-2] if len(leaf.shape) > 1 else 1) ** -0.5
+            return noise * float(np.prod(leaf.shape[:-1])) ** -0.5
         return np.abs(noise) + 0.5 if path.endswith(("var", "scale")) else 0.1 * noise
 
     drawn = tree.map_with_path(draw, kind.shapes(config))

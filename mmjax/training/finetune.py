@@ -1,0 +1,133 @@
+"""Fine-tuning a loaded network as a classifier: which layers move, how fast, and how what is frozen is run.
+
+Layers are lists of globs over parameter paths, by depth: what is before the blocks, each block, and all behind them
+with the head, as `mmjax.models.image_classifier.ImageClassifier.layers` gives them.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Literal, TypeAlias
+
+import jax.numpy as jnp
+import optax
+
+from mmjax import tree
+from mmjax.errors import MmjaxError
+from mmjax.training.classification import Classifier
+from mmjax.training.optimizer import Optimizer, Schedule, adamw, excluding, layer_decay
+from mmjax.training.partition import FROZEN, Partition
+from mmjax.types import Array, Float, Params, PRNGKeyArray
+
+Layers: TypeAlias = Sequence[Sequence[str]]
+Tune: TypeAlias = Literal["head", "all"] | int
+"""What is trained: the head alone; so many of the last blocks, what is behind them and the head; everything."""
+
+HEAD = "head/**"
+UNDECAYED = tuple(f"**/{name}" for name in ("positions", "cls", "distillation", "registers", "mask_token"))
+"""Tokens and position tables, which weight decay leaves alone, as it does biases and norms (timm's no_weight_decay)."""
+
+
+def depths(paths: Iterable[str], layers: Layers) -> dict[str, int]:
+    """Slash path -> the number of its layer. Raises MmjaxError for a path in none."""
+    found: dict[str, int] = {}
+    for path in paths:
+        inside = (i for i, globs in enumerate(layers) if any(tree.matches(path, glob) for glob in globs))
+        depth = next(inside, None)
+        if depth is None:
+            raise MmjaxError(f"{path} is in no layer")
+        found[path] = depth
+    return found
+
+
+def partition(params: Params, layers: Layers, tune: Tune) -> Partition:
+    """What `tune` freezes. params: without the head.
+
+    Raises MmjaxError: more blocks than the network has, or fewer than one.
+    """
+    blocks = len(layers) - 2
+    if tune == "all":
+        return Partition()
+    if tune == "head":
+        frozen = [glob for globs in layers for glob in globs if glob != HEAD]
+    elif isinstance(tune, int) and 1 <= tune <= blocks:
+        frozen = [glob for globs in layers[: 1 + blocks - tune] for glob in globs]
+    else:
+        raise MmjaxError(f"tune={tune}: head, all, or the last 1 to {blocks} blocks of this network")
+    paths = tree.flatten(params)
+    used = [glob for glob in frozen if any(tree.matches(path, glob) for path in paths)]
+    return Partition(dict.fromkeys(used, FROZEN))
+
+
+def tuning_optimizer(
+    learning_rate: Schedule,
+    layers: Layers,
+    tuned: Partition,
+    *,
+    weight_decay: float,
+    decay: float = 1.0,
+    clip_norm: float | None = 1.0,
+) -> Optimizer:
+    """AdamW whose rate falls by `decay` a layer, from the head down to the embeddings (BEiT, arXiv 2106.08254)."""
+    if not 0 < decay <= 1:
+        raise MmjaxError(f"layer_decay={decay}: above 0 and at most 1, which is none")
+    chain = adamw(learning_rate, weight_decay, mask=excluding(*UNDECAYED))
+    if decay < 1:
+        scale = layer_decay(decay, lambda path: depths([path], layers)[path], len(layers) - 1)
+        chain = optax.chain(chain, scale)
+    return Optimizer(chain, tuned, clip_norm)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredStatistics:
+    """A classifier that is always run as in evaluation: batch normalisation by the stored statistics, which stay as
+    they are, and nothing dropped. A frozen layer behind one that normalises by the batch would not be the same layer.
+    """
+
+    classifier: Classifier
+
+    def init(self, rng: PRNGKeyArray, pixels: Float[Array, "b height width 3"]) -> tuple[Params, Params]:
+        return self.classifier.init(rng, pixels)
+
+    def logits(
+        self,
+        params: Params,
+        stats: Params,
+        pixels: Float[Array, "b height width 3"],
+        *,
+        train: bool,
+        rng: PRNGKeyArray | None = None,
+        bn_groups: int = 1,
+        axis_name: str | None = None,
+    ) -> tuple[Float[Array, "b classes"], Params]:
+        return self.classifier.logits(params, stats, pixels, train=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadOnFeatures:
+    """A classifier of which only the head is computed, from features in the place of images.
+
+    What is frozen gives the same features in every epoch: they are computed once.
+
+    Attributes:
+        classifier: the whole network, which the parameters are of.
+        size: (height, width) of its images.
+    """
+
+    classifier: Classifier
+    size: tuple[int, int]
+
+    def init(self, rng: PRNGKeyArray, pixels: Float[Array, "b d"]) -> tuple[Params, Params]:
+        return self.classifier.init(rng, jnp.zeros((1, *self.size, 3), jnp.float32))
+
+    def logits(
+        self,
+        params: Params,
+        stats: Params,
+        pixels: Float[Array, "b d"],
+        *,
+        train: bool,
+        rng: PRNGKeyArray | None = None,
+        bn_groups: int = 1,
+        axis_name: str | None = None,
+    ) -> tuple[Float[Array, "b classes"], Params]:
+        return pixels @ params["head"]["kernel"] + params["head"]["bias"], stats
