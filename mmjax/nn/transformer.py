@@ -250,9 +250,35 @@ class Encoder(nn.Module):
         self, x: Float[Array, "b n d"], mask: Bool[Array, "#b #h #n n"] | None = None, train: bool = False
     ) -> list[Float[Array, "b n d"]]:
         """The input and the output of every block: depth + 1 arrays; what is not used is not kept by XLA."""
-        kind = nn.remat(TransformerBlock, static_argnums=(3,)) if self.remat else TransformerBlock
+        run = _rematerialised if self.remat else _plain
         states = [x]
         for i in range(self.depth):
             rate = self.drop_path * i / max(self.depth - 1, 1)
-            states.append(kind(**self.block, drop_path=rate, name=f"block_{i}")(states[-1], mask, train))
+            states.append(
+                run(TransformerBlock(**self.block, drop_path=rate, name=f"block_{i}"), states[-1], mask, train)
+            )
         return states
+
+
+def _plain(block: TransformerBlock, x: Array, mask: Array | None, train: bool) -> Array:
+    return block(x, mask, train)
+
+
+def _rematerialised(block: TransformerBlock, x: Array, mask: Array | None, train: bool) -> Array:
+    """The same, its activations computed again in the backward pass.
+
+    The gradient of x waits for those of the weights. TPU's scheduler would put the latter's products off to the end
+    of the step, beside a collective, and keep what they are made of: of every block, all that was computed again.
+    """
+
+    def run(block: TransformerBlock, x: Array, mask: Array | None) -> Array:
+        return block(x, mask, train)
+
+    def forward(block: TransformerBlock, x: Array, mask: Array | None) -> Any:
+        return nn.vjp(nn.remat(run), block, x, mask)
+
+    def backward(pull: Callable[[Array], Any], dy: Array) -> Any:
+        d_params, dx, *others = pull(dy)
+        return *jax.lax.optimization_barrier((d_params, dx)), *others
+
+    return nn.custom_vjp(run, forward, backward)(block, x, mask)

@@ -176,19 +176,44 @@ def test_dropout_acts_after_attention_and_twice_in_the_mlp(x):
 
 @pytest.mark.parametrize("train", [False, True])
 def test_remat_changes_no_number(x, train):
+    """Dropout, stochastic depth and a mask included."""
     fields = {"heads": H, "hidden": HIDDEN, "dropout": 0.2}
+    mask = jnp.asarray([[1] * N, [1] * (N - 2) + [0] * 2], bool)[:, None, None]
     found = []
     for remat in (False, True):
         encoder = Encoder(2, fields, drop_path=0.3, remat=remat)
         variables = initialised(encoder, x)
 
-        def total(variables, encoder=encoder):
-            states = encoder.apply(variables, x, None, train, rngs={"dropout": jax.random.key(47)})
+        def total(variables, x, encoder=encoder):
+            states = encoder.apply(variables, x, mask, train, rngs={"dropout": jax.random.key(47)})
             return (states[-1] ** 2).sum()
 
-        found.append(jax.jit(jax.value_and_grad(total))(variables))
+        found.append(jax.jit(jax.value_and_grad(total, (0, 1)))(variables, x))
     for one, other in zip(jax.tree.leaves(found[0]), jax.tree.leaves(found[1])):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_remat_keeps_the_inputs_of_blocks_alone(x):
+    """What the backward pass keeps beside the parameters: one array of x's size a block, and the last output."""
+
+    def kept(remat):
+        encoder = Encoder(3, {"heads": H, "hidden": HIDDEN}, remat=remat)
+        variables = initialised(encoder, x)
+        held = jax.tree.leaves(jax.vjp(lambda v: (encoder.apply(v, x)[-1] ** 2).sum(), variables)[1])
+        own = {leaf.shape for leaf in jax.tree.leaves(variables)}
+        return sum(leaf.size for leaf in held if leaf.shape not in own)
+
+    assert kept(True) <= 4 * x.size < kept(False) / 3
+
+
+def test_remat_finishes_a_block_before_it_begins_with_the_one_before(x):
+    """The gradient of a block's input passes a barrier together with the gradients of all its weights."""
+    encoder = Encoder(2, {"heads": H, "hidden": HIDDEN}, remat=True)
+    variables = initialised(encoder, x)
+    traced = jax.make_jaxpr(jax.grad(lambda v, x: encoder.apply(v, x)[-1].sum(), (0, 1)))(variables, x)
+    weights = len(jax.tree.leaves(variables["params"]["block_0"]))
+    barriers = [eqn for eqn in traced.eqns if eqn.primitive.name == "optimization_barrier"]
+    assert [len(eqn.invars) for eqn in barriers].count(weights + 1) >= 2
 
 
 def test_half_precision_blocks_stay_close(x):
