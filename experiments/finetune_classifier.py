@@ -31,6 +31,7 @@ from mmjax.data.sources import ArraySource
 from mmjax.data.transforms import RandomFlip, RandomResizedCrop, Resize
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.classification import ClassificationEvaluation
+from mmjax.evaluation.feature_cache import kept
 from mmjax.evaluation.features import Extractor
 from mmjax.models import SYSTEMS
 from mmjax.models.image_classifier import Headless, ImageClassifier
@@ -192,21 +193,27 @@ class Config(ExperimentConfig):
 
     @functools.cached_property
     def features(self) -> tuple[ArraySource | None, ArraySource | None]:
-        """What the head sees of the training and of the held-out images."""
+        """What the head sees of the training and of the held-out images; kept for the next run on them."""
         extract = Extractor(lambda params, stats, images: self._pooled(params, stats, images), batch_size=64)
-        found: list[ArraySource | None] = []
-        for name, folder in zip(("train", "held out"), self.folders):
+        variables, settings = (self.start.params, self.start.stats), (self.start.config, self.preprocess)
+
+        def source(name: str, folder: ImageFolder | None) -> ArraySource | None:
             if folder is None:
-                found.append(None)
-                continue
-            pipeline = self._read_once(folder)
-            features, columns = extract.from_pipeline(self.start.params, self.start.stats, pipeline)
+                return None
+
+            def compute() -> dict[str, np.ndarray]:
+                features, columns = extract.from_pipeline(*variables, self._read_once(folder))
+                return {"image": features, "label": columns["label"], "index": columns["index"]}
+
+            columns = kept(variables, settings, folder, compute)
             lost = sorted(set(range(len(folder))) - set(columns["index"].tolist()))
             told = f"; unreadable and left out: {', '.join(map(folder.record_name, lost[:3]))}" if lost else ""
             told += f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-            print(f"features of {len(features)} of {len(folder)} images ({name}){told}")
-            found.append(ArraySource(name=folder.name, image=features, label=columns["label"]))
-        return found[0], found[1]
+            print(f"features of {len(columns['index'])} of {len(folder)} images ({name}){told}")
+            return ArraySource(name=folder.name, image=columns["image"], label=columns["label"])
+
+        train, held_out = self.folders
+        return source("train", train), source("held out", held_out)
 
     def _pooled(self, params: Params, stats: Params, images: Array) -> Array:
         model = self.handle(dataclasses.replace(self.start.config, num_classes=0), params, stats)

@@ -87,7 +87,8 @@ def export(model: Model, folder: Source, layout: str = "hf") -> None:
     folder = pathlib.Path(folder)
     layouts = {candidate.name: candidate for candidate in _system(model.system, "export").layouts}
     if layout not in layouts:
-        raise MmjaxError(f"layout={layout!r}: {model.system} is exported as {', '.join(layouts)}")
+        known = ", ".join(layouts) or "no public layout; `mmjax.save` writes our own"
+        raise MmjaxError(f"layout={layout!r}: {model.system} is exported as {known}")
     chosen = layouts[layout]
     variables = {"params": model.params} | ({"stats": model.stats} if model.stats else {})
     arrays = save_table(chosen.table(model.config), jax.tree.map(np.asarray, variables))

@@ -10,10 +10,8 @@ import jax
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
 from mmjax.models.handle import Model
+from mmjax.training.finetune import HEAD as HEAD
 from mmjax.types import Array, Float, Params
-
-HEAD = "head/**"
-"""Where every classifier has its head: one affine layer, kernel [d, classes] and bias."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ Tune: TypeAlias = Literal["head", "all"] | int
 """What is trained: the head alone; so many of the last blocks, what is behind them and the head; everything."""
 
 HEAD = "head/**"
+"""Where every classifier has its head: one affine layer, kernel [d, classes] and bias."""
 UNDECAYED = tuple(f"**/{name}" for name in ("positions", "cls", "distillation", "registers", "mask_token"))
 """Tokens and position tables, which weight decay leaves alone, as it does biases and norms (timm's no_weight_decay)."""
 

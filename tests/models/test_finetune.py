@@ -30,6 +30,11 @@ BLOCKS = {"resnet": 3, "vit": 3, "clip_vit": 3, "moco": 3}
 CLASSES = 3
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setenv("MMJAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> pathlib.Path:
     """Real handwriting of three classes, 25 images each, 8 pixels brought to 22."""
