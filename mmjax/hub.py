@@ -276,7 +276,10 @@ def _load_same(
 
 
 def _load_checkpoint(workdir: pathlib.Path, place: pathlib.Path) -> Model:
-    """A run's trained parameters, not their momentum copy: of one step, or if `place` is the workdir of the newest."""
+    """A run's trained parameters: of one step, or if `place` is the workdir of the newest.
+
+    Not their momentum copy, unless config.json says "averaged": the run's weights are the average over its steps.
+    """
     from mmjax.training.checkpoint import load_params
 
     if not _is_own(workdir):
@@ -285,7 +288,10 @@ def _load_checkpoint(workdir: pathlib.Path, place: pathlib.Path) -> Model:
         raise MmjaxError(f"{workdir} holds neither {NAMES[0]} nor a checkpoint")
     kind, config, fields = _read_own_config(workdir)
     state = load_params(place)
-    arrays = flatten({"params": state["params"], "stats": state["stats"]})
+    params, stats = state["params"], state["stats"]
+    if (_read_json(workdir / "config.json") or {}).get("averaged"):
+        params, stats = state["ema"], state["averaged_stats"]
+    arrays = flatten({"params": params, "stats": stats})
     dtypes = {key: array.dtype for key, array in arrays.items()}
     return _assemble(kind, config, _load_same(kind, config, arrays, dtypes, str(place)), **fields)
 

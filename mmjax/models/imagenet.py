@@ -127,6 +127,8 @@ class ImageNetRecipe(ExperimentConfig, abc.ABC):
         return (told,)  # type: ignore[return-value]
 
     def save_assets(self, workdir: pathlib.Path) -> dict[str, Any]:
-        """labels.json: the names of the folders; and how images are brought to the network."""
+        """labels.json: the names of the folders; how images are brought to the network; and whether its weights are
+        averaged ones."""
         write_labels(self.folders[0].classes, workdir)
-        return {"preprocess": dataclasses.asdict(self.preprocess)}
+        averaged = self.classification.weight_ema is not None
+        return {"preprocess": dataclasses.asdict(self.preprocess), "averaged": averaged}

@@ -386,7 +386,8 @@ def load_params(path: Any) -> dict[str, Any]:
         path: `workdir/checkpoints/<step>`, or a workdir (its newest whole step).
 
     Returns:
-        {"params", "stats", "ema": nested dicts, "config": the workdir's config.json or None}.
+        {"params", "stats", "ema", "averaged_stats": nested dicts, "config": the workdir's config.json or None}.
+        averaged_stats: the batch statistics of averaged weights (`mmjax.training.classification`), which are "ema".
     """
     path = epath.Path(path)
     if not (path / MANIFEST).exists() and (path / FOLDER).is_dir():
@@ -396,11 +397,15 @@ def load_params(path: Any) -> dict[str, Any]:
         path = step_folder(path, newest)
     manifest = read_manifest(path)
     fields = ("params", "stats", "ema")
-    leaves = {key: told for key, told in manifest["leaves"].items() if key.split("/")[0] in fields}
+    averaged = "queues/averaged_stats/"
+    leaves = {
+        key: told for key, told in manifest["leaves"].items() if key.split("/")[0] in fields or key.startswith(averaged)
+    }
     nested = tree.unflatten(_read_arrays(path / "arrays", leaves))
     config = path.parent.parent / "config.json"
     told = json.loads(config.read_text()) if config.exists() else None
-    return {field: nested.get(field, {}) for field in fields} | {"config": told}
+    found = {field: nested.get(field, {}) for field in fields}
+    return found | {"averaged_stats": nested.get("queues", {}).get("averaged_stats", {}), "config": told}
 
 
 # ------------------------------------------------------------------------------------------------------------- write
