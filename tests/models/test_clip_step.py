@@ -1,0 +1,211 @@
+"""CLIP's whole training step: the same over lifts, with rematerialisation, and in chunks."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from mmjax import tree
+from mmjax.models.clip.modified_resnet import ModifiedResNetConfig
+from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from mmjax.models.clip.pretrain import CLIP
+from mmjax.training.lift import MeshConfig, create_lift
+from mmjax.training.optimizer import Optimizer, sgd
+from mmjax.training.state import create_state
+from mmjax.training.step import train_step
+
+# Widths that two devices can share; all else is prime.
+TEXT = CLIPTextConfig(context_length=13, vocab_size=541, width=6, depth=2, heads=3, hidden=10)
+VIT = CLIPConfig(CLIPVisionConfig(22, 11, 14, 2, 2, 26), TEXT, 7)
+RESNET = ModifiedResNetConfig(32, (1, 1, 1, 1), 4, 2)
+METHODS = {
+    "vit": CLIP(VIT, loss_blocks=2),
+    "modified": CLIP(CLIPConfig(RESNET, dataclasses.replace(TEXT, depth=1), 7, init_temperature=0.5)),
+}
+RATES = {"vit": 0.1, "modified": 0.01}
+"""Of SGD. Larger ones, or CLIP's own temperature, and batch normalisation multiplies rounding from step to step."""
+MESHES = {"data": MeshConfig(data=8), "fsdp": MeshConfig(data=4, fsdp=2, min_size=8)}
+LIFTS = [("vit", "pmap"), ("vit", "data"), ("vit", "fsdp"), ("modified", "pmap"), ("modified", "data")]
+SIZE, STEPS = 16, 5
+
+
+def batch(config: CLIPConfig, seed: int = 3) -> dict[str, np.ndarray]:
+    rng, side = np.random.default_rng(seed), config.image_size
+    ids = rng.integers(0, 530, (SIZE, 13))
+    ids[:, 0], ids[np.arange(SIZE), rng.integers(2, 13, SIZE)] = 539, 540
+    return {
+        "image": rng.integers(0, 256, (SIZE, side, side, 3)).astype(np.uint8),
+        "text": ids.astype(np.int32),
+    }
+
+
+def is_blind(path: str) -> bool:
+    """Biases of keys add the same to all of a query's scores, which a softmax does not see: their true gradient is 0,
+    and what is found there is rounding."""
+    return path.endswith(("attention/k/bias", "attnpool/k/bias"))
+
+
+def near(got: dict[str, Any], want: dict[str, Any], tolerance: float = 1e-5) -> None:
+    """By path: within `tolerance` of each array's own largest value."""
+    assert got.keys() == want.keys()
+    for path in want:
+        one, other = np.asarray(got[path], np.float64), np.asarray(want[path], np.float64)
+        assert np.abs(one - other).max() <= tolerance * np.abs(other).max(), path
+
+
+# --------------------------------------------------------------------------------------------------------------- lifts
+
+
+def started(method: CLIP, optimizer: Optimizer) -> Any:
+    """A state without a leaf that is nothing but zeros: a bias that starts at zero is only a sum of gradients, and
+    rounding is relative to the terms of a sum, not to what is left of them."""
+    state = jax.jit(lambda: create_state(method, optimizer, jax.random.key(0), batch(method.config)))()
+    rng = np.random.default_rng(5)
+
+    def draw(path: str, leaf: Any) -> Any:
+        return leaf + np.asarray(0.1 * rng.normal(size=leaf.shape), np.float32)
+
+    return state.replace(params=tree.map_with_path(draw, state.params))
+
+
+def flat(state: Any) -> dict[str, Any]:
+    leaves = tree.flatten({"params": state.params, "stats": state.stats})
+    return {path: np.asarray(leaf, np.float64).tolist() for path, leaf in leaves.items()}
+
+
+def run_lifts() -> dict[str, Any]:
+    """Metrics and leaves after some steps of each method under each lift; run in a process of 8 virtual devices.
+
+    With SGD: Adam divides each gradient by its own size, and so makes whole steps of what is nothing but rounding.
+    """
+    found: dict[str, Any] = {}
+    for name, method in METHODS.items():
+        optimizer = Optimizer(sgd(RATES[name], 0.9))
+        step = functools.partial(train_step, method, optimizer)
+        state = started(method, optimizer)
+        found[f"{name}/start"] = {"leaves": flat(state)}
+        for kind in ("jit", *(kind for method, kind in LIFTS if method == name)):
+            lift = create_lift("mesh" if kind in MESHES else kind, step, MESHES.get(kind))  # type: ignore[arg-type]
+            placed, metrics = lift.place(state), []
+            for seed in range(STEPS):
+                placed, told = lift.step(placed, lift.place_batch(batch(method.config, seed)))
+                metrics.append(lift.fetch_metrics(told))
+            cut = sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(placed.params))
+            found[f"{name}/{kind}"] = {"metrics": metrics, "leaves": flat(lift.fetch(placed)), "cut": cut}
+    return found
+
+
+@pytest.fixture(scope="module")
+def lifted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("clip") / "out.json"
+    here = pathlib.Path(__file__).resolve()
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (here.parents[2], here.parent))),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
+    code = "import json, sys, test_clip_step as t; open(sys.argv[1], 'w').write(json.dumps(t.run_lifts()))"
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, str(out)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize(("name", "lift"), LIFTS)
+def test_every_lift_is_the_same_step(lifted: dict[str, Any], name: str, lift: str):
+    one, many = lifted[f"{name}/jit"], lifted[f"{name}/{lift}"]
+    for own, other in zip(one["metrics"], many["metrics"], strict=True):
+        assert own.keys() == other.keys()
+        np.testing.assert_allclose(other["loss"], own["loss"], rtol=1e-5)
+        for metric in own:
+            # The bound is a difference, log N - loss, near zero at the start.
+            np.testing.assert_allclose(other[metric], own[metric], rtol=1e-4, atol=1e-5, err_msg=metric)
+    near(many["leaves"], one["leaves"])
+    assert (many["cut"] > 10) == (lift != "data")
+
+
+@pytest.mark.parametrize(("name", "lift"), [("vit", "jit"), ("modified", "jit"), *LIFTS])
+def test_every_leaf_moves_far_and_as_far_under_every_lift(lifted: dict[str, Any], name: str, lift: str):
+    """Beside the leaves themselves, of which five steps are a part."""
+
+    def moves(kind: str) -> dict[str, np.ndarray]:
+        start, end = (lifted[f"{name}/{which}"]["leaves"] for which in ("start", kind))
+        return {path: np.asarray(end[path]) - np.asarray(leaf) for path, leaf in start.items()}
+
+    found, wanted = moves(lift), moves("jit")
+    blind = {path for path in wanted if is_blind(path)}
+    assert len(blind) == {"vit": 4, "modified": 2}[name]
+    assert all(np.abs(found.pop(path)).max() < 1e-6 and wanted.pop(path) is not None for path in blind)
+    assert min(np.abs(move).max() for move in wanted.values()) > 1e-5
+    near(found, wanted, 1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- remat, chunks
+
+
+def gradient(method: CLIP, seed: int = 0) -> tuple[Any, dict[str, np.ndarray]]:
+    """((loss, metrics), gradients by path) of one batch."""
+    rows = batch(method.config)
+    params, carry = method.init(jax.random.key(seed), rows)
+
+    def loss(params: Any) -> Any:
+        value, (_, metrics) = method.loss(params, carry, rows, jax.random.key(1))
+        return value, metrics
+
+    told, grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return told, {path: np.asarray(leaf) for path, leaf in tree.flatten(grads).items()}
+
+
+def near_gradients(got: dict[str, Any], want: dict[str, Any]) -> None:
+    for grads in (got, want):
+        assert max(np.abs(grads[path]).max() for path in want if is_blind(path)) < 1e-6
+    near(*({path: leaf for path, leaf in grads.items() if not is_blind(path)} for grads in (got, want)))
+
+
+def kept_bytes(method: CLIP) -> int:
+    """What the backward pass of the loss keeps of the forward pass, parameters included."""
+    rows = batch(method.config)
+    params, carry = method.init(jax.random.key(0), rows)
+    pull = jax.vjp(lambda p: method.loss(p, carry, rows, jax.random.key(1))[0], params)[1]
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(pull))
+
+
+@pytest.mark.parametrize("name", ["vit", "modified"])
+def test_remat_changes_what_is_kept_and_no_number(name: str):
+    plain = METHODS[name]
+    remat = dataclasses.replace(plain, config=dataclasses.replace(plain.config, remat=True))
+    (value, _), grads = gradient(plain)
+    (again, _), same = gradient(remat)
+    np.testing.assert_allclose(again, value, rtol=1e-6)
+    near_gradients(same, grads)
+    assert kept_bytes(remat) < 0.7 * kept_bytes(plain)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_chunks_give_the_gradient_of_the_whole_batch(blocks: int, remat: bool):
+    plain = CLIP(dataclasses.replace(VIT, remat=remat))
+    (value, metrics), grads = gradient(plain)
+    (chunked, told), same = gradient(dataclasses.replace(plain, chunks=4, loss_blocks=blocks))
+    np.testing.assert_allclose(chunked, value, rtol=1e-5)
+    for name, metric in metrics.items():
+        np.testing.assert_allclose(told[name], metric, rtol=1e-5, atol=1e-6, err_msg=name)
+    near_gradients(same, grads)
+    # Not what parts of a batch by themselves give.
+    rows = batch(VIT)
+    params, carry = plain.init(jax.random.key(0), rows)
+    quarter = {name: leaf[::4] for name, leaf in rows.items()}
+    apart = jax.jit(lambda p: plain.loss(p, carry, quarter, jax.random.key(1))[0])(params)
+    assert abs(float(apart) - float(value)) > 0.1
