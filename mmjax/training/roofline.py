@@ -44,6 +44,7 @@ _BYTES |= {"u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _COLLECTIVE = re.compile(rf"=\s+(.*?)\s({'|'.join(KINDS)})(-start)?\(")
+_CHAIN = re.compile(r"channel_id=(\d+).*chain_id=\"(\d+)\"")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 _CONDITION = re.compile(r"\swhile\(.*condition=%?([\w.\-]+)")
@@ -72,9 +73,16 @@ def collectives(text: str) -> list[Collective]:
     computations, entry = _computations(text)
     times = _times(computations, entry)
     found: dict[tuple[str, int, int], int] = {}
+    chains: set[tuple[str, ...]] = set()
     for name, lines in computations.items():
         for line in lines:
             match = _COLLECTIVE.search(line)
+            # One that runs beside other work is written into every fusion that carries a part of it on.
+            chain = _CHAIN.search(line)
+            if chain and chain.groups() in chains:
+                continue
+            if chain:
+                chains.add(chain.groups())
             group = _group(line) if match else 1
             if match is None or group == 1:
                 continue

@@ -62,6 +62,21 @@ def test_collectives_of_a_program():
     assert loops(PROGRAM) == [3]
 
 
+def test_a_collective_beside_other_work_counts_once():
+    """TPU's compiler writes it into each fusion between its start and its end."""
+    part = """%{name} (p: bf16[6,7]) -> bf16[24,7] {{
+  ROOT %g = bf16[24,7]{{0,1}} all-gather(%p), channel_id={channel}, replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}, frontend_attributes={{chain_id="{chain}"}}
+}}
+"""
+    parts = [("start", 1, 0), ("middle", 1, 0), ("end", 1, 0), ("other", 72, 1), ("again", 72, 1)]
+    text = "".join(part.format(name=name, channel=channel, chain=chain) for name, channel, chain in parts)
+    calls = "".join(
+        f"  %f{i} = bf16[24,7] fusion(%p), kind=kCustom, calls=%{name}\n" for i, (name, *_) in enumerate(parts)
+    )
+    text += f"ENTRY %main (p: bf16[6,7]) -> bf16[24,7] {{\n{calls}}}\n"
+    assert collectives(text) == [Collective("all-gather", 24 * 7 * 2, 4, 2)]
+
+
 def test_bytes_of_the_ring_algorithms():
     assert Collective("all-reduce", 120, 4).sent == 180
     assert Collective("all-gather", 120, 4).sent == 90
