@@ -123,7 +123,9 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
         "source", metavar="WORKDIR", help="a run of mmjax train; with --data also a weight file or hub id"
     )
     verb.add_argument("--task", metavar="NAME", default="all", help="default: all of the experiment's")
-    told = "images in a folder a class (or train/ and test/ of such); NAME: zero_shot, knn, linear_probe"
+    told = (
+        "images in a folder a class (or train/ and test/ of such); NAME: zero_shot, knn, linear_probe, classification"
+    )
     verb.add_argument("--data", metavar="DIR", help=told)
     verb.add_argument("--experiment", metavar="EXPERIMENT.py", help="where the experiment's file lies now, if it moved")
 

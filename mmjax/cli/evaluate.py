@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,15 +13,17 @@ import rich
 from mmjax import hub
 from mmjax.data.decoding import decode_image
 from mmjax.data.image_folder import ImageFolder, split_folders
+from mmjax.data.labels import LABELS
 from mmjax.errors import MmjaxError
 from mmjax.evaluation import knn, linear_probe, report, zero_shot
+from mmjax.evaluation.classification import classification_scores
 from mmjax.evaluation.report import Score
 from mmjax.models.config import config_from_json
 from mmjax.training import checkpoint
 from mmjax.training.experiment import load_experiment
 from mmjax.training.state import create_state
 
-FOLDER_TASKS = ("zero_shot", "knn", "linear_probe")
+FOLDER_TASKS = ("zero_shot", "knn", "linear_probe", "classification")
 BATCH = 64
 
 
@@ -90,10 +92,11 @@ def _tell(scores: Mapping[str, Score], folder: pathlib.Path, task: str, title: s
 
 
 def on_folder(source: str, task: str, data: str) -> None:
-    """zero_shot, knn or linear_probe of any model on DIR/<class>/*, or on DIR/train and DIR/test of that form.
+    """zero_shot, knn or linear_probe of any model on DIR/<class>/*, or on DIR/train and DIR/test of that form;
+    classification of one with a head for these classes.
 
-    Where there is no such split, zero_shot judges all images, knn leaves one out, and linear_probe tests on every fifth
-    image of a class. Writes evaluations/TASK.json into a workdir, else into the current folder.
+    Where there is no such split, zero_shot and classification judge all images, knn leaves one out, and linear_probe
+    tests on every fifth image of a class. Writes evaluations/TASK.json into a workdir, else into the current folder.
     """
     task = task.replace("-", "_")
     if task not in FOLDER_TASKS:
@@ -102,6 +105,8 @@ def on_folder(source: str, task: str, data: str) -> None:
     train, test = split_folders(data)
     if task == "zero_shot":
         scores = _zero_shot(model, test or train)
+    elif task == "classification":
+        scores = _classification(model, source, test or train)
     else:
         scores = _with_labels(model, task, train, test)
     inside = pathlib.Path(source) if (pathlib.Path(source) / checkpoint.FOLDER).is_dir() else pathlib.Path()
@@ -128,12 +133,16 @@ def image_features(model: Any, images: Sequence[Any]) -> np.ndarray:
     """encode_image over batches of one size, so that it compiles once: float32 [n, d]."""
     if not hasattr(model, "encode_image"):
         raise MmjaxError(f"{model.system} has no image features")
+    return _in_batches(model.encode_image, images)
+
+
+def _in_batches(ask: Callable[[list[Any]], Any], images: Sequence[Any]) -> np.ndarray:
     found = []
     size = min(BATCH, len(images))
     for start in range(0, len(images), size):
         batch = list(images[start : start + size])
         full = batch + [batch[0]] * (size - len(batch))
-        found.append(np.asarray(model.encode_image(full), np.float32)[: len(batch)])
+        found.append(np.asarray(ask(full), np.float32)[: len(batch)])
     return np.concatenate(found)
 
 
@@ -160,6 +169,24 @@ def _zero_shot(model: Any, folder: ImageFolder) -> dict[str, Score]:
     features, labels = _labelled(model, folder)
     found = zero_shot.zero_shot_scores(features, labels, embeddings)
     return {f"zero_shot_top{k}": score for k, score in found.items()}
+
+
+def _classification(model: Any, source: str, folder: ImageFolder) -> dict[str, Score]:
+    """By the model's own head: folders are its classes by name (labels.json), else by number, if there are as many."""
+    classes = getattr(model.config, "num_classes", 0)
+    if not classes:
+        raise MmjaxError(f"--task classification: this {model.system} has no head; knn and linear_probe need none")
+    file = pathlib.Path(source) / LABELS
+    names = list(json.loads(file.read_text())) if file.is_file() else None
+    unknown = [] if names is None else [name for name in folder.classes if name not in names]
+    if unknown or (names is None and len(folder.classes) != classes):
+        told = f"{', '.join(unknown)}: not in {file}" if unknown else f"{len(folder.classes)} folders"
+        raise MmjaxError(f"{folder.root}: its folders are not the {classes} classes of the head: {told}")
+    images, rows, _ = read_images(folder)
+    logits = _in_batches(lambda batch: model.forward(pixel_values=model.pixels(batch))["logits"], images)
+    numbers = np.asarray([i if names is None else names.index(name) for i, name in enumerate(folder.classes)])
+    found = classification_scores(logits, numbers[np.asarray(folder.labels)[rows]])
+    return {f"classification_{name}": score for name, score in found.items()}
 
 
 def _with_labels(model: Any, task: str, train: ImageFolder, test: ImageFolder | None) -> dict[str, Score]:
