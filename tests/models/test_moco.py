@@ -1,6 +1,7 @@
 """MoCo: ShuffleBN, the queue's order, v3's loss against PyTorch, frozen stem, drift, layouts, sizes."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -151,20 +152,34 @@ def test_shuffling_changes_who_is_normalised_together_and_puts_keys_back():
     assert np.abs(np.asarray(shuffled - in_order)).max() > 1e-2
 
 
+SLOW = optax.sgd(0.01)
+"""With larger steps the norms of v3's heads multiply rounding from one to the next."""
+LIFTED = {
+    "v2": (MoCoMethod(V2, bn_groups=8, drift_rows=5), SGD, 9),
+    "v3": (MoCoMethod(MoCoConfig(CIFAR, 3, 2, 13, 7, True, 0, 0.99, 1.0), cosine_steps=10), Optimizer(SLOW), 9),
+    "v3_vit": (MoCoMethod(V3, cosine_steps=10), Optimizer(SLOW, Partition(FROZEN_STEM)), 22),
+}
+
+
+def apart_from_zero(state: Any) -> Any:
+    """A bias that starts at zero is a sum of gradients alone, and rounding is relative to the terms of a sum, not to
+    what is left of them: one device and the same batch in another order then differ by 2e-5 of the first norm's."""
+    rng = np.random.default_rng(5)
+
+    def draw(path: str, leaf: Any) -> Any:
+        return leaf + np.asarray(0.1 * rng.normal(size=leaf.shape), np.float32)
+
+    return state.replace(params=tree.map_with_path(draw, state.params), ema=tree.map_with_path(draw, state.ema))
+
+
 def run_lifts(names: str) -> dict[str, Any]:
     """Losses and leaves after 3 steps; run in a process of 8 virtual devices."""
     found: dict[str, Any] = {}
-    methods = {
-        "v2": (MoCoMethod(V2, bn_groups=8, drift_rows=5), 9),
-        "v3": (MoCoMethod(MoCoConfig(CIFAR, 3, 2, 13, 7, True, 0, 0.99, 1.0), cosine_steps=10), 9),
-    }
-    for version, (method, side) in methods.items():
-        state = started(method, SGD, batch(side=side))
+    for version, (method, optimizer, side) in LIFTED.items():
+        state = apart_from_zero(started(method, optimizer, batch(side=side)))
+        step = functools.partial(train_step, method, optimizer)
         for name in names.split(","):
-            lift = create_lift(
-                name,  # type: ignore[arg-type]
-                lambda state, batch, axis_name=None, method=method: train_step(method, SGD, state, batch, axis_name),
-            )
+            lift = create_lift(name, step)  # type: ignore[arg-type]
             placed, losses = lift.place(state), []
             for seed in range(3):
                 rows = {key: np.asarray(leaf) for key, leaf in batch(side=side, seed=seed).items()}
@@ -189,13 +204,13 @@ def lifted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     code = "import json, sys, test_moco; open(sys.argv[1], 'w').write(json.dumps(test_moco.run_lifts('jit,pmap,mesh')))"
     ran = subprocess.run(
-        [sys.executable, "-c", code, str(out)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code, str(out)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("version", ["v2", "v3"])
+@pytest.mark.parametrize("version", LIFTED)
 @pytest.mark.parametrize("lift", ["pmap", "mesh"])
 def test_one_device_and_eight_have_the_same_metrics(lifted: dict[str, Any], version: str, lift: str):
     one, many = lifted[f"{version}/jit"], lifted[f"{version}/{lift}"]
@@ -206,15 +221,17 @@ def test_one_device_and_eight_have_the_same_metrics(lifted: dict[str, Any], vers
         np.testing.assert_allclose(other["loss"], own["loss"], rtol=1e-5)
 
 
-# v3 under pmap: one bias of the first norm, which starts at 0, differs by 1.7e-5 of its size.
-@pytest.mark.parametrize(("version", "lift"), [("v2", "pmap"), ("v2", "mesh"), ("v3", "mesh")])
+ZERO = {"v2": set(), "v3": {"stats/query/predictor/bn_0/mean"}, "v3_vit": {"stats/query/predictor/bn_0/mean"}}
+"""Rounding alone: the predictor's first matrix, without a bias, sees what a norm has centred."""
+
+
+@pytest.mark.parametrize("version", LIFTED)
+@pytest.mark.parametrize("lift", ["pmap", "mesh"])
 def test_one_device_and_eight_end_in_the_same_place(lifted: dict[str, Any], version: str, lift: str):
-    one, many = lifted[f"{version}/jit"], lifted[f"{version}/{lift}"]
-    assert one["leaves"].keys() == many["leaves"].keys()
-    for path, leaf in one["leaves"].items():
-        scale = np.abs(leaf).max() or 1.0
-        # v3 has leaves that are zero but for rounding: what a batch norm takes out again.
-        np.testing.assert_allclose(many["leaves"][path], leaf, atol=1e-5 * scale + 1e-7, rtol=0, err_msg=path)
+    one, many = (dict(lifted[f"{version}/{name}"]["leaves"]) for name in ("jit", lift))
+    for path in ZERO[version]:
+        assert max(np.abs(one.pop(path)).max(), np.abs(many.pop(path)).max()) < 1e-6, path
+    near(many, one)
 
 
 # ----------------------------------------------------------------------------------------------------------------- v3
