@@ -53,7 +53,7 @@ class Config(ExperimentConfig):
             stored statistics, which stay as they are.
         image_size: side of the images, pixels; None: that of the model's preprocessing.
         augment: random crops of at least `crop` of the area, and flips; None: unless only the head is trained.
-        learning_rate: of the head, peak; warmup over a tenth of the steps and half a cosine. None: 1e-3 for the head
+        learning_rate: of the head, peak; warmup over a tenth of the steps and half a cosine. None: 1e-2 for the head
             alone, else 1e-4.
         layer_decay: factor on the rate from each layer to the one below it.
         weight_decay: of matrices alone.
@@ -141,7 +141,7 @@ class Config(ExperimentConfig):
 
     def optimizer(self) -> Optimizer:
         layers = self.handle.layers(self.start.config)
-        rate = self.learning_rate if self.learning_rate is not None else 1e-3 if self.tune == "head" else 1e-4
+        rate = self.learning_rate if self.learning_rate is not None else 1e-2 if self.tune == "head" else 1e-4
         return tuning_optimizer(
             warmup_cosine(rate, self.steps, self.steps // 10),
             layers,
