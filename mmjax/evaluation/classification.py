@@ -132,7 +132,7 @@ class ClassificationEvaluation(ScoredEvaluation):
             if len(found) and isinstance(self.images, np.ndarray) and self.images.dtype == np.uint8:
                 guess, share = logits[found].argmax(1), np.exp(log_probabilities(logits[found]).max(1))
                 told = [
-                    f"{self.class_names[i]}, not {self.class_names[j]} ({100 * p:.0f} %)"
+                    f"{self.class_names[i]}, taken for {self.class_names[j]} ({100 * p:.0f}%)"
                     for i, j, p in zip(labels[found], guess, share)
                 ]
                 drawn[f"{self.name}_mistakes"] = mistakes_picture(self.images[found], told, self.attribution)
