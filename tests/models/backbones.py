@@ -17,7 +17,7 @@ from mmjax.models.vit.network import ViTConfig
 RESNET = ResNetConfig((1, 2), "basic", "cifar", 3, (5, 7), num_classes=11)
 VIT = ViTConfig(width=12, depth=3, heads=3, hidden=17, patch=11, image_size=(22, 22), num_classes=7, representation=13)
 DINO = ViTConfig(
-    width=12, depth=3, heads=3, hidden=17, patch=11, image_size=(44, 44), layer_scale=1.0, mask_token=True,
+    width=12, depth=3, heads=3, hidden=24, patch=11, image_size=(44, 44), layer_scale=1.0, mask_token=True,
 )  # fmt: skip
 DEIT = ViTConfig(
     width=12, depth=2, heads=3, hidden=17, patch=11, image_size=(22, 22), num_classes=7, distilled=True,

@@ -1,6 +1,5 @@
 """Every image encoder as a classifier without its head: the same features, every leaf in one layer, other sizes."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from backbones import BACKBONES, backbone
 
+import mmjax
 from mmjax import tree
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
@@ -134,18 +134,20 @@ def test_a_vit_at_another_size_interpolates_in_the_call():
         model.headless(CLASSES, 50)
 
 
+@pytest.mark.torch
 def test_a_dinov2_with_a_head_is_hugging_faces(tmp_path):
     """Its export is a Dinov2ForImageClassification: the head reads the class token and the mean of the patches."""
-    import mmjax
-
-    whole = with_head(backbone("dino").headless(CLASSES), 24)
-    whole = whole.replace(config=dataclasses.replace(whole.config, hidden=24),
-                          params=tree.unflatten({k: np.zeros((*v.shape[:-1], 24), np.float32) if "mlp/up" in k else
-                                                 np.zeros((24, 12), np.float32) if "mlp/down/kernel" in k else v
-                                                 for k, v in tree.flatten(whole.params).items()}))  # fmt: skip
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    start = backbone("dino").headless(CLASSES)
+    whole = with_head(start, 24)
     mmjax.export(whole, tmp_path)
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert type(theirs).__name__ == "Dinov2ForImageClassification"
+    pixels = pixels_of(start)
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(np.asarray(pixels)).permute(0, 3, 1, 2)).logits.numpy()
+    np.testing.assert_allclose(whole.forward(pixel_values=pixels)["logits"], wanted, atol=1e-5 * np.abs(wanted).max())
     again = mmjax.load(tmp_path)
-    pixels = pixels_of(backbone("dino").headless(CLASSES))
     np.testing.assert_array_equal(
         again.forward(pixel_values=pixels)["logits"], whole.forward(pixel_values=pixels)["logits"]
     )
