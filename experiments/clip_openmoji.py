@@ -62,7 +62,7 @@ class Config(ExperimentConfig):
     learning_rate: float = 2e-3
     warmup: int = 30
     weight_decay: float = 0.5
-    crop: float = 0.35
+    crop: float = 0.45
 
     @functools.cached_property
     def pairs(self) -> OpenMoji:
