@@ -10,7 +10,6 @@ import jax
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
 from mmjax.models.handle import Model
-from mmjax.training.finetune import HEAD as HEAD
 from mmjax.types import Array, Float, Params
 
 

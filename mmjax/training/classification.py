@@ -6,12 +6,14 @@
 Each system says in its `supervised.py` how its network gives logits in training (`Classifier`); all else is here.
 """
 
+import abc
 import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from mmjax.errors import MmjaxError
 from mmjax.objectives.classification import hits, sigmoid_cross_entropy, soft_labels, softmax_cross_entropy
@@ -54,6 +56,39 @@ class Classifier(Protocol):
         axis_name: the mapped axis over which the batch is cut.
         """
         ...
+
+
+@dataclass(frozen=True)
+class LinenClassifier(abc.ABC):
+    """A `Classifier` around a module that is called as (pixels, train, bn_groups, axis_name) and gives {"logits"}; it
+    may have "batch_stats", and draws nothing at random."""
+
+    @property
+    @abc.abstractmethod
+    def module(self) -> nn.Module: ...
+
+    def init(self, rng: PRNGKeyArray, pixels: Float[Array, "b height width 3"]) -> tuple[Params, Params]:
+        variables: Any = self.module.init(rng, jnp.zeros(pixels.shape, jnp.float32))
+        return variables["params"], variables.get("batch_stats", {})
+
+    def logits(
+        self,
+        params: Params,
+        stats: Params,
+        pixels: Float[Array, "b height width 3"],
+        *,
+        train: bool,
+        rng: PRNGKeyArray | None = None,
+        bn_groups: int = 1,
+        axis_name: str | None = None,
+    ) -> tuple[Float[Array, "b classes"], Params]:
+        del rng
+        variables = {"params": params} | ({"batch_stats": stats} if stats else {})
+        result: Any = self.module.apply(
+            variables, pixels, train, bn_groups, axis_name, mutable=["batch_stats"] if train else []
+        )
+        told, new = result
+        return told["logits"], new.get("batch_stats", stats)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from mmjax.models.clip.network import CLIPVisionConfig, at_side
 from mmjax.models.clip_classifier.network import CLIPClassifier, CLIPClassifierConfig
 from mmjax.models.clip_classifier.supervised import CLIPImageClassifier
 from mmjax.models.handle import unit
-from mmjax.models.image_classifier import HEAD, Headless, ImageClassifier, at_size
+from mmjax.models.image_classifier import Headless, ImageClassifier, at_size
+from mmjax.training.finetune import HEAD
 from mmjax.types import Array, Float
 
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
 from mmjax.models.handle import unit
-from mmjax.models.image_classifier import HEAD, Headless, ImageClassifier, at_size
+from mmjax.models.image_classifier import Headless, ImageClassifier, at_size
 from mmjax.models.resnet.network import ResNet, ResNetConfig
 from mmjax.models.resnet.supervised import ResNetClassifier
+from mmjax.training.finetune import HEAD
 from mmjax.types import Array, Float
 
 

@@ -14,9 +14,10 @@ from flax import linen as nn
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
 from mmjax.models.handle import unit
-from mmjax.models.image_classifier import HEAD, Headless, ImageClassifier, at_size
+from mmjax.models.image_classifier import Headless, ImageClassifier, at_size
 from mmjax.models.vit.network import ViT, ViTConfig, ViTOutput
 from mmjax.models.vit.supervised import ViTClassifier
+from mmjax.training.finetune import HEAD
 from mmjax.types import Array, ArrayLike, Float
 
 
