@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 import pathlib
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,36 +16,25 @@ from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.data.transforms import RandomResizedCrop, Resize
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.classification import ClassificationEvaluation
+from mmjax.models.folder_recipe import FolderRecipe
 from mmjax.training.classification import Classification
-from mmjax.training.experiment import Evaluation, ExperimentConfig
+from mmjax.training.experiment import Evaluation
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageNetRecipe(ExperimentConfig, abc.ABC):
+class ImageNetRecipe(FolderRecipe, abc.ABC):
     """Base of the experiments: data and shapes. They add network, method, augmentation and optimizer.
 
     Crops, flips and automatic augmentation are made on the host by PIL, as the originals make them; what comes after
     them on the device.
 
     Attributes:
-        data: a folder with `train` and `val`, each with a folder a class, as ImageNet's.
-        images: of the training set. They make an epoch of images // batch_size steps; the rest is dropped.
-        classes: sub-folders of `train`.
-        size: side of a training crop, pixels.
-        crop_min: least share of the image's area in a crop.
-        dtype: of the computation; parameters, statistics and losses are float32.
+        classes: sub-folders of `train`; `data` holds `train` and `val`, each with a folder a class, as ImageNet's.
+        crop_min: least share of the image's area in a crop; `size` is its side.
     """
 
-    lift: Literal["jit", "pmap", "mesh"] = "mesh"
-    log_every: int = 50
-    checkpoint_every: int = 2_000
-    workers: int = 16
-    data: str = ""
-    images: int = 1_281_167
     classes: int = 1_000
-    size: int = 224
     crop_min: float = 0.08
-    dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
     @abc.abstractmethod
@@ -61,16 +50,6 @@ class ImageNetRecipe(ExperimentConfig, abc.ABC):
     def host_transforms(self) -> tuple[Transform, ...]:
         """What follows the random crop on the host."""
 
-    @property
-    def epoch(self) -> int:
-        """Steps of an epoch."""
-        return max(self.images // self.batch_size, 1)
-
-    @property
-    def epochs(self) -> int:
-        """Epochs of the run, a started one included: what schedules run over."""
-        return -(-self.steps // self.epoch)
-
     def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the global batch."""
         image = jax.ShapeDtypeStruct((self.batch_size, self.size, self.size, 3), jnp.uint8)
@@ -82,11 +61,7 @@ class ImageNetRecipe(ExperimentConfig, abc.ABC):
         if not self.data:
             raise MmjaxError("this recipe needs --data: a folder with train and val, as ImageNet's")
         train, test = split_folders(self.data)
-        if len(train) != self.images:
-            raise MmjaxError(
-                f"{train.root} holds {len(train)} images, schedules count epochs of {self.images}: "
-                f"--images {len(train)}"
-            )
+        self.counted(train)
         if len(train.classes) != self.classes:
             raise MmjaxError(
                 f"{train.root} holds {len(train.classes)} classes, the head has {self.classes}: "
@@ -96,16 +71,8 @@ class ImageNetRecipe(ExperimentConfig, abc.ABC):
         return train, test
 
     def train_data(self) -> Pipeline:
-        return Pipeline(
-            self.folders[0],
-            self.batch_size,
-            seed=self.seed,
-            transforms=(RandomResizedCrop(self.size, (self.crop_min, 1.0)), *self.host_transforms()),
-            workers=self.workers,
-            max_bad_fraction=self.max_bad_fraction,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        crop = RandomResizedCrop(self.size, (self.crop_min, 1.0))
+        return self.shuffled(self.folders[0], (crop, *self.host_transforms()))
 
     def evaluations(self) -> tuple[Evaluation, ...]:
         """Top-1 and top-5 on `val`, central crops, where there is one."""

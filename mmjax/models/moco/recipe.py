@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,51 +12,30 @@ from mmjax.data.pipeline import Pipeline
 from mmjax.data.transforms import RandomResizedCrop
 from mmjax.data.two_crops import TwoCrops
 from mmjax.errors import MmjaxError
+from mmjax.models.folder_recipe import FolderRecipe
 from mmjax.models.moco.network import MoCoConfig
 from mmjax.training.augment import View
-from mmjax.training.experiment import ExperimentConfig
 from mmjax.training.method import Augment
 from mmjax.types import Array, Batch
 
 
 @dataclasses.dataclass(frozen=True)
-class MoCoRecipe(ExperimentConfig, abc.ABC):
+class MoCoRecipe(FolderRecipe, abc.ABC):
     """Base of the experiments: data and shapes. They add network, method and optimizer.
 
     Random crops are made on the host, from the image as it was decoded, in the originals' way; colour, blur and flips
     on the device, in float32 without the originals' rounding to 8 bits after each.
 
     Attributes:
-        data: a folder of images, as ImageNet's `train`; its classes are not used.
-        images: of the training set. They make an epoch of images // batch_size steps; the rest is dropped.
-        size: side of a view.
-        crop_min: least share of the image's area in a crop.
-        dtype: of the computation; parameters, statistics and losses are float32.
+        crop_min: least share of the image's area in a view; `size` is its side. `data` is a folder of images, as
+            ImageNet's `train`; its classes are not used.
     """
 
-    lift: Literal["jit", "pmap", "mesh"] = "mesh"
-    log_every: int = 50
-    checkpoint_every: int = 2_000
-    workers: int = 16
-    data: str = ""
-    images: int = 1_281_167
-    size: int = 224
     crop_min: float = 0.2
-    dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
     @abc.abstractmethod
     def network(self) -> MoCoConfig: ...
-
-    @property
-    def epoch(self) -> int:
-        """Steps of an epoch."""
-        return max(self.images // self.batch_size, 1)
-
-    @property
-    def epochs(self) -> int:
-        """Epochs of the run, a started one included: what schedules run over."""
-        return -(-self.steps // self.epoch)
 
     def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the global batch."""
@@ -67,22 +46,8 @@ class MoCoRecipe(ExperimentConfig, abc.ABC):
         """Raises MmjaxError without --data, or if the folder has another number of images than `images`."""
         if not self.data:
             raise MmjaxError("MoCo's recipes need --data: a folder of images, such as ImageNet's train")
-        source = ImageFolder(self.data)
-        if len(source) != self.images:
-            raise MmjaxError(
-                f"{self.data} holds {len(source)} images, schedules count epochs of {self.images}: "
-                f"--images {len(source)}"
-            )
-        return Pipeline(
-            source,
-            self.batch_size,
-            seed=self.seed,
-            transforms=(TwoCrops(RandomResizedCrop(self.size, (self.crop_min, 1.0))),),
-            workers=self.workers,
-            max_bad_fraction=self.max_bad_fraction,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        crop = RandomResizedCrop(self.size, (self.crop_min, 1.0))
+        return self.shuffled(self.counted(ImageFolder(self.data)), (TwoCrops(crop),))
 
     def evaluations(self) -> tuple[Any, ...]:
         """None beside training: `mmjax evaluate WORKDIR` takes any checkpoint."""
