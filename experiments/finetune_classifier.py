@@ -231,7 +231,7 @@ class Config(ExperimentConfig):
             shared |= {"images": columns["image"], "labels": columns["label"]}
         else:
             shared |= {"images": self._read_once(self.folders[1])}
-        return (ClassificationEvaluation(logits=self.method().predict, **shared),)  # type: ignore[return-value]
+        return (ClassificationEvaluation(logits=self.method().predict, **shared),)
 
     # ---------------------------------------------------------------------------------------------------------- workdir
 

@@ -131,7 +131,7 @@ class Config(ExperimentConfig):
             "test_labels": np.asarray(held_out["label"]),
             "final_step": self.steps,
         }
-        return KNNEvaluation(ks=(20,), **shared), LinearProbeEvaluation(ks=(1,), **shared)  # type: ignore[return-value]
+        return KNNEvaluation(ks=(20,), **shared), LinearProbeEvaluation(ks=(1,), **shared)
 
     def model(self) -> tuple[str, MoCoConfig]:
         return "moco", self.network

@@ -91,7 +91,7 @@ class Config(ExperimentConfig):
         """By the running statistics, on all test digits at once."""
         images, labels = (np.asarray(digits(self.size)[1].columns[name]) for name in ("image", "label"))
         told = ClassificationEvaluation(logits=self.method().predict, images=images, labels=labels, batch_size=TEST)
-        return (told,)  # type: ignore[return-value]
+        return (told,)
 
     def model(self) -> tuple[str, ResNetConfig]:
         return "resnet", self.network

@@ -143,7 +143,7 @@ class Config(ExperimentConfig):
             final_step=self.steps,
             attribution="Fashion-MNIST, Zalando SE, MIT",
         )
-        return (told,)  # type: ignore[return-value]
+        return (told,)
 
     def model(self) -> tuple[str, ResNetConfig]:
         return "resnet", self.network

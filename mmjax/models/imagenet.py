@@ -91,7 +91,7 @@ class ImageNetRecipe(FolderRecipe, abc.ABC):
         told = ClassificationEvaluation(
             logits=self.classification.predict, images=pipeline, batch_size=256, final_step=self.steps
         )
-        return (told,)  # type: ignore[return-value]
+        return (told,)
 
     def save_assets(self, workdir: pathlib.Path) -> dict[str, Any]:
         """labels.json: the names of the folders; how images are brought to the network; and whether its weights are

@@ -16,15 +16,17 @@ from mmjax.types import Batch, Params
 
 
 class Evaluation(Protocol):
-    """A protocol run beside training.
+    """A protocol run beside training."""
 
-    Attributes:
-        name: a word for the log.
-        every: steps between runs; 0 for the experiment's `eval_every`.
-    """
+    @property
+    def name(self) -> str:
+        """A word for the log."""
+        ...
 
-    name: str
-    every: int
+    @property
+    def every(self) -> int:
+        """Steps between runs; 0 for the experiment's `eval_every`."""
+        ...
 
     def run(self, params: Params, state: Any) -> Mapping[str, Any]:
         """name -> number (logged as `val/<name>`), text, or image uint8 [height, width, 3].
