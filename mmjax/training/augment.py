@@ -7,6 +7,7 @@ blurring are products with matrices built from the drawn box or radius: fast on 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -17,21 +18,26 @@ from mmjax.errors import MmjaxError
 from mmjax.training import augment_color as color
 from mmjax.training.augment_color import Image, Scalar
 from mmjax.training.method import Augment
-from mmjax.types import Array, Batch, Float, PRNGKeyArray
+from mmjax.types import Array, Batch, Bool, Float, PRNGKeyArray
 
 TRIES = 10
-"""torchvision draws so many boxes before it takes the whole image, cut to the nearest allowed ratio."""
+"""torchvision draws so many boxes before it gives up: a crop is then the whole image, cut to the nearest ratio."""
 REACH = 4
 """Gaussian kernels end at so many standard deviations; 6e-5 of their weight lies beyond."""
 
 
-def random_box(
-    key: PRNGKeyArray, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
-) -> Float[Array, "4"]:
-    """(top, left, height, width) in pixels: torchvision's `RandomResizedCrop.get_params`.
+def draw_box(
+    key: PRNGKeyArray,
+    size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    fits: Callable[[Array, Array], Array],
+) -> tuple[Float[Array, "4"], Bool[Array, ""]]:
+    """The first of TRIES random boxes that fits, (top, left, height, width) in pixels, and whether there is one.
 
     Args:
         size: (height, width) of the image. scale: share of its area. ratio: width / height, log-uniform.
+        fits: (heights, widths) -> which of them are allowed.
     """
     height, width = size
     area_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
@@ -39,13 +45,25 @@ def random_box(
     low, high = jnp.log(jnp.asarray(ratio))
     aspect = jnp.exp(jax.random.uniform(ratio_key, (TRIES,), minval=low, maxval=high))
     widths, heights = jnp.round(jnp.sqrt(area * aspect)), jnp.round(jnp.sqrt(area / aspect))
-    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-    first = jnp.argmax(fits)
+    allowed = fits(heights, widths)
+    first = jnp.argmax(allowed)
     h, w = heights[first], widths[first]
     top = jnp.floor(jax.random.uniform(top_key) * (height - h + 1))
     left = jnp.floor(jax.random.uniform(left_key) * (width - w + 1))
-    drawn = jnp.stack([jnp.minimum(top, height - h), jnp.minimum(left, width - w), h, w])
-    return jnp.where(jnp.any(fits), drawn, jnp.asarray(_whole(height, width, ratio)))
+    return jnp.stack([jnp.minimum(top, height - h), jnp.minimum(left, width - w), h, w]), jnp.any(allowed)
+
+
+def random_box(
+    key: PRNGKeyArray, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
+) -> Float[Array, "4"]:
+    """(top, left, height, width) in pixels: torchvision's `RandomResizedCrop.get_params`. Arguments: see `draw_box`."""
+    height, width = size
+
+    def inside(heights: Array, widths: Array) -> Array:
+        return (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+
+    box, found = draw_box(key, size, scale, ratio, inside)
+    return jnp.where(found, box, jnp.asarray(_whole(height, width, ratio)))
 
 
 def _whole(height: int, width: int, ratio: tuple[float, float]) -> tuple[float, float, float, float]:

@@ -1,16 +1,12 @@
 """Random erasing (arXiv 1708.04896): now and then a rectangle of an image is blank, on the device."""
 
-import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from mmjax.training.augment import to_unit
+from mmjax.training.augment import draw_box, to_unit
 from mmjax.types import Array, Batch, Bool, PRNGKeyArray
-
-TRIES = 10
-"""torchvision draws so many rectangles; if none is smaller than the image, nothing is erased."""
 
 
 def erased_box(
@@ -19,24 +15,15 @@ def erased_box(
     scale: tuple[float, float] = (0.02, 0.33),
     ratio: tuple[float, float] = (0.3, 3.3),
 ) -> Bool[Array, "height width"]:
-    """A random rectangle: torchvision's `RandomErasing.get_params`.
+    """A random rectangle, smaller than the image both ways, or nothing: torchvision's `RandomErasing.get_params`.
 
     size: (height, width) of the image. scale: share of its area. ratio: height / width, log-uniform.
     """
     height, width = size
-    area_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
-    area = height * width * jax.random.uniform(area_key, (TRIES,), minval=scale[0], maxval=scale[1])
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = jnp.exp(jax.random.uniform(ratio_key, (TRIES,), minval=low, maxval=high))
-    heights, widths = jnp.round(jnp.sqrt(area * aspect)), jnp.round(jnp.sqrt(area / aspect))
-    fits = (heights < height) & (widths < width)
-    first = jnp.argmax(fits)
-    h, w = heights[first], widths[first]
-    top = jnp.floor(jax.random.uniform(top_key) * (height - h + 1))
-    left = jnp.floor(jax.random.uniform(left_key) * (width - w + 1))
+    wide = (1 / ratio[1], 1 / ratio[0])
+    (top, left, h, w), found = draw_box(key, size, scale, wide, lambda hs, ws: (hs < height) & (ws < width))
     rows, columns = jnp.arange(height)[:, None], jnp.arange(width)
-    inside = (rows >= top) & (rows < top + h) & (columns >= left) & (columns < left + w)
-    return inside & jnp.any(fits)
+    return (rows >= top) & (rows < top + h) & (columns >= left) & (columns < left + w) & found
 
 
 @dataclass(frozen=True)
