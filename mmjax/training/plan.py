@@ -27,6 +27,8 @@ from mmjax.training.lift import MeshLift
 from mmjax.training.state import create_state
 from mmjax.training.step import train_step
 
+MESSAGE = 2_000
+"""So many characters of a compiler's refusal are told: its reason may be lines below its kind."""
 SETTINGS = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 """Of the child: no device of this machine is used, libtpu does not look for a TPU's metadata server, and takes no lock,
 so that several plans can be made at once."""
@@ -105,7 +107,7 @@ def compile_step(config: Any, devices: Sequence[Any]) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         memory = roofline.out_of_memory(str(error))
         if memory is None:
-            raise MmjaxError(f"XLA does not compile this step: {str(error).splitlines()[0]}") from error
+            raise MmjaxError(f"XLA does not compile this step: {str(error).strip()[:MESSAGE]}") from error
         return told | {"fits": False, "memory": memory}
     seconds = time.perf_counter() - began
     factor = roofline.loop_factor(jax.make_jaxpr(lambda state, batch: step(state, batch))(state, batch))
