@@ -219,10 +219,11 @@ class _Ablation:
             results += done
         compiles = sum(lift.compiles for *_, lift in self.lifts)
         facts = {"over": self.over, "arms": self.how, "sequential": self.sequential, "compiles": compiles}
-        published = getattr(self.base, "published", {})
-        told = facts | {"steps": self.base.steps} | ablation_report.summary(self.over, results, published)
-        (self.workdir / "ablation.json").write_text(json.dumps(told, indent=2) + "\n")
         curves = {arm.name: read_metrics(self._arm(arm)) for group in self.groups for arm in group.arms}
+        for result in results:
+            result["metrics"] |= ablation_report.course_means(curves[result["arm"]], self.base.courses)
+        told = facts | {"steps": self.base.steps} | ablation_report.summary(self.over, results, self.base.published)
+        (self.workdir / "ablation.json").write_text(json.dumps(told, indent=2) + "\n")
         ablation_report.plot(self.workdir / "ablation.png", told, curves)
         self.console.print(ablation_report.table(told))
         self.console.print(f"{self.workdir}/ablation.json, ablation.png", markup=False, soft_wrap=True)

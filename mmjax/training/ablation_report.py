@@ -9,6 +9,8 @@ from rich.table import Table
 
 DETAILS = ("_low", "_high", "_chance", "_n")
 """Ends of the names of metrics that say more of another one: in ablation.json, not in the table."""
+MEAN = "mean/"
+"""Begins the names of metrics that are told by their mean over the run."""
 COLUMNS = 6
 """Metrics that the table and the picture show; all of them are in ablation.json."""
 
@@ -35,6 +37,20 @@ def summary(
     return {"results": [dict(result) for result in results], "table": table}
 
 
+def course_means(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float]:
+    """The means of training metrics over all logged steps of a run: "key_drift" -> "mean/key_drift".
+
+    lines: of its metrics.jsonl. A metric that is nowhere finite is left out.
+    """
+    means = {}
+    for name in names:
+        values = [line[f"train/{name}"] for line in lines if line.get(f"train/{name}") is not None]
+        finite = [value for value in values if math.isfinite(value)]
+        if finite:
+            means[MEAN + name] = float(np.mean(finite))
+    return means
+
+
 def _spread(members: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
     """Mean and sample standard deviation over the seeds whose number is there and finite."""
     found = [member["metrics"].get(name) for member in members]
@@ -56,10 +72,11 @@ def lookup(published: Mapping[Any, Any], text: str) -> Any:
 
 
 def shown_metrics(told: Mapping[str, Any]) -> list[str]:
-    """The metrics worth a column: those of the evaluations, the loss, and refused updates where there were any."""
+    """The metrics worth a column: those of the evaluations, the loss, means over the run that were asked for, and
+    refused updates where there were any."""
     first = dict.fromkeys(name for row in told["table"] for name in row["metrics"])
     val = [name for name in first if name.startswith("val/") and not name.endswith(DETAILS)]
-    chosen = [*val[: COLUMNS - 1], "train/loss"]
+    chosen = [*val[: COLUMNS - 1], "train/loss", *(name for name in first if name.startswith(MEAN))]
     refused = any((row["metrics"].get("train/skipped_updates") or {}).get("mean") for row in told["table"])
     return [name for name in chosen if name in first] + (["train/skipped_updates"] if refused else [])
 

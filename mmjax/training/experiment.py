@@ -6,7 +6,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import tyro
 
@@ -73,7 +73,14 @@ class ExperimentConfig:
         max_bad_fraction: share of unreadable records past which the run stops.
         max_refused: updates that may be refused in a row as not finite before the run stops.
         tensorboard: whether curves are also written for TensorBoard.
+
+    Of the class, for `mmjax ablate`:
+        published: name -> {value: a paper's figure or a word}, to stand beside ours.
+        courses: training metrics that are told by their mean over the run.
     """
+
+    published: ClassVar[Mapping[str, Mapping[float, float | str]]] = {}
+    courses: ClassVar[tuple[str, ...]] = ()
 
     seed: int = 0
     steps: int = 1000

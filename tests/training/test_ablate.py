@@ -226,6 +226,16 @@ def test_published_figures_stand_beside_ours():
     assert row["metrics"]["train/loss"] == {"mean": None, "std": None, "n": 0} and row["published"] is None
 
 
+def test_a_course_is_told_by_its_mean_over_the_run():
+    lines = [{"step": 1, "train/key_drift": 0.3}, {"step": 1, "val/top1": 5.0}, {"step": 2, "train/key_drift": 0.1}]
+    broken = [{"step": 3, "train/key_drift": None}, {"step": 4, "train/key_drift": float("nan")}]
+    means = ablation_report.course_means(lines + broken, ("key_drift", "not_there"))
+    assert means == {"mean/key_drift": pytest.approx(0.2)}
+    results = [{"values": {"m": "0"}, "metrics": {"train/loss": 1.0, "train/key_drift": 0.0, **means}}]
+    told = ablation_report.summary({"m": ["0"]}, results)
+    assert ablation_report.shown_metrics(told) == ["train/loss", "mean/key_drift"]
+
+
 def test_states_of_arms_are_whole(kind):
     states = [make_state(kind(), seed, 0.5) for seed in (0, 1, 2)]
     for arm in range(3):
