@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mmjax.types import ArrayLike, Bool, Float, MmjaxError
+from mmjax.types import ArrayLike, Bool, Float, Int, MmjaxError
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -25,6 +25,15 @@ Metric = Callable[[np.ndarray], np.ndarray]
 def ratio(sums: np.ndarray) -> np.ndarray:
     """The metric "first statistic over the second, in percent": hits over queries, correct over items."""
     return np.asarray(100.0 * sums[..., 0] / sums[..., 1])
+
+
+def resampled_counts(
+    counts: Int[ArrayLike, "*kinds"], resamples: int = RESAMPLES, seed: int = 0
+) -> Int[np.ndarray, "resamples *kinds"]:
+    """How many of each kind are among as many items drawn with replacement, `resamples` times."""
+    seen = np.asarray(counts)
+    drawn = np.random.default_rng(seed).multinomial(seen.sum(), seen.ravel() / seen.sum(), size=resamples)
+    return drawn.reshape(resamples, *seen.shape)
 
 
 def resampled_sums(
@@ -56,7 +65,11 @@ def bootstrap_interval(
     level: float = LEVEL,
 ) -> tuple[float, float]:
     """The percentile interval of a corpus metric that is a function of its items' summed statistics."""
-    drawn = metric(resampled_sums(statistics, resamples, seed))
+    return interval(metric(resampled_sums(statistics, resamples, seed)), level)
+
+
+def interval(drawn: Float[np.ndarray, " resamples"], level: float = LEVEL) -> tuple[float, float]:
+    """The percentiles between which that share of a metric's resampled values lies; NaN counts as not drawn."""
     tail = 50.0 * (1.0 - level)
     low, high = np.nanpercentile(drawn, [tail, 100.0 - tail])
     return float(low), float(high)
@@ -96,7 +109,7 @@ def paired_bootstrap(
     m = one.shape[1]
     sums = resampled_sums(np.concatenate([one, two], 1), resamples, seed)
     drawn = metric(sums[:, :m]) - metric(sums[:, m:])
-    low, high = (float(end) for end in np.percentile(drawn, [50 * (1 - LEVEL), 50 * (1 + LEVEL)]))
+    low, high = interval(drawn)
     beyond = int(min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0)))
     value = float(metric(one.sum(0)) - metric(two.sum(0)))
     return Difference(value, low, high, min(1.0, 2 * (beyond + 1) / (resamples + 1)))

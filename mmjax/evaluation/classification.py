@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from mmjax.evaluation.bootstrap import Z
+from mmjax.evaluation.bootstrap import bootstrap_interval, interval, resampled_counts
 from mmjax.evaluation.features import Encode, Extractor, Inputs, checked_integers
 from mmjax.evaluation.pictures import confusion_picture, mistakes_picture
 from mmjax.evaluation.protocol import Outcome, ScoredEvaluation
@@ -67,9 +66,19 @@ def per_class_accuracy(
     return np.where(counts > 0, 100.0 * matrix.diagonal() / np.maximum(counts, 1), np.nan), counts
 
 
-def mean_per_class(predicted: Int[ArrayLike, " n"], labels: Int[ArrayLike, " n"], classes: int) -> float:
-    """The mean over classes that have items, in percent: the metric of Caltech-101, Pets, Flowers and Aircraft."""
-    return float(np.nanmean(per_class_accuracy(predicted, labels, classes)[0]))
+def mean_per_class(predicted: Int[ArrayLike, " n"], labels: Int[ArrayLike, " n"], classes: int) -> Score:
+    """The mean over classes that have items: the metric of Caltech-101, Pets, Flowers and Aircraft.
+
+    Chance: a uniform guess. A resample that misses a class altogether is a mean over the others.
+    """
+    accuracies, counts = per_class_accuracy(predicted, labels, classes)
+    present, n = counts > 0, int(counts.sum())
+    right = np.rint(accuracies[present] * counts[present] / 100).astype(np.int64)
+    drawn = resampled_counts(np.stack([right, counts[present] - right])).astype(np.float64)  # [resamples, 2, classes]
+    drawn_items = drawn.sum(1)
+    shares = np.divide(drawn[:, 0], drawn_items, out=np.full_like(drawn_items, np.nan), where=drawn_items > 0)
+    low, high = interval(100.0 * np.nanmean(shares, 1))
+    return Score(float(accuracies[present].mean()), n, low, high, chance=100.0 / int(present.sum()))
 
 
 def confusion(predicted: Int[ArrayLike, " n"], labels: Int[ArrayLike, " n"], classes: int) -> Int[np.ndarray, "c c"]:
@@ -90,9 +99,9 @@ def cross_entropy(logits: Float[ArrayLike, "n c"], labels: Int[ArrayLike, " n"])
     """The mean of -log p(true class), in nats. Chance: always naming the classes' own shares (their entropy)."""
     truth = checked_integers("labels", labels, len(logits), np.shape(logits)[1])
     losses = -np.take_along_axis(log_probabilities(logits), truth[:, None], 1)[:, 0]
-    mean, half = float(losses.mean()), Z * float(losses.std()) / math.sqrt(len(losses))
+    low, high = bootstrap_interval(np.stack([losses, np.full_like(losses, 100.0)], 1))
     shares = np.unique(truth, return_counts=True)[1] / len(truth)
-    return Score(mean, len(losses), mean - half, mean + half, -float(shares @ np.log(shares)), "nats")
+    return Score(float(losses.mean()), len(losses), low, high, -float(shares @ np.log(shares)), "nats")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,11 +151,9 @@ class ClassificationEvaluation(ScoredEvaluation):
 def classification_scores(
     logits: Float[ArrayLike, "n c"], labels: Int[ArrayLike, " n"], ks: tuple[int, ...] = (1, 5)
 ) -> dict[str, Score]:
-    """top1, top5, mean_per_class (chance: a uniform guess) and loss."""
-    n, classes = np.shape(logits)
+    """top1, top5, mean_per_class and loss."""
     scores = {f"top{k}": score for k, score in top_k(logits, labels, ks).items()}
-    mean = mean_per_class(np.argmax(logits, 1), labels, classes)
-    scores["mean_per_class"] = Score(mean, n, chance=100.0 / len(np.unique(labels)))
+    scores["mean_per_class"] = mean_per_class(np.argmax(logits, 1), labels, np.shape(logits)[1])
     return scores | {"loss": cross_entropy(logits, labels)}
 
 

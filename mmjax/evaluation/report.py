@@ -39,9 +39,8 @@ class Score:
 
 
 def proportion(successes: int, n: int, chance: float | None = None) -> Score:
-    """The share of n independent items that succeed, with Wilson's interval."""
-    low, high = wilson_interval(successes, n)
-    return Score(100.0 * successes / n, n, low, high, chance)
+    """The share of n independent items that succeed: `clustered_proportion` of items of one each."""
+    return clustered_proportion(np.arange(n) < successes, np.ones(n), chance)
 
 
 def clustered_proportion(

@@ -127,9 +127,7 @@ class ZeroShotEvaluation(ScoredEvaluation):
         logits = np.asarray(zero_shot_logits(features, embeddings))
         scores = {f"{self.name}_top{k}": score for k, score in top_k(logits, labels, self.ks).items()}
         predicted, n, classes = logits.argmax(1), *logits.shape
-        scores[f"{self.name}_mean_per_class"] = Score(
-            mean_per_class(predicted, labels, classes), n, chance=100.0 / len(np.unique(labels))
-        )
+        scores[f"{self.name}_mean_per_class"] = mean_per_class(predicted, labels, classes)
         drawn = {}
         if pictures and self.class_names is not None:
             matrix = confusion(predicted, labels, classes)

@@ -109,7 +109,11 @@ def test_statistics_are_checked(bad):
 
 
 def test_proportions():
-    assert report.proportion(3, 4, 25.0) == Score(75.0, 4, *bootstrap.wilson_interval(3, 4), 25.0)
+    score = report.proportion(800, 1000, 25.0)
+    assert (score.value, score.n, score.chance) == (80.0, 1000, 25.0)
+    # The 2.5 and 97.5 % points of a binomial distribution of 1,000 draws at 0.8: 775 and 824.
+    np.testing.assert_allclose([score.low, score.high], [77.5, 82.4], atol=0.3)
+    assert report.proportion(0, 4) == Score(0.0, 4, *bootstrap.wilson_interval(0, 4))
     score = report.clustered_proportion([2, 0, 1], [2, 1, 5])
     assert score.value == pytest.approx(100 * 3 / 8) and score.n == 8
     assert report.clustered_proportion([2, 1], [2, 1]).low == bootstrap.wilson_interval(2, 2)[0]

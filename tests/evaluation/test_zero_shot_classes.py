@@ -70,11 +70,30 @@ def test_predictions_class_by_class():
     accuracy, counts = classification.per_class_accuracy(predicted, labels, 4)
     np.testing.assert_allclose(accuracy, [200 / 3, 100, np.nan, 0])
     np.testing.assert_array_equal(counts, [3, 1, 0, 1])
-    assert classification.mean_per_class(predicted, labels, 4) == pytest.approx((200 / 3 + 100 + 0) / 3)
+    mean = classification.mean_per_class(predicted, labels, 4)
+    assert (
+        mean.value == pytest.approx((200 / 3 + 100 + 0) / 3) and mean.n == 5 and mean.chance == pytest.approx(100 / 3)
+    )
     np.testing.assert_array_equal(
         classification.confusion(predicted, labels, 4), [[2, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
     )
     assert classification.accuracy(predicted, labels) == proportion(3, 5, 60.0)
+
+
+def test_intervals_are_those_of_independent_items():
+    # 500 items a class, of which 400 and 300 are right.
+    labels = np.repeat([0, 1], 500)
+    predicted = np.where(np.arange(1000) % 500 < np.repeat([400, 300], 500), labels, 1 - labels)
+    half = 100 * 1.96 * np.sqrt(0.8 * 0.2 / 500 + 0.6 * 0.4 / 500) / 2
+    mean = classification.mean_per_class(predicted, labels, 2)
+    np.testing.assert_allclose([mean.low, mean.high], [70 - half, 70 + half], atol=0.3)
+    # Two classes, every logit 0 or 2: losses of log(1 + e^-2) where right and 2 more where wrong.
+    logits = 2.0 * np.eye(2)[predicted]
+    loss = classification.cross_entropy(logits, labels)
+    expected, half = np.log1p(np.exp(-2)) + 0.6, 1.96 * 2 * np.sqrt(0.3 * 0.7 / 1000)
+    np.testing.assert_allclose(
+        [loss.value, loss.low, loss.high], [expected, expected - half, expected + half], atol=6e-3
+    )
 
 
 @pytest.mark.parametrize(
