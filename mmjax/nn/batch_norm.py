@@ -106,8 +106,8 @@ def _normalise(
 ) -> Callable[..., Any]:
     """x [row, c] of one group -> (y, mean, unbiased variance); `count` rows make a group, over all its devices.
 
-    The variance is that of the centred x, so that nothing cancels where the mean is large. What is kept for the backward
-    pass is x itself: XLA's reductions take the centring in, and writing it out costs more than doing it again.
+    The variance is that of the centred x, so that nothing cancels where the mean is large. The backward pass keeps x
+    itself: XLA's reductions take the centring in, and writing it out costs more than doing it again.
     """
 
     def total(*sums: Array) -> tuple[Array, ...]:
