@@ -136,16 +136,24 @@ class EncodeText(transforms.RandomMap):
     encode: strings -> ids [b, l] of a constant l, as the tokenizers of `mmjax.text` do.
     several: draw from `texts`; False always takes `text`.
     template: with "{}" for the caption, "a drawing of a {}".
+    word_dropout: the chance of each word of the caption to be left out; one word always stays.
     """
 
     encode: Callable[[Sequence[str]], Any]
     several: bool = True
     template: str = "{}"
+    word_dropout: float = 0.0
 
     def random_map(self, element: Record, rng: np.random.Generator) -> Record:
         texts = element.get("texts") if self.several else None
         text = texts[rng.integers(len(texts))] if texts else element.get("text")
         if text is None:
             raise BadRecord("caption: missing")
-        ids = np.asarray(self.encode([self.template.replace("{}", clean_caption(text))]), np.int32)
+        caption = clean_caption(text)
+        if self.word_dropout:
+            words = caption.split()
+            stays = rng.random(len(words)) >= self.word_dropout
+            stays[rng.integers(len(words))] |= not stays.any()
+            caption = " ".join(word for word, stay in zip(words, stays) if stay)
+        ids = np.asarray(self.encode([self.template.replace("{}", caption)]), np.int32)
         return element | {"text": ids[0]}

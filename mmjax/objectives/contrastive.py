@@ -24,12 +24,14 @@ def clip_loss(
     logit_scale: Float[Array, ""],
     axis_name: str | None = None,
     blocks: int = 1,
+    label_smoothing: float = 0.0,
 ) -> Float[Array, ""]:
     """Mean of the cross-entropies of images against all texts and of texts against all images (CLIP, figure 3).
 
     Args:
         image, text: unit vectors; row i of one belongs to row i of the other.
         logit_scale: log of the factor on the cosines, the parameter as it is stored.
+        label_smoothing: the share of a label that is spread evenly over the whole batch (arXiv 1512.00567, section 7).
 
     Both softmaxes come from one matrix: its rows' sums are this device's own, its columns' are added up over devices.
     """
@@ -43,7 +45,13 @@ def clip_loss(
     if axis_name is not None:
         columns = _logsumexp(jax.lax.all_gather(columns, axis_name), 0)
     positive = jnp.mean(jnp.sum(queries * text.astype(jnp.float32), -1))
-    return (jnp.mean(rows) + jnp.mean(columns)) / 2 - positive
+    target = positive
+    if label_smoothing:
+        # The mean of all logits is the product of the means.
+        mean_text = jnp.mean(texts, 0)
+        mean_query = jnp.mean(queries, 0) if axis_name is None else jax.lax.pmean(jnp.mean(queries, 0), axis_name)
+        target = (1 - label_smoothing) * positive + label_smoothing * mean_query @ mean_text
+    return (jnp.mean(rows) + jnp.mean(columns)) / 2 - target
 
 
 def sigmoid_loss(

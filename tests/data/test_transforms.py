@@ -117,6 +117,10 @@ def test_texts_are_encoded():
     assert drawn[0].dtype == np.int32 and counts.sum() == 300 and counts.min() > 70
     one = EncodeText(encode_text, several=False, template="a {}.").random_map(record, generator())
     assert one["text"].tolist() == [5, 7]
+    # Each of four words stays at 0.6: 2.4 of them, and one more where none would.
+    dropping = EncodeText(lambda texts: [[len(text.split()) for text in texts]], word_dropout=0.4)
+    left = np.array([dropping.random_map({"text": "a b c d"}, generator(i))["text"][0] for i in range(2000)])
+    assert left.min() == 1 and left.max() == 4 and abs(left.mean() - (2.4 + 0.4**4)) < 0.08
     for broken, reason in (({}, "caption: missing"), ({"text": "\0"}, "caption: empty")):
         with pytest.raises(BadRecord, match=reason):
             EncodeText(encode_text).random_map(broken, generator())

@@ -1,5 +1,6 @@
 """Contrastive losses: by hand, against the plain formula, gradients, in blocks, and over 8 devices."""
 
+import functools
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.test_util import check_grads
 
@@ -43,6 +45,12 @@ def plain_clip(x, y, s):
     return -(rows.mean() + columns.mean()) / 2
 
 
+def plain_smoothed(x, y, s):
+    logits = jnp.exp(s) * x @ y.T
+    targets = (1 - SMOOTHING) * jnp.eye(B) + SMOOTHING / B
+    return sum(optax.softmax_cross_entropy(each, targets).mean() for each in (logits, logits.T)) / 2
+
+
 def plain_sigmoid(x, y, s, b):
     logits = jnp.exp(s) * x @ y.T + b
     labels = 2 * jnp.eye(x.shape[0]) - 1
@@ -59,8 +67,10 @@ def plain_in_batch(x, y, t):
 
 
 T = jnp.float32(0.3)
+SMOOTHING = 0.15
 CASES = {
     "clip": (clip_loss, plain_clip, (X, Y, S)),
+    "smoothed": (functools.partial(clip_loss, label_smoothing=SMOOTHING), plain_smoothed, (X, Y, S)),
     "sigmoid": (sigmoid_loss, plain_sigmoid, (X, Y, S, BIAS)),
     "queue": (info_nce, plain_nce, (X, Y, QUEUE, T)),
     "in batch": (in_batch_nce, plain_in_batch, (X, Y, T)),
@@ -194,4 +204,4 @@ def test_eight_devices_are_one(repository):
 
 def test_every_loss_is_tested():
     names = {name for name in vars(contrastive) if name.endswith(("_loss", "_nce"))}
-    assert names == {case[0].__name__ for case in CASES.values()}
+    assert names == {getattr(case[0], "func", case[0]).__name__ for case in CASES.values()}

@@ -32,6 +32,7 @@ class CLIP(Method):
     Attributes:
         bn_groups: parts of the global batch with batch statistics of their own, for towers that have them.
         mean, std: of the images' channels in [0, 1].
+        label_smoothing: the share of a pair's label that is spread over the batch; against overfitting of small data.
         loss_blocks: see `mmjax.objectives.contrastive`: more than 1 never holds the whole matrix of logits.
         chunks: micro-batches that the towers see one after another, under the loss of the whole batch: the same
             gradient with a fraction of the activations, for one more forward pass (GradCache, arXiv 2101.06983;
@@ -42,6 +43,7 @@ class CLIP(Method):
     bn_groups: int = 1
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
+    label_smoothing: float = 0.0
     loss_blocks: int = 1
     chunks: int = 1
 
@@ -60,13 +62,14 @@ class CLIP(Method):
             (image, text), stats = self._chunked(params, carry, batch), carry.stats
         else:
             image, text, stats = self._features(params, carry.stats, batch, axis_name)
-        blocks = self.loss_blocks
+        scale, blocks = params["logit_scale"], self.loss_blocks
         if self.config.init_bias is None:
-            value = clip_loss(image, text, params["logit_scale"], axis_name, blocks)
-            nce = value
+            value = clip_loss(image, text, scale, axis_name, blocks, self.label_smoothing)
         else:
-            value = sigmoid_loss(image, text, params["logit_scale"], params["logit_bias"], axis_name, blocks)
-            nce = clip_loss(*jax.lax.stop_gradient((image, text, params["logit_scale"])), axis_name, blocks)
+            value = sigmoid_loss(image, text, scale, params["logit_bias"], axis_name, blocks)
+        nce = value
+        if self.config.init_bias is not None or self.label_smoothing:  # only the plain loss bounds mutual information
+            nce = clip_loss(*jax.lax.stop_gradient((image, text, scale)), axis_name, blocks)
         candidates = image.shape[0] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
         metrics = {
             "logit_scale": jnp.exp(params["logit_scale"]),
