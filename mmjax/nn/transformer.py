@@ -17,6 +17,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from mmjax.errors import MmjaxError
+from mmjax.nn.activation import activation
 from mmjax.nn.attention import attention_weights, dot_product_attention
 from mmjax.nn.dropout import Dropout, DropPath
 from mmjax.nn.norm import LayerNorm
@@ -25,22 +26,6 @@ from mmjax.types import Array, Bool, Float
 Initializer = Callable[..., Any]
 XAVIER: Initializer = nn.initializers.xavier_uniform()
 TINY: Initializer = nn.initializers.normal(1e-6)
-
-
-def activation(name: str) -> Callable[[Array], Array]:
-    """ "gelu" (erf), "gelu_tanh", "quick_gelu" (OpenAI CLIP) or "relu"."""
-    if name not in _ACTIVATIONS:
-        raise MmjaxError(f"activation {name!r}: choose {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
-
-
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    # By erf itself: jax.nn.gelu goes by erfc, which takes three times as long on CPU.
-    "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5)),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "relu": jax.nn.relu,
-}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,11 @@ import pytest
 from jax.test_util import check_grads
 
 from mmjax.errors import MmjaxError
+from mmjax.nn.activation import activation
 from mmjax.nn.dropout import DropPath
 from mmjax.nn.embeddings import PatchEmbed
 from mmjax.nn.norm import LayerNorm
-from mmjax.nn.transformer import Dense, Encoder, Mlp, MultiHeadAttention, TransformerBlock, activation
+from mmjax.nn.transformer import Dense, Encoder, Mlp, MultiHeadAttention, TransformerBlock
 
 B, N, H, D, HIDDEN = 2, 5, 3, 21, 13
 
@@ -38,6 +39,16 @@ def test_activations_by_hand(name, at_one):
     act = activation(name)
     np.testing.assert_allclose(act(jnp.array([1.0, -1.0])), [at_one, at_one - 1 if name != "relu" else 0], rtol=1e-5)
     check_grads(act, (jnp.array([0.7, -1.3, 2.1]),), order=2, modes=["rev"], rtol=1e-2)
+
+
+def test_relu_keeps_its_result_alone_for_the_backward_pass():
+    x = jnp.array([-2.0, 0.0, 3.0, jnp.nan])
+    y, pull = jax.vjp(activation("relu"), x)
+    np.testing.assert_array_equal(y, [0, 0, 3, np.nan])
+    np.testing.assert_array_equal(pull(jnp.full(4, 7.0))[0], [0, 0, 7, 0])
+    kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.shape == x.shape]
+    assert [leaf.dtype for leaf in kept] == [jnp.float32]
+    np.testing.assert_array_equal(kept[0], y)
 
 
 def test_an_unknown_activation_is_named():

@@ -9,6 +9,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from mmjax.errors import MmjaxError
+from mmjax.nn.activation import relu
 from mmjax.nn.attention import dot_product_attention
 from mmjax.nn.batch_norm import BatchNorm
 from mmjax.nn.convolution import Conv, avg_pool
@@ -56,7 +57,7 @@ class ModifiedResNet(nn.Module):
         x = x.astype(dtype)
         for i, (features, strides) in enumerate(((config.width // 2, 2), (config.width // 2, 1), (config.width, 1)), 1):
             conv = Conv(features, 3, strides, 1, dtype=dtype, kernel_init=torch_conv, name=f"conv{i}")
-            x = nn.relu(norm(f"bn{i}")(conv(x)))
+            x = relu(norm(f"bn{i}")(conv(x)))
         x, maps = avg_pool(x, 2, 2), {}
         block = nn.remat(Bottleneck) if self.remat else Bottleneck
         for stage, count in enumerate(config.layers):
@@ -104,12 +105,12 @@ class Bottleneck(nn.Module):
             return avg_pool(y, self.stride, self.stride) if self.stride > 1 else y
 
         out = self.planes * EXPANSION
-        y = nn.relu(self.norm("bn1")(conv(self.planes, 1, "conv1")(x)))
-        y = nn.relu(self.norm("bn2")(conv(self.planes, 3, "conv2")(y)))
+        y = relu(self.norm("bn1")(conv(self.planes, 1, "conv1")(x)))
+        y = relu(self.norm("bn2")(conv(self.planes, 3, "conv2")(y)))
         y = self.norm("bn3", zero=True)(conv(out, 1, "conv3")(shrink(y)))
         if self.stride > 1 or x.shape[-1] != out:
             x = self.norm("shortcut_bn")(conv(out, 1, "shortcut_conv")(shrink(x)))
-        return nn.relu(x + y)
+        return relu(x + y)
 
 
 class AttentionPool(nn.Module):

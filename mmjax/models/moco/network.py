@@ -13,6 +13,7 @@ from flax import linen as nn
 from mmjax.errors import MmjaxError
 from mmjax.models.resnet.network import ResNet, ResNetConfig, bias_init, torch_linear
 from mmjax.models.vit.network import ViT, ViTConfig
+from mmjax.nn.activation import relu
 from mmjax.nn.batch_norm import BatchNorm
 from mmjax.nn.transformer import Dense
 from mmjax.types import Array, Float
@@ -135,7 +136,7 @@ class Head(nn.Module):
                     dtype=self.dtype,
                     name=f"bn_{i}",
                 )(x)
-            x = x if last else nn.relu(x)
+            x = x if last else relu(x)
         return x
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mmjax.errors import MmjaxError
+from mmjax.nn.activation import relu
 from mmjax.nn.batch_norm import BatchNorm
 from mmjax.nn.convolution import Conv, max_pool
 from mmjax.types import Array, Float
@@ -198,8 +199,8 @@ class Block(nn.Module):
             conv = Conv(features, size, strides, padding, groups, dilated, dtype=config.dtype, name=f"conv{i}")
             last = i == len(shapes)
             y = self.norm(f"bn{i}", zero=last and config.zero_init_residual)(conv(y))
-            y = y if last else nn.relu(y)
-        return nn.relu(y + self.shortcut(x)) if config.shortcut != "none" else nn.relu(y)
+            y = y if last else relu(y)
+        return relu(y + self.shortcut(x)) if config.shortcut != "none" else relu(y)
 
     def shortcut(self, x: Array) -> Array:
         config, geometry = self.config, self.geometry
@@ -260,7 +261,7 @@ class ResNet(nn.Module):
         imagenet = config.stem == "imagenet"
         size, stride, padding = (7, 2, 3) if imagenet else (3, 1, 1)
         x = Conv(config.stem_width, size, stride, padding, dtype=config.dtype, name="stem_conv")(x)
-        x = nn.relu(norm(config, train, bn_groups, axis_name, "stem_bn")(x))
+        x = relu(norm(config, train, bn_groups, axis_name, "stem_bn")(x))
         x = max_pool(x, 3, 2, 1) if imagenet else x
         maps = {"stem": x}
         block = nn.remat(Block) if config.remat else Block

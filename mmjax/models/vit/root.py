@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from mmjax.nn.activation import relu
 from mmjax.nn.convolution import conv, max_pool
 from mmjax.types import Array, Float
 
@@ -66,9 +67,9 @@ class Unit(nn.Module):
         shortcut = x
         if x.shape[-1] != 4 * self.width or self.strides != 1:
             shortcut = step(x, "_proj", 4 * self.width, 1, self.strides)
-        y = nn.relu(step(x, "1", self.width, 1))
-        y = nn.relu(step(y, "2", self.width, 3, self.strides))
-        return nn.relu(step(y, "3", 4 * self.width, 1) + shortcut)
+        y = relu(step(x, "1", self.width, 1))
+        y = relu(step(y, "2", self.width, 3, self.strides))
+        return relu(step(y, "3", 4 * self.width, 1) + shortcut)
 
 
 class Root(nn.Module):
@@ -81,7 +82,7 @@ class Root(nn.Module):
     def __call__(self, x: Float[Array, "b height width 3"]) -> Float[Array, "b rows columns c"]:
         width = self.config.width
         x = StdConv(width, 7, 2, self.dtype, name="conv_root")(x)
-        x = nn.relu(nn.GroupNorm(32, epsilon=1e-6, dtype=self.dtype, name="gn_root")(x))
+        x = relu(nn.GroupNorm(32, epsilon=1e-6, dtype=self.dtype, name="gn_root")(x))
         # After the ReLU no value is below the zeros of the padding: they stand for minus infinity.
         x = max_pool(jnp.pad(x, same_padding(x.shape, 3, 2)), 3, 2)
         for block, units in enumerate(self.config.layers, start=1):
