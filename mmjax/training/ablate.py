@@ -26,14 +26,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mmjax.errors import MmjaxError
 from mmjax.training import ablation_report, checkpoint
+from mmjax.training.adopt import adopt
 from mmjax.training.arms import How, choose, over_arms, stack, stacked_shapes, take
+from mmjax.training.checkpoint_format import encode
 from mmjax.training.experiment import ExperimentConfig, LoadWeights, parse_overrides
+from mmjax.training.interrupts import Interrupts
 from mmjax.training.lift import Lift, create_lift, initialise
-from mmjax.training.loop import IN_FLIGHT, Interrupts, adopt, write_config
+from mmjax.training.loop import IN_FLIGHT
 from mmjax.training.metrics import MetricsWriter, read_metrics
 from mmjax.training.optimizer import LEARNING_RATE_SCALE
 from mmjax.training.state import create_state
 from mmjax.training.step import train_step
+from mmjax.training.workdir import Lock, write_config
 
 LEARNING_RATE = "learning_rate"
 
@@ -94,7 +98,7 @@ def ablate(
         raise MmjaxError("ablate runs in one process; give each process a part of the values")
     if not over or not all(over.values()):
         raise MmjaxError("ablate needs --over NAME=VALUE,VALUE,...")
-    lock = checkpoint.Lock(workdir)
+    lock = Lock(workdir)
     try:
         with Interrupts() as interrupts:
             run = _Ablation(epath.Path(workdir), choose(arms), interrupts, load_weights)
@@ -282,7 +286,7 @@ class _Ablation:
             reached = loop.steps(lift.place(host), start, data, None if start else first)
             if reached is None:
                 return None
-            self._save_arms(group, lift.fetch(reached), [checkpoint.encode(data.get_state())])
+            self._save_arms(group, lift.fetch(reached), [encode(data.get_state())])
             return loop.finish(reached)
         finally:
             writer.wait()
@@ -365,7 +369,7 @@ class _Loop:
                 periodic = config.checkpoint_every and step % config.checkpoint_every == 0
                 if stop is not None or step == config.steps or periodic:
                     self.drain()
-                    self.writer.save(self.lift.fetch(state), step, checkpoint.encode(data.get_state()))
+                    self.writer.save(self.lift.fetch(state), step, encode(data.get_state()))
                 if stop is not None and step < config.steps:
                     self.writer.wait()
                     self.ablation._say(f"{stop}: saved step {step} of {config.steps}; the same command goes on")

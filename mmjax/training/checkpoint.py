@@ -11,18 +11,11 @@ It is filled under a temporary name, synced and renamed; without a manifest it i
 manifests. On object stores, which cannot rename, the folder has its name from the start and the manifest alone commits.
 """
 
-import base64
-import collections
 import dataclasses
 import errno
-import fcntl
-import hashlib
 import json
-import logging
 import os
-import pathlib
 import shutil
-import socket
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -31,28 +24,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from mmjax import tree
-from mmjax.errors import MmjaxError
+from mmjax.training.checkpoint_format import (
+    FILES,
+    MANIFEST,
+    CheckpointError,
+    DamagedCheckpoint,
+    decode,
+    describe,
+    field_names,
+    file_digests,
+    host_copy,
+    is_key,
+    is_local,
+    make_manifest,
+    read_arrays,
+    read_manifest,
+    state_leaves,
+    write_arrays,
+)
 
-MANIFEST = "manifest.json"
-FILES = "files.json"
 FOLDER = "checkpoints"
 TEMPORARY = "tmp-"
-
-
-# Said at each save in this layout, and of no meaning to the user.
-logging.getLogger("absl").addFilter(lambda record: "Skipping merge of OCDBT" not in record.getMessage())
-
-
-class CheckpointError(MmjaxError):
-    """A checkpoint cannot be written, or does not fit the state it should fill."""
-
-
-class DamagedCheckpoint(CheckpointError):
-    """The files of a checkpoint are not what was written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,172 +61,7 @@ class Restored:
     environment: dict[str, Any]
 
 
-# ------------------------------------------------------------------------------------------------------------ leaves
-
-
-def state_leaves(state: Any) -> dict[str, Any]:
-    """{"params/stem/kernel": leaf} for any pytree; typed PRNG keys stay typed."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _is_key(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
-
-
-def _host(leaf: Any) -> np.ndarray:
-    """A NumPy copy, which later donation of the device buffer cannot touch."""
-    if isinstance(leaf, jax.Array) and _is_key(leaf.dtype):
-        leaf = jax.random.key_data(leaf)
-    return np.array(leaf, copy=True)
-
-
-def _describe(leaf: Any) -> dict[str, Any]:
-    """Shape and dtype as the manifest has them; works for arrays and ShapeDtypeStructs."""
-    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-
-
-# ---------------------------------------------------------------------------------------------------------- manifest
-
-
-def make_manifest(state: Any, step: int, data: Any = None, counters: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What `manifest.json` says of a state; equal states (and iterator positions) give equal manifests."""
-    leaves = {key: _describe(leaf) | {"sha256": tree.leaf_hash(leaf)} for key, leaf in state_leaves(state).items()}
-    body = {
-        "format": 1,
-        "step": step,
-        "fields": sorted({key.split("/")[0] for key in leaves} | _field_names(state)),
-        "leaves": leaves,
-        "data": encode(data),
-        "counters": dict(counters or {}),
-    }
-    return body | {"sha256": _digest(body)}
-
-
-def _field_names(state: Any) -> set[str]:
-    """The top-level fields, those without leaves included."""
-    if dataclasses.is_dataclass(state):
-        return {field.name for field in dataclasses.fields(state)}
-    return set(state) if isinstance(state, Mapping) else set()
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def encode(value: Any) -> Any:
-    """A data iterator's state as JSON; opaque bytes survive."""
-    if isinstance(value, bytes):
-        return {"__bytes__": base64.b64encode(value).decode()}
-    if isinstance(value, list | tuple):
-        return [encode(part) for part in value]
-    if isinstance(value, Mapping):
-        return {str(name): encode(part) for name, part in value.items()}
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_decode(part) for part in value]
-    if isinstance(value, dict):
-        if value.keys() == {"__bytes__"}:
-            return base64.b64decode(value["__bytes__"])
-        return {name: _decode(part) for name, part in value.items()}
-    return value
-
-
-def read_manifest(folder: Any) -> dict[str, Any]:
-    """The verified manifest of a step's folder. Raises DamagedCheckpoint."""
-    path = epath.Path(folder) / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-        body = {name: value for name, value in manifest.items() if name != "sha256"}
-        whole = manifest["sha256"] == _digest(body)
-    except (OSError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{path}: unreadable: {type(error).__name__}: {error}") from error
-    if not whole:
-        raise DamagedCheckpoint(f"{path}: its content does not have the SHA-256 that it states")
-    return manifest
-
-
-# ------------------------------------------------------------------------------------------------------------- arrays
-
-
-def _checkpointer() -> ocp.Checkpointer:
-    # One process writes: the others have given their shards before, and must not be waited for.
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="mmjax"
-    )
-    # A folder a leaf, named by its path, so that a damaged file names its key.
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=alone)
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
-
-
-def _write_arrays(folder: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    # Orbax refuses arrays without elements; their shape in the manifest says all there is to know.
-    full = {key: array for key, array in arrays.items() if array.size}
-    dotted = collections.Counter(key.replace("/", ".") for key in full)
-    if any(count > 1 for count in dotted.values()):
-        raise CheckpointError(f"leaves whose paths differ only by a dot: {[k for k, n in dotted.items() if n > 1]}")
-    if full:
-        with _checkpointer() as checkpointer:
-            checkpointer.save(os.fspath(folder), args=ocp.args.PyTreeSave(tree.unflatten(full)))
-
-
-def _read_arrays(folder: epath.Path, leaves: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """The arrays that `leaves` (a part of a manifest) names, each checked against its SHA-256."""
-    wanted = {key for key, told in leaves.items() if 0 not in told["shape"]}
-    flat: dict[str, Any] = {}
-    if wanted:
-        _check_files(folder)
-        try:
-            with warnings.catch_warnings(), _checkpointer() as checkpointer:
-                warnings.simplefilter("ignore")
-                item = tree.unflatten(dict.fromkeys(sorted(wanted), 0))
-                numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-                args = ocp.args.PyTreeRestore(item, restore_args=numpy, partial_restore=True)
-                flat = tree.flatten(checkpointer.restore(os.fspath(folder), args=args))
-        except Exception as error:  # Orbax and TensorStore raise whatever the damaged bytes lead them to
-            raise DamagedCheckpoint(f"{folder}: unreadable: {type(error).__name__}: {str(error)[:300]}") from error
-    arrays, wrong = {}, []
-    for key, told in leaves.items():
-        dtype = None if told["dtype"].startswith("key<") else np.dtype(told["dtype"])
-        array = np.asarray(flat[key]) if key in flat else np.zeros(told["shape"], dtype or np.uint32)
-        if key in wanted and (key not in flat or tree.leaf_hash(array) != told["sha256"]):
-            wrong.append(key)
-        arrays[key] = array
-    if wrong:
-        raise DamagedCheckpoint(f"{folder}: wrong bytes in {', '.join(wrong)}")
-    return arrays
-
-
-def _files(folder: epath.Path) -> dict[str, str]:
-    local = pathlib.Path(folder)
-    paths = sorted(path for path in local.rglob("*") if path.is_file())
-    return {path.relative_to(local).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-
-
-def _check_files(folder: epath.Path) -> None:
-    """Before Orbax sees them: no parser of array files is fed damaged bytes, and the message can name the file."""
-    told = folder.parent / FILES
-    if not _is_local(folder):
-        return
-    try:
-        listed = json.loads(told.read_bytes())
-        found = _files(folder)
-        bad = [f"{folder / name}" for name, digest in listed.items() if found.get(name) != digest]
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{told}: unreadable: {type(error).__name__}: {error}") from error
-    if bad:
-        # A leaf's folder is its path with dots.
-        raise DamagedCheckpoint(f"not what was written: {', '.join(bad)}")
-
-
 # ------------------------------------------------------------------------------------------------------------ storage
-
-
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in os.fspath(path)
 
 
 def _sync(folder: epath.Path) -> None:
@@ -246,7 +76,7 @@ def _sync(folder: epath.Path) -> None:
 
 
 def _remove(folder: epath.Path) -> None:
-    if _is_local(folder):
+    if is_local(folder):
         shutil.rmtree(folder, ignore_errors=True)
     elif folder.exists():
         folder.rmtree()
@@ -270,37 +100,6 @@ def step_folder(workdir: Any, step: int) -> epath.Path:
     return epath.Path(workdir) / FOLDER / str(step)
 
 
-class Lock:
-    """One writer a workdir: an advisory lock that dies with its process, however that ends."""
-
-    def __init__(self, workdir: Any):
-        """Makes the workdir. Raises CheckpointError: it is not writable, or another process holds it (pid told)."""
-        self._file = None
-        workdir = epath.Path(workdir)
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            if not _is_local(workdir):
-                return
-            self._file = open(os.path.join(workdir, ".lock"), "a+")  # noqa: SIM115
-        except OSError as error:
-            raise CheckpointError(f"workdir {workdir} cannot be written: {error.strerror or error}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "unknown"
-            self._file.close()
-            raise CheckpointError(f"workdir {workdir} is in use by another run: {holder}") from error
-        self._file.truncate(0)
-        self._file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
-
-    def release(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
 # --------------------------------------------------------------------------------------------------------- read back
 
 
@@ -318,13 +117,13 @@ def load_state(folder: Any, template: Any) -> Restored:
     folder = epath.Path(folder)
     manifest = read_manifest(folder)
     _check_fits(folder, manifest, template)
-    arrays = _read_arrays(folder / "arrays", manifest["leaves"])
+    arrays = read_arrays(folder / "arrays", manifest["leaves"])
 
     def fill(path: Any, leaf: Any) -> Any:
         array = arrays[jax.tree_util.keystr(path, simple=True, separator="/")]
         return (
             jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(_example_key(leaf)))
-            if _is_key(leaf.dtype)
+            if is_key(leaf.dtype)
             else array
         )
 
@@ -333,7 +132,7 @@ def load_state(folder: Any, template: Any) -> Restored:
         environment = json.loads((folder / "environment.json").read_bytes())
     except (OSError, ValueError):
         environment = {}  # said for information only
-    return Restored(state, manifest["step"], _decode(manifest["data"]), manifest["counters"], environment)
+    return Restored(state, manifest["step"], decode(manifest["data"]), manifest["counters"], environment)
 
 
 def _example_key(leaf: Any) -> Any:
@@ -344,13 +143,13 @@ def _example_key(leaf: Any) -> Any:
 
 def _check_fits(folder: epath.Path, manifest: Mapping[str, Any], template: Any) -> None:
     told, wanted = manifest["leaves"], state_leaves(template)
-    fields = _field_names(template)
+    fields = field_names(template)
     wrong = [f"field {name} is missing" for name in sorted(fields - set(manifest["fields"]))]
     wrong += [f"field {name} is not of this experiment" for name in sorted(set(manifest["fields"]) - fields) if fields]
     wrong += [f"{key}: missing, want {leaf.dtype}{list(leaf.shape)}" for key, leaf in wanted.items() if key not in told]
     wrong += [f"{key}: not in this experiment's state" for key in told if key not in wanted]
     for key, leaf in wanted.items():
-        want = _describe(leaf)
+        want = describe(leaf)
         got = {name: told[key][name] for name in want} if key in told else want
         if got != want:
             wrong.append(f"{key}: want {want['dtype']}{want['shape']}, got {got['dtype']}{got['shape']}")
@@ -401,7 +200,7 @@ def load_params(path: Any) -> dict[str, Any]:
     leaves = {
         key: told for key, told in manifest["leaves"].items() if key.split("/")[0] in fields or key.startswith(averaged)
     }
-    nested = tree.unflatten(_read_arrays(path / "arrays", leaves))
+    nested = tree.unflatten(read_arrays(path / "arrays", leaves))
     config = path.parent.parent / "config.json"
     told = json.loads(config.read_text()) if config.exists() else None
     found = {field: nested.get(field, {}) for field in fields}
@@ -455,8 +254,8 @@ class CheckpointWriter:
     def _run(self, state: Any, manifest: dict[str, Any]) -> None:
         step = manifest["step"]
         final = step_folder(self.workdir, step)
-        temporary = self._folder / f"{TEMPORARY}{step}" if _is_local(final) else final
-        arrays = {key: _host(leaf) for key, leaf in state_leaves(state).items()}
+        temporary = self._folder / f"{TEMPORARY}{step}" if is_local(final) else final
+        arrays = {key: host_copy(leaf) for key, leaf in state_leaves(state).items()}
         try:
             self._write(temporary, final, arrays, make_manifest(state, **manifest))
             self._prune(step)
@@ -476,13 +275,13 @@ class CheckpointWriter:
     def _write(self, temporary: epath.Path, final: epath.Path, arrays: dict[str, np.ndarray], manifest: Any) -> None:
         _remove(temporary)
         temporary.mkdir(parents=True)
-        _write_arrays(temporary / "arrays", arrays)
-        local = _is_local(final)
+        write_arrays(temporary / "arrays", arrays)
+        local = is_local(final)
         if local:
-            (temporary / FILES).write_text(json.dumps(_files(temporary / "arrays"), indent=1))
+            (temporary / FILES).write_text(json.dumps(file_digests(temporary / "arrays"), indent=1))
         (temporary / "environment.json").write_text(json.dumps(self.environment, indent=1, sort_keys=True))
         # Read back before it counts: what the older steps are given up for must be whole.
-        _read_arrays(temporary / "arrays", manifest["leaves"])
+        read_arrays(temporary / "arrays", manifest["leaves"])
         if local:
             _sync(temporary)
         with (temporary / MANIFEST).open("w") as file:

@@ -5,16 +5,10 @@ and `artifacts/`. Running the same command again resumes it.
 """
 
 import collections
-import dataclasses
 import functools
-import json
 import os
-import pathlib
-import signal
 import sys
-import threading
 import time
-import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -29,12 +23,16 @@ from rich.table import Table
 from mmjax import tree
 from mmjax.errors import MmjaxError
 from mmjax.training import checkpoint
+from mmjax.training.adopt import adopt
+from mmjax.training.checkpoint_format import CheckpointError, encode
 from mmjax.training.experiment import ExperimentConfig, LoadWeights
+from mmjax.training.interrupts import Interrupts
 from mmjax.training.lift import create_lift, gather_json, initialise
 from mmjax.training.metrics import MetricsWriter
 from mmjax.training.partition import FROZEN
 from mmjax.training.state import TrainState, create_state
 from mmjax.training.step import train_step
+from mmjax.training.workdir import Lock, write_config
 
 IN_FLIGHT = 2
 """Steps dispatched ahead of the device: enough to keep it busy, few enough to bound the memory of their batches."""
@@ -62,43 +60,13 @@ def train(
             were not finite; too many bad records (a checkpoint was saved); the last checkpoint could not be saved.
     """
     primary = jax.process_index() == 0
-    lock = checkpoint.Lock(workdir) if primary else None
+    lock = Lock(workdir) if primary else None
     try:
         with Interrupts() as interrupts:
             return _Run(config, workdir, load_weights, experiment_file, interrupts).run()
     finally:
         if lock is not None:
             lock.release()
-
-
-class Interrupts:
-    """While entered, SIGTERM and SIGINT (the first as the tenth) leave a note that the loop reads between steps."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interrupts":
-        if threading.current_thread() is threading.main_thread():
-            # Several processes must stop at the same step: there SIGTERM is left to JAX's preemption service.
-            numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
-            self._previous = {number: signal.signal(number, self._note) for number in numbers}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: types.FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-
-    def requested(self, step: int) -> str | None:
-        """The signal after which to stop before the next step; all processes get the same answer for a step."""
-        if jax.process_count() == 1:
-            return self.received
-        from jax.experimental import multihost_utils
-
-        return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
 
 
 class _Run:
@@ -348,7 +316,7 @@ class _Run:
     def _save(self, state: Any, step: int) -> None:
         """Starts a save. One that failed before is reported, and does not keep this one from being tried."""
         host = self.lift.fetch(state)
-        data = gather_json(checkpoint.encode(self.data.get_state()))
+        data = gather_json(encode(self.data.get_state()))
         if self.writer is not None:
             self._wait_for_save(final=False)
             self.writer.save(host, step, data, {"refused_updates": self.total_refused})
@@ -358,7 +326,7 @@ class _Run:
         try:
             if self.writer is not None:
                 self.writer.wait()
-        except checkpoint.CheckpointError as error:
+        except CheckpointError as error:
             if final:
                 raise
             self._warn(str(error))
@@ -416,60 +384,3 @@ class _Run:
                 progress.update(task, completed=step, loss=loss, rate=rate)
 
             yield advance
-
-
-def adopt(state: TrainState, weights: Mapping[str, Any], source: str) -> tuple[TrainState, str]:
-    """A fresh host state with the parameters and statistics of `init_from`, and a sentence on what was not there.
-
-    weights: see `LoadWeights`. Raises MmjaxError, naming the source: shapes differ, or nothing has a name in common.
-    """
-    params, fresh = _overlay(state.params, weights["params"], source)
-    stats, _ = _overlay(state.stats, weights.get("stats") or {}, source)
-    flat = tree.flatten(weights.get("ema") or {}) or tree.flatten(params)
-    followed = {path: leaf for path, leaf in flat.items() if path in tree.flatten(state.ema)}
-    ema, _ = _overlay(state.ema, tree.unflatten(followed), source)
-    told = f"; fresh: {', '.join(fresh[:8])}{' ...' if len(fresh) > 8 else ''}" if fresh else ""
-    said = f"initialised from {source}: {len(tree.flatten(params)) - len(fresh)} arrays{told}"
-    queues = dict(state.queues)
-    for name, queue in (weights.get("queues") or {}).items():
-        if name in queues and queues[name].keys.shape == queue["keys"].shape:  # of another length it begins afresh
-            queues[name] = dataclasses.replace(queues[name], **jax.tree.map(np.asarray, dict(queue)))
-    return dataclasses.replace(state, params=params, stats=stats, ema=ema, queues=queues), said
-
-
-def write_config(
-    config: ExperimentConfig, workdir: str | os.PathLike[str], experiment_file: str | None = None
-) -> list[str]:
-    """Writes config.json: what `mmjax.load` needs of the model, and the experiment's fields.
-
-    Returns the fields that a config.json already there had otherwise: "steps 100 -> 200".
-    """
-    recipe: Any = config
-    system, model = recipe.model()
-    told = {"system": system, "model": dataclasses.asdict(model), "layout": "mmjax"}
-    told |= recipe.save_assets(pathlib.Path(workdir))
-    told |= {"experiment": dataclasses.asdict(config), "experiment_file": experiment_file}
-    path = epath.Path(workdir) / "config.json"
-    text = json.dumps(told, indent=2, default=str) + "\n"
-    before = json.loads(path.read_text()).get("experiment", {}) if path.exists() else {}
-    now = json.loads(text)["experiment"]
-    temporary = path.parent / "config.json.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
-    return [f"{name} {before.get(name)} -> {now[name]}" for name in now if before and before.get(name) != now[name]]
-
-
-def _overlay(target: Any, source: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[str]]:
-    """`target` with the leaves that `source` has, and the paths that it has not.
-
-    Raises MmjaxError: leaves of other shapes (all are listed), leaves that the target does not know, or none in common.
-    """
-    have, want = tree.flatten(source), tree.flatten(target)
-    wrong = [f"{path}: want {list(leaf.shape)}, got {list(have[path].shape)}" for path, leaf in want.items()
-             if path in have and tuple(have[path].shape) != tuple(leaf.shape)]  # fmt: skip
-    if wrong or (have and not have.keys() & want.keys()):
-        raise MmjaxError(
-            f"init_from {name} does not fit:\n  " + "\n  ".join(wrong or ["no parameter has a name in common"])
-        )
-    merged = {path: np.asarray(have[path]).astype(leaf.dtype) if path in have else leaf for path, leaf in want.items()}
-    return tree.unflatten(merged), [path for path in want if path not in have]

@@ -27,8 +27,8 @@ from mmjax.models.resnet.network import ResNetConfig
 from mmjax.models.vit.checkpoint_timm import table as timm_table
 from mmjax.models.vit.network import ViTConfig
 from mmjax.models.vit.tasks import ViTModel
+from mmjax.training.adopt import adopt
 from mmjax.training.lift import create_lift
-from mmjax.training.loop import adopt
 from mmjax.training.optimizer import Optimizer, adamw
 from mmjax.training.partition import Partition
 from mmjax.training.rng import named

@@ -19,7 +19,7 @@ def main() -> None:
     import toy
 
     from mmjax import tree
-    from mmjax.training.checkpoint import state_leaves
+    from mmjax.training.checkpoint_format import state_leaves
     from mmjax.training.lift import MeshConfig, create_lift, gather_json
 
     rules = (("**/head/kernel", ("tensor", None)),)

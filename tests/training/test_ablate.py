@@ -18,6 +18,7 @@ from mmjax.errors import MmjaxError
 from mmjax.training import ablation_report, checkpoint
 from mmjax.training.ablate import ablate, find_field, plan_groups
 from mmjax.training.arms import over_arms, stack, stacked_shapes, take
+from mmjax.training.checkpoint_format import state_leaves
 from mmjax.training.experiment import load_experiment
 from mmjax.training.lift import MeshLift, create_lift
 from mmjax.training.loop import train
@@ -45,10 +46,10 @@ def make_state(config: Any, seed: int, momentum: float) -> Any:
 
 
 def assert_close(got: Any, want: Any, tolerance: float = 1e-6) -> None:
-    for key, leaf in checkpoint.state_leaves(want).items():
+    for key, leaf in state_leaves(want).items():
         if key == "rng":
             continue
-        value, wanted = np.asarray(checkpoint.state_leaves(got)[key]), np.asarray(leaf)
+        value, wanted = np.asarray(state_leaves(got)[key]), np.asarray(leaf)
         assert np.abs(value - wanted).max() <= tolerance * max(np.abs(wanted).max(), 1e-6), key
 
 

@@ -15,8 +15,10 @@ import pytest
 import toy
 
 from mmjax import tree
-from mmjax.training import checkpoint
-from mmjax.training.checkpoint import CheckpointError, CheckpointWriter, DamagedCheckpoint
+from mmjax.training import checkpoint, checkpoint_format
+from mmjax.training.checkpoint import CheckpointWriter
+from mmjax.training.checkpoint_format import CheckpointError, DamagedCheckpoint
+from mmjax.training.workdir import Lock
 
 
 def save(workdir, *steps, keep=2):
@@ -161,7 +163,7 @@ def test_damage_names_file_and_key_and_falls_back_with_one_warning(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["leaves"]["params/stem/kernel"]["sha256"] = tree.leaf_hash(wanted + 1)
     body = {name: value for name, value in manifest.items() if name != "sha256"}
-    (folder / "manifest.json").write_text(json.dumps(body | {"sha256": checkpoint._digest(body)}))
+    (folder / "manifest.json").write_text(json.dumps(body | {"sha256": checkpoint_format._digest(body)}))
     with pytest.raises(DamagedCheckpoint, match=r"checkpoints/5/arrays: wrong bytes in params/stem/kernel"):
         checkpoint.load_state(folder, template())
     data = folder / "arrays" / "params.stem.kernel" / "0.0"
@@ -224,17 +226,17 @@ writer.save(big, 4); writer.wait()
 
 
 def test_second_run_on_a_workdir_is_refused_with_the_pid(tmp_path):
-    lock = checkpoint.Lock(tmp_path)
+    lock = Lock(tmp_path)
     with pytest.raises(CheckpointError, match=f"in use by another run: pid {os.getpid()} "):
-        checkpoint.Lock(tmp_path)
+        Lock(tmp_path)
     lock.release()
-    checkpoint.Lock(tmp_path).release()
+    Lock(tmp_path).release()
 
 
 def test_unwritable_workdir_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"file/run cannot be written"):
-        checkpoint.Lock(tmp_path / "file" / "run")
+        Lock(tmp_path / "file" / "run")
 
 
 def test_fewer_than_two_kept_is_refused(tmp_path):
@@ -254,7 +256,8 @@ def test_load_params_reads_the_model_alone(tmp_path):
 
 def test_objects_stores_commit_by_the_manifest_alone(tmp_path, monkeypatch):
     """Without a rename: the folder has its name from the start, and counts only with its manifest."""
-    monkeypatch.setattr(checkpoint, "_is_local", lambda _: False)
+    for module in (checkpoint, checkpoint_format):
+        monkeypatch.setattr(module, "is_local", lambda _: False)
     state = save(tmp_path, 3, 5, 7)[7]
     assert checkpoint.steps(tmp_path) == [5, 7]
     with warnings.catch_warnings():
@@ -265,7 +268,7 @@ def test_objects_stores_commit_by_the_manifest_alone(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["5"]
 
 
-@pytest.mark.parametrize("point", ["_write_arrays", "_files", "_read_arrays", "_sync", "os.rename", "_prune"])
+@pytest.mark.parametrize("point", ["write_arrays", "file_digests", "read_arrays", "_sync", "os.rename", "_prune"])
 def test_killed_at_every_point_of_a_save(tmp_path, repository, point):
     """The step before is whole, the step itself is whole or absent, and the next start leaves nothing behind."""
     code = f"""
