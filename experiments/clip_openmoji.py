@@ -48,12 +48,13 @@ class Config(ExperimentConfig):
         width: channels of the image tower's first stage; each of the others has twice those of the one before.
         learning_rate: peak; warmup and half a cosine.
         crop: the smallest share of a drawing's area that a training crop keeps.
+        word_dropout, label_smoothing: against overfitting, of captions and of pairs; see `EncodeText` and `CLIP`.
     """
 
-    steps: int = 280
+    steps: int = 420
     batch_size: int = 256
     log_every: int = 10
-    eval_every: int = 70
+    eval_every: int = 105
     checkpoint_every: int = 100
     hold_out: Literal["name", "family"] = "name"
     image_size: int = 64
@@ -63,6 +64,8 @@ class Config(ExperimentConfig):
     warmup: int = 30
     weight_decay: float = 0.5
     crop: float = 0.45
+    word_dropout: float = 0.2
+    label_smoothing: float = 0.05
 
     @functools.cached_property
     def pairs(self) -> OpenMoji:
@@ -94,7 +97,7 @@ class Config(ExperimentConfig):
         return CLIPConfig(vision, text, embed_dim=256)
 
     def method(self) -> CLIP:
-        return CLIP(self.network, mean=MEAN, std=STD)
+        return CLIP(self.network, mean=MEAN, std=STD, label_smoothing=self.label_smoothing)
 
     def optimizer(self) -> Optimizer:
         return Optimizer(adamw(warmup_cosine(self.learning_rate, self.steps, self.warmup), self.weight_decay))
@@ -112,7 +115,7 @@ class Config(ExperimentConfig):
             self.captioned,
             self.batch_size,
             seed=self.seed,
-            transforms=(crop, RandomFlip(), EncodeText(self.tokenizer)),
+            transforms=(crop, RandomFlip(), EncodeText(self.tokenizer, word_dropout=self.word_dropout)),
             workers=self.workers,
             process_index=jax.process_index(),
             process_count=jax.process_count(),

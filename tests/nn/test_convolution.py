@@ -27,6 +27,12 @@ CASES = {
     "dilation": ((2, 11, 13, 5), (3, 3, 5, 7), {"padding": 2, "dilation": 2}),
     "dilation / 2": ((2, 17, 13, 5), (3, 3, 5, 7), {"padding": 3, "dilation": (3, 2), "strides": 2}),
     "wide padding": ((2, 5, 7, 3), (3, 2, 3, 5), {"padding": 3}),
+    "stem, odd width": ((2, 23, 21, 3), (7, 7, 3, 11), {"padding": 3, "strides": 2}),
+    "stem, even kernel": ((2, 22, 24, 3), (4, 6, 3, 11), {"padding": 1, "strides": (1, 2)}),
+    "few rows": ((3, 4, 5, 7), (3, 3, 7, 31), {"padding": 1}),
+    "few rows / 2": ((3, 5, 4, 7), (3, 3, 7, 31), {"padding": 1, "strides": 2}),
+    "few rows, dilation": ((2, 5, 7, 5), (3, 2, 5, 31), {"padding": 2, "dilation": 2, "strides": (2, 1)}),
+    "few rows, groups": ((2, 2, 2, 6), (3, 3, 2, 21), {"padding": 1, "groups": 3}),
     "window of the whole": ((2, 3, 5, 7), (3, 5, 7, 11), {}),
 }
 
@@ -69,7 +75,7 @@ def test_values_and_gradients_are_those_of_xla(name):
         close(one, other)
 
 
-@pytest.mark.parametrize("name", ["3x3 / 2", "stem", "1x1 / 2", "groups", "dilation"])
+@pytest.mark.parametrize("name", ["3x3 / 2", "stem", "1x1 / 2", "groups", "dilation", "few rows / 2"])
 def test_arms_mapped_in_any_way_equal_arms_alone(name):
     x_shape, kernel_shape, options = CASES[name]
     xs, kernels = draw(2, (3, *x_shape), (3, *kernel_shape))
