@@ -71,14 +71,14 @@ def mean_per_class(predicted: Int[ArrayLike, " n"], labels: Int[ArrayLike, " n"]
 
     Chance: a uniform guess. A resample that misses a class altogether is a mean over the others.
     """
-    accuracies, counts = per_class_accuracy(predicted, labels, classes)
-    present, n = counts > 0, int(counts.sum())
-    right = np.rint(accuracies[present] * counts[present] / 100).astype(np.int64)
-    drawn = resampled_counts(np.stack([right, counts[present] - right])).astype(np.float64)  # [resamples, 2, classes]
-    drawn_items = drawn.sum(1)
-    shares = np.divide(drawn[:, 0], drawn_items, out=np.full_like(drawn_items, np.nan), where=drawn_items > 0)
+    matrix = confusion(predicted, labels, classes)
+    counts = matrix.sum(1)
+    right, counts = matrix.diagonal()[counts > 0], counts[counts > 0]
+    hits, misses = np.moveaxis(resampled_counts(np.stack([right, counts - right])), 1, 0)  # [resamples, c] each
+    items = hits + misses
+    shares = np.divide(hits, items, out=np.full(items.shape, np.nan), where=items > 0)
     low, high = interval(100.0 * np.nanmean(shares, 1))
-    return Score(float(accuracies[present].mean()), n, low, high, chance=100.0 / int(present.sum()))
+    return Score(100.0 * float(np.mean(right / counts)), int(counts.sum()), low, high, chance=100.0 / len(counts))
 
 
 def confusion(predicted: Int[ArrayLike, " n"], labels: Int[ArrayLike, " n"], classes: int) -> Int[np.ndarray, "c c"]:
