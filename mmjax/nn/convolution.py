@@ -6,6 +6,7 @@ NHWC by HWIO without groups. What `jax.grad` and `jax.vmap` make of it is anothe
 
     1x1                 is a matrix product;
     few rows            (pixels of all images, at most 4 a channel made) are a product of all windows, written out;
+    narrow stems        at stride 2 see pairs of columns as one column of twice the channels;
     the others          are that one form, forward and in both derivatives, which are written out here as ordinary
                         convolutions: of dy with the turned kernel, and of x by dy with batch and channels exchanged;
     groups              are joined to blocks of 64 channels or more, with zeros outside the diagonal; blocks are mapped;
