@@ -16,6 +16,7 @@ from PIL import Image
 from mmjax.data.decoding import MAX_PIXELS, BadRecord, clean_caption, open_image, to_rgb, upright_size
 from mmjax.data.preprocess import RESAMPLING, ImagePreprocessing, Resample
 from mmjax.data.sources import Record
+from mmjax.errors import MmjaxError
 
 
 def _picture(value: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -136,13 +137,18 @@ class EncodeText(transforms.RandomMap):
     encode: strings -> ids [b, l] of a constant l, as the tokenizers of `mmjax.text` do.
     several: draw from `texts`; False always takes `text`.
     template: with "{}" for the caption, "a drawing of a {}".
-    word_dropout: the chance of each word of the caption to be left out; one word always stays.
+    word_dropout: the chance of each word of the caption to be left out; one word always stays. Raises MmjaxError
+        where it is no chance.
     """
 
     encode: Callable[[Sequence[str]], Any]
     several: bool = True
     template: str = "{}"
     word_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.word_dropout <= 1:
+            raise MmjaxError(f"word_dropout={self.word_dropout} (from 0 to 1)")
 
     def random_map(self, element: Record, rng: np.random.Generator) -> Record:
         texts = element.get("texts") if self.several else None

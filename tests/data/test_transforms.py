@@ -14,6 +14,7 @@ from mmjax.data.image_folder import ImageFolder
 from mmjax.data.pipeline import Pipeline, TooManyBadRecords, batches
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.data.transforms import Decode, EncodeText, RandomFlip, RandomResizedCrop, Resize, random_box
+from mmjax.errors import MmjaxError
 
 NOISE = np.random.default_rng(2).integers(0, 256, (61, 83, 3), np.uint8)
 
@@ -121,6 +122,8 @@ def test_texts_are_encoded():
     dropping = EncodeText(lambda texts: [[len(text.split()) for text in texts]], word_dropout=0.4)
     left = np.array([dropping.random_map({"text": "a b c d"}, generator(i))["text"][0] for i in range(2000)])
     assert left.min() == 1 and left.max() == 4 and abs(left.mean() - (2.4 + 0.4**4)) < 0.08
+    with pytest.raises(MmjaxError, match=r"word_dropout=1\.5"):
+        EncodeText(encode_text, word_dropout=1.5)
     for broken, reason in (({}, "caption: missing"), ({"text": "\0"}, "caption: empty")):
         with pytest.raises(BadRecord, match=reason):
             EncodeText(encode_text).random_map(broken, generator())

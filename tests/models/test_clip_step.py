@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from mmjax import tree
+from mmjax.errors import MmjaxError
 from mmjax.models.clip.modified_resnet import ModifiedResNetConfig
 from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from mmjax.models.clip.pretrain import CLIP
@@ -209,3 +210,11 @@ def test_chunks_give_the_gradient_of_the_whole_batch(blocks: int, remat: bool):
     quarter = {name: leaf[::4] for name, leaf in rows.items()}
     apart = jax.jit(lambda p: plain.loss(p, carry, quarter, jax.random.key(1))[0])(params)
     assert abs(float(apart) - float(value)) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("fields", "smoothing", "named"), [({}, 1.0, "=1.0 .from 0"), ({"init_bias": -10.0}, 0.1, "SigLIP")]
+)
+def test_smoothing_that_would_mean_nothing_is_refused(fields, smoothing, named):
+    with pytest.raises(MmjaxError, match=f"label_smoothing.*{named}"):
+        CLIP(dataclasses.replace(VIT, **fields), label_smoothing=smoothing)

@@ -33,6 +33,7 @@ class CLIP(Method):
         bn_groups: parts of the global batch with batch statistics of their own, for towers that have them.
         mean, std: of the images' channels in [0, 1].
         label_smoothing: the share of a pair's label that is spread over the batch; against overfitting of small data.
+            SigLIP's loss has none.
         loss_blocks: see `mmjax.objectives.contrastive`: more than 1 never holds the whole matrix of logits.
         chunks: micro-batches that the towers see one after another, under the loss of the whole batch: the same
             gradient with a fraction of the activations, for one more forward pass (GradCache, arXiv 2101.06983;
@@ -46,6 +47,13 @@ class CLIP(Method):
     label_smoothing: float = 0.0
     loss_blocks: int = 1
     chunks: int = 1
+
+    def __post_init__(self) -> None:
+        """Raises MmjaxError for smoothing out of range, or of a loss that has none."""
+        if not 0 <= self.label_smoothing < 1:
+            raise MmjaxError(f"clip: label_smoothing={self.label_smoothing} (from 0 to below 1)")
+        if self.label_smoothing and self.config.init_bias is not None:
+            raise MmjaxError(f"clip: label_smoothing={self.label_smoothing} with SigLIP's loss, which has none")
 
     def init(self, rng: PRNGKeyArray, batch: Batch) -> tuple[Params, Carry]:
         """Reads the shapes alone of `batch`."""
