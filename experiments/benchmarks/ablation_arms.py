@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("experiment", nargs="?", default=os.fspath(DEFAULT))
     parser.add_argument("--over", default="momentum=0,0.9,0.99,0.999", help="one hyper-parameter and its values")
-    parser.add_argument("--steps", type=int, default=20, help="of each whole run")
+    parser.add_argument("--steps", type=int, default=60, help="of each whole run, more than its warmup")
     parser.add_argument("--rounds", type=int, default=5, help="of the timed steps")
     parser.add_argument("--only", choices=["runs", "steps"], help="one half alone")
     flags, fields = parser.parse_known_args()
