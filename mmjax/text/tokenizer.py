@@ -15,6 +15,7 @@ from jaxtyping import Int
 
 from mmjax.errors import MmjaxError
 from mmjax.text import chat_template, tokenizer_files
+from mmjax.text.sentencepiece import read_sentencepiece
 from mmjax.text.tokenizer_files import File
 
 Side = Literal["left", "right"]
@@ -197,3 +198,12 @@ class Tokenizer:
         Byte-level BPE without a space in front; bos or eos around a text where tokenizer_config.json asks for them.
         """
         return cls(*tokenizer_files.read_vocab(pathlib.Path(vocab), pathlib.Path(merges)))
+
+    @classmethod
+    def from_sentencepiece(cls, file: File) -> "Tokenizer":
+        """A .model file of SentencePiece, and what lies beside it as in `from_file`: LLaMA's BPE or T5's Unigram.
+
+        bos stands in front for a BPE, eos behind for a Unigram, unless tokenizer_config.json says else. Raises
+        MmjaxError naming the file, also when the package sentencepiece (mmjax[sentencepiece]) is not there.
+        """
+        return cls(*read_sentencepiece(pathlib.Path(file)))

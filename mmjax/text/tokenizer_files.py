@@ -29,7 +29,7 @@ def read(file: pathlib.Path) -> Parts:
         tokenizer = tokenizers.Tokenizer.from_file(os.fspath(file))
     except Exception as error:  # the library raises bare Exception
         raise MmjaxError(f"{file}: not a tokenizer.json: {error}") from error
-    return _with_neighbours(file, tokenizer)
+    return with_neighbours(file, tokenizer)
 
 
 def read_vocab(vocab: pathlib.Path, merges: pathlib.Path) -> Parts:
@@ -46,24 +46,31 @@ def read_vocab(vocab: pathlib.Path, merges: pathlib.Path) -> Parts:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    parts = _with_neighbours(vocab, tokenizer)
-    told = _json(vocab.with_name("tokenizer_config.json"))
-    if told.get("add_bos_token") or told.get("add_eos_token"):
-        tokenizer.post_processor = _around(tokenizer, parts[1], told)
-    return parts
+    return with_neighbours(vocab, tokenizer, add_bos=False, add_eos=False)
 
 
-def _with_neighbours(file: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> Parts:
+def with_neighbours(
+    file: pathlib.Path,
+    tokenizer: tokenizers.Tokenizer,
+    special: Mapping[str, str] | None = None,
+    add_bos: bool | None = None,
+    add_eos: bool | None = None,
+) -> Parts:
     """What the files beside `file` say; tokens that they name and the vocabulary lacks are added, as transformers does.
 
     Where two differ: special_tokens_map.json goes before a tokenizer_config.json without added_tokens_decoder, and
     chat_template.jinja before the template in tokenizer_config.json.
+    special: tokens that the file itself names. add_bos, add_eos: what it puts around a text, unless the config says
+    else; None: it has its own post-processor.
     """
     told = _json(file.with_name("tokenizer_config.json"))
     older = {} if "added_tokens_decoder" in told else _json(file.with_name("special_tokens_map.json"))
     named = {name: _token(value, file) for name, value in (told | older).items() if name in SPECIAL and value}
     _add_tokens(tokenizer, told, named, file)
-    special = {name: named[name].content for name in SPECIAL if name in named}
+    special = {**(special or {}), **{name: named[name].content for name in SPECIAL if name in named}}
+    if add_bos is not None:
+        ends = told.get("add_bos_token", add_bos), told.get("add_eos_token", add_eos)
+        put_around(tokenizer, *(special.get(name) if add else None for name, add in zip(SPECIAL, ends)))
     return tokenizer, special, _templates(file, told), _stops(file)
 
 
@@ -107,13 +114,13 @@ def _add_tokens(
             tokenizer.add_tokens([token])
 
 
-def _around(tokenizer: tokenizers.Tokenizer, special: Mapping[str, str], told: Mapping[str, Any]) -> Any:
-    """The post-processor that add_bos_token and add_eos_token ask for."""
-    bos, eos = (special.get(f"{end}_token") if told.get(f"add_{end}_token") else None for end in ("bos", "eos"))
-    single = [part for part in (bos, "$A", eos) if part]
-    pair = [f"{part}:{place}" for place, text in enumerate("AB") for part in (bos, f"${text}", eos) if part]
-    tokens = [(token, int(tokenizer.token_to_id(token) or 0)) for token in dict.fromkeys((bos, eos)) if token]
-    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=tokens)
+def put_around(tokenizer: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
+    """Has bos put in front of a text and eos behind it, where they are given; alone they replace what was put."""
+    if bos or eos:
+        single = [part for part in (bos, "$A", eos) if part]
+        pair = [f"{part}:{place}" for place, text in enumerate("AB") for part in (bos, f"${text}", eos) if part]
+        tokens = [(token, int(tokenizer.token_to_id(token) or 0)) for token in dict.fromkeys((bos, eos)) if token]
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=tokens)
 
 
 def _templates(file: pathlib.Path, told: Mapping[str, Any]) -> dict[str, str]:
