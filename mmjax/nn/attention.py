@@ -1,7 +1,4 @@
-"""Attention: the one function that every system goes through, and the masks that it takes.
-
-Masks are boolean, True = may attend, and broadcast to [b, h, l, s]. They are joined with `&`.
-"""
+"""Attention: the one function that every system goes through. What it takes as a mask: see `mmjax.nn.masks`."""
 
 import math
 from typing import Any
@@ -11,17 +8,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from mmjax.nn.dropout import kept
-from mmjax.types import Array, Bool, Float, Int, PRNGKeyArray
-
-
-def padding_mask(valid: Bool[Array, "b s"] | Int[Array, "b s"]) -> Bool[Array, "b 1 1 s"]:
-    """Which keys are tokens: from an attention mask as tokenizers give it (1 = a token, 0 = padding)."""
-    return valid.astype(bool)[:, None, None, :]
-
-
-def causal_mask(l: int, s: int) -> Bool[Array, "1 1 l s"]:
-    """Queries see themselves and what is before them. The last query stands at the last key (l < s: a cache)."""
-    return (jnp.arange(s) <= jnp.arange(l)[:, None] + (s - l))[None, None]
+from mmjax.nn.masks import causal_mask
+from mmjax.types import Array, Bool, Float, PRNGKeyArray
 
 
 def attention_weights(
