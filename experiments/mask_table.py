@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -38,9 +39,9 @@ def panels() -> list[Panel]:
     both = [f"q{i}" for i in range(1, QUERIES + 1)] + words
     images = [f"{name}{i}" for name in "ab"[:IMAGES] for i in range(1, TOKENS + 1)]
     story = ["t1", "<a>", "t2", "<b>", "t3"]
-    valid = masks.padding_mask(np.arange(TEXT)[None] < TEXT - PADDING)
+    valid = masks.padding_mask(jnp.arange(TEXT)[None] < TEXT - PADDING)
     causal = masks.causal_mask(TEXT, TEXT)
-    starts = np.array([[token.startswith("<") for token in story]])
+    starts = jnp.array([[token.startswith("<") for token in story]])
     made = [
         ("encoder", "padding_mask", valid, padded, padded),
         ("decoder", "causal_mask", causal, words, words),
