@@ -1,7 +1,4 @@
-"""Attention: the one function that every system goes through, and the masks that it takes.
-
-Masks are boolean, True = may attend, and broadcast to [b, h, l, s]. They are joined with `&`.
-"""
+"""Attention: the one function that every system goes through; its masks are those of `mmjax.nn.masks`."""
 
 import math
 from typing import Any
@@ -11,19 +8,10 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from mmjax.nn.dropout import kept
-from mmjax.types import Array, Bool, Float, Int, PRNGKeyArray
+from mmjax.nn.masks import causal_mask
+from mmjax.types import Array, Bool, Float, PRNGKeyArray
 
 LONG, CHUNK = 1024, 256
-
-
-def padding_mask(valid: Bool[Array, "b s"] | Int[Array, "b s"]) -> Bool[Array, "b 1 1 s"]:
-    """Which keys are tokens: from an attention mask as tokenizers give it (1 = a token, 0 = padding)."""
-    return valid.astype(bool)[:, None, None, :]
-
-
-def causal_mask(l: int, s: int) -> Bool[Array, "1 1 l s"]:
-    """Queries see themselves and what is before them. The last query stands at the last key (l < s: a cache)."""
-    return (jnp.arange(s) <= jnp.arange(l)[:, None] + (s - l))[None, None]
 
 
 def attention_weights(
@@ -72,7 +60,8 @@ def dot_product_attention(
     mask: True = may attend, broadcastable to [b, h, l, s]. causal: `causal_mask`, besides `mask`.
     bias, scale, g: see `attention_weights`.
     dropout_rate: of the weights, where a key is given. axis_name: the mapped axis that cuts the batch, for dropout.
-    Which program runs: cuDNN's fused kernel on a GPU in half precision, where it takes the shapes; otherwise the sums
+    Which program runs: cuDNN's fused kernel on a GPU in half precision, where it takes the shapes and there is no bias
+    (it would be rounded to half precision, and its gradient is not to be had for every shape); otherwise the sums
     written out with the heads before the tokens, which XLA's CPU backend runs 1.4-1.8 times as fast as
     `jax.nn.dot_product_attention` (8 x 197 tokens, 12 heads), and of more than LONG queries CHUNK at a time, so that
     the weights take memory in proportion to s alone. All give the same numbers to rounding.

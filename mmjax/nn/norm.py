@@ -34,7 +34,14 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + epsilon) in float32, brought to `dtype`, then scaled (LLaMA, T5). Params: scale [d]."""
+    """The last axis over its root mean square, in float32; no mean is taken off and nothing added. Params: scale [d].
+
+    (arXiv 1910.07467; T5 and LLaMA.) The result is rounded to `dtype` before the scale, as both do.
+
+    Attributes:
+        epsilon: added to the mean square: 1e-6 in T5 and in LLaMA-1, 1e-5 in LLaMA-2.
+        dtype: of the result.
+    """
 
     epsilon: float = 1e-6
     dtype: Any = jnp.float32

@@ -19,8 +19,9 @@ from mmjax.errors import MmjaxError
 from mmjax.models.language.config import Alibi, DecoderConfig, Learned
 from mmjax.nn import kv_cache
 from mmjax.nn.activation import activation
-from mmjax.nn.attention import dot_product_attention, padding_mask
+from mmjax.nn.attention import dot_product_attention
 from mmjax.nn.kv_cache import KeyValues
+from mmjax.nn.masks import padding_mask
 from mmjax.nn.norm import LayerNorm, RMSNorm
 from mmjax.nn.rotary import Rotary, rotate
 from mmjax.nn.transformer import Dense
