@@ -15,7 +15,6 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
-from mmjax.errors import MmjaxError
 from mmjax.models.language.config import Alibi, DecoderConfig, Learned
 from mmjax.nn import kv_cache
 from mmjax.nn.activation import activation
@@ -284,9 +283,3 @@ class Decoder(nn.Module):
             slopes = jnp.asarray(alibi_slopes(self.config.heads))
             return Places(None, slopes[None, :, None, None] * keys[:, None, None, :].astype(jnp.float32))
         return Places(None, None)
-
-
-def check_length(config: DecoderConfig, length: int) -> None:
-    """Raises MmjaxError where a sequence is longer than the learned positions reach."""
-    if isinstance(config.positions, Learned) and length > config.context:
-        raise MmjaxError(f"{length} tokens are more than this model has positions for ({config.context})")
