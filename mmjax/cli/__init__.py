@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.set_defaults(verb=None)
     verbs = parser.add_subparsers(title="verbs", metavar="")
-    for add in (_train, _ablate, _plan, _evaluate, _classify, _retrieve, _convert, _models):
+    for add in (_train, _ablate, _plan, _evaluate, _classify, _retrieve, _convert, _tokenizer, _models):
         add(verbs)
     return parser
 
@@ -191,6 +191,23 @@ def _run_convert(flags: argparse.Namespace) -> None:
     from mmjax.cli import weights
 
     weights.convert(flags.source, flags.target, flags.layout, flags.read_as)
+
+
+def _tokenizer(verbs: argparse._SubParsersAction) -> None:
+    verb = _add(verbs, "tokenizer", lambda flags, _: _run_tokenizer(flags), "Learn a tokenizer from text files.")
+    verb.add_argument("action", choices=["train"])
+    verb.add_argument("places", nargs="+", metavar="FILE_OR_FOLDER", help="a text a line; of a folder every .txt file")
+    told = "BERT's, GPT-2's or T5's way of cutting"
+    verb.add_argument("--kind", required=True, choices=["wordpiece", "byte_bpe", "unigram"], help=told)
+    verb.add_argument("--vocab_size", type=int, required=True, metavar="N", help="ids at most")
+    verb.add_argument("--out", metavar="FILE", default="tokenizer.json", help="default: tokenizer.json")
+    verb.add_argument("--special", metavar="A,B,C", help="further special tokens, such as <image>")
+
+
+def _run_tokenizer(flags: argparse.Namespace) -> None:
+    from mmjax.cli import tokenizer
+
+    tokenizer.train(flags.places, flags.kind, flags.vocab_size, flags.out, flags.special)
 
 
 def _models(verbs: argparse._SubParsersAction) -> None:
