@@ -71,7 +71,9 @@ def test_streamed_tokens_are_those_of_one_run():
         assert {part.shape[-1] for part in parts[1:-1]} <= {every}
 
 
-@pytest.mark.parametrize(("top_k", "top_p", "temperature"), [(0, 0.8, 1.0), (3, 1.0, 0.5), (4, 0.6, 1.7), (0, 1.0, 0.9)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "temperature"), [(0, 0.8, 1.0), (3, 1.0, 0.5), (4, 0.6, 1.7), (0, 1.0, 0.9)]
+)
 def test_draws_follow_the_definition(top_k, top_p, temperature):
     """Pearson's chi-square of 6,000 first tokens against the filtered distribution, and nothing outside of it."""
     scores = np.asarray(TABLE[5], np.float64) / temperature
