@@ -152,8 +152,8 @@ def long_prompt(model: Any, length: int) -> None:
     jax.block_until_ready(compiled(model.variables, ids))
     took = time.perf_counter() - start
     mib = 2**20
-    temporaries, kept = memory.temp_size_in_bytes / mib, memory.output_size_in_bytes / mib
-    print(f"prompt of {length}: temporaries {temporaries:.0f}, keys and values {kept:.0f} MiB, {took:.1f} s", flush=True)
+    sizes = (memory.temp_size_in_bytes / mib, memory.output_size_in_bytes / mib)
+    print(f"prompt of {length}: {took:.1f} s; MiB of temporaries {sizes[0]:.0f}, of keys and values {sizes[1]:.0f}")
 
 
 if __name__ == "__main__":
