@@ -4,7 +4,8 @@
 
 Value and gradients, of hidden states and kernel, on this machine's first device. Each side runs in a process of its
 own, so that the peak of its memory is its own: XLA's account (temporaries of the compiled program), and by how much
-the process's resident set grew, results included (Linux). The sides' timed calls alternate, and the best of all rounds is told.
+the process's resident set grew, results included (Linux). The sides' timed calls alternate; the best of all rounds
+is told.
 """
 
 import argparse
