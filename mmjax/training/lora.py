@@ -33,7 +33,8 @@ from mmjax.training.state import Carry
 from mmjax.types import Array, Batch, Float, Int, Metrics, Params, PRNGKeyArray
 
 A, B, SCALE = "lora_a", "lora_b", "lora_scale"
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
