@@ -69,8 +69,8 @@ def token_cross_entropy(
         z_loss: factor on log^2 of the softmax's normaliser, which keeps it near 1 (PaLM, arXiv 2204.02311, section 5).
         epsilon: added to the number of tokens: 1e-5 in Google's BERT (run_pretraining.py).
     """
-    logits = logits.astype(jnp.float32)
     v = logits.shape[-1]
+    logits = _counted(logits.astype(jnp.float32), labels)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     own = jnp.take_along_axis(logits, _within(labels, v)[..., None], axis=-1)[..., 0]
     mean = None if _off(label_smoothing) else jnp.mean(logits, axis=-1)
@@ -119,7 +119,7 @@ def linear_cross_entropy(
     if block is not None and block < 1:
         raise MmjaxError(f"linear_cross_entropy: block={block}: at least 1")
     size = min(v, block or max(BLOCK // max(labels.size, 1), 1))
-    rows = (hidden * logit_scale).astype(hidden.dtype).reshape(-1, d)
+    rows = _counted((hidden * logit_scale).astype(hidden.dtype), labels).reshape(-1, d)
     offsets = jnp.zeros(v, jnp.float32) if bias is None else bias
     normaliser, own = _sums(_Layer(tied, size), rows, kernel, offsets, _within(labels, v).reshape(-1))
     mean = None
@@ -134,6 +134,11 @@ def linear_cross_entropy(
 def _within(labels: Array, v: int) -> Array:
     """Labels with which one may index: what is ignored or wrong becomes 0."""
     return jnp.where((labels >= 0) & (labels < v), labels, 0)
+
+
+def _counted(values: Array, labels: Array) -> Array:
+    """`values` [.., d], 0 for tokens that are ignored: what is infinite or NaN there would be so in every slope."""
+    return jnp.where((labels != IGNORED)[..., None], values, 0)
 
 
 def _off(factor: Array | float) -> bool:
@@ -165,7 +170,6 @@ def _mean(
     share = share * devices / (tokens + epsilon)
 
     def total(values: Array) -> Array:
-        # What is not counted may be infinite or NaN, in value and in slope.
         return jnp.sum(jnp.where(wrong, jnp.nan, jnp.where(counted, values, 0.0)) * share)
 
     return TokenLoss(total(losses), jax.lax.stop_gradient(total(nll)), tokens)
@@ -211,7 +215,8 @@ def _primal(layer: _Layer, rows: Array, kernel: Array, bias: Array, labels: Arra
         return new, total, jnp.where((place >= 0) & (place < size), found, own)
 
     nothing = jnp.zeros(rows.shape[0], jnp.float32)
-    largest, total, own = layer.loop(run, (nothing - jnp.inf, nothing, nothing), bias.shape[0])
+    least = jnp.full_like(nothing, jnp.finfo(jnp.float32).min)  # not -inf, which a whole block of logits may be
+    largest, total, own = layer.loop(run, (least, nothing, nothing), bias.shape[0])
     return largest + jnp.log(total), own
 
 
@@ -230,11 +235,11 @@ def _backward(layer: _Layer, kept: Any, slopes: tuple[Array, Array]) -> Any:
         part = layer.part(kernel, start, size, rows.dtype)
         d_logits = jnp.exp(layer.logits(rows, part, bias, start) - normaliser[:, None]) * d_normaliser[:, None]
         d_logits += jnp.where(jnp.arange(size) == (labels - start)[:, None], d_own[:, None], 0.0)
-        slopes = d_logits.astype(rows.dtype)
+        narrow = d_logits.astype(rows.dtype)
         if layer.tied:
-            d_rows, d_part = d_rows + _product("tv,vd->td", slopes, part), _product("tv,td->vd", slopes, rows)
+            d_rows, d_part = d_rows + _product("tv,vd->td", narrow, part), _product("tv,td->vd", narrow, rows)
         else:
-            d_rows, d_part = d_rows + _product("tv,dv->td", slopes, part), _product("td,tv->dv", rows, slopes)
+            d_rows, d_part = d_rows + _product("tv,dv->td", narrow, part), _product("td,tv->dv", rows, narrow)
         axis = 0 if layer.tied else 1
         d_kernel = jax.lax.dynamic_update_slice_in_dim(d_kernel, d_part.astype(kernel.dtype), start, axis)
         d_bias = jax.lax.dynamic_update_slice_in_dim(d_bias, jnp.sum(d_logits, 0).astype(bias.dtype), start, 0)

@@ -64,15 +64,36 @@ def test_nothing_counted_or_a_wrong_label_is_not_a_number(labels):
 
 
 def test_what_is_ignored_has_no_say():
-    """Not even if its logits are infinite; and a class that is masked out everywhere leaves the rest finite."""
-    logits = HIDDEN @ KERNEL
-    hole = jnp.where((LABELS == IGNORED)[..., None], jnp.inf, logits)
-    one, other = (jax.value_and_grad(lambda x: token_cross_entropy(x, LABELS).loss)(x) for x in (logits, hole))
-    assert one[0] == other[0]
-    np.testing.assert_array_equal(jnp.where(jnp.isinf(hole), 0, other[1]), one[1])
-    unseen = int(next(i for i in range(V) if i not in np.asarray(LABELS)))
-    masked = token_cross_entropy(logits.at[..., unseen].set(-jnp.inf), LABELS)
-    assert math.isfinite(masked.loss) and masked.loss < one[0]
+    """Not even if it is infinite, in value or in slope."""
+    ignored = (LABELS == IGNORED)[..., None]
+    for loss, arguments in (
+        (token_cross_entropy, (HIDDEN @ KERNEL,)),
+        (functools.partial(linear_cross_entropy, block=20), (HIDDEN, KERNEL)),
+    ):
+        slopes = jax.jit(jax.value_and_grad(lambda *a, loss=loss: loss(*a, LABELS).loss, range(len(arguments))))
+        value, grads = slopes(*arguments)
+        hole, others = slopes(jnp.where(ignored, jnp.inf, arguments[0]), *arguments[1:])
+        assert value == hole
+        for one, other in zip(grads, others):
+            np.testing.assert_array_equal(one, other)
+        assert not np.any(jnp.where(ignored, grads[0], 0))
+
+
+@pytest.mark.parametrize("block", [1, 10])
+def test_entries_that_are_masked_out_are_as_if_not_there(block):
+    """By a bias of -inf, over whole blocks, the first of them too."""
+    labels, bias = jnp.where(LABELS >= 0, LABELS // 2 + 25, LABELS), BIAS.at[:25].set(-jnp.inf)
+
+    def loss(hidden, kernel, bias):
+        return linear_cross_entropy(hidden, kernel, labels, bias=bias, block=block).loss
+
+    value, grads = jax.jit(jax.value_and_grad(loss, range(3)))(HIDDEN, KERNEL, bias)
+    without = jax.jit(
+        lambda *a: token_cross_entropy(a[0] @ a[1] + a[2], jnp.where(labels >= 0, labels - 25, labels)).loss
+    )
+    wanted = without(HIDDEN, KERNEL[:, 25:], BIAS[25:])
+    assert abs(value - wanted) < 1e-5 * wanted and all(np.all(np.isfinite(grad)) for grad in grads)
+    assert not np.any(grads[1][:, :25]) and not np.any(grads[2][:25]) and np.all(grads[1][:, 25:])
 
 
 @pytest.mark.parametrize("name, block", [*((name, 10) for name in OPTIONS), ("all", 1), ("all", 53), ("all", None)])
