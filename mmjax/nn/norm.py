@@ -1,4 +1,4 @@
-"""Layer normalisation, with its mean and without."""
+"""Layer normalisation, with and without a mean."""
 
 from typing import Any
 
@@ -15,15 +15,17 @@ class LayerNorm(nn.Module):
     Attributes:
         epsilon: added to the variance: 1e-6 in ViT, 1e-5 in CLIP, 1e-12 in BERT.
         dtype: of the result.
+        use_bias: MPT has none.
     """
 
     epsilon: float = 1e-6
     dtype: Any = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)) if self.use_bias else 0.0
         x = x.astype(jnp.float32)
         # Two passes: the variance as a difference of mean squares loses digits where the mean is large.
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
