@@ -55,6 +55,10 @@ class GeneratingModel(Model):
     def check_room(self, length: int, new_tokens: int) -> None:
         """Raises MmjaxError where so many new tokens after such a prompt are more than the model can tell apart."""
 
+    def prompt_inputs(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
+        """What `decodable` is given of prompts; an encoder-decoder's `decoder_input_ids` too, what texts begin with."""
+        return {"input_ids": jnp.asarray(ids), "attention_mask": jnp.asarray(mask)}
+
     def fixed_options(self) -> dict[str, Any]:
         """Options that the checkpoint prescribes."""
         return {}
@@ -94,8 +98,8 @@ class GeneratingModel(Model):
         ids, mask = self._inputs(prompts, attention_mask, add_special_tokens)
         self.check_room(ids.shape[1], asked.max_new_tokens)
         strings = [stop] if isinstance(stop, str) else list(stop)
-        stops = self._stops(strings, ids, mask)
-        inputs = {"input_ids": jnp.asarray(ids), "attention_mask": jnp.asarray(mask)}
+        inputs = self.prompt_inputs(ids, mask)
+        stops = self._stops(strings, inputs)
         found = np.asarray(generate(self.decodable(), self.variables, inputs, asked, seed, stops).ids)
         if not _are_texts(prompts):
             rows = found.reshape(-1, found.shape[-1])
@@ -125,8 +129,8 @@ class GeneratingModel(Model):
         ids, mask = self._inputs(prompt, None, add_special_tokens)
         self.check_room(ids.shape[1], asked.max_new_tokens)
         strings = [stop] if isinstance(stop, str) else list(stop)
-        inputs = {"input_ids": jnp.asarray(ids), "attention_mask": jnp.asarray(mask)}
-        parts = stream(self.decodable(), self.variables, inputs, asked, seed, self._stops(strings, ids, mask), every)
+        inputs = self.prompt_inputs(ids, mask)
+        parts = stream(self.decodable(), self.variables, inputs, asked, seed, self._stops(strings, inputs), every)
         return self._pieces((part[0, 0] for part in parts), asked.eos, strings)
 
     def _pieces(self, parts: Iterator[np.ndarray], eos: tuple[int, ...], stop: Sequence[str]) -> Iterator[str]:
@@ -183,9 +187,12 @@ class GeneratingModel(Model):
             raise MmjaxError(f"{empty[0]!r} has no token to go on from")
         return ids, mask
 
-    def _stops(self, strings: Sequence[str], ids: np.ndarray, mask: np.ndarray) -> Stops | None:
+    def _stops(self, strings: Sequence[str], inputs: Mapping[str, Any]) -> Stops | None:
         if not strings:
             return None
+        begun = inputs.get("decoder_input_ids")
+        ids = np.asarray(inputs["input_ids"] if begun is None else begun)
+        mask = np.asarray(inputs["attention_mask"] if begun is None else np.ones_like(ids))
         automaton = self._automaton(tuple(strings))
         start = [automaton.after_prompt(row[kept.astype(bool)].tolist()) for row, kept in zip(ids, mask)]
         return Stops(jnp.asarray(automaton.table), jnp.int32(automaton.matched), jnp.asarray(start, jnp.int32))

@@ -78,9 +78,9 @@ def hf_config_of(shapes: Shapes, told: Told, source: str = "") -> T5Config:
         max_distance=told.get("relative_attention_max_distance", 128),
         epsilon=told.get("layer_norm_epsilon", 1e-6),
         dropout=told.get("dropout_rate", 0.1),
-        pad=_id(told, "pad_token_id", 0),
-        eos=_id(told, "eos_token_id", 1),
-        start=_id(told, "decoder_start_token_id", 0),
+        pad=_ids(told.get("pad_token_id"), 0)[0],
+        eos=_ids(told.get("eos_token_id"), 1),
+        start=_ids(told.get("decoder_start_token_id"), 0)[0],
     )
 
 
@@ -104,11 +104,10 @@ def _activation(told: Mapping[str, Any], gated: bool) -> str:
     return ACTIVATIONS[name]
 
 
-def _id(told: Mapping[str, Any], name: str, default: int) -> int:
-    value = told.get(name)
-    if isinstance(value, list):
-        raise MmjaxError(f"config.json: {name}={value}: one id is wanted")
-    return default if value is None else int(value)
+def _ids(value: int | list[int] | None, default: int) -> tuple[int, ...]:
+    if value is None:
+        return (default,)
+    return tuple(value) if isinstance(value, list) else (value,)
 
 
 def hf_config(config: T5Config) -> dict[str, Any]:
@@ -137,7 +136,7 @@ def hf_config(config: T5Config) -> dict[str, Any]:
         "tie_word_embeddings": config.tied and config.scaled,
         "scale_decoder_outputs": config.scaled,
         "pad_token_id": config.pad,
-        "eos_token_id": config.eos,
+        "eos_token_id": config.eos[0] if len(config.eos) == 1 else list(config.eos),
         "decoder_start_token_id": config.start,
     }
 

@@ -42,7 +42,7 @@ class T5Config:
         tied: the head is the embedding. scaled: the decoder's output times width^-0.5 before it. Both in T5, neither in
             1.1 and Flan.
         buckets, max_distance: of relative positions.
-        pad, eos, start: ids; `start` is what a decoder reads first.
+        pad, start: ids; `start` is what a decoder reads first. eos: ids that end a text.
         remat: blocks are computed again in the backward pass.
         dtype: compute dtype; norms' statistics, softmax and logits are float32.
     """
@@ -63,7 +63,7 @@ class T5Config:
     epsilon: float = 1e-6
     dropout: float = 0.1
     pad: int = 0
-    eos: int = 1
+    eos: tuple[int, ...] = (1,)
     start: int = 0
     remat: bool = False
     dtype: str = "float32"

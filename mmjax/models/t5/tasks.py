@@ -1,26 +1,30 @@
 """The handle of T5."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
-from mmjax.generation.decodable import Decodable
-from mmjax.models.handle import Model
+from mmjax.models.generating import GeneratingModel
 from mmjax.models.t5.decoding import T5Decodable
 from mmjax.models.t5.network import T5, T5Config
+from mmjax.text.tokenizer import Side
 from mmjax.types import Array
 
 
 @dataclass
-class T5Model(Model):
+class T5Model(GeneratingModel):
     """A T5 or Flan-T5 with its weights, or an encoder alone."""
 
     system: ClassVar[str] = "t5"
     config_class: ClassVar[type] = T5Config
+
+    padding_side: Side = dataclasses.field(default="right", init=False)
 
     @classmethod
     def build(cls, config: T5Config) -> nn.Module:
@@ -31,9 +35,13 @@ class T5Model(Model):
         names = ("input_ids", "decoder_input_ids") if config.decoder_depth else ("input_ids",)
         return {name: jax.ShapeDtypeStruct((1, 3), jnp.int32) for name in names}
 
-    def decodable(self) -> Decodable:
-        """What generates: see `T5Decodable`. Raises MmjaxError for an encoder alone."""
+    def decodable(self) -> T5Decodable:
+        """What generates. Raises MmjaxError for an encoder alone."""
         return T5Decodable(self.config)
+
+    def prompt_inputs(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
+        begun = jnp.full((len(ids), 1), self.config.start, jnp.int32)
+        return {**super().prompt_inputs(ids, mask), "decoder_input_ids": begun}
 
     def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
         """logits [b, l, v] of `decoder_input_ids`, which begin with the start token, and what leads there:
