@@ -306,28 +306,31 @@ def test_padding_changes_nothing():
         close(found, alone, 1e-5)
 
 
+BEAMS = {"num_beams": 4}
+
+
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", CONFIGS)
-def test_generated_ids_as_transformers(tmp_path, name):
-    """Greedy, 4 beams, a penalty that counts what the decoder read; rows end at different lengths."""
+@pytest.mark.parametrize(
+    "name, eos, asked",
+    [
+        ("tied relu", 9, ({}, BEAMS)),
+        ("untied gated", 31, (BEAMS | {"repetition_penalty": 1.7, "length_penalty": 0.0},)),
+    ],
+)
+def test_generated_ids_as_transformers(tmp_path, name, eos, asked):
+    """Rows end at different lengths, by ids that these weights do write; the penalty counts what the decoder read."""
     torch, given = pytest.importorskip("torch"), inputs(11)
-    vlm = model(CONFIGS[name])
-    greedy = np.asarray(vlm.generate(given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=14))
-    eos = max(range(53), key=lambda token: len({len(_until(row, token)) for row in greedy}))
-    vlm = vlm.replace(config=dataclasses.replace(vlm.config, eos=(eos,)))
-    mmjax.export(vlm, tmp_path)
-    theirs = pytest.importorskip("transformers").T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    theirs = reference(dataclasses.replace(CONFIGS[name], eos=(eos,)), tmp_path)
+    ours = mmjax.load(tmp_path)
     tensors = {key: torch.tensor(given[key]) for key in ("input_ids", "attention_mask")}
-    for options in ({}, {"num_beams": 4}, {"num_beams": 4, "repetition_penalty": 1.7, "length_penalty": 0.0}):
-        ours = np.asarray(
-            vlm.generate(given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=14, **options)
-        )
+    for options in asked:
+        found = ours.generate(given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=14, **options)
         # Its cache has as many layers as the encoder, which are too few here.
         expected = theirs.generate(**tensors, max_new_tokens=14, use_cache=False, **options).numpy()[:, 1:]
-        found, wanted = ([_until(row, eos) for row in rows] for rows in (ours, expected))
-        assert found == wanted, options
-        assert options or len({len(row) for row in wanted}) > 2
+        found, expected = ([_until(row, eos) for row in np.asarray(rows)] for rows in (found, expected))
+        assert found == expected, options
+        assert len({len(row) for row in expected}) > 2, options
 
 
 def _until(row: np.ndarray, eos: int) -> list[int]:
