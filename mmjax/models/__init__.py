@@ -40,4 +40,5 @@ SYSTEMS: tuple[System, ...] = (
     System("clip_classifier", "mmjax.models.clip_classifier", "CLIPClassifierModel"),
     System("moco", "mmjax.models.moco", "MoCoModel"),
     System("language", "mmjax.models.language", "LanguageModel"),
+    System("t5", "mmjax.models.t5", "T5Model"),
 )

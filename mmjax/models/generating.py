@@ -55,6 +55,10 @@ class GeneratingModel(Model):
     def check_room(self, length: int, new_tokens: int) -> None:
         """Raises MmjaxError where so many new tokens after such a prompt are more than the model can tell apart."""
 
+    def prompt_inputs(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
+        """What `decodable` is given of prompts; an encoder-decoder's `decoder_input_ids` too, what texts begin with."""
+        return {"input_ids": jnp.asarray(ids), "attention_mask": jnp.asarray(mask)}
+
     def fixed_options(self) -> dict[str, Any]:
         """Options that the checkpoint prescribes."""
         return {}
@@ -93,8 +97,8 @@ class GeneratingModel(Model):
         asked = self.options(**options)
         ids, mask = self._inputs(prompts, attention_mask, add_special_tokens)
         self.check_room(ids.shape[1], asked.max_new_tokens)
-        stops = self.stops(stop, ids, mask)
-        inputs = {"input_ids": jnp.asarray(ids), "attention_mask": jnp.asarray(mask)}
+        inputs = self.prompt_inputs(ids, mask)
+        stops = self.stops(stop, inputs)
         found = np.asarray(generate(self.decodable(), self.variables, inputs, asked, seed, stops).ids)
         if not _are_texts(prompts):
             rows = found.reshape(-1, found.shape[-1])
@@ -123,9 +127,9 @@ class GeneratingModel(Model):
             raise MmjaxError("one text at a time is streamed: no num_beams and no num_return_sequences")
         ids, mask = self._inputs(prompt, None, add_special_tokens)
         self.check_room(ids.shape[1], asked.max_new_tokens)
-        inputs = {"input_ids": jnp.asarray(ids), "attention_mask": jnp.asarray(mask)}
+        inputs = self.prompt_inputs(ids, mask)
         parts: Iterator[np.ndarray] = stream(
-            self.decodable(), self.variables, inputs, asked, seed, self.stops(stop, ids, mask), every
+            self.decodable(), self.variables, inputs, asked, seed, self.stops(stop, inputs), every
         )
         return self.pieces((part[0, 0] for part in parts), asked.eos, self.strings(stop))
 
@@ -189,10 +193,13 @@ class GeneratingModel(Model):
         """One stop string or several, as a list."""
         return [stop] if isinstance(stop, str) else list(stop)
 
-    def stops(self, stop: str | Sequence[str], ids: np.ndarray, mask: np.ndarray) -> Stops | None:
-        """The automaton of the stop strings, after the prompts; None where there are none."""
+    def stops(self, stop: str | Sequence[str], inputs: Mapping[str, Any]) -> Stops | None:
+        """The automaton of the stop strings after what texts begin with (`prompt_inputs`); None where there are none."""
         if not self.strings(stop):
             return None
+        begun = inputs.get("decoder_input_ids")
+        ids = np.asarray(inputs["input_ids"] if begun is None else begun)
+        mask = np.asarray(inputs["attention_mask"] if begun is None else np.ones_like(ids))
         automaton = stop_automaton(self.strings(stop), self._token_bytes)
         start = [automaton.after_prompt(row[kept.astype(bool)].tolist()) for row, kept in zip(ids, mask)]
         return Stops(jnp.asarray(automaton.table), jnp.int32(automaton.matched), jnp.asarray(start, jnp.int32))

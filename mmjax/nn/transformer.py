@@ -21,6 +21,7 @@ from mmjax.nn.activation import activation
 from mmjax.nn.attention import attention_weights, dot_product_attention
 from mmjax.nn.dropout import Dropout, DropPath
 from mmjax.nn.norm import LayerNorm
+from mmjax.nn.remat import rematerialised
 from mmjax.types import Array, Bool, Float
 
 Initializer = Callable[..., Any]
@@ -250,20 +251,4 @@ def _plain(block: TransformerBlock, x: Array, mask: Array | None, train: bool) -
 
 
 def _rematerialised(block: TransformerBlock, x: Array, mask: Array | None, train: bool) -> Array:
-    """The same, its activations computed again in the backward pass.
-
-    The gradient of x waits for those of the weights. TPU's scheduler would put the latter's products off to the end
-    of the step, beside a collective, and keep what they are made of: of every block, all that was computed again.
-    """
-
-    def run(block: TransformerBlock, x: Array, mask: Array | None) -> Array:
-        return block(x, mask, train)
-
-    def forward(block: TransformerBlock, x: Array, mask: Array | None) -> Any:
-        return nn.vjp(nn.remat(run), block, x, mask)
-
-    def backward(pull: Callable[[Array], Any], dy: Array) -> Any:
-        d_params, dx, *others = pull(dy)
-        return *jax.lax.optimization_barrier((d_params, dx)), *others
-
-    return nn.custom_vjp(run, forward, backward)(block, x, mask)
+    return rematerialised(lambda block, x, mask: block(x, mask, train), block, x, mask)

@@ -63,7 +63,7 @@ class Conversation:
         past = nothing(model.config, SMALLEST) if self._past is None else self._past
         inputs = {"input_ids": jnp.asarray(np.pad(rest, ((0, 0), (width - rest.shape[1], 0)))), "past": past}
         inputs["attention_mask"] = jnp.asarray(mask)
-        stops = model.stops(self._stop, rest, np.ones_like(rest))
+        stops = model.stops(self._stop, inputs)
         parts = stream(model.decodable(), model.variables, inputs, asked, self._seed, stops, every)
         said: list[int] = []
 
