@@ -120,13 +120,15 @@ class Model(abc.ABC):
         pixel_values: ArrayLike | None = None,
         input_ids: ArrayLike | None = None,
         attention_mask: ArrayLike | None = None,
+        **others: ArrayLike | None,
     ) -> dict[str, Array]:
         """The network on preprocessed arrays; compiled once a shape.
 
         pixel_values: float32 [b, height, width, 3]. input_ids: int [b, l]. attention_mask: [b, l], 1 = a token.
+        others: what else a system's `outputs` takes, by name.
         Returns transformers' names and shapes; feature maps are [b, height, width, c].
         """
-        given = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
+        given = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask} | others
         inputs = {name: jnp.asarray(value) for name, value in given.items() if value is not None}
         if "pixel_values" in inputs:
             pixels = inputs["pixel_values"]
