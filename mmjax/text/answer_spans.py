@@ -94,8 +94,8 @@ def best_answers(
 
     starts, ends: a logit for each token of each window; padding behind a window's tokens is not looked at.
     longest: pieces of an answer at most.
-    null_threshold: where given, "" is an answer too (SQuAD 2.0). Its score is the smallest of the windows' at [CLS], and
-        it goes before an answer where it is larger by more than this.
+    null_threshold: where given, "" is an answer too (SQuAD 2.0). Its score is the smallest of the windows' at [CLS],
+        and it goes before an answer where it is larger by more than this.
     """
     found: list[Answer] = []
     for part, start_logits, end_logits in zip(parts, starts, ends, strict=True):

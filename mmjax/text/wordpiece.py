@@ -1,8 +1,8 @@
 """BERT's tokenizer: WordPiece (google-research/bert tokenization.py), run by the `tokenizers` library.
 
-    tokenizer = WordPieceTokenizer.from_file("tokenizer.json")      # or from_vocab("vocab.txt")
-    batch = tokenizer(["a red hen", "two hens"])                    # {"input_ids", "attention_mask", "token_type_ids"}
-    batch = tokenizer(questions, contexts, length=384)              # pairs: type 0 to the first [SEP], then 1
+tokenizer = WordPieceTokenizer.from_file("tokenizer.json")      # or from_vocab("vocab.txt")
+batch = tokenizer(["a red hen", "two hens"])                    # {"input_ids", "attention_mask", "token_type_ids"}
+batch = tokenizer(questions, contexts, length=384)              # pairs: type 0 to the first [SEP], then 1
 """
 
 import json
@@ -182,7 +182,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, lower: bool = True) -
 
 
 def cut(a: Sequence[int], b: Sequence[int] | None, room: int) -> tuple[Sequence[int], Sequence[int] | None]:
-    """The two, shortened to `room` pieces together: the longer loses its last piece, the second where they are equal."""
+    """Both in `room` pieces together: the longer loses its last piece, the second where they are equal."""
     if b is None:
         return a[:room], None
     m, n = len(a), len(b)

@@ -96,7 +96,10 @@ def _told(config: BertConfig, acts: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _dense(source: str, target: str) -> list[Entry]:
-    return [Entry(f"{source}.weight", f"params/{target}/kernel", linear), Entry(f"{source}.bias", f"params/{target}/bias")]
+    return [
+        Entry(f"{source}.weight", f"params/{target}/kernel", linear),
+        Entry(f"{source}.bias", f"params/{target}/bias"),
+    ]
 
 
 def _norm(source: str, target: str) -> list[Entry]:
@@ -232,9 +235,7 @@ def google_table(config: BertConfig) -> Table:
 
 def google_config_of(shapes: Shapes, told: Told) -> BertConfig:
     """Heads by their names; sizes that no shape tells from config.json, if it is there."""
-    fields = _shapes_config(
-        shapes, "bert/embeddings/", r"bert/encoder/layer_(\d+)/", "", told, GOOGLE_ACTIVATIONS
-    )
+    fields = _shapes_config(shapes, "bert/embeddings/", r"bert/encoder/layer_(\d+)/", "", told, GOOGLE_ACTIVATIONS)
     return BertConfig(
         **fields,
         hidden=shapes["bert/encoder/layer_0/intermediate/dense/kernel"][1],

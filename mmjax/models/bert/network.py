@@ -194,8 +194,11 @@ class Bert(nn.Module):
         x = Transform(self.config, name="mlm_transform")(x)
         return embeddings.logits(x) + self.param("mlm_bias", ZEROS, (self.config.vocab_size,))
 
-    def _classes(self, x: Array, pooled: Array | None, train: bool, axis_name: str | None) -> dict[str, Array]:
-        """Heads of a few outputs, float32; those of `classes` and `token_classes` with dropout before them."""
+    def _classes(self, x: Array, pooled: Any, train: bool, axis_name: str | None) -> dict[str, Array]:
+        """Heads of a few outputs, float32; those of `classes` and `token_classes` with dropout before them.
+
+        pooled: None where there is no pooler, and so no head that reads it.
+        """
         c, told = self.config, {}
         drop = Dropout(c.dropout, axis_name)
         if c.nsp:

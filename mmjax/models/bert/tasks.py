@@ -55,7 +55,9 @@ class BertModel(Model):
         """
         unknown = inputs.keys() - {"input_ids", "attention_mask", "token_type_ids"}
         if "input_ids" not in inputs or unknown:
-            raise MmjaxError(f"a BERT's forward takes input_ids, attention_mask and token_type_ids, not {sorted(inputs)}")
+            raise MmjaxError(
+                f"a BERT's forward takes input_ids, attention_mask and token_type_ids, not {sorted(inputs)}"
+            )
         given = (inputs.get(name) for name in ("input_ids", "attention_mask", "token_type_ids"))
         out: Any = self.module.apply(variables, *given)
         told = {"last_hidden_state": out["states"][-1], "hidden_states": tuple(out["states"])}
@@ -63,8 +65,9 @@ class BertModel(Model):
             told["pooler_output"] = out["pooled"]
         heads = {"prediction_logits": "mlm_logits", "seq_relationship_logits": "nsp_logits"}
         logits = {name: out[own] for name, own in heads.items() if own in out}
-        logits |= {"logits": out[own] for own in ("logits", "token_logits") if own in out}
-        if len(logits) == 1:
+        if "logits" in out or "token_logits" in out:
+            logits["logits"] = out["logits"] if "logits" in out else out["token_logits"]
+        elif len(logits) == 1:
             logits = {"logits": next(iter(logits.values()))}
         if "span_logits" in out:
             logits |= {"start_logits": out["span_logits"][..., 0], "end_logits": out["span_logits"][..., 1]}
