@@ -48,11 +48,11 @@ class Config(ExperimentConfig):
         dropout: 0.1 in the paper, for a hundred times as many steps.
     """
 
-    steps: int = 1500
+    steps: int = 1200
     batch_size: int = 32
     log_every: int = 50
-    eval_every: int = 250
-    checkpoint_every: int = 250
+    eval_every: int = 300
+    checkpoint_every: int = 300
     data: str | None = None
     prose: bool = False
     lower: bool = True

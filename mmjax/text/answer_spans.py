@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float
 
 from mmjax.errors import MmjaxError
 from mmjax.text.wordpiece import WordPieceTokenizer
-from mmjax.types import Float
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from mmjax.errors import MmjaxError
 from mmjax.text.wordpiece import WordPieceTokenizer
-from mmjax.types import Bool, Int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,10 +12,12 @@ import mmjax
 from mmjax.errors import MmjaxError
 from mmjax.models.bert.checkpoint import GOOGLE, HF
 from mmjax.models.bert.network import BertConfig
+from mmjax.models.bert.pretrain import BERT
 from mmjax.models.bert.tasks import BertModel
-from mmjax.tree import flatten
+from mmjax.training.state import Carry
+from mmjax.tree import flatten, unflatten
 from mmjax.weights.files import write_safetensors
-from mmjax.weights.table import save_table
+from mmjax.weights.table import load_table, save_table
 
 LIMIT = 1e-4
 FIELDS = {
@@ -96,6 +100,39 @@ class TestTransformers:
         assert all(torch.equal(state[key], tensor) for key, tensor in theirs.state_dict().items())
         assert back.config.hidden_act in (theirs.config.hidden_act, "gelu_new", "gelu")
 
+    def test_the_gradient_of_pretraining(self):
+        """Hugging Face's loss is a mean without the original's 1e-5, which here is 1e-6 of it."""
+        torch, theirs = pytest.importorskip("torch"), make("pretraining")
+        given = inputs()
+        places = np.array([[1, 4, 9], [2, 5, 0], [1, 0, 0]])
+        weights = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0]], np.float32)
+        ids = np.random.default_rng(2).integers(0, 53, (3, 3))
+        labels = np.full((3, 17), -100)
+        for row, place in zip(*np.nonzero(weights)):
+            labels[row, places[row, place]] = ids[row, place]
+        following = np.array([1, 0, 1])
+        tensors = {key: torch.tensor(value) for key, value in given.items()}
+        out = theirs(**tensors, labels=torch.tensor(labels), next_sentence_label=torch.tensor(following))
+        out.loss.backward()
+
+        state = {key: tensor.detach().numpy() for key, tensor in theirs.named_parameters()}
+        shapes = {key: array.shape for key, array in state.items()}
+        config = dataclasses.replace(HF.config(shapes, theirs.config.to_dict()), dropout=0.0, attention_dropout=0.0)
+        params = load_table(HF.table(config), state, BertModel.shapes(config), "state")["params"]
+        batch = given | {"masked_positions": places, "masked_ids": ids, "masked_weights": weights}
+        batch = {key: jnp.asarray(value) for key, value in (batch | {"next_label": following}).items()}
+
+        def loss(params: Any) -> Any:
+            return BERT(config).loss(params, Carry({}, {}, {}, {}), batch, jax.random.key(0))[0]
+
+        value, grads = jax.jit(jax.value_and_grad(loss))(params)
+        assert abs(float(value) - out.loss.item()) <= 1e-5 * out.loss.item()
+        found = save_table(HF.table(config), {"params": grads})
+        for key, tensor in theirs.named_parameters():
+            reference = tensor.grad.numpy()
+            if not key.endswith("key.bias"):  # 0 but for rounding: a softmax does not see it
+                assert np.abs(found[key] - reference).max() <= LIMIT * np.abs(reference).max(), key
+
     @pytest.mark.parametrize("prefix", ["module.", "module.bert.", "0.auto_model."])
     def test_older_spellings_are_read(self, tmp_path, prefix):
         theirs = make("model")
@@ -130,16 +167,10 @@ class TestTransformers:
 TINY = BertConfig(53, 35, 2, 5, 41, 19, mlm=True, nsp=True)
 
 
-def drawn(config: BertConfig, seed: int = 3) -> BertModel:
-    rng = np.random.default_rng(seed)
-    flat = {path: rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in flatten(params(config)).items()}
-    from mmjax.tree import unflatten
-
-    return BertModel(config, unflatten(flat))
-
-
-def params(config: BertConfig) -> Any:
-    return BertModel.shapes(config)["params"]
+def drawn(config: BertConfig) -> BertModel:
+    rng = np.random.default_rng(3)
+    shapes = flatten(BertModel.shapes(config)["params"])
+    return BertModel(config, unflatten({path: rng.normal(size=x.shape).astype("f") for path, x in shapes.items()}))
 
 
 @pytest.mark.parametrize("heads", [{"mlm": True, "nsp": True}, {"classes": 3}, {"spans": True, "pooler": False}])
@@ -178,13 +209,9 @@ def test_googles_names_are_those_of_its_code():
 
 
 def test_what_is_no_bert_encoder_is_refused():
-    shapes = {key: array.shape for key, array in save_table(HF.table(TINY), {"params": params_of(TINY)}).items()}
+    shapes = {key: array.shape for key, array in save_table(HF.table(TINY), {"params": drawn(TINY).params}).items()}
     assert HF.config(shapes, {"num_attention_heads": 5}) == TINY
     for told in ({"is_decoder": True}, {"hidden_act": "swish"}, {"position_embedding_type": "relative_key"}):
         with pytest.raises(MmjaxError, match="not a BERT encoder"):
             HF.config(shapes, told)
     assert not HF.recognise(shapes.keys(), {"model_type": "roberta"})
-
-
-def params_of(config: BertConfig) -> Any:
-    return drawn(config).params
