@@ -41,4 +41,5 @@ SYSTEMS: tuple[System, ...] = (
     System("moco", "mmjax.models.moco", "MoCoModel"),
     System("language", "mmjax.models.language", "LanguageModel"),
     System("t5", "mmjax.models.t5", "T5Model"),
+    System("bert", "mmjax.models.bert", "BertModel"),
 )

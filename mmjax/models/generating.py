@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,7 +194,7 @@ class GeneratingModel(Model):
         return [stop] if isinstance(stop, str) else list(stop)
 
     def stops(self, stop: str | Sequence[str], inputs: Mapping[str, Any]) -> Stops | None:
-        """The automaton of the stop strings after what texts begin with (`prompt_inputs`); None where there are none."""
+        """The automaton of the stop strings, after what texts begin with; None where there are none."""
         if not self.strings(stop):
             return None
         begun = inputs.get("decoder_input_ids")
