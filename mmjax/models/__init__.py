@@ -39,4 +39,5 @@ SYSTEMS: tuple[System, ...] = (
     System("clip", "mmjax.models.clip", "CLIPModel"),
     System("clip_classifier", "mmjax.models.clip_classifier", "CLIPClassifierModel"),
     System("moco", "mmjax.models.moco", "MoCoModel"),
+    System("transformer", "mmjax.models.transformer", "TransformerModel"),
 )

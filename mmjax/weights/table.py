@@ -12,6 +12,7 @@ and a round trip is exact. Both directions refuse anything that does not fit, wi
     )
 """
 
+import dataclasses
 import fnmatch
 import math
 import re
@@ -177,6 +178,7 @@ class Entry:
 
     `optional`: the file may lack the key; the target then takes `default`, a number spread over its shape, and without
     a default counts as missing if the module has it. Saving always writes the key, if the variables hold the target.
+    `tied`: keys under which a file may hold the same array again, or instead. They are never written.
     """
 
     source: str | tuple[str, ...]
@@ -184,6 +186,7 @@ class Entry:
     op: Op = same
     optional: bool = False
     default: float | int | None = None
+    tied: tuple[str, ...] = ()
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -271,8 +274,11 @@ def load_table(
         problems.repeated += [key for key in entry.sources if key in used]
         problems.repeated += [path for path in entry.targets if path in filled]
         problems.foreign += [path for path in entry.targets if path not in wanted]
-        used.update(entry.sources)
+        used.update(entry.sources, entry.tied)
         filled.update(dict.fromkeys(entry.targets))
+        if entry.tied and entry.sources[0] not in present:
+            instead = next((key for key in entry.tied if key in present), entry.sources[0])
+            entry = dataclasses.replace(entry, source=instead)
         absent = [key for key in entry.sources if key not in present]
         if not absent:
             filled.update(_load_entry(entry, arrays, wanted, problems))
