@@ -2,6 +2,7 @@
 
     vlm = mmjax.load("openai/clip-vit-base-patch32")     # Hugging Face's hub
     vlm = mmjax.load("ViT-B-32.pt")                      # a published file
+    vlm = mmjax.load("SmolLM2-135M-Instruct.Q4_1.gguf")  # one of llama.cpp's
     vlm = mmjax.load("runs/clip/checkpoints/2000")       # what `mmjax train` wrote
     mmjax.export(vlm, "folder", layout="hf")             # for transformers
 
@@ -138,7 +139,9 @@ def _weight_file(path: pathlib.Path) -> pathlib.Path:
     for name in NAMES:
         if (path / name).is_file():
             return path / name
-    found = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".npz", ".pt", ".pth", ".bin"))
+    found = sorted(
+        file for file in path.iterdir() if file.suffix in (".safetensors", ".npz", ".pt", ".pth", ".bin", ".gguf")
+    )
     if len(found) == 1:
         return found[0]
     told = f"several weight files ({', '.join(file.name for file in found)}); name one" if found else "no weight file"
@@ -185,9 +188,13 @@ class _Renamed(Mapping[str, Any]):
 
 
 def _load_public(path: pathlib.Path, wanted: str | None) -> Model:
-    weights = read_weights(_weight_file(path))
-    folder = path if path.is_dir() else path.parent
-    told = _read_json(folder / "config.json") or _read_json(folder / "open_clip_config.json")
+    file = _weight_file(path)
+    folder = file.parent
+    if file.suffix == ".gguf":
+        weights, told, tokenizer = _read_gguf(file)
+    else:
+        weights, tokenizer = read_weights(file), None
+        told = _read_json(folder / "config.json") or _read_json(folder / "open_clip_config.json")
     system, layout, names = recognise(weights, told, wanted)
     shapes = {name: weights.shapes[key] for name, key in names.items()}
     try:
@@ -205,10 +212,19 @@ def _load_public(path: pathlib.Path, wanted: str | None) -> Model:
         kind,
         config,
         variables,
-        tokenizer=kind.load_tokenizer(folder / TOKENIZER),
+        tokenizer=tokenizer or kind.load_tokenizer(folder / TOKENIZER),
         preprocess=from_hf(preprocess) if preprocess else kind.default_preprocess(config, layout.name),
         layout=layout.name,
     )
+
+
+def _read_gguf(file: pathlib.Path) -> tuple[Weights, dict[str, Any], Any]:
+    """(weights and config in Hugging Face's form, tokenizer): all in one file."""
+    from mmjax.text.gguf_tokenizer import tokenizer_from_gguf
+    from mmjax.weights import gguf
+
+    read = gguf.read_gguf(file)
+    return gguf.hf_weights(read), gguf.hf_config(read), tokenizer_from_gguf(read.metadata, str(file))
 
 
 def recognise(

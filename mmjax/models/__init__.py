@@ -40,4 +40,5 @@ SYSTEMS: tuple[System, ...] = (
     System("clip_classifier", "mmjax.models.clip_classifier", "CLIPClassifierModel"),
     System("moco", "mmjax.models.moco", "MoCoModel"),
     System("transformer", "mmjax.models.transformer", "TransformerModel"),
+    System("language", "mmjax.models.language", "LanguageModel"),
 )

@@ -12,7 +12,6 @@ and a round trip is exact. Both directions refuse anything that does not fit, wi
     )
 """
 
-import dataclasses
 import fnmatch
 import math
 import re
@@ -178,7 +177,7 @@ class Entry:
 
     `optional`: the file may lack the key; the target then takes `default`, a number spread over its shape, and without
     a default counts as missing if the module has it. Saving always writes the key, if the variables hold the target.
-    `tied`: keys under which a file may hold the same array again, or instead. They are never written.
+    `also`: keys under which a file may hold the same array again (tied weights); they are compared, and not written.
     """
 
     source: str | tuple[str, ...]
@@ -186,7 +185,7 @@ class Entry:
     op: Op = same
     optional: bool = False
     default: float | int | None = None
-    tied: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -274,12 +273,12 @@ def load_table(
         problems.repeated += [key for key in entry.sources if key in used]
         problems.repeated += [path for path in entry.targets if path in filled]
         problems.foreign += [path for path in entry.targets if path not in wanted]
-        used.update(entry.sources, entry.tied)
+        used.update(entry.sources, entry.also)
         filled.update(dict.fromkeys(entry.targets))
-        if entry.tied and entry.sources[0] not in present:
-            instead = next((key for key in entry.tied if key in present), entry.sources[0])
-            entry = dataclasses.replace(entry, source=instead)
         absent = [key for key in entry.sources if key not in present]
+        for key in present.intersection(entry.also) if not absent else ():
+            if not np.array_equal(arrays[key], arrays[entry.sources[0]]):
+                problems.misshapen.append(f"{key} should repeat {entry.sources[0]}, and differs from it")
         if not absent:
             filled.update(_load_entry(entry, arrays, wanted, problems))
         elif not entry.optional or len(absent) < len(entry.sources):

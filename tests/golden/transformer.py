@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmjax.generation.engine import generate
+from mmjax.generation.options import GenerationOptions
 from mmjax.models.transformer.checkpoint import HF, TORCH
 from mmjax.models.transformer.network import Transformer, TransformerDecodable
 from mmjax.models.transformer.pretrain import shifted_right, translation_loss
@@ -42,9 +44,9 @@ def of_torch(config, params, inputs):
     found |= {"memory": out["memory"], "decoder_out": out["last"], "logits": out["logits"]}
     found |= {"prenorm_memory": before["memory"], "prenorm_decoder_out": before["last"]}
     found["loss_label_smoothing"] = translation_loss(out["logits"], labels, 0.1)[0]
-    new = greedy(config, params, {"input_ids": src, "attention_mask": mask}, 8)
-    found["greedy_ids"] = np.concatenate([np.full((len(new), 1), config.start), new], 1)
-    return found, grads
+    given = {"input_ids": src, "attention_mask": inputs["src_padding"] == 0}
+    new = generate(TransformerDecodable(config), {"params": params}, given, GenerationOptions(max_new_tokens=8))
+    return found | {"greedy_ids": started(config, new.ids)}, grads
 
 
 def of_marian(config, params, inputs):
@@ -57,15 +59,18 @@ def of_marian(config, params, inputs):
 
     (value, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     found = {"encoder_out": out["memory"], "logits": out["logits"], "loss": value, "decoder_input_ids": decoder_ids}
+    told = {"eos": (config.eos,), "pad": config.pad, "suppress": (config.pad,), "forced_eos": config.forced_eos}
+    plain = GenerationOptions(max_new_tokens=12, **told)
+    beams = plain.replace(num_beams=4)
+    early = beams.replace(length_penalty=2.0, early_stopping=True)
+    for name, options in (("greedy", plain), ("beam4", beams), ("beam4_lp2_early", early)):
+        given = {"input_ids": ids, "attention_mask": inputs["attention_mask"]}
+        new = generate(TransformerDecodable(config), {"params": params}, given, options)
+        found[f"{name}_ids"] = started(config, new.ids)
+        found |= {"beam4_scores": new.scores[:, 0]} if name == "beam4" else {}
     return found, grads
 
 
-def greedy(config, params, inputs, steps):
-    """Ids [b, steps]: the most probable each time, without an end."""
-    decodable, variables = TransformerDecodable(config), {"params": params}
-    logits, state = jax.jit(decodable.prefill, static_argnums=(2, 3))(variables, inputs, 1, steps)
-    step, ids = jax.jit(decodable.step), [jnp.argmax(logits, -1)]
-    for _ in range(steps - 1):
-        logits, state = step(variables, ids[-1][:, None], state)
-        ids.append(jnp.argmax(logits[:, 0], -1))
-    return np.stack(ids, 1)
+def started(config, ids):
+    """Generated ids behind the decoder's start."""
+    return np.concatenate([np.full((len(ids), 1), config.start), ids[:, 0]], 1)

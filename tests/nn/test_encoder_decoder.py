@@ -11,8 +11,8 @@ import pytest
 from mmjax import tree
 from mmjax.errors import MmjaxError
 from mmjax.nn import kv_cache
-from mmjax.nn.attention import causal_mask, padding_mask
 from mmjax.nn.encoder_decoder import Block, CachedAttention, Stack
+from mmjax.nn.masks import causal_mask, padding_mask
 
 B, R, L, S, D, E, HEADS, HIDDEN = 3, 2, 5, 7, 21, 11, 3, 13
 FIELDS = {"width": D, "heads": HEADS, "hidden": HIDDEN, "causal": True, "cross": True}

@@ -145,10 +145,10 @@ def marian_table(config: TransformerConfig) -> Table:
         raise MmjaxError("Marian's logits have a bias (final_logits_bias): output_bias=True")
     head = (HEAD,) if config.tied_output else ()
     if config.shared_embeddings:
-        entries = [Entry("model.shared.weight", "params/embedding", tied=(*EMBEDDINGS, *head))]
+        entries = [Entry("model.shared.weight", "params/embedding", also=(*EMBEDDINGS, *head))]
     else:
         entries = [Entry(EMBEDDINGS[0], "params/source_embedding")]
-        entries += [Entry(EMBEDDINGS[1], "params/target_embedding", tied=head)]
+        entries += [Entry(EMBEDDINGS[1], "params/target_embedding", also=head)]
     if not config.tied_output:
         entries.append(Entry(HEAD, "params/output_kernel", linear))
     bias = Entry("final_logits_bias", "params/output_bias", reshape((1, config.outputs)), optional=True, default=0)
@@ -186,15 +186,18 @@ def _marian_block(source: str, target: str, decoder: bool) -> list[Entry]:
 def marian_config(shapes: Shapes, told: Told) -> TransformerConfig:
     """From shapes and config.json; a key that is missing there has MarianConfig's default, which no opus model has.
 
-    Raises MmjaxError for an activation that is not known, or several ends of a sentence.
+    Raises MmjaxError for an activation that is not known, several ends of a sentence, or another one that is forced.
     """
     told = told or {}
+    eos, forced = (_one(told.get(name, 0), name) for name in ("eos_token_id", "forced_eos_token_id"))
+    if forced not in (None, eos):
+        raise MmjaxError(f"config.json: forced_eos_token_id={forced}, where it is known to be eos_token_id={eos}")
     shared = told.get("share_encoder_decoder_embeddings", True)
-    source, target = (_embedding(shapes, i, shared) for i in (0, 1))
+    source = shapes["model.shared.weight" if shared else EMBEDDINGS[0]]
     known = shapes.get("model.encoder.embed_positions.weight")
     return TransformerConfig(
         vocab_size=source[0],
-        target_vocab_size=None if shared else target[0],
+        target_vocab_size=None if shared else shapes[EMBEDDINGS[1]][0],
         width=source[1],
         encoder_depth=_depth(shapes, "model.encoder.layers"),
         decoder_depth=_depth(shapes, "model.decoder.layers"),
@@ -214,19 +217,10 @@ def marian_config(shapes: Shapes, told: Told) -> TransformerConfig:
         attention_dropout=told.get("attention_dropout", 0.0),
         activation_dropout=told.get("activation_dropout", 0.0),
         pad=told.get("pad_token_id", 58100),
-        eos=_one(told.get("eos_token_id", 0), "eos_token_id"),
+        eos=eos,
         start=told.get("decoder_start_token_id", 58100),
-        forced_eos=_one(told.get("forced_eos_token_id", 0), "forced_eos_token_id"),
+        forced_eos=forced is not None,
     )
-
-
-def _embedding(shapes: Shapes, side: int, shared: bool) -> Shape:
-    """Of the source or the target; of one matrix for both any of its names will do."""
-    names = ("model.shared.weight", *EMBEDDINGS, HEAD) if shared else (EMBEDDINGS[side], *([HEAD] if side else []))
-    found = next((shapes[name] for name in names if name in shapes), None)
-    if found is None:
-        raise LookupError(names[0])
-    return found
 
 
 def _one(ids: Any, name: str) -> Any:
@@ -264,7 +258,7 @@ def marian_config_json(config: TransformerConfig) -> dict[str, Any]:
             "eos_token_id": config.eos,
             "bos_token_id": None,
             "decoder_start_token_id": config.start,
-            "forced_eos_token_id": config.forced_eos,
+            "forced_eos_token_id": config.eos if config.forced_eos else None,
             "bad_words_ids": [[config.pad]],
         }
     )

@@ -19,10 +19,10 @@ from flax import linen as nn
 from mmjax.errors import MmjaxError
 from mmjax.generation.decodable import DecodeState
 from mmjax.nn import kv_cache, sinusoids
-from mmjax.nn.attention import padding_mask
 from mmjax.nn.dropout import Dropout
 from mmjax.nn.encoder_decoder import Kept, Stack
 from mmjax.nn.kv_cache import KeyValues
+from mmjax.nn.masks import padding_mask
 from mmjax.nn.norm import LayerNorm
 from mmjax.nn.transformer import XAVIER, Init
 from mmjax.types import Array, Bool, Float, Int
@@ -46,7 +46,7 @@ class TransformerConfig:
         fixed_pad: look-ups of `pad` give its row no gradient (torch's padding_idx).
         dropout: of branches and of the embedded tokens. attention_dropout, activation_dropout: see `Block`.
         pad, eos, start: ids; the decoder begins with `start`, which may be `pad` (Marian).
-        forced_eos: the id that a text of greatest length ends with; None: whatever it is.
+        forced_eos: a text of greatest length ends with `eos` all the same (Marian).
         dtype: compute dtype; norms' statistics, softmax and logits are float32.
     """
 
@@ -75,7 +75,7 @@ class TransformerConfig:
     pad: int = 0
     eos: int = 2
     start: int = 1
-    forced_eos: int | None = None
+    forced_eos: bool = False
     dtype: str = "float32"
 
     def __post_init__(self) -> None:

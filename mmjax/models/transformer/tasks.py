@@ -1,6 +1,7 @@
 """The handle of the Transformer: the network on arrays, and translation of strings."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,15 +10,21 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mmjax.errors import MmjaxError
-from mmjax.generation.decodable import Decodable
-from mmjax.models.handle import Model
+from mmjax.models.generating import GeneratingModel
 from mmjax.models.transformer.network import Transformer, TransformerConfig, TransformerDecodable
+from mmjax.text.tokenizer import Side
 from mmjax.types import Array, ArrayLike
+
+LONGER = 50
+"""A translation has at most so many tokens more than its source (section 6.1)."""
 
 
 @dataclass
-class TransformerModel(Model):
-    """A Transformer with its weights; `tokenizer` is one of the `tokenizers` library, and ends its texts itself."""
+class TransformerModel(GeneratingModel):
+    """A Transformer with its weights. Its tokenizer is one of both languages, and ends a text with its eos."""
+
+    padding_side: Side = dataclasses.field(default="right", init=False)
+    """Positions count from the left, padding included."""
 
     system: ClassVar[str] = "transformer"
     config_class: ClassVar[type] = TransformerConfig
@@ -71,6 +78,35 @@ class TransformerModel(Model):
                 raise MmjaxError(f"{name} should be [b, l], they are {list(value.shape)}")
         return dict(self._compiled(self.variables, inputs))
 
-    def decodable(self) -> Decodable:
-        """What the generation engine drives."""
+    # ------------------------------------------------------------------------------------------------------ generation
+
+    def decodable(self) -> TransformerDecodable:
         return TransformerDecodable(self.config)
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        return (self.config.eos,)
+
+    def fixed_options(self) -> dict[str, Any]:
+        """Neither the padding nor the start is ever written."""
+        never = tuple(sorted({self.config.pad, self.config.start} - {self.config.eos}))
+        return {"suppress": never, "forced_eos": self.config.forced_eos}
+
+    def check_room(self, length: int, new_tokens: int) -> None:
+        """`length` is the source's; the decoder's start counts as one of its tokens."""
+        most, wanted = self.config.max_length, max(length, 1 + new_tokens)
+        if most is not None and wanted > most:
+            raise MmjaxError(f"a source of {length} tokens and {new_tokens} new ones: {most} a side is the most")
+
+    def translate(
+        self, texts: str | Sequence[str], num_beams: int = 4, max_new_tokens: int | None = None, **options: Any
+    ) -> Any:
+        """A string -> its translation; strings -> theirs.
+
+        max_new_tokens: by default 50 more than the longest source has, as far as the model has positions.
+        options: as of `generate`. Raises MmjaxError as `generate` does, and where there is no tokenizer.
+        """
+        if max_new_tokens is None:
+            length = self._inputs(texts, None, True)[0].shape[1]
+            max_new_tokens = min(length + LONGER, (self.config.max_length or length + LONGER + 1) - 1)
+        return self.generate(texts, num_beams=num_beams, max_new_tokens=max_new_tokens, **options)
