@@ -145,10 +145,10 @@ def marian_table(config: TransformerConfig) -> Table:
         raise MmjaxError("Marian's logits have a bias (final_logits_bias): output_bias=True")
     head = (HEAD,) if config.tied_output else ()
     if config.shared_embeddings:
-        entries = [Entry("model.shared.weight", "params/embedding", also=(*EMBEDDINGS, *head))]
+        entries = [Entry("model.shared.weight", "params/embedding", copies=(*EMBEDDINGS, *head))]
     else:
         entries = [Entry(EMBEDDINGS[0], "params/source_embedding")]
-        entries += [Entry(EMBEDDINGS[1], "params/target_embedding", also=head)]
+        entries += [Entry(EMBEDDINGS[1], "params/target_embedding", copies=head)]
     if not config.tied_output:
         entries.append(Entry(HEAD, "params/output_kernel", linear))
     bias = Entry("final_logits_bias", "params/output_bias", reshape((1, config.outputs)), optional=True, default=0)
