@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from mmjax import tree
 from mmjax.errors import MmjaxError
@@ -242,3 +243,6 @@ def test_what_cannot_be_is_told():
     idle = tree.merge(params, {"other": {"kernel": jnp.ones((2, 2)), "lora_a": jnp.ones((2, 1))}})
     with pytest.raises(MmjaxError, match="the loss runs no layer called other"):
         jax.eval_shape(LoRA(Momentum(), BOTH).loss, idle, carry, ROWS, jax.random.key(0))
+    norm = {"scale": jnp.ones(D), "lora_a": jnp.ones((D, 1)), "lora_b": jnp.ones((1, 4)), "lora_scale": jnp.ones(())}
+    with pytest.raises(MmjaxError, match="is a LayerNorm, not a layer"):
+        adapted(nn.LayerNorm(use_bias=False).apply)({"params": norm}, ROWS["x"])
