@@ -97,6 +97,18 @@ def test_only_what_is_trained_moves_and_has_moments():
     assert tree.flatten(rest).keys() == tree.flatten(network()).keys() == tree.flatten(merge_lora(last.params)).keys()
 
 
+def test_the_published_count():
+    """A ViT-B/16 for 101 classes, queries and values at rank 16, the head whole: as PEFT's image classification guide
+    prints it (trainable params: 667493 || all params: 86466149)."""
+    lora, config = LoRAConfig(("**/attention/[qv]",), rank=16), dataclasses.replace(ViTConfig.b16(), num_classes=101)
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    batch = {"image": image, "label": jax.ShapeDtypeStruct((1,), jnp.int32)}
+    method = LoRA(Classification(ViTClassifier(config), 101), lora)
+    params, _ = jax.eval_shape(method.init, jax.random.key(0), batch)
+    assert tree.count(lora.partition("head/**").split(params)[0]) == 667_493
+    assert tree.count(params) == 86_466_149 + 24  # and a scale a layer
+
+
 def test_merged_is_unmerged():
     first, last = trained()
     run = jax.jit(logits)
