@@ -170,7 +170,8 @@ def _mean(
     share = share * devices / (tokens + epsilon)
 
     def total(values: Array) -> Array:
-        return jnp.sum(jnp.where(wrong, jnp.nan, jnp.where(counted, values, 0.0)) * share)
+        told = jnp.sum(jnp.where(wrong, jnp.nan, jnp.where(counted, values, 0.0)) * share)
+        return jnp.where(tokens > 0, told, jnp.nan)  # said: compilers make 0 of 0 / 0
 
     return TokenLoss(total(losses), jax.lax.stop_gradient(total(nll)), tokens)
 

@@ -34,19 +34,22 @@ OPTIONS = {
 }
 
 
+token_loss = jax.jit(token_cross_entropy, static_argnames="epsilon")
+
+
 def test_by_hand():
     logits = jnp.log(jnp.array([[1.0, 3.0], [1.0, 1.0], [9.0, 1.0]]))
-    told = token_cross_entropy(logits, jnp.array([1, 0, IGNORED]))
+    told = token_loss(logits, jnp.array([1, 0, IGNORED]))
     wanted = (math.log(4 / 3) + math.log(2)) / 2
     assert abs(float(told.loss) - wanted) < 1e-6 and told.nll == told.loss and told.tokens == 2
     assert abs(float(perplexity(told.nll)) - math.sqrt(8 / 3)) < 1e-6
     # Smoothed: half the mass on both classes alike; z-loss: log^2 of 4 and of 2.
-    told = token_cross_entropy(logits[:2], jnp.array([1, 0]), label_smoothing=0.5, z_loss=0.1)
+    told = token_loss(logits[:2], jnp.array([1, 0]), label_smoothing=0.5, z_loss=0.1)
     first = 0.5 * math.log(4 / 3) + 0.25 * (math.log(4) + math.log(4 / 3)) + 0.1 * math.log(4) ** 2
     assert abs(float(told.loss) - (first + math.log(2) + 0.1 * math.log(2) ** 2) / 2) < 1e-6
     assert abs(float(told.nll) - wanted) < 1e-6
     # Google BERT's denominator: three slots, of which one is padding with weight 0.
-    told = token_cross_entropy(logits, jnp.array([1, 0, 0]), weights=jnp.array([1.0, 1.0, 0.0]), epsilon=1e-5)
+    told = token_loss(logits, jnp.array([1, 0, 0]), weights=jnp.array([1.0, 1.0, 0.0]), epsilon=1e-5)
     assert abs(float(told.loss) - 2 * wanted / (2 + 1e-5)) < 1e-7 and told.tokens == 2
 
 
@@ -59,8 +62,8 @@ def test_labels_of_a_causal_model():
 
 @pytest.mark.parametrize("labels", [jnp.full((B, L), IGNORED), LABELS.at[2, 3].set(V), LABELS.at[2, 3].set(-1)])
 def test_nothing_counted_or_a_wrong_label_is_not_a_number(labels):
-    assert math.isnan(token_cross_entropy(HIDDEN @ KERNEL, labels).loss)
-    assert math.isnan(linear_cross_entropy(HIDDEN, KERNEL, labels).loss)
+    assert math.isnan(token_loss(HIDDEN @ KERNEL, labels).loss)
+    assert math.isnan(jax.jit(linear_cross_entropy)(HIDDEN, KERNEL, labels).loss)
 
 
 def test_what_is_ignored_has_no_say():
@@ -96,8 +99,10 @@ def test_entries_that_are_masked_out_are_as_if_not_there(block):
     assert not np.any(grads[1][:, :25]) and not np.any(grads[2][:25]) and np.all(grads[1][:, 25:])
 
 
-@pytest.mark.parametrize("name, block", [*((name, 10) for name in OPTIONS), ("all", 1), ("all", 53), ("all", None)])
-@pytest.mark.parametrize("tied", [False, True])
+CASES = [*((name, 10, False) for name in OPTIONS), *(("all", block, False) for block in (1, 53, None))]
+
+
+@pytest.mark.parametrize("name, block, tied", [*CASES, ("all", 10, True), ("plain", 53, True)])
 def test_in_blocks_value_and_gradients_are_the_same(name, block, tied):
     def plain(hidden, kernel, bias, scale):
         logits = scale * hidden @ (kernel.T if tied else kernel) + bias
@@ -214,6 +219,7 @@ def test_torch_says_the_same(smoothing):
     labels = torch.tensor(np.asarray(LABELS), dtype=torch.long)
     wanted = torch.nn.functional.cross_entropy(tensor.reshape(-1, V), labels.reshape(-1), label_smoothing=smoothing)
     wanted.backward()
-    value, grad = jax.value_and_grad(lambda x: token_cross_entropy(x, LABELS, label_smoothing=smoothing).loss)(logits)
+    slopes = jax.jit(jax.value_and_grad(lambda x: token_cross_entropy(x, LABELS, label_smoothing=smoothing).loss))
+    value, grad = slopes(logits)
     assert abs(float(value) - wanted.item()) < 1e-5 * wanted.item()
     assert tensor.grad is not None and np.abs(grad - tensor.grad.numpy()).max() < 1e-5 * np.abs(grad).max()

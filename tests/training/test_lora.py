@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from mmjax import tree
 from mmjax.errors import MmjaxError
@@ -94,6 +95,18 @@ def test_only_what_is_trained_moves_and_has_moments():
     adapters, rest = split_lora(last.params)
     assert tree.count(adapters) == count + len(layers)
     assert tree.flatten(rest).keys() == tree.flatten(network()).keys() == tree.flatten(merge_lora(last.params)).keys()
+
+
+def test_the_published_count():
+    """A ViT-B/16 for 101 classes, queries and values at rank 16, the head whole: as PEFT's image classification guide
+    prints it (trainable params: 667493 || all params: 86466149)."""
+    lora, config = LoRAConfig(("**/attention/[qv]",), rank=16), dataclasses.replace(ViTConfig.b16(), num_classes=101)
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    batch = {"image": image, "label": jax.ShapeDtypeStruct((1,), jnp.int32)}
+    method = LoRA(Classification(ViTClassifier(config), 101), lora)
+    params, _ = jax.eval_shape(method.init, jax.random.key(0), batch)
+    assert tree.count(lora.partition("head/**").split(params)[0]) == 667_493
+    assert tree.count(params) == 86_466_149 + 24  # and a scale a layer
 
 
 def test_merged_is_unmerged():
@@ -242,3 +255,6 @@ def test_what_cannot_be_is_told():
     idle = tree.merge(params, {"other": {"kernel": jnp.ones((2, 2)), "lora_a": jnp.ones((2, 1))}})
     with pytest.raises(MmjaxError, match="the loss runs no layer called other"):
         jax.eval_shape(LoRA(Momentum(), BOTH).loss, idle, carry, ROWS, jax.random.key(0))
+    norm = {"scale": jnp.ones(D), "lora_a": jnp.ones((D, 1)), "lora_b": jnp.ones((1, 4)), "lora_scale": jnp.ones(())}
+    with pytest.raises(MmjaxError, match="is a LayerNorm, not a layer"):
+        adapted(nn.LayerNorm(use_bias=False).apply)({"params": norm}, ROWS["x"])
