@@ -1,7 +1,7 @@
 """The engine: prompts in, ids out, by one program a shape; whole, or as they come."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -52,9 +52,10 @@ def stream(
     rng: PRNGKeyArray | int = 0,
     stops: Stops | None = None,
     every: int = 1,
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, DecodeState]:
     """The same tokens as `generate`'s, int32 [b, n, m], as they come: m is `every`, but for the first and last.
 
+    The generator's own result is what the model remembers.
     Raises ValueError for a beam search, whose past tokens change.
     """
     if options.num_beams > 1:
@@ -67,7 +68,7 @@ def stream(
         yield np.asarray(carry.ids[..., told:written])
         told = written
         if done or written >= options.max_new_tokens:
-            return
+            return carry.state
         carry = _advance(decodable, options, variables, carry, min(written + every, options.max_new_tokens), stops)
 
 

@@ -17,7 +17,7 @@ from mmjax.generation.engine import generate, stream
 from mmjax.generation.options import GenerationOptions
 from mmjax.generation.stopping import Stops
 from mmjax.models.handle import Model
-from mmjax.text.stop_strings import StopAutomaton, stop_automaton, token_bytes
+from mmjax.text.stop_strings import stop_automaton, token_bytes
 from mmjax.text.tokenizer import Side, Tokenizer
 from mmjax.types import ArrayLike
 
@@ -94,18 +94,17 @@ class GeneratingModel(Model):
         options: see `mmjax.generation.options.GenerationOptions`; max_new_tokens is 64 unless told.
         Raises MmjaxError: no tokenizer for strings, an option that is not one, or a sequence too long for the model.
         """
-        asked = self._options(options)
+        asked = self.options(**options)
         ids, mask = self._inputs(prompts, attention_mask, add_special_tokens)
         self.check_room(ids.shape[1], asked.max_new_tokens)
-        strings = [stop] if isinstance(stop, str) else list(stop)
         inputs = self.prompt_inputs(ids, mask)
-        stops = self._stops(strings, inputs)
+        stops = self.stops(stop, inputs)
         found = np.asarray(generate(self.decodable(), self.variables, inputs, asked, seed, stops).ids)
         if not _are_texts(prompts):
             rows = found.reshape(-1, found.shape[-1])
             longest = max((_length(row, asked.eos, asked.pad) for row in rows), default=0)
             return jnp.asarray(rows[:, : max(longest, 1)])
-        texts = [[self._text(row, asked.eos, strings) for row in item] for item in found]
+        texts = [[self._text(row, asked.eos, self.strings(stop)) for row in item] for item in found]
         told = [item[0] if asked.num_return_sequences == 1 else item for item in texts]
         return told[0] if isinstance(prompts, str) else told
 
@@ -123,17 +122,18 @@ class GeneratingModel(Model):
 
         every: tokens between looks. Raises MmjaxError as `generate` does, and for a beam search.
         """
-        asked = self._options(options)
+        asked = self.options(**options)
         if asked.num_beams > 1 or asked.num_return_sequences > 1:
             raise MmjaxError("one text at a time is streamed: no num_beams and no num_return_sequences")
         ids, mask = self._inputs(prompt, None, add_special_tokens)
         self.check_room(ids.shape[1], asked.max_new_tokens)
-        strings = [stop] if isinstance(stop, str) else list(stop)
         inputs = self.prompt_inputs(ids, mask)
-        parts = stream(self.decodable(), self.variables, inputs, asked, seed, self._stops(strings, inputs), every)
-        return self._pieces((part[0, 0] for part in parts), asked.eos, strings)
+        parts: Iterator[np.ndarray] = stream(
+            self.decodable(), self.variables, inputs, asked, seed, self.stops(stop, inputs), every
+        )
+        return self.pieces((part[0, 0] for part in parts), asked.eos, self.strings(stop))
 
-    def _pieces(self, parts: Iterator[np.ndarray], eos: tuple[int, ...], stop: Sequence[str]) -> Iterator[str]:
+    def pieces(self, parts: Iterator[np.ndarray], eos: tuple[int, ...], stop: Sequence[str]) -> Iterator[str]:
         """Pieces of text out of pieces of ids; what may yet become a stop string, or half a character, is held back."""
         held = max((len(string) for string in stop), default=1) - 1
         ids, told = np.zeros(0, np.int32), 0
@@ -150,7 +150,8 @@ class GeneratingModel(Model):
 
     # ------------------------------------------------------------------------------------------------------- the parts
 
-    def _options(self, options: Mapping[str, Any]) -> GenerationOptions:
+    def options(self, **options: Any) -> GenerationOptions:
+        """Options with this model's ids for ends and padding. Raises MmjaxError for one that does not exist."""
         known = {field.name for field in dataclasses.fields(GenerationOptions)}
         unknown = sorted(options.keys() - known)
         if unknown:
@@ -187,13 +188,19 @@ class GeneratingModel(Model):
             raise MmjaxError(f"{empty[0]!r} has no token to go on from")
         return ids, mask
 
-    def _stops(self, strings: Sequence[str], inputs: Mapping[str, Any]) -> Stops | None:
-        if not strings:
+    @staticmethod
+    def strings(stop: str | Sequence[str]) -> list[str]:
+        """One stop string or several, as a list."""
+        return [stop] if isinstance(stop, str) else list(stop)
+
+    def stops(self, stop: str | Sequence[str], inputs: Mapping[str, Any]) -> Stops | None:
+        """The automaton of the stop strings, after what texts begin with; None where there are none."""
+        if not self.strings(stop):
             return None
         begun = inputs.get("decoder_input_ids")
         ids = np.asarray(inputs["input_ids"] if begun is None else begun)
         mask = np.asarray(inputs["attention_mask"] if begun is None else np.ones_like(ids))
-        automaton = self._automaton(tuple(strings))
+        automaton = stop_automaton(self.strings(stop), self._token_bytes)
         start = [automaton.after_prompt(row[kept.astype(bool)].tolist()) for row, kept in zip(ids, mask)]
         return Stops(jnp.asarray(automaton.table), jnp.int32(automaton.matched), jnp.asarray(start, jnp.int32))
 
@@ -202,9 +209,6 @@ class GeneratingModel(Model):
         if self.tokenizer is None:
             raise MmjaxError("stop strings need a tokenizer")
         return token_bytes(self.tokenizer.tokenizer, self.config.vocab_size)
-
-    def _automaton(self, strings: tuple[str, ...]) -> StopAutomaton:
-        return stop_automaton(strings, self._token_bytes)
 
     def _text(self, row: np.ndarray, eos: tuple[int, ...], stop: Sequence[str]) -> str:
         assert self.tokenizer is not None

@@ -127,6 +127,7 @@ class Mlp(nn.Module):
     """down(act(up(x))), or gated: down(silu(gate(x)) * up(x)), the SwiGLU of DINOv2's largest model.
 
     dropout: after the activation and after `down`, as in the original ViT.
+    inner_dropout: whether after the activation too; BERT has none there.
     """
 
     hidden: int
@@ -136,6 +137,7 @@ class Mlp(nn.Module):
     init_with: Init = Init()
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    inner_dropout: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], train: bool = False) -> Float[Array, "b n d"]:
@@ -147,7 +149,7 @@ class Mlp(nn.Module):
             h = jax.nn.silu(dense("gate", self.hidden, self.init_with.up)(x)) * h
         else:
             h = activation(self.act)(h)
-        h = Dropout(self.dropout, self.axis_name)(h, train)
+        h = Dropout(self.dropout if self.inner_dropout else 0.0, self.axis_name)(h, train)
         h = dense("down", x.shape[-1], self.init_with.down)(h)
         return Dropout(self.dropout, self.axis_name)(h, train)
 
@@ -159,6 +161,7 @@ class TransformerBlock(nn.Module):
         norm_first: which of the two.
         layer_scale: the initial value of a learned factor on each branch [d] (DINOv2); None: there is none.
         drop_path: rate of stochastic depth. dropout: after attention and within the feed-forward.
+        inner_dropout: whether also after the feed-forward's activation.
         axis_name: the mapped axis that cuts the batch: what an example loses depends on its place in the whole.
     """
 
@@ -176,6 +179,7 @@ class TransformerBlock(nn.Module):
     init_with: Init = Init()
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    inner_dropout: bool = True
 
     @nn.compact
     def __call__(
@@ -202,6 +206,7 @@ class TransformerBlock(nn.Module):
                 self.init_with,
                 self.dtype,
                 self.axis_name,
+                self.inner_dropout,
                 name="mlp",
             )
             return mlp(y, train)

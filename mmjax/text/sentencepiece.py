@@ -58,49 +58,70 @@ def sentencepiece_tokenizer(
     return tokenizer
 
 
+def unigram_of_model(proto: Any) -> tokenizers.Tokenizer:
+    """A Unigram model with everything around it but special tokens around a text. proto: of `parse_model`."""
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    kinds = [piece.type for piece in proto.pieces]
+    return _surrounded(models.Unigram(pieces, kinds.index(UNKNOWN), BYTE in kinds), proto)
+
+
+def _surrounded(model: Any, proto: Any) -> tokenizers.Tokenizer:
+    spec = proto.normalizer_spec
+    tokenizer = sentencepiece_tokenizer(
+        model, spec.add_dummy_prefix, spec.precompiled_charsmap, spec.remove_extra_whitespaces
+    )
+    for piece in proto.pieces:
+        if piece.type in (UNKNOWN, CONTROL, USER_DEFINED):
+            tokenizer.add_tokens([AddedToken(piece.piece, special=piece.type != USER_DEFINED, normalized=False)])
+    return tokenizer
+
+
 def read_sentencepiece(file: pathlib.Path) -> Parts:
     """A .model file (tokenizer.model, spiece.model) with what lies beside it, as for a tokenizer.json.
 
     Around a text stand bos for a BPE (LLaMA) and eos for a Unigram (T5), unless tokenizer_config.json has
     add_bos_token and add_eos_token. Raises MmjaxError naming the file, or that the package sentencepiece is missing.
     """
-    proto = _proto(file)
-    pieces = [piece.piece for piece in proto.pieces]
-    kinds = [piece.type for piece in proto.pieces]
-    scores = [piece.score for piece in proto.pieces]
+    if not file.is_file():
+        raise MmjaxError(f"{file}: no such file")
+    proto = parse_model(file.read_bytes(), str(file))
     told, kind = proto.trainer_spec, proto.trainer_spec.model_type
+    if kind not in (BPE, UNIGRAM):
+        raise MmjaxError(f"{file}: a SentencePiece model of kind {kind}, neither BPE nor Unigram")
+    names = [piece.piece for piece in proto.pieces]
     try:
         if kind == BPE:
-            model: Any = bpe_of_pieces(pieces, scores, kinds)
-        elif kind == UNIGRAM:
-            model = models.Unigram(list(zip(pieces, scores)), kinds.index(UNKNOWN), BYTE in kinds)
+            columns = [piece.score for piece in proto.pieces], [piece.type for piece in proto.pieces]
+            tokenizer = _surrounded(bpe_of_pieces(names, *columns), proto)
         else:
-            raise MmjaxError("neither a BPE nor a Unigram model")
+            tokenizer = unigram_of_model(proto)
     except Exception as error:  # the library raises bare Exception
         raise MmjaxError(f"{file}: {error}") from error
-    spec = proto.normalizer_spec
-    tokenizer = sentencepiece_tokenizer(
-        model, spec.add_dummy_prefix, spec.precompiled_charsmap, spec.remove_extra_whitespaces
-    )
-    whole = [place for place, kind in enumerate(kinds) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
-    tokenizer.add_tokens([AddedToken(pieces[i], special=kinds[i] != USER_DEFINED, normalized=False) for i in whole])
     named = {f"{name}_token": getattr(told, f"{name}_piece") for name in ("bos", "eos", "unk", "pad")}
-    named = {name: piece for name, piece in named.items() if piece in {pieces[i] for i in whole}}
+    named = {name: piece for name, piece in named.items() if piece in names}
     return tokenizer_files.with_neighbours(file, tokenizer, named, add_bos=kind == BPE, add_eos=kind == UNIGRAM)
 
 
-def _proto(file: pathlib.Path) -> Any:
-    if not file.is_file():
-        raise MmjaxError(f"{file}: no such file")
+def package() -> Any:
+    """The package sentencepiece. Raises MmjaxError where it is not installed."""
     try:
-        from sentencepiece import sentencepiece_model_pb2
+        import sentencepiece
     except ImportError as error:
-        raise MmjaxError(f"{file} needs the package sentencepiece: pip install 'mmjax[sentencepiece]'") from error
+        told = "SentencePiece models need the package sentencepiece: pip install 'mmjax[sentencepiece]'"
+        raise MmjaxError(told) from error
+    return sentencepiece
+
+
+def parse_model(raw: bytes, place: str) -> Any:
+    """The ModelProto in the bytes of a .model file. Raises MmjaxError naming `place`."""
+    package()
+    from sentencepiece import sentencepiece_model_pb2
+
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
-        proto.ParseFromString(file.read_bytes())
+        proto.ParseFromString(raw)
     except Exception as error:  # protobuf's DecodeError has no public home
-        raise MmjaxError(f"{file}: not a SentencePiece model: {error}") from error
+        raise MmjaxError(f"{place}: not a SentencePiece model: {error}") from error
     if not proto.pieces:
-        raise MmjaxError(f"{file}: not a SentencePiece model: it has no pieces")
+        raise MmjaxError(f"{place}: not a SentencePiece model: it has no pieces")
     return proto

@@ -6,8 +6,9 @@ steps are composed over the bytes of each token of the vocabulary.
 """
 
 import json
+import re
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,8 +136,7 @@ def token_bytes(tokenizer: tokenizers.Tokenizer, size: int | None = None) -> lis
     return tokens
 
 
-def _spelling(tokenizer: tokenizers.Tokenizer) -> Any:
-    """token -> bytes."""
+def _spelling(tokenizer: tokenizers.Tokenizer) -> Callable[[str], bytes]:
     told: dict[str, Any] = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder is not None else {}
     parts = told["decoders"] if told.get("type") == "Sequence" else [told]
     kinds = [part.get("type") for part in parts]
@@ -147,8 +147,10 @@ def _spelling(tokenizer: tokenizers.Tokenizer) -> Any:
     if kinds == ["WordPiece"]:
         return lambda token: _word_piece(token, parts[0]["prefix"], parts[0]["cleanup"])
     if set(kinds) <= {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}:
-        spaces = [part.get("replacement") or part.get("pattern", {}).get("String") for part in parts]
-        return lambda token: _sentence_piece(token, [space for space in spaces if space], "ByteFallback" in kinds)
+        changes = [(part["replacement"], " ") for part in parts if part["type"] == "Metaspace"]
+        changes += [(part["pattern"].get("String"), part["content"]) for part in parts if part["type"] == "Replace"]
+        if all(old for old, _ in changes):
+            return lambda token: _sentence_piece(token, changes, "ByteFallback" in kinds)
     raise MmjaxError(f"stop strings: no rule for the bytes of tokens under the decoder {kinds}")
 
 
@@ -159,12 +161,9 @@ def _word_piece(token: str, prefix: str, cleanup: bool) -> bytes:
     return text.encode()
 
 
-def _sentence_piece(token: str, spaces: Sequence[str], byte_fallback: bool) -> bytes:
-    if byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        try:
-            return bytes([int(token[3:5], 16)])
-        except ValueError:
-            pass
-    for space in spaces:
-        token = token.replace(space, " ")
+def _sentence_piece(token: str, changes: Sequence[tuple[str, str]], byte_fallback: bool) -> bytes:
+    if byte_fallback and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    for old, new in changes:
+        token = token.replace(old, new)
     return token.encode()

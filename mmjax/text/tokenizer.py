@@ -100,7 +100,7 @@ class Tokenizer:
             raise MmjaxError(f"padding_side={padding_side!r}: left or right")
         rows = [encoded.ids for encoded in self.tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)]
         longest = max(map(len, rows), default=0)
-        lengths = [longest] if length is None else [length] if isinstance(length, int) else sorted(length)
+        lengths = [longest] if length is None else [length] if isinstance(length, int | np.integer) else sorted(length)
         width = next((size for size in lengths if size >= longest), None)
         if width is None:
             width = lengths[-1] if lengths else 0

@@ -115,7 +115,7 @@ def _add_tokens(
 
 
 def put_around(tokenizer: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
-    """Has bos put in front of a text and eos behind it, where they are given; alone they replace what was put."""
+    """Has bos put in front of a text and eos behind it, where they are given, in place of the post-processor there."""
     if bos or eos:
         single = [part for part in (bos, "$A", eos) if part]
         pair = [f"{part}:{place}" for place, text in enumerate("AB") for part in (bos, f"${text}", eos) if part]

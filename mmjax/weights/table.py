@@ -16,7 +16,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -177,7 +177,8 @@ class Entry:
 
     `optional`: the file may lack the key; the target then takes `default`, a number spread over its shape, and without
     a default counts as missing if the module has it. Saving always writes the key, if the variables hold the target.
-    `also`: keys under which a file may hold the same array again (tied weights); they are compared, and not written.
+    `copies`: other keys under which files may hold the one source as well, or instead (tied weights). Those that are
+    there must be equal; saving writes none of them.
     """
 
     source: str | tuple[str, ...]
@@ -185,7 +186,7 @@ class Entry:
     op: Op = same
     optional: bool = False
     default: float | int | None = None
-    also: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -273,12 +274,12 @@ def load_table(
         problems.repeated += [key for key in entry.sources if key in used]
         problems.repeated += [path for path in entry.targets if path in filled]
         problems.foreign += [path for path in entry.targets if path not in wanted]
-        used.update(entry.sources, entry.also)
+        used.update(entry.sources)
         filled.update(dict.fromkeys(entry.targets))
+        if entry.copies:
+            used.update(entry.copies)
+            entry = _first_copy(entry, arrays, present, problems)
         absent = [key for key in entry.sources if key not in present]
-        for key in present.intersection(entry.also) if not absent else ():
-            if not np.array_equal(arrays[key], arrays[entry.sources[0]]):
-                problems.misshapen.append(f"{key} should repeat {entry.sources[0]}, and differs from it")
         if not absent:
             filled.update(_load_entry(entry, arrays, wanted, problems))
         elif not entry.optional or len(absent) < len(entry.sources):
@@ -293,6 +294,18 @@ def load_table(
     problems.unfilled = sorted(wanted.keys() - filled.keys())
     problems.check()
     return unflatten({path: filled[path] for path in wanted})
+
+
+def _first_copy(entry: Entry, arrays: Mapping[str, Any], present: Set[str], problems: "_Problems") -> Entry:
+    """The entry with the source that is there; copies that differ from it go to `problems`."""
+    there = [key for key in (*entry.sources, *entry.copies) if key in present]
+    if not there:
+        return entry
+    first = np.asarray(arrays[there[0]])
+    problems.untied += [
+        f"{key} differs from {there[0]}" for key in there[1:] if not np.array_equal(first, np.asarray(arrays[key]))
+    ]
+    return replace(entry, source=there[0])
 
 
 def _load_entry(
@@ -370,6 +383,7 @@ class _Problems:
         self.unfilled: list[str] = []
         self.foreign: list[str] = []
         self.repeated: list[str] = []
+        self.untied: list[str] = []
 
     def check(self) -> None:
         told = [
@@ -379,6 +393,7 @@ class _Problems:
             ("parameters that the table does not fill", self.unfilled),
             ("targets that the module does not have", self.foreign),
             ("named twice in the table", self.repeated),
+            ("to be one array under two names", self.untied),
         ]
         lines = [f"  {name} ({len(keys)}):\n    " + "\n    ".join(keys) for name, keys in told if keys]
         if lines:

@@ -84,11 +84,11 @@ def test_metadata_that_do_not_fit(metadata, key, value, told):
 
 @pytest.mark.torch
 def test_qwen2_is_cut_as_transformers_cuts_it(metadata):
-    from transformers import Qwen2Tokenizer
+    transformers = pytest.importorskip("transformers")
 
     vocab = {token: id for id, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    theirs = Qwen2Tokenizer(vocab=vocab, merges=merges)
+    theirs = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges)
     ours = tokenizer_from_gguf(metadata)
     for text in (TEXT, "cafe\u0301 ½ ٣٤ 12\n\n\n3  \t x", "日本語。I'm HE'S\u00a0\u00a0a"):
         assert ours(text)[0][0].tolist() == theirs(text)["input_ids"]

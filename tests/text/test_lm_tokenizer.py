@@ -233,10 +233,10 @@ def same_as_transformers(ours: Tokenizer, theirs) -> None:
 
 @pytest.mark.torch
 def test_transformers_reads_what_we_save(tokenizer, tmp_path):
-    from transformers import AutoTokenizer, GenerationConfig
+    transformers = pytest.importorskip("transformers")
 
     tokenizer.save(tmp_path / "tokenizer.json")
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     same_as_transformers(tokenizer, theirs)
     for prompt in (True, False):
         wanted = theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=prompt, wish="a bone")
@@ -244,7 +244,7 @@ def test_transformers_reads_what_we_save(tokenizer, tmp_path):
     documents = [{"title": "t", "text": "body"}]
     assert tokenizer.chat(TALK, template="rag", documents=documents) == "body"
     assert theirs.apply_chat_template(TALK, chat_template="rag", documents=documents, tokenize=False) == "body"
-    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == list(tokenizer.eos)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == list(tokenizer.eos)
 
 
 @pytest.mark.torch
@@ -266,11 +266,11 @@ def test_transformers_reads_what_we_save(tokenizer, tmp_path):
     ],
 )
 def test_reads_what_transformers_reads(tmp_path, config):
-    from transformers import PreTrainedTokenizerFast
+    transformers = pytest.importorskip("transformers")
 
     byte_bpe().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHATML}))
-    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     ours = Tokenizer.from_file(tmp_path / "tokenizer.json")
     same_as_transformers(ours, theirs)
     assert ours.chat(TALK) == theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
@@ -279,9 +279,9 @@ def test_reads_what_transformers_reads(tmp_path, config):
 @pytest.mark.torch
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_reads_vocab_and_merges_as_transformers_does(tmp_path, add_bos):
-    from transformers import AutoTokenizer
+    transformers = pytest.importorskip("transformers")
 
     named = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
     write_vocab(tmp_path, tokenizer_class="GPT2Tokenizer", add_bos_token=add_bos, **named)
     ours = Tokenizer.from_vocab(tmp_path / "vocab.json", tmp_path / "merges.txt")
-    same_as_transformers(ours, AutoTokenizer.from_pretrained(tmp_path))
+    same_as_transformers(ours, transformers.AutoTokenizer.from_pretrained(tmp_path))

@@ -57,9 +57,9 @@ def test_a_large_vocabulary_takes_well_under_a_second():
     rng = np.random.default_rng(0)
     tokens = [bytes(rng.integers(97, 123, size).tolist()) for size in rng.integers(1, 12, 49_152)] + [b" " * 131]
     strings = ["a stop of 20 letters", "another of 20 letter", "third of 20 letters!"]
-    start = time.perf_counter()
+    start = time.process_time()
     automaton = stop_automaton(strings, tokens)
-    took = time.perf_counter() - start
+    took = time.process_time() - start
     assert automaton.table.shape == (60 + 1, 49_153)
     assert took < 1, f"{took:.2f} s"
 
@@ -112,6 +112,7 @@ def test_rows_beyond_the_vocabulary_are_empty():
     assert token_bytes(tokenizer, 7) == [b"a", b"", b"", b"b", b"", b"", b""]
     with pytest.raises(MmjaxError, match="size=3: the tokenizer has the id 3"):
         token_bytes(tokenizer, 3)
-    tokenizer.decoder = decoders.CTC()
-    with pytest.raises(MmjaxError, match="decoder"):
-        token_bytes(tokenizer)
+    for other in (decoders.CTC(), decoders.Replace(tokenizers.Regex("b+"), " ")):
+        tokenizer.decoder = other
+        with pytest.raises(MmjaxError, match="no rule for the bytes of tokens under the decoder"):
+            token_bytes(tokenizer)

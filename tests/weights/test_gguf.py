@@ -120,10 +120,10 @@ def test_keys_and_config_are_hugging_faces(tiny):
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_transformers_reads_the_same_model(tmp_path, kind):
     """Its own reader of GGUF gives the parameters that our keys and un-permutation give."""
-    from transformers import AutoModelForCausalLM
+    transformers = pytest.importorskip("transformers")
 
     write_tiny(tmp_path / "tiny.gguf", kind, tied=True)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
     file = read_gguf(tmp_path / "tiny.gguf")
     weights, config = hf_weights(file), hf_config(file)
     wanted = {key: value.numpy() for key, value in theirs.state_dict().items() if key != "lm_head.weight"}

@@ -64,16 +64,32 @@ class DecoderSteps:
         return logits, state._replace(rows=rows, index=state.index + 1)
 
 
-def remember(state: DecodeState, row: int = 0) -> Past:
+def remember(state: DecodeState, row: int = 0, size: int | None = None) -> Past:
     """What a generation has read and written in one of its rows, as the `past` of the next prompt.
 
+    size: slots of the result, tokens first; at least as many as there are tokens. None: as many as there were slots.
     The last token that was chosen is not in it: it has not been read.
     """
     past: Past = state.items
-    layers = tuple(
-        KeyValues(*(jnp.concatenate([a, b[:, row]], axis=2) for a, b in zip(prompt, new)))
-        for prompt, new in zip(past.layers, state.rows)
-    )
     written = jnp.arange(state.rows[0].k.shape[3]) < state.index
     mask = jnp.concatenate([past.mask, jnp.broadcast_to(written, (past.mask.shape[0], written.shape[0]))], -1)
+    order = jnp.argsort(~mask, axis=-1, stable=True)[:, :size]
+    room = 0 if size is None else max(size - mask.shape[1], 0)
+
+    def gather(prompt: Array, new: Array) -> Array:
+        joined = jnp.concatenate([prompt, new[:, row]], axis=2)
+        kept = jnp.take_along_axis(joined, order[:, None, :, None], axis=2)
+        return jnp.pad(kept, ((0, 0), (0, 0), (0, room), (0, 0)))
+
+    layers = tuple(
+        KeyValues(gather(prompt.k, new.k), gather(prompt.v, new.v)) for prompt, new in zip(past.layers, state.rows)
+    )
+    mask = jnp.pad(jnp.take_along_axis(mask, order, -1), ((0, 0), (0, room)))
     return Past(layers, mask, token_places(mask))
+
+
+def nothing(config: DecoderConfig, size: int) -> Past:
+    """A past of one item with no token in it, so that a first turn runs the program of the later ones."""
+    zeros = jnp.zeros((1, config.kv_heads, size, config.head_width), config.dtype)
+    mask = jnp.zeros((1, size), bool)
+    return Past(tuple(KeyValues(zeros, zeros) for _ in range(config.depth)), mask, token_places(mask))

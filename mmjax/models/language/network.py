@@ -186,7 +186,7 @@ class Decoder(nn.Module):
         mask: 1 = a token. Padding is seen by no token; as in transformers it takes part in the places of learned and
         rotary positions, but for OPT's.
         """
-        x = self.embed(ids) if embeds is None else embeds
+        x = self.embed(jnp.asarray(ids)) if embeds is None else embeds
         valid = jnp.ones(x.shape[:2], jnp.int32) if mask is None else mask
         learned = self.config.positions
         counts = isinstance(learned, Learned) and learned.of_tokens

@@ -73,7 +73,7 @@ def _llama(c: DecoderConfig) -> list[Entry]:
 def _embedding(c: DecoderConfig, source: str, head: str = "lm_head") -> list[Entry]:
     """The embedding, and the head, which repeats it where the two are tied."""
     if c.tied:
-        return [Entry(f"{source}.weight", "params/token_embedding", also=(f"{head}.weight",))]
+        return [Entry(f"{source}.weight", "params/token_embedding", copies=(f"{head}.weight",))]
     head_entry = Entry(f"{head}.weight", "params/head/kernel", linear)
     return [Entry(f"{source}.weight", "params/token_embedding"), head_entry]
 
