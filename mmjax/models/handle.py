@@ -126,8 +126,8 @@ class Model(abc.ABC):
         """The network on preprocessed arrays; compiled once a shape.
 
         pixel_values: float32 [b, height, width, 3]. input_ids: int [b, l]. attention_mask: [b, l], 1 = a token.
-        token_type_ids: int [b, l]: of BERT, the half of a pair. decoder_input_ids: int [b, l]: of an encoder-decoder, the
-        start token first.
+        token_type_ids: int [b, l], of BERT: which half of a pair. decoder_input_ids: int [b, l], of an encoder-decoder:
+        the start token first.
         Returns transformers' names and shapes; feature maps are [b, height, width, c].
         """
         given = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}

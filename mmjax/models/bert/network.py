@@ -9,8 +9,8 @@ from flax import linen as nn
 
 from mmjax.errors import MmjaxError
 from mmjax.nn.activation import activation
-from mmjax.nn.attention import padding_mask
 from mmjax.nn.dropout import Dropout
+from mmjax.nn.masks import padding_mask
 from mmjax.nn.norm import LayerNorm
 from mmjax.nn.transformer import Dense, Encoder, Init
 from mmjax.types import Array, Float, Int
