@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.models.t5.network import T5, T5Config
-from mmjax.objectives.classification import hits, softmax_cross_entropy
+from mmjax.objectives.classification import hits
+from mmjax.objectives.language import IGNORED, token_cross_entropy
 from mmjax.training.method import Method
 from mmjax.training.rng import named
 from mmjax.training.state import Carry
 from mmjax.types import Array, Batch, Float, Int, Metrics, Params, PRNGKeyArray
-
-IGNORED = -100
 
 
 def shift_right(labels: Int[Array, "b l"], start: int, pad: int) -> Int[Array, "b l"]:
@@ -26,8 +25,7 @@ def shift_right(labels: Int[Array, "b l"], start: int, pad: int) -> Int[Array, "
 class T5Seq2Seq(Method):
     """Batches {"input_ids" [b, s], "labels" [b, l]}, both int32, and "attention_mask" [b, s] where inputs are padded.
 
-    The loss is the mean over the labels of the whole batch that are not -100. A batch without any has the loss NaN,
-    which the step refuses and counts.
+    The loss is the mean over the labels of the whole batch that are not -100 (`token_cross_entropy`).
     """
 
     config: T5Config
@@ -41,7 +39,7 @@ class T5Seq2Seq(Method):
     def loss(
         self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
     ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
-        """The loss; metrics: token_accuracy in [0, 1]."""
+        """The loss; metrics: accuracy of the next token, in [0, 1]."""
         c, labels = self.config, batch["labels"]
         out: Any = T5(c, axis_name).apply(
             {"params": params},
@@ -51,14 +49,9 @@ class T5Seq2Seq(Method):
             train=True,
             rngs={"dropout": named(rng, "dropout")},
         )
-        told = (labels != IGNORED).reshape(-1)
-        logits, targets = out["logits"].reshape(-1, c.vocab_size), jnp.where(told, labels.reshape(-1), 0)
-
-        def mean(values: Array) -> Array:
-            """Over the tokens of the whole batch: the mean of the devices' values is it."""
-            count = jnp.sum(told)
-            count = count if axis_name is None else jax.lax.pmean(count.astype(jnp.float32), axis_name)
-            return jnp.sum(jnp.where(told, values, 0)) / count
-
-        metrics = {"token_accuracy": mean(hits(logits, targets))}
-        return mean(softmax_cross_entropy(logits, targets)), (carry, metrics)
+        loss, _, tokens = token_cross_entropy(out["logits"], labels, axis_name=axis_name)
+        counted = labels != IGNORED
+        found = hits(out["logits"].reshape(-1, c.vocab_size), jnp.where(counted, labels, 0).reshape(-1))
+        devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+        accuracy = jnp.sum(jnp.where(counted.reshape(-1), found, 0)) * devices / tokens
+        return loss, (carry, {"accuracy": accuracy})
