@@ -48,7 +48,7 @@ def windows(
     length: tokens of a window at most. query: pieces of the question at most; its end is cut.
     Raises MmjaxError for a context without pieces, or a length that leaves no room for one.
     """
-    asked = tokenizer.pieces([question])[0][:query]
+    asked = tokenizer.pieces(question)[0][:query]
     encoding = tokenizer.tokenizer.encode(context, add_special_tokens=False)
     room = length - len(asked) - 3
     if not encoding.ids or room < 1 or stride < 1:

@@ -45,7 +45,7 @@ class WordPieceTokenizer:
     def vocab_size(self) -> int:
         return self.tokenizer.get_vocab_size()
 
-    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+    def pieces(self, texts: str | Sequence[str]) -> list[list[int]]:
         """Ids of each text, without [CLS] and [SEP]."""
         return [encoding.ids for encoding in self.tokenizer.encode_batch(_strings(texts), add_special_tokens=False)]
 
@@ -64,8 +64,8 @@ class WordPieceTokenizer:
         shapes are compiled, but never above `length`.
         Raises MmjaxError for what is not text, no text, or a length without room for a token.
         """
-        first = self.pieces(_strings(texts))
-        second = None if pairs is None else self.pieces(_strings(pairs))
+        first = self.pieces(texts)
+        second = None if pairs is None else self.pieces(pairs)
         if not first or (second is not None and len(second) != len(first)):
             raise MmjaxError(f"texts: {len(first)}, pairs: {'none' if second is None else len(second)}")
         fixed = 2 if second is None else 3
