@@ -47,14 +47,14 @@ class Config(ExperimentConfig):
         warmup, rate: of the paper's schedule, and a factor on it.
     """
 
-    steps: int = 800
+    steps: int = 700
     batch_size: int = 128
     log_every: int = 20
-    eval_every: int = 200
-    checkpoint_every: int = 200
+    eval_every: int = 350
+    checkpoint_every: int = 350
     language: str = "de"
     vocab_size: int = 1000
-    length: int = 24
+    length: int = 16
     width: int = 96
     depth: int = 2
     heads: int = 4

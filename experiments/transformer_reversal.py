@@ -39,7 +39,7 @@ class Config(ExperimentConfig):
     Attributes:
         examples, held_out: strings to train on and to judge by, all different.
         longest: letters of a string, at most; at least 3.
-        width: of the states; two blocks a stack, four heads.
+        width, depth: of the states, and blocks a stack; four heads.
         learning_rate: peak; warmup and half a cosine, so that the last steps are small ones.
     """
 
@@ -52,6 +52,7 @@ class Config(ExperimentConfig):
     held_out: int = 500
     longest: int = 12
     width: int = 64
+    depth: int = 2
     learning_rate: float = 3e-3
     warmup: int = 100
 
@@ -79,7 +80,7 @@ class Config(ExperimentConfig):
     @property
     def network(self) -> TransformerConfig:
         """Pre-norm, which a rate this high asks for."""
-        size = {"width": self.width, "depth": 2, "heads": 4}
+        size = {"width": self.width, "depth": self.depth, "heads": 4}
         return TransformerConfig.small(29, **size, norm_first=True, final_norm=True, dropout=0.0)
 
     def method(self) -> Translation:

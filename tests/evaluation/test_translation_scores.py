@@ -28,6 +28,17 @@ def test_scores_are_sacrebleus():
     assert bare["bleu"].low is None and bare["bleu"].value == scores["bleu"].value
 
 
+def test_texts_without_a_match():
+    """Empty, of two letters, or all wrong: scores of 0 and no division by it."""
+    scores = translation_scores(["", "ab", "x"], ["cd", "ab c", ""])
+    assert scores["bleu"].value == scores["bleu"].high == 0
+    from sacrebleu import corpus_chrf
+
+    wanted = corpus_chrf(["", "ab", "x"], [["cd", "ab c", ""]]).score
+    assert scores["chrf"].value == pytest.approx(wanted, abs=1e-5) and scores["chrf"].low == 0
+    assert translation_scores(["ab"], ["cd"])["chrf"].high == 0
+
+
 def test_bad_corpora_are_told():
     with pytest.raises(MmjaxError, match="1 translations and 2 references"):
         translation_scores(["a"], ["a", "b"])
@@ -71,7 +82,7 @@ def test_every_item_is_judged_once():
         final_step=9,
     )
     told = evaluation.run(jnp.asarray(0), State)
-    assert told["translation_greedy_exact_match"] == told["translation_beam_bleu"] == pytest.approx(100)
+    assert told["translation_greedy_exact_match"] == 100 and told["translation_beam_bleu"] == pytest.approx(100)
     assert told["translation_n"] == 7 and "translation_examples" not in told
     State.step = 9
     told = evaluation.run(jnp.asarray(1), State)
@@ -81,4 +92,4 @@ def test_every_item_is_judged_once():
     shifted = " ".join(str(id + 1) for id in ids[0])
     assert lines[1] == f"{texts[0]} | {texts[0]} | {shifted} | {shifted}"
     scores = evaluation.scores(jnp.asarray(0), State)
-    assert scores["translation_beam_chrf"].value == 100 and len(scores) == 6
+    assert scores["translation_beam_chrf"].value == pytest.approx(100) and len(scores) == 6
