@@ -292,11 +292,12 @@ def _load_same(
 
 
 def _load_checkpoint(workdir: pathlib.Path, place: pathlib.Path) -> Model:
-    """A run's trained parameters: of one step, or if `place` is the workdir of the newest.
+    """A run's trained parameters, adapters merged: of one step, or if `place` is the workdir of the newest.
 
     Not their momentum copy, unless config.json says "averaged": the run's weights are the average over its steps.
     """
     from mmjax.training.checkpoint import load_params
+    from mmjax.training.lora import merge_lora
 
     if not _is_own(workdir):
         raise MmjaxError(f"{workdir / 'config.json'} is missing, or does not name a system and a model")
@@ -307,7 +308,7 @@ def _load_checkpoint(workdir: pathlib.Path, place: pathlib.Path) -> Model:
     params, stats = state["params"], state["stats"]
     if (_read_json(workdir / "config.json") or {}).get("averaged"):
         params, stats = state["ema"], state["averaged_stats"]
-    arrays = flatten({"params": params, "stats": stats})
+    arrays = flatten({"params": merge_lora(params), "stats": stats})
     dtypes = {key: array.dtype for key, array in arrays.items()}
     return _assemble(kind, config, _load_same(kind, config, arrays, dtypes, str(place)), **fields)
 

@@ -8,8 +8,9 @@ token but the first of the text counts once, and behind the first window each ha
 before it. A stride of length - 1 is the cheapest and the most pessimistic; 1 gives each token all the context it can.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +19,11 @@ import numpy as np
 
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.bootstrap import bootstrap_interval
+from mmjax.evaluation.protocol import Outcome, ScoredEvaluation
 from mmjax.evaluation.report import Score
 from mmjax.objectives.classification import softmax_cross_entropy
-from mmjax.objectives.language import IGNORED
-from mmjax.types import Array, ArrayLike, Bool, Float, Int
+from mmjax.objectives.language import IGNORED, next_tokens
+from mmjax.types import Array, ArrayLike, Bool, Float, Int, Params
 
 Logits = Callable[[Any, Array, Array], Array]
 """(variables, ids [b, l], mask [b, l], true where there is a token) -> logits [b, l, v] of the token behind each."""
@@ -83,6 +85,10 @@ def perplexity(
     Raises MmjaxError: see `windows`; or a token outside the vocabulary.
     """
     cut = windows(ids, length, max(length // 2, 1) if stride is None else stride)
+    return _score(logits, variables, cut, batch_size, resamples, seed)
+
+
+def _score(logits: Logits, variables: Any, cut: Windows, batch_size: int, resamples: int, seed: int) -> Score:
     batch_size = min(batch_size, len(cut.ids))
     missing = -len(cut.ids) % batch_size
     padded = [np.concatenate([x, np.repeat(x[-1:], missing, 0)]) for x in cut]
@@ -102,3 +108,24 @@ def perplexity(
     low, high = bootstrap_interval(np.stack([sums, counts], 1), mean, resamples, seed)
     value = float(np.exp(sums.sum() / counts.sum()))
     return Score(value, int(counts.sum()), low, high, float(vocabulary), "perplexity")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PerplexityEvaluation(ScoredEvaluation):
+    """`perplexity` of held-out rows, which are judged each by itself; the interval resamples rows.
+
+    Attributes:
+        logits: (params, ids [b, l], mask [b, l]) -> logits [b, l, v].
+        rows: {"input_ids", "labels"} [n, l] of `mmjax.text.language_rows`: labels stand in the place of their ids.
+    """
+
+    name: str = "perplexity"
+    logits: Logits
+    rows: Mapping[str, np.ndarray]
+    batch_size: int = 8
+
+    def evaluate(self, params: Params, state: Any, pictures: bool = True) -> Outcome:
+        ids, labels = self.rows["input_ids"], np.asarray(next_tokens(jnp.asarray(self.rows["labels"])))
+        cut = Windows(ids, np.ones(ids.shape, bool), labels)
+        score = _score(self.logits, params, cut, self.batch_size, 1000, 0)
+        return Outcome({"perplexity": score}, {"perplexity_rows": len(ids)})

@@ -194,6 +194,12 @@ class Decoder(nn.Module):
         states, _ = self.run(x, valid, places)
         return {"states": states, "logits": self.logits(states[-1])}
 
+    def hidden(self, ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        """Of texts without padding, what the head's matrix multiplies."""
+        x = self.embed(ids)
+        states, _ = self.run(x, jnp.ones(ids.shape, jnp.int32), jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape))
+        return states[-1] if self.config.embed_width is None else self.project_out(states[-1])
+
     def embed(self, ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
         """Rows of the embedding, brought to the model's width."""
         x = self.token_embedding[ids].astype(self.config.dtype)
