@@ -181,15 +181,14 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], train: bool) -> Float[Array, "b l d"]:
-        c = self.config
-        act = activation(c.act)
-        h = Dense(c.hidden, False, c.dtype, normal(c.width**-0.5), name="up")(x)
-        if c.gated:
-            h = act(Dense(c.hidden, False, c.dtype, normal(c.width**-0.5), name="gate")(x)) * h
-        else:
-            h = act(h)
-        h = Dropout(c.dropout, self.axis_name)(h, train)
-        return Dense(c.width, False, c.dtype, normal(c.hidden**-0.5), name="down")(h)
+        c, act = self.config, activation(self.config.act)
+
+        def dense(name: str, features: int, x: Array) -> Array:
+            return Dense(features, False, c.dtype, normal(x.shape[-1] ** -0.5), name=name)(x)
+
+        h = dense("up", c.hidden, x)
+        h = act(dense("gate", c.hidden, x)) * h if c.gated else act(h)
+        return dense("down", c.width, Dropout(c.dropout, self.axis_name)(h, train))
 
 
 class Kept(NamedTuple):
@@ -307,8 +306,7 @@ class Stack(nn.Module):
     def step(self, x: Float[Array, "b r d"], state: DecodeState) -> tuple[Float[Array, "b r d"], tuple[KeyValues, ...]]:
         kept, written = state.items["blocks"], []
         begun, capacity = kept[0].prompt.k.shape[2], state.rows[0].k.shape[3]
-        bias = self.bias((begun + state.index)[None], jnp.arange(begun + capacity))
-        bias = rearrange(bias, "1 h 1 s -> 1 1 h s")
+        bias = rearrange(self.bias((begun + state.index)[None], jnp.arange(begun + capacity)), "1 h 1 s -> 1 1 h s")
         for block, of_block, new in zip(self.block, kept, state.rows):
             x, new = block.step(x, bias, of_block, state.items["mask"], new, state.index)
             written.append(new)
