@@ -299,13 +299,9 @@ def load_table(
 def _first_copy(entry: Entry, arrays: Mapping[str, Any], present: Set[str], problems: "_Problems") -> Entry:
     """The entry with the source that is there; copies that differ from it go to `problems`."""
     there = [key for key in (*entry.sources, *entry.copies) if key in present]
-    if not there:
-        return entry
-    first = np.asarray(arrays[there[0]])
-    problems.untied += [
-        f"{key} differs from {there[0]}" for key in there[1:] if not np.array_equal(first, np.asarray(arrays[key]))
-    ]
-    return replace(entry, source=there[0])
+    others = [key for key in there[1:] if not np.array_equal(arrays[key], arrays[there[0]])]
+    problems.untied += [f"{key} differs from {there[0]}" for key in others]
+    return replace(entry, source=there[0]) if there else entry
 
 
 def _load_entry(
