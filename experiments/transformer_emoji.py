@@ -47,11 +47,11 @@ class Config(ExperimentConfig):
         warmup, rate: of the paper's schedule, and a factor on it.
     """
 
-    steps: int = 700
+    steps: int = 1000
     batch_size: int = 128
     log_every: int = 20
-    eval_every: int = 350
-    checkpoint_every: int = 350
+    eval_every: int = 500
+    checkpoint_every: int = 500
     language: str = "de"
     vocab_size: int = 1000
     length: int = 16
