@@ -47,11 +47,11 @@ class Config(ExperimentConfig):
         warmup, rate: of the paper's schedule, and a factor on it.
     """
 
-    steps: int = 700
+    steps: int = 1000
     batch_size: int = 128
     log_every: int = 20
-    eval_every: int = 350
-    checkpoint_every: int = 350
+    eval_every: int = 500
+    checkpoint_every: int = 500
     language: str = "de"
     vocab_size: int = 1000
     length: int = 16
@@ -71,7 +71,7 @@ class Config(ExperimentConfig):
     def tokenizer(self) -> Tokenizer:
         pieces = tokenizers.Tokenizer(models.BPE())
         pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-        pieces.decoder = decoders.ByteLevel(add_prefix_space=True)
+        pieces.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
         trainer = trainers.BpeTrainer(
             vocab_size=self.vocab_size,
             special_tokens=[PAD, START, EOS],
@@ -128,7 +128,7 @@ class Config(ExperimentConfig):
             inputs={"input_ids": ids, "attention_mask": mask},
             sources=sources,
             references=references,
-            decode=lambda row: self.tokenizer.decode(row).strip(),
+            decode=self.tokenizer.decode,
             options={"greedy": greedy, "beam4": greedy.replace(num_beams=4)},
             final_step=self.steps,
         )

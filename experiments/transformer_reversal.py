@@ -119,6 +119,7 @@ class Config(ExperimentConfig):
             references=[text[::-1] for text in texts],
             decode=self.tokenizer.decode,
             options={"greedy": greedy},
+            tokenize="char",
             batch_size=250,
             final_step=self.steps,
         )

@@ -98,6 +98,7 @@ class TranslationEvaluation(ScoredEvaluation):
         sources, references: n strings each; the first are for the examples alone.
         decode: a row of ids -> a string, without what stands at its end.
         options: a word for the metrics' names -> how to generate.
+        tokenize: see `translation_scores`; "char" for texts of one word.
         batch_size: items that are generated together.
     """
 
@@ -108,6 +109,7 @@ class TranslationEvaluation(ScoredEvaluation):
     references: Sequence[str]
     decode: Callable[[Sequence[int]], str]
     options: Mapping[str, GenerationOptions]
+    tokenize: str = "13a"
     batch_size: int = 128
 
     def translate(self, params: Params, options: GenerationOptions) -> list[str]:
@@ -136,10 +138,9 @@ class TranslationEvaluation(ScoredEvaluation):
         return told
 
     def _judged(self, texts: Mapping[str, Sequence[str]], intervals: bool) -> Outcome:
-        judge = functools.partial(translation_scores, references=self.references, intervals=intervals)
         scores = {
             f"{self.name}_{way}_{metric}": score
             for way, translations in texts.items()
-            for metric, score in judge(translations).items()
+            for metric, score in translation_scores(translations, self.references, self.tokenize, intervals).items()
         }
         return Outcome(scores, {f"{self.name}_n": len(self.references)})
