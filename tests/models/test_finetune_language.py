@@ -15,6 +15,7 @@ from mmjax.objectives.language import next_tokens, token_cross_entropy
 from mmjax.training.checkpoint import load_params
 from mmjax.training.experiment import load_experiment
 from mmjax.training.loop import train
+from mmjax.training.lora import LoRAConfig
 
 EXPERIMENT = pathlib.Path(__file__).resolve().parent.parent.parent / "experiments" / "finetune_language.py"
 SMALL = {"batch_size": 4, "length": 48, "log_every": 1, "held_out": 0.25, "tensorboard": False}
@@ -41,8 +42,9 @@ def run(start, workdir, **changes):
 
 
 def test_adapters_learn_what_is_said_and_nothing_else_moves(start, tmp_path):
-    last, losses = run(start, tmp_path, steps=40, learning_rate=3e-2)
-    assert losses[-1] < 0.6 * losses[0]
+    lora = LoRAConfig(("block_*/**",), 8)
+    last, losses = run(start, tmp_path, steps=60, learning_rate=5e-2, lora=lora)
+    assert losses[-1] < 0.88 * losses[0]
     assert last["val/perplexity"] < last["val/perplexity_chance"]
     params = load_params(tmp_path)["params"]
     before = tiny_decoder().params
