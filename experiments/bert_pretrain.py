@@ -2,7 +2,7 @@
 
     mmjax train experiments/bert_pretrain.py --workdir workdirs/bert
     mmjax train experiments/bert_pretrain.py --data corpus --steps 20000      # .txt: a sentence a line, empty lines
-                                                                             # between documents; or with --prose True
+                                                                             # between documents; or with --prose
 Every tenth document is held out. Beside training, on masked words of the held-out ones: loss and accuracy, what the
 words' frequencies alone would get, and how often it is told whether one segment follows another. The default run
 (Python 3.11) ends at 5.62 nats a masked word where frequencies get 6.34, names 15.3 % of them (5.1 % are the commonest)
