@@ -64,7 +64,7 @@ def test_everything_learns_from_plain_text(start, tmp_path):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     (corpus / "a.txt").write_text("The sea is blue. Once upon a time there was a fruit. " * 40)
-    _, losses = run(start, tmp_path / "run", steps=30, data=str(corpus), tune="all", learning_rate=1e-2)
+    _, losses = run(start, tmp_path / "run", steps=60, data=str(corpus), tune="all", learning_rate=3e-2)
     assert losses[-1] < 0.5 * losses[0]
 
 
@@ -85,4 +85,4 @@ def test_what_cannot_be_tuned_is_refused(start):
     with pytest.raises(MmjaxError, match="--init_from MODEL"):
         config().method()
     with pytest.raises(MmjaxError, match="held_out=0"):
-        _ = config(init_from=str(start), data=str(start / "talks.jsonl"), length=24, held_out=0.0).rows
+        _ = config(init_from=str(start), data=str(start / "talks.jsonl"), length=48, held_out=0.0).rows
