@@ -103,7 +103,8 @@ def export(model: Model, folder: Source, layout: str = "hf") -> None:
     model.save_tokenizer(folder / TOKENIZER)
     if chosen.hf_config is not None:
         write_atomically(folder / "config.json", [_json(chosen.hf_config(model.config))])
-        write_atomically(folder / "preprocessor_config.json", [_json(model.preprocess.to_hf())])
+        if "pixel_values" in model.example(model.config):
+            write_atomically(folder / "preprocessor_config.json", [_json(model.preprocess.to_hf())])
 
 
 # -------------------------------------------------------------------------------------------------- where the files are
