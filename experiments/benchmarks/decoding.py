@@ -2,7 +2,8 @@
 
     python -m experiments.benchmarks.decoding [--rounds 3] [--model FILE.gguf]
 
-float32 on a CPU, with as many threads for PyTorch as the process may use. Sides alternate; the ratio is the median over
+float32 on a CPU, with as many threads for PyTorch as the process may use. Sides alternate, each timed call after one of
+its own side that is not timed (weights that lay idle for seconds are slow to come back); the ratio is the median over
 rounds (tokens a second, ours over theirs: above 1 is faster). Decoding: 128 tokens after a prompt of 5. The share of
 the memory's speed is what a token has to read (the weights once a step) over a measured speed of reading.
 Long prompts: what the compiled program needs beside weights and keys, and what a pass takes.
@@ -88,7 +89,7 @@ def decoding(model: Any, theirs: Any, rounds: int) -> None:
         other = functools.partial(run_theirs, theirs, ids, beams)
         if not np.array_equal(first, other()):
             print(f"{name}: the two give different ids", file=sys.stderr)
-        seconds = alternate({"mmjax": ours, "transformers": other}, rounds)
+        seconds = alternate({"mmjax": ours, "transformers": other}, rounds, warm=True)
         ratios = sorted(b / a for a, b in zip(seconds["mmjax"], seconds["transformers"]))
         rate = {side: batch * NEW / statistics.median(values) for side, values in seconds.items()}
         share = weights * NEW / statistics.median(seconds["mmjax"]) / speed
@@ -135,7 +136,7 @@ def prefill(model: Any, theirs: Any, rounds: int) -> None:
     }
     for side in sides.values():
         side()
-    seconds = alternate(sides, 2 * rounds + 1)
+    seconds = alternate(sides, 2 * rounds + 1, warm=True)
     ratios = sorted(b / a for a, b in zip(seconds["mmjax"], seconds["transformers"]))
     ours, other = (1e3 * statistics.median(seconds[side]) for side in ("mmjax", "transformers"))
     told = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
