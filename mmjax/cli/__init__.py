@@ -46,7 +46,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.set_defaults(verb=None)
     verbs = parser.add_subparsers(title="verbs", metavar="")
-    for add in (_train, _ablate, _plan, _evaluate, _classify, _retrieve, _convert, _models):
+    for add in (
+        _train,
+        _ablate,
+        _plan,
+        _evaluate,
+        _classify,
+        _retrieve,
+        _generate,
+        _chat,
+        _convert,
+        _tokenizer,
+        _models,
+    ):
         add(verbs)
     return parser
 
@@ -178,6 +190,53 @@ def _run_retrieve(flags: argparse.Namespace) -> None:
     ask.retrieve(flags.source, flags.image, flags.text, flags.folder, flags.k, flags.picture)
 
 
+def _generate(verbs: argparse._SubParsersAction) -> None:
+    about = "Let a language model go on from prompts. A single one is told as it comes."
+    verb = _add(verbs, "generate", lambda flags, _: _run_generate(flags), about)
+    verb.add_argument("source", metavar="MODEL", help="a workdir, a folder, a weight file (GGUF too) or a hub id")
+    verb.add_argument("prompts", nargs="+", metavar="PROMPT")
+    _generation_flags(verb)
+    verb.add_argument("--num_beams", type=int, metavar="N", help="search with so many beams")
+    verb.add_argument("--num_return_sequences", type=int, metavar="N", help="so many texts a prompt")
+
+
+def _generation_flags(verb: argparse.ArgumentParser) -> None:
+    """Flags left out are left to the model."""
+    verb.add_argument("--max_new_tokens", type=int, metavar="N", help="default: 64")
+    verb.add_argument("--temperature", type=float, metavar="T", help="draw; default: the likeliest token")
+    verb.add_argument("--top_k", type=int, metavar="K", help="draw among the K likeliest")
+    verb.add_argument("--top_p", type=float, metavar="P", help="draw among the fewest that hold P")
+    verb.add_argument("--repetition_penalty", type=float, metavar="R")
+    verb.add_argument("--stop", action="append", metavar="TEXT", help="end there; may be given more than once")
+    verb.add_argument("--seed", type=int, metavar="N", help="of draws (default 0)")
+
+
+def _generation_options(flags: argparse.Namespace) -> dict[str, object]:
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop", "seed")
+    names += ("num_beams", "num_return_sequences")
+    return {name: value for name in names if (value := getattr(flags, name, None)) is not None}
+
+
+def _run_generate(flags: argparse.Namespace) -> None:
+    from mmjax.cli import speak
+
+    speak.generate(flags.source, flags.prompts, _generation_options(flags))
+
+
+def _chat(verbs: argparse._SubParsersAction) -> None:
+    about = "Talk to a language model, a line a turn. The end of input ends it."
+    verb = _add(verbs, "chat", lambda flags, _: _run_chat(flags), about)
+    verb.add_argument("source", metavar="MODEL", help="a workdir, a folder, a weight file (GGUF too) or a hub id")
+    verb.add_argument("--system", metavar="TEXT", help="what the model is told first; default: its template's")
+    _generation_flags(verb)
+
+
+def _run_chat(flags: argparse.Namespace) -> None:
+    from mmjax.cli import speak
+
+    speak.chat(flags.source, flags.system, _generation_options(flags))
+
+
 def _convert(verbs: argparse._SubParsersAction) -> None:
     about = "Write a model in another layout: a public one (hf, ...) or our own (mmjax)."
     verb = _add(verbs, "convert", lambda flags, _: _run_convert(flags), about)
@@ -191,6 +250,23 @@ def _run_convert(flags: argparse.Namespace) -> None:
     from mmjax.cli import weights
 
     weights.convert(flags.source, flags.target, flags.layout, flags.read_as)
+
+
+def _tokenizer(verbs: argparse._SubParsersAction) -> None:
+    verb = _add(verbs, "tokenizer", lambda flags, _: _run_tokenizer(flags), "Learn a tokenizer from text files.")
+    verb.add_argument("action", choices=["train"])
+    verb.add_argument("places", nargs="+", metavar="FILE_OR_FOLDER", help="a text a line; of a folder every .txt file")
+    told = "BERT's, GPT-2's or T5's way of cutting"
+    verb.add_argument("--kind", required=True, choices=["wordpiece", "byte_bpe", "unigram"], help=told)
+    verb.add_argument("--vocab_size", type=int, required=True, metavar="N", help="ids at most")
+    verb.add_argument("--out", metavar="FILE", default="tokenizer.json", help="default: tokenizer.json")
+    verb.add_argument("--special", metavar="A,B,C", help="further special tokens, such as <image>")
+
+
+def _run_tokenizer(flags: argparse.Namespace) -> None:
+    from mmjax.cli import tokenizer
+
+    tokenizer.train(flags.places, flags.kind, flags.vocab_size, flags.out, flags.special)
 
 
 def _models(verbs: argparse._SubParsersAction) -> None:

@@ -39,4 +39,8 @@ SYSTEMS: tuple[System, ...] = (
     System("clip", "mmjax.models.clip", "CLIPModel"),
     System("clip_classifier", "mmjax.models.clip_classifier", "CLIPClassifierModel"),
     System("moco", "mmjax.models.moco", "MoCoModel"),
+    System("transformer", "mmjax.models.transformer", "TransformerModel"),
+    System("language", "mmjax.models.language", "LanguageModel"),
+    System("t5", "mmjax.models.t5", "T5Model"),
+    System("bert", "mmjax.models.bert", "BertModel"),
 )

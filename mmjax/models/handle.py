@@ -120,13 +120,18 @@ class Model(abc.ABC):
         pixel_values: ArrayLike | None = None,
         input_ids: ArrayLike | None = None,
         attention_mask: ArrayLike | None = None,
+        token_type_ids: ArrayLike | None = None,
+        decoder_input_ids: ArrayLike | None = None,
     ) -> dict[str, Array]:
         """The network on preprocessed arrays; compiled once a shape.
 
         pixel_values: float32 [b, height, width, 3]. input_ids: int [b, l]. attention_mask: [b, l], 1 = a token.
+        token_type_ids: int [b, l], of BERT: which half of a pair. decoder_input_ids: int [b, l], of an encoder-decoder:
+        the start token first.
         Returns transformers' names and shapes; feature maps are [b, height, width, c].
         """
         given = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
+        given |= {"token_type_ids": token_type_ids, "decoder_input_ids": decoder_input_ids}
         inputs = {name: jnp.asarray(value) for name, value in given.items() if value is not None}
         if "pixel_values" in inputs:
             pixels = inputs["pixel_values"]
@@ -135,7 +140,7 @@ class Model(abc.ABC):
                 raise MmjaxError(
                     f"pixel_values should be floats [b, height, width, 3], not {told}; preprocess(images) makes them"
                 )
-        for name in ("input_ids", "attention_mask"):
+        for name in ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids"):
             if name in inputs and inputs[name].ndim != 2:
                 raise MmjaxError(f"{name} should be [b, l], they are {list(inputs[name].shape)}")
         return dict(self._compiled(self.variables, inputs))

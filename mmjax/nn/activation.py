@@ -28,7 +28,7 @@ relu.defvjp(lambda x: (relu(x),) * 2, _backward)
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-    """ "gelu" (erf), "gelu_tanh", "quick_gelu" (OpenAI CLIP) or "relu"."""
+    """ "gelu" (erf), "gelu_tanh", "quick_gelu" (OpenAI CLIP), "silu" or "relu"."""
     if name not in _ACTIVATIONS:
         raise MmjaxError(f"activation {name!r}: choose {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
@@ -39,5 +39,6 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5)),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "silu": jax.nn.silu,
     "relu": relu,
 }

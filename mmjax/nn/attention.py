@@ -1,7 +1,4 @@
-"""Attention: the one function that every system goes through, and the masks that it takes.
-
-Masks are boolean, True = may attend, and broadcast to [b, h, l, s]. They are joined with `&`.
-"""
+"""Attention: the one function that every system goes through; its masks are those of `mmjax.nn.masks`."""
 
 import math
 from typing import Any
@@ -11,29 +8,33 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from mmjax.nn.dropout import kept
-from mmjax.types import Array, Bool, Float, Int, PRNGKeyArray
+from mmjax.nn.masks import causal_mask
+from mmjax.types import Array, Bool, Float, PRNGKeyArray
 
-
-def padding_mask(valid: Bool[Array, "b s"] | Int[Array, "b s"]) -> Bool[Array, "b 1 1 s"]:
-    """Which keys are tokens: from an attention mask as tokenizers give it (1 = a token, 0 = padding)."""
-    return valid.astype(bool)[:, None, None, :]
-
-
-def causal_mask(l: int, s: int) -> Bool[Array, "1 1 l s"]:
-    """Queries see themselves and what is before them. The last query stands at the last key (l < s: a cache)."""
-    return (jnp.arange(s) <= jnp.arange(l)[:, None] + (s - l))[None, None]
+LONG, CHUNK = 1024, 256
 
 
 def attention_weights(
     q: Float[Array, "b l h k"],
-    k: Float[Array, "b s h k"],
+    k: Float[Array, "b s g k"],
     mask: Bool[Array, "#b #h #l s"] | None = None,
     causal: bool = False,
+    bias: Float[Array, "#b #h #l s"] | None = None,
+    scale: float | None = None,
 ) -> Float[Array, "b h l s"]:
-    """softmax(q k^T / sqrt(k)) over the keys, float32. A query that may attend to nothing attends evenly to all."""
-    q, k = rearrange(q, "b l h k -> b h l k"), rearrange(k, "b s h k -> b h s k")
-    scores = jnp.einsum("bhlk,bhsk->bhls", q / math.sqrt(q.shape[-1]), k, preferred_element_type=jnp.float32)
-    allowed = causal_mask(q.shape[2], k.shape[2]) if causal else None
+    """softmax(scale q k^T + bias) over the keys, float32. A query that may attend to nothing attends evenly to all.
+
+    g: heads of the keys, a divisor of h; each serves h / g heads of queries in a row. scale: None: 1 / sqrt(k).
+    """
+    length, groups = q.shape[1], k.shape[2]
+    q = q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    # The queries of a group's heads are so many more rows of one product.
+    q, k = rearrange(q, "b l (g m) k -> b g (m l) k", g=groups), rearrange(k, "b s g k -> b g s k")
+    scores = jnp.einsum("bgqk,bgsk->bgqs", q, k, preferred_element_type=jnp.float32)
+    scores = rearrange(scores, "b g (m l) s -> b (g m) l s", l=length)
+    if bias is not None:
+        scores = scores + bias.astype(jnp.float32)
+    allowed = causal_mask(length, k.shape[2]) if causal else None
     if mask is not None:
         allowed = mask if allowed is None else allowed & mask
     if allowed is not None:
@@ -43,11 +44,13 @@ def attention_weights(
 
 def dot_product_attention(
     q: Float[Array, "b l h k"],
-    k: Float[Array, "b s h k"],
-    v: Float[Array, "b s h k"],
+    k: Float[Array, "b s g k"],
+    v: Float[Array, "b s g k"],
     mask: Bool[Array, "#b #h #l s"] | None = None,
     *,
     causal: bool = False,
+    bias: Float[Array, "#b #h #l s"] | None = None,
+    scale: float | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: PRNGKeyArray | None = None,
     axis_name: str | None = None,
@@ -55,20 +58,57 @@ def dot_product_attention(
     """Attention in the dtype of its arguments, softmax in float32.
 
     mask: True = may attend, broadcastable to [b, h, l, s]. causal: `causal_mask`, besides `mask`.
+    bias, scale, g: see `attention_weights`.
     dropout_rate: of the weights, where a key is given. axis_name: the mapped axis that cuts the batch, for dropout.
-    Which program runs: cuDNN's fused kernel on a GPU in half precision, where it takes the shapes; otherwise the sums
+    Which program runs: cuDNN's fused kernel on a GPU in half precision, where it takes the shapes and there is no bias
+    (it would be rounded to half precision, and its gradient is not to be had for every shape); otherwise the sums
     written out with the heads before the tokens, which XLA's CPU backend runs 1.4-1.8 times as fast as
-    `jax.nn.dot_product_attention` (8 x 197 tokens, 12 heads). All give the same numbers to rounding.
+    `jax.nn.dot_product_attention` (8 x 197 tokens, 12 heads), and of more than LONG queries CHUNK at a time, so that
+    the weights take memory in proportion to s alone. All give the same numbers to rounding.
     """
-    if (dropout_rng is None or dropout_rate == 0) and _cudnn_takes(q, k, mask, causal):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
-    weights = attention_weights(q, k, mask, causal)
+    drop = dropout_rng is not None and dropout_rate > 0
+    if not drop and bias is None and _cudnn_takes(q, k, mask, causal):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, scale=scale, implementation="cudnn")
+    if not drop and q.shape[1] > LONG:
+        return _by_chunks(q, k, v, mask, causal, bias, scale)
+    weights = attention_weights(q, k, mask, causal, bias, scale)
     if dropout_rng is not None and dropout_rate > 0:
         stay = kept(dropout_rng, dropout_rate, weights.shape, axis_name)
         weights = jnp.where(stay, weights / (1 - dropout_rate), 0)
-    v = rearrange(v, "b s h k -> b h s k")
-    mixed = jnp.einsum("bhls,bhsk->bhlk", weights.astype(v.dtype), v)
-    return rearrange(mixed, "b h l k -> b l h k")
+    return _mix(weights, v)
+
+
+def _mix(weights: Float[Array, "b h l s"], v: Float[Array, "b s g k"]) -> Float[Array, "b l h k"]:
+    length, groups = weights.shape[2], v.shape[2]
+    weights = rearrange(weights.astype(v.dtype), "b (g m) l s -> b g (m l) s", g=groups)
+    mixed = jnp.einsum("bgqs,bgsk->bgqk", weights, rearrange(v, "b s g k -> b g s k"))
+    return rearrange(mixed, "b g (m l) k -> b l (g m) k", l=length)
+
+
+def _by_chunks(q: Array, k: Array, v: Array, mask: Any, causal: bool, bias: Any, scale: float | None) -> Array:
+    """The same, CHUNK queries after CHUNK queries; in the backward pass their weights are computed again."""
+    length, size = q.shape[1], k.shape[1]
+    extra = -length % CHUNK
+
+    def cut(x: Array | None, start: Array) -> Array | None:
+        if x is None or x.shape[2] == 1:
+            return x
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0)))
+        return jax.lax.dynamic_slice_in_dim(x, start, CHUNK, axis=2)
+
+    @jax.checkpoint
+    def attend(start: Array, part: Array) -> Array:
+        allowed = cut(mask, start)
+        if causal:
+            places = start + jnp.arange(CHUNK)[:, None] + (size - length)
+            seen = (jnp.arange(size) <= places)[None, None]
+            allowed = seen if allowed is None else allowed & seen
+        return _mix(attention_weights(part, k, allowed, False, cut(bias, start), scale), v)
+
+    parts = rearrange(jnp.pad(q, ((0, 0), (0, extra), (0, 0), (0, 0))), "b (n c) h k -> n b c h k", c=CHUNK)
+    starts = CHUNK * jnp.arange(parts.shape[0])
+    mixed = jax.lax.map(lambda chunk: attend(*chunk), (starts, parts))
+    return rearrange(mixed, "n b c h k -> b (n c) h k")[:, :length]
 
 
 def _cudnn_takes(q: Any, k: Any, mask: Any, causal: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Layer normalisation."""
+"""Layer normalisation, with and without a mean."""
 
 from typing import Any
 
@@ -15,6 +15,32 @@ class LayerNorm(nn.Module):
     Attributes:
         epsilon: added to the variance: 1e-6 in ViT, 1e-5 in CLIP, 1e-12 in BERT.
         dtype: of the result.
+        use_bias: MPT has none.
+    """
+
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)) if self.use_bias else 0.0
+        x = x.astype(jnp.float32)
+        # Two passes: the variance as a difference of mean squares loses digits where the mean is large.
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """The last axis over its root mean square, in float32; no mean is taken off and nothing added. Params: scale [d].
+
+    (arXiv 1910.07467; T5 and LLaMA.) The result is rounded to `dtype` before the scale, as both do.
+
+    Attributes:
+        epsilon: added to the mean square: 1e-6 in T5 and in LLaMA-1, 1e-5 in LLaMA-2.
+        dtype: of the result.
     """
 
     epsilon: float = 1e-6
@@ -23,9 +49,6 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         x = x.astype(jnp.float32)
-        # Two passes: the variance as a difference of mean squares loses digits where the mean is large.
-        centred = x - jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return x.astype(self.dtype) * scale.astype(self.dtype)

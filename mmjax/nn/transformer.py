@@ -21,6 +21,7 @@ from mmjax.nn.activation import activation
 from mmjax.nn.attention import attention_weights, dot_product_attention
 from mmjax.nn.dropout import Dropout, DropPath
 from mmjax.nn.norm import LayerNorm
+from mmjax.nn.remat import rematerialised
 from mmjax.types import Array, Bool, Float
 
 Initializer = Callable[..., Any]
@@ -126,6 +127,7 @@ class Mlp(nn.Module):
     """down(act(up(x))), or gated: down(silu(gate(x)) * up(x)), the SwiGLU of DINOv2's largest model.
 
     dropout: after the activation and after `down`, as in the original ViT.
+    inner_dropout: whether after the activation too; BERT has none there.
     """
 
     hidden: int
@@ -135,6 +137,7 @@ class Mlp(nn.Module):
     init_with: Init = Init()
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    inner_dropout: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], train: bool = False) -> Float[Array, "b n d"]:
@@ -146,7 +149,7 @@ class Mlp(nn.Module):
             h = jax.nn.silu(dense("gate", self.hidden, self.init_with.up)(x)) * h
         else:
             h = activation(self.act)(h)
-        h = Dropout(self.dropout, self.axis_name)(h, train)
+        h = Dropout(self.dropout if self.inner_dropout else 0.0, self.axis_name)(h, train)
         h = dense("down", x.shape[-1], self.init_with.down)(h)
         return Dropout(self.dropout, self.axis_name)(h, train)
 
@@ -158,6 +161,7 @@ class TransformerBlock(nn.Module):
         norm_first: which of the two.
         layer_scale: the initial value of a learned factor on each branch [d] (DINOv2); None: there is none.
         drop_path: rate of stochastic depth. dropout: after attention and within the feed-forward.
+        inner_dropout: whether also after the feed-forward's activation.
         axis_name: the mapped axis that cuts the batch: what an example loses depends on its place in the whole.
     """
 
@@ -175,6 +179,7 @@ class TransformerBlock(nn.Module):
     init_with: Init = Init()
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    inner_dropout: bool = True
 
     @nn.compact
     def __call__(
@@ -201,6 +206,7 @@ class TransformerBlock(nn.Module):
                 self.init_with,
                 self.dtype,
                 self.axis_name,
+                self.inner_dropout,
                 name="mlp",
             )
             return mlp(y, train)
@@ -250,20 +256,4 @@ def _plain(block: TransformerBlock, x: Array, mask: Array | None, train: bool) -
 
 
 def _rematerialised(block: TransformerBlock, x: Array, mask: Array | None, train: bool) -> Array:
-    """The same, its activations computed again in the backward pass.
-
-    The gradient of x waits for those of the weights. TPU's scheduler would put the latter's products off to the end
-    of the step, beside a collective, and keep what they are made of: of every block, all that was computed again.
-    """
-
-    def run(block: TransformerBlock, x: Array, mask: Array | None) -> Array:
-        return block(x, mask, train)
-
-    def forward(block: TransformerBlock, x: Array, mask: Array | None) -> Any:
-        return nn.vjp(nn.remat(run), block, x, mask)
-
-    def backward(pull: Callable[[Array], Any], dy: Array) -> Any:
-        d_params, dx, *others = pull(dy)
-        return *jax.lax.optimization_barrier((d_params, dx)), *others
-
-    return nn.custom_vjp(run, forward, backward)(block, x, mask)
+    return rematerialised(lambda block, x, mask: block(x, mask, train), block, x, mask)

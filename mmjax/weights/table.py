@@ -16,7 +16,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -177,6 +177,8 @@ class Entry:
 
     `optional`: the file may lack the key; the target then takes `default`, a number spread over its shape, and without
     a default counts as missing if the module has it. Saving always writes the key, if the variables hold the target.
+    `copies`: other keys under which files may hold the one source as well, or instead (tied weights). Those that are
+    there must be equal; saving writes none of them.
     """
 
     source: str | tuple[str, ...]
@@ -184,6 +186,7 @@ class Entry:
     op: Op = same
     optional: bool = False
     default: float | int | None = None
+    copies: tuple[str, ...] = ()
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -273,6 +276,9 @@ def load_table(
         problems.foreign += [path for path in entry.targets if path not in wanted]
         used.update(entry.sources)
         filled.update(dict.fromkeys(entry.targets))
+        if entry.copies:
+            used.update(entry.copies)
+            entry = _first_copy(entry, arrays, present, problems)
         absent = [key for key in entry.sources if key not in present]
         if not absent:
             filled.update(_load_entry(entry, arrays, wanted, problems))
@@ -288,6 +294,14 @@ def load_table(
     problems.unfilled = sorted(wanted.keys() - filled.keys())
     problems.check()
     return unflatten({path: filled[path] for path in wanted})
+
+
+def _first_copy(entry: Entry, arrays: Mapping[str, Any], present: Set[str], problems: "_Problems") -> Entry:
+    """The entry with the source that is there; copies that differ from it go to `problems`."""
+    there = [key for key in (*entry.sources, *entry.copies) if key in present]
+    others = [key for key in there[1:] if not np.array_equal(arrays[key], arrays[there[0]])]
+    problems.untied += [f"{key} differs from {there[0]}" for key in others]
+    return replace(entry, source=there[0]) if there else entry
 
 
 def _load_entry(
@@ -365,6 +379,7 @@ class _Problems:
         self.unfilled: list[str] = []
         self.foreign: list[str] = []
         self.repeated: list[str] = []
+        self.untied: list[str] = []
 
     def check(self) -> None:
         told = [
@@ -374,6 +389,7 @@ class _Problems:
             ("parameters that the table does not fill", self.unfilled),
             ("targets that the module does not have", self.foreign),
             ("named twice in the table", self.repeated),
+            ("to be one array under two names", self.untied),
         ]
         lines = [f"  {name} ({len(keys)}):\n    " + "\n    ".join(keys) for name, keys in told if keys]
         if lines:

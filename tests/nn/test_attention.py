@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from mmjax.nn.attention import attention_weights, causal_mask, dot_product_attention, padding_mask
+from mmjax.nn.attention import attention_weights, dot_product_attention
+from mmjax.nn.masks import causal_mask, padding_mask
 
 B, L, S, H, K = 2, 3, 5, 7, 11
 
@@ -34,11 +35,6 @@ def test_two_tokens_by_hand():
     first = (np.exp(2) * 3 + 5) / (np.exp(2) + 1)
     np.testing.assert_allclose(dot_product_attention(q, k, v)[0, :, 0, 0], [first, 4.0], rtol=1e-6)
     np.testing.assert_allclose(dot_product_attention(q, k, v, causal=True)[0, :, 0, 0], [3.0, 4.0], rtol=1e-6)
-
-
-def test_masks_by_hand():
-    np.testing.assert_array_equal(padding_mask(np.array([[1, 1, 0]]))[0, 0], [[True, True, False]])
-    np.testing.assert_array_equal(causal_mask(2, 3)[0, 0], [[True, True, False], [True, True, True]])
 
 
 def test_masked_attention_is_attention_over_the_rest(qkv):

@@ -33,7 +33,8 @@ def x():
 
 
 @pytest.mark.parametrize(
-    ("name", "at_one"), [("gelu", 0.8413447), ("gelu_tanh", 0.8411920), ("quick_gelu", 0.8457958), ("relu", 1.0)]
+    ("name", "at_one"),
+    [("gelu", 0.8413447), ("gelu_tanh", 0.8411920), ("quick_gelu", 0.8457958), ("relu", 1.0), ("silu", 0.7310586)],
 )
 def test_activations_by_hand(name, at_one):
     act = activation(name)

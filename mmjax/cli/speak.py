@@ -1,0 +1,54 @@
+"""The verbs that let a model write: generate, chat."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import rich
+
+from mmjax import hub
+from mmjax.errors import MmjaxError
+from mmjax.models.generating import GeneratingModel
+
+
+def generate(source: str, prompts: Sequence[str], options: dict[str, Any]) -> None:
+    """Each prompt with what the model makes of it; a single one as it comes."""
+    model = hub.load(source)
+    if not isinstance(model, GeneratingModel):
+        raise MmjaxError(f"{model.system} does not write text")
+    if len(prompts) == 1 and options.get("num_beams", 1) == 1 and options.get("num_return_sequences", 1) == 1:
+        _tell(model.stream(prompts[0], **options), prompts[0] if model.padding_side == "left" else "")
+        return
+    for prompt, told in zip(prompts, model.generate(list(prompts), **options)):
+        for text in [told] if isinstance(told, str) else told:
+            rich.get_console().rule()
+            print(f"{prompt if model.padding_side == 'left' else ''}{text}")
+
+
+def chat(source: str, system: str | None, options: dict[str, Any]) -> None:
+    """A conversation, a line of standard input a turn, until it ends."""
+    from mmjax.models.language.conversation import Conversation
+    from mmjax.models.language.tasks import LanguageModel
+
+    model = hub.load(source)
+    if not isinstance(model, LanguageModel):
+        raise MmjaxError(f"{model.system} is no language model to talk to")
+    talk = Conversation(model, system, **options)
+    for line in _lines():
+        if line:
+            _tell(talk.say(line))
+
+
+def _lines() -> Iterator[str]:
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+
+
+def _tell(pieces: Iterator[str], first: str = "") -> None:
+    print(first, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()

@@ -1,0 +1,19 @@
+"""Dynamic masking in a pipeline: other tokens are hidden in every epoch."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from grain import transforms
+
+from mmjax.data.sources import Record
+from mmjax.text.masking import Masking
+
+
+@dataclass(frozen=True)
+class MaskTokens(transforms.RandomMap):
+    """`input_ids`, the first of which are tokens as `attention_mask` says -> those with some hidden, and which were."""
+
+    masking: Masking
+
+    def random_map(self, element: Record, rng: np.random.Generator) -> Record:
+        return element | self.masking(element["input_ids"], int(element["attention_mask"].sum()), rng)

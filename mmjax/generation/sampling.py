@@ -1,0 +1,112 @@
+"""Greedy decoding and sampling: one compiled loop, which a caller who wants to stream leaves and enters again."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.generation import stopping
+from mmjax.generation.decodable import Decodable, DecodeState
+from mmjax.generation.options import GenerationOptions
+from mmjax.generation.scores import constrain, nucleus, seen_ids
+from mmjax.generation.stopping import Stops
+from mmjax.types import Array, Bool, Float, Int, PRNGKeyArray
+
+
+class Sampling(NamedTuple):
+    """Where a generation stands.
+
+    ids: [b, r, t], pad where nothing is written. scores: [b, r], summed log-probabilities of what was chosen, under
+    the distribution it was chosen from. written: tokens a row. done: rows that have ended.
+    """
+
+    state: DecodeState
+    ids: Int[Array, "b r t"]
+    scores: Float[Array, "b r"]
+    written: Int[Array, ""]
+    done: Bool[Array, "b r"]
+    seen: Bool[Array, "b r v"] | None
+    stop: Int[Array, "b r"]
+    rng: PRNGKeyArray
+
+
+def begin(
+    decodable: Decodable,
+    options: GenerationOptions,
+    variables: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    rng: PRNGKeyArray,
+    stops: Stops | None,
+) -> Sampling:
+    """Reads the prompt and chooses the first token of each row."""
+    rows, room = options.num_return_sequences, options.max_new_tokens
+    # The last token is not read: a capacity of one less would do, but not of none.
+    logits, state = decodable.prefill(variables, inputs, rows, room)
+    b, v = logits.shape
+    seen = None
+    if options.repetition_penalty != 1:
+        ids, mask = inputs.get("decoder_input_ids", inputs.get("input_ids")), inputs.get("attention_mask")
+        mask = None if "decoder_input_ids" in inputs else mask
+        held = jnp.zeros((b, v), bool) if ids is None else seen_ids(ids, mask, v)
+        seen = jnp.broadcast_to(held[:, None], (b, rows, v))
+    empty = jnp.full((b, rows, room), options.pad, jnp.int32)
+    stop = stopping.begin(stops, b, rows)
+    done = jnp.zeros((b, rows), bool)
+    start = Sampling(state, empty, jnp.zeros((b, rows)), jnp.int32(0), done, seen, stop, rng)
+    return choose(options, jnp.broadcast_to(logits[:, None], (b, rows, v)), start, stops)
+
+
+def choose(options: GenerationOptions, logits: Float[Array, "b r v"], carry: Sampling, stops: Stops | None) -> Sampling:
+    """The next token of every row, by its logits."""
+    scores = constrain(logits.astype(jnp.float32), options, carry.written, carry.seen, carry.ids)
+    if options.temperature > 0:
+        scores = nucleus(scores, options)
+        keys = _keys(carry.rng, carry.written, scores.shape[:2])
+        token = jax.vmap(jax.vmap(jax.random.categorical))(keys, scores)
+    else:
+        token = jnp.argmax(scores, axis=-1)
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(scores), token[..., None], -1)[..., 0]
+    token = jnp.where(carry.done, options.pad, token).astype(jnp.int32)
+    stop = stopping.advance(stops, carry.stop, token)
+    ended = jnp.isin(token, jnp.asarray(options.eos, jnp.int32)) | stopping.matched(stops, stop)
+    seen = carry.seen
+    if seen is not None:
+        b, r = (jnp.arange(n) for n in token.shape)
+        seen = seen.at[b[:, None], r[None], token].set(True)
+    return carry._replace(
+        ids=jax.lax.dynamic_update_slice(carry.ids, token[..., None], (0, 0, carry.written)),
+        scores=carry.scores + jnp.where(carry.done, 0.0, chosen),
+        written=carry.written + 1,
+        done=carry.done | ended,
+        seen=seen,
+        stop=jnp.where(carry.done, carry.stop, stop),
+    )
+
+
+def _keys(rng: PRNGKeyArray, written: Array, shape: tuple[int, ...]) -> Array:
+    """A key for each row and step, whatever else is in the batch."""
+    rng = jax.random.fold_in(rng, written)
+    items = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(shape[0]))
+    return jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(shape[1])))(items)
+
+
+def advance(
+    decodable: Decodable,
+    options: GenerationOptions,
+    variables: Mapping[str, Any],
+    carry: Sampling,
+    until: Int[Array, ""] | int,
+    stops: Stops | None,
+) -> Sampling:
+    """Goes on until rows hold `until` tokens, or all have ended."""
+
+    def going(carry: Sampling) -> Array:
+        return (carry.written < until) & ~jnp.all(carry.done)
+
+    def body(carry: Sampling) -> Sampling:
+        last = jax.lax.dynamic_index_in_dim(carry.ids, carry.written - 1, axis=-1, keepdims=False)
+        logits, state = decodable.step(variables, last, carry.state)
+        return choose(options, logits, carry._replace(state=state), stops)
+
+    return jax.lax.while_loop(going, body, carry)

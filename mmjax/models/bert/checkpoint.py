@@ -1,0 +1,276 @@
+"""BERT's public forms: Hugging Face's, and the variables of Google's TensorFlow code in a .npz.
+
+    reader = tf.train.load_checkpoint("uncased_L-12_H-768_A-12/bert_model.ckpt")       # once, where TensorFlow is
+    np.savez("bert_model.npz", **{name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()})
+
+The number of attention heads is in no file of weights. Hugging Face's config.json tells it; Google's heads are all 64
+wide.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Set
+from typing import Any
+
+from mmjax.errors import MmjaxError
+from mmjax.models.bert.network import BertConfig
+from mmjax.weights.table import Entry, Layout, Op, Shape, Table, linear, same
+
+HF_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+GOOGLE_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu"}
+"""The function that Google's code calls gelu is the one by tanh (modeling.py:264-277)."""
+Shapes = Mapping[str, Shape]
+Told = Mapping[str, Any] | None
+Dense = Callable[[str, str], list[Entry]]
+"""(source, target) -> the entries of a matrix and its bias."""
+
+
+def _encoder(config: BertConfig, layer: str, dense: Dense, norm: Dense) -> list[Entry]:
+    """The blocks. layer: the name of the i-th, with {} for i. Separators in names are dots; `_google` puts slashes."""
+    entries: list[Entry] = []
+    for i in range(config.depth):
+        source, target = layer.format(i), f"encoder/block_{i}"
+        for letter, name in zip("qkv", ("query", "key", "value")):
+            entries += dense(f"{source}.attention.self.{name}", f"{target}/attention/{letter}")
+        entries += dense(f"{source}.attention.output.dense", f"{target}/attention/out")
+        entries += norm(f"{source}.attention.output.LayerNorm", f"{target}/norm_1")
+        entries += dense(f"{source}.intermediate.dense", f"{target}/mlp/up")
+        entries += dense(f"{source}.output.dense", f"{target}/mlp/down")
+        entries += norm(f"{source}.output.LayerNorm", f"{target}/norm_2")
+    return entries
+
+
+def _shapes_config(
+    shapes: Shapes, words: str, layer: str, kernel: str, told: Told, acts: Mapping[str, str]
+) -> dict[str, Any]:
+    """The fields of a config that are the same whatever heads there are."""
+    told = told or {}
+    act, kind = told.get("hidden_act", "gelu"), told.get("position_embedding_type", "absolute")
+    if act not in acts or kind != "absolute" or told.get("is_decoder") or told.get("add_cross_attention"):
+        raise MmjaxError(
+            f"config.json: hidden_act={act!r} (one of {', '.join(acts)}), position_embedding_type={kind!r} (absolute), "
+            f"is_decoder={told.get('is_decoder', False)}: not a BERT encoder"
+        )
+    vocabulary, width = shapes[f"{words}word_embeddings{kernel}"]
+    numbers = {found[1] for found in (re.match(layer, key) for key in shapes) if found}
+    return {
+        "vocab_size": vocabulary,
+        "width": width,
+        "depth": len(numbers),
+        "heads": told.get("num_attention_heads", max(width // 64, 1)),
+        "positions": shapes[f"{words}position_embeddings{kernel}"][0],
+        "types": shapes[f"{words}token_type_embeddings{kernel}"][0],
+        "act": acts[act],
+        "epsilon": told.get("layer_norm_eps", 1e-12),
+        "dropout": told.get("hidden_dropout_prob", 0.1),
+        "attention_dropout": told.get("attention_probs_dropout_prob", 0.1),
+    }
+
+
+def _told(config: BertConfig, acts: Mapping[str, str]) -> dict[str, Any]:
+    """What config.json says of the sizes."""
+    act = next((name for name, own in acts.items() if own == config.act), None)
+    if act is None:
+        raise MmjaxError(f"act={config.act!r}: this layout knows {', '.join(dict.fromkeys(acts.values()))}")
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.hidden,
+        "max_position_embeddings": config.positions,
+        "type_vocab_size": config.types,
+        "hidden_act": act,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "initializer_range": 0.02,
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- Hugging Face
+
+
+def _dense(source: str, target: str) -> list[Entry]:
+    return [
+        Entry(f"{source}.weight", f"params/{target}/kernel", linear),
+        Entry(f"{source}.bias", f"params/{target}/bias"),
+    ]
+
+
+def _norm(source: str, target: str) -> list[Entry]:
+    return [Entry(f"{source}.weight", f"params/{target}/scale"), Entry(f"{source}.bias", f"params/{target}/bias")]
+
+
+def hf_table(config: BertConfig) -> Table:
+    """With the prefix that models with heads have; transformers' BertModel reads it too."""
+    embeddings, predictions = "bert.embeddings.", "cls.predictions."
+    tied = (f"{predictions}decoder.weight",)
+    entries = [
+        Entry(f"{embeddings}word_embeddings.weight", "params/embeddings/words", copies=tied),
+        Entry(f"{embeddings}position_embeddings.weight", "params/embeddings/positions"),
+        Entry(f"{embeddings}token_type_embeddings.weight", "params/embeddings/types"),
+        *_norm(f"{embeddings}LayerNorm", "embeddings/norm"),
+        *_encoder(config, "bert.encoder.layer.{}", _dense, _norm),
+    ]
+    if config.pooler:
+        entries += _dense("bert.pooler.dense", "pooler")
+    if config.mlm:
+        entries += _dense(f"{predictions}transform.dense", "mlm_transform/dense")
+        entries += _norm(f"{predictions}transform.LayerNorm", "mlm_transform/norm")
+        entries.append(Entry(f"{predictions}bias", "params/mlm_bias", copies=(f"{predictions}decoder.bias",)))
+    if config.nsp:
+        entries += _dense("cls.seq_relationship", "nsp")
+    if config.classes or config.token_classes:
+        entries += _dense("classifier", "classifier" if config.classes else "token_classifier")
+    if config.spans:
+        entries += _dense("qa_outputs", "spans")
+    return tuple(entries)
+
+
+def hf_config_of(shapes: Shapes, told: Told) -> BertConfig:
+    """Which heads there are is told by their keys. A `classifier` is of tokens where config.json names such a class, or
+    where there is no pooler."""
+    fields = _shapes_config(
+        shapes, "bert.embeddings.", r"bert\.encoder\.layer\.(\d+)\.", ".weight", told, HF_ACTIVATIONS
+    )
+    pooler = "bert.pooler.dense.weight" in shapes
+    named = "BertForTokenClassification" in ((told or {}).get("architectures") or ())
+    outputs = shapes["classifier.weight"][0] if "classifier.weight" in shapes else 0
+    return BertConfig(
+        **fields,
+        hidden=shapes["bert.encoder.layer.0.intermediate.dense.weight"][0],
+        pooler=pooler,
+        mlm="cls.predictions.transform.dense.weight" in shapes,
+        nsp="cls.seq_relationship.weight" in shapes,
+        classes=outputs if pooler and not named else 0,
+        token_classes=outputs if named or not pooler else 0,
+        spans="qa_outputs.weight" in shapes,
+    )
+
+
+def _architecture(config: BertConfig) -> str:
+    """The class of transformers that holds these heads, or most of them."""
+    if config.mlm:
+        return "BertForPreTraining" if config.nsp else "BertForMaskedLM"
+    heads = {
+        "BertForSequenceClassification": config.classes,
+        "BertForTokenClassification": config.token_classes,
+        "BertForQuestionAnswering": config.spans,
+        "BertForNextSentencePrediction": config.nsp,
+    }
+    return next((name for name, there in heads.items() if there), "BertModel")
+
+
+def hf_config(config: BertConfig) -> dict[str, Any]:
+    """config.json; pad_token_id is left to transformers' default, 0."""
+    told = {"architectures": [_architecture(config)], "model_type": "bert"} | _told(config, HF_ACTIVATIONS)
+    told |= {"layer_norm_eps": config.epsilon, "tie_word_embeddings": True}
+    outputs = config.classes or config.token_classes
+    if outputs:
+        told["id2label"] = {str(i): f"LABEL_{i}" for i in range(outputs)}
+        told["label2id"] = {name: int(i) for i, name in told["id2label"].items()}
+    return told
+
+
+def _is_hf(keys: Set[str], told: Told) -> bool:
+    """RoBERTa and others have the same keys without their prefix: config.json tells them apart."""
+    bert = (told or {}).get("model_type", "bert") == "bert"
+    wanted = {"bert.embeddings.token_type_embeddings.weight", "bert.encoder.layer.0.attention.self.query.weight"}
+    return bert and wanted <= keys
+
+
+# -------------------------------------------------------------------------------------------------- Google, TensorFlow
+
+
+def google_table(config: BertConfig) -> Table:
+    """Kernels lie [in, out], as ours; the small heads' output_weights [out, in]."""
+    if config.token_classes:
+        raise MmjaxError("Google's BERT code has no head of token classes")
+    if config.epsilon != 1e-12 or config.act not in GOOGLE_ACTIVATIONS.values():
+        raise MmjaxError(
+            f"epsilon={config.epsilon}, act={config.act!r}: Google's BERT code knows 1e-12, and gelu_tanh or relu"
+        )
+
+    def weights(source: str, target: str, names: tuple[str, str], kernel: str, op: Op = same) -> list[Entry]:
+        slashed = source.replace(".", "/")
+        pairs = zip(names, (kernel, "bias"), (op, same))
+        return [Entry(f"{slashed}{name}", f"params/{target}/{own}", how) for name, own, how in pairs]
+
+    def dense(source: str, target: str) -> list[Entry]:
+        return weights(source, target, ("/kernel", "/bias"), "kernel")
+
+    def norm(source: str, target: str) -> list[Entry]:
+        return weights(source, target, ("/gamma", "/beta"), "scale")
+
+    def output(source: str, target: str) -> list[Entry]:
+        return weights(source, target, ("output_weights", "output_bias"), "kernel", linear)
+
+    embeddings, predictions = "bert/embeddings/", "cls/predictions/"
+    entries = [
+        Entry(f"{embeddings}word_embeddings", "params/embeddings/words"),
+        Entry(f"{embeddings}position_embeddings", "params/embeddings/positions"),
+        Entry(f"{embeddings}token_type_embeddings", "params/embeddings/types"),
+        *norm(f"{embeddings}LayerNorm", "embeddings/norm"),
+        *_encoder(config, "bert.encoder.layer_{}", dense, norm),
+    ]
+    if config.pooler:
+        entries += dense("bert.pooler.dense", "pooler")
+    if config.mlm:
+        entries += dense(f"{predictions}transform.dense", "mlm_transform/dense")
+        entries += norm(f"{predictions}transform.LayerNorm", "mlm_transform/norm")
+        entries.append(Entry(f"{predictions}output_bias", "params/mlm_bias"))
+    if config.nsp:
+        entries += output("cls/seq_relationship/", "nsp")
+    if config.classes:
+        entries += output("", "classifier")
+    if config.spans:
+        entries += output("cls/squad/", "spans")
+    return tuple(entries)
+
+
+def google_config_of(shapes: Shapes, told: Told) -> BertConfig:
+    """Heads by their names; sizes that no shape tells from config.json, if it is there."""
+    fields = _shapes_config(shapes, "bert/embeddings/", r"bert/encoder/layer_(\d+)/", "", told, GOOGLE_ACTIVATIONS)
+    return BertConfig(
+        **fields,
+        hidden=shapes["bert/encoder/layer_0/intermediate/dense/kernel"][1],
+        pooler="bert/pooler/dense/kernel" in shapes,
+        mlm="cls/predictions/transform/dense/kernel" in shapes,
+        nsp="cls/seq_relationship/output_weights" in shapes,
+        classes=shapes["output_weights"][0] if "output_weights" in shapes else 0,
+        spans="cls/squad/output_weights" in shapes,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- layouts
+
+HF = Layout(
+    "hf",
+    _is_hf,
+    hf_config_of,
+    hf_table,
+    hf_config=hf_config,
+    strip=("module.", "0.auto_model."),
+    renames=(
+        (r"^(embeddings|encoder|pooler)\.", r"bert.\1."),
+        (r"LayerNorm\.gamma$", "LayerNorm.weight"),
+        (r"LayerNorm\.beta$", "LayerNorm.bias"),
+    ),
+    ignored=("bert.embeddings.position_ids", "bert.embeddings.token_type_ids"),
+)
+GOOGLE = Layout(
+    "google",
+    lambda keys, told: "bert/encoder/layer_0/attention/self/query/kernel" in keys,
+    google_config_of,
+    google_table,
+    hf_config=lambda config: _told(config, GOOGLE_ACTIVATIONS),
+    file="bert_model.npz",
+    renames=((r":0$", ""),),
+    ignored=("*/adam_m", "*/adam_v", "global_step"),
+)
+LAYOUTS: tuple[Layout, ...] = (HF, GOOGLE)

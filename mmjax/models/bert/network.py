@@ -1,0 +1,212 @@
+"""BERT's encoder and its heads (arXiv 1810.04805; google-research/bert modeling.py)."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Self
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mmjax.errors import MmjaxError
+from mmjax.nn.activation import activation
+from mmjax.nn.dropout import Dropout
+from mmjax.nn.masks import padding_mask
+from mmjax.nn.norm import LayerNorm
+from mmjax.nn.transformer import Dense, Encoder, Init
+from mmjax.types import Array, Float, Int
+
+# Cut at two standard deviations and not scaled up again, as in TensorFlow: the spread is 0.88 of it.
+DRAWN = nn.initializers.truncated_normal(0.02)
+ZEROS = nn.initializers.zeros
+dense = functools.partial(Dense, kernel_init=DRAWN)
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """Sizes, and which heads stand on the encoder; class methods give the published sizes.
+
+    Attributes:
+        width, hidden: of the tokens and of the feed-forward.
+        positions, types: rows of the tables of positions and of token types.
+        act: "gelu" (erf) in Hugging Face's BERTs, "gelu_tanh" in Google's code: 5e-4 apart.
+        dropout: after the embeddings, each attention, each feed-forward, and before a head of classes.
+        attention_dropout: of the attention weights.
+        pooler: tanh(W h + b) of the first token. nsp and classes read it.
+        mlm: the head that names masked tokens; its output matrix is the table of words.
+        nsp: the head that tells whether the second sentence follows the first: class 0 if it does.
+        classes: of whole texts. token_classes: of each token. 0: there is no such head.
+        spans: the head that marks an answer's first and last token.
+        remat: blocks are computed again in the backward pass.
+        dtype: compute dtype; norms' statistics, softmax and logits are float32.
+    """
+
+    vocab_size: int = 30522
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    positions: int = 512
+    types: int = 2
+    act: str = "gelu"
+    epsilon: float = 1e-12
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    pooler: bool = True
+    mlm: bool = False
+    nsp: bool = False
+    classes: int = 0
+    token_classes: int = 0
+    spans: bool = False
+    remat: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        """Raises MmjaxError for heads without what they read, or two that public files keep under one name."""
+        if (self.nsp or self.classes) and not self.pooler:
+            raise MmjaxError(f"bert: nsp={self.nsp}, classes={self.classes} read the pooler, and pooler=False")
+        if self.classes and self.token_classes:
+            raise MmjaxError(f"bert: classes={self.classes} and token_classes={self.token_classes}: one of the two")
+
+    @classmethod
+    def _of(cls, fields: dict[str, Any], **size: Any) -> Self:
+        return cls(**size | fields)
+
+    @classmethod
+    def base(cls, **fields: Any) -> Self:
+        """BERT-Base uncased; vocab_size is 28996 for cased, 119547 for multilingual, 21128 for Chinese."""
+        return cls(**fields)
+
+    @classmethod
+    def large(cls, **fields: Any) -> Self:
+        return cls._of(fields, width=1024, depth=24, heads=16, hidden=4096)
+
+    @classmethod
+    def small(cls, depth: int, width: int, **fields: Any) -> Self:
+        """One of the 24 of arXiv 1908.08962: depths 2 to 12, widths 128 to 768, heads 64 wide."""
+        return cls._of(fields, width=width, depth=depth, heads=width // 64, hidden=4 * width)
+
+    @classmethod
+    def tiny(cls, **fields: Any) -> Self:
+        return cls.small(2, 128, **fields)
+
+    @classmethod
+    def minilm(cls, depth: int = 6, **fields: Any) -> Self:
+        """MiniLM-L6-H384 (all-MiniLM-L6-v2) and L12: heads 32 wide."""
+        return cls._of(fields, width=384, depth=depth, hidden=1536)
+
+
+class Embeddings(nn.Module):
+    """Word + type + position, a norm, dropout. Params: words [v, d], positions [p, d], types [t, d], norm."""
+
+    config: BertConfig
+    axis_name: str | None = None
+
+    def setup(self) -> None:
+        c = self.config
+        self.words = self.param("words", DRAWN, (c.vocab_size, c.width))
+        self.positions = self.param("positions", DRAWN, (c.positions, c.width))
+        self.types = self.param("types", DRAWN, (c.types, c.width))
+        self.norm = LayerNorm(c.epsilon, jnp.dtype(c.dtype))
+        self.dropout = Dropout(c.dropout, self.axis_name)
+
+    def __call__(
+        self, ids: Int[Array, "b l"], types: Int[Array, "b l"] | None = None, train: bool = False
+    ) -> Float[Array, "b l d"]:
+        """Padding takes up positions as tokens do. types: None stands for zeros."""
+        c = self.config
+        if ids.shape[1] > c.positions:
+            raise MmjaxError(f"texts of {ids.shape[1]} tokens are longer than positions={c.positions}")
+        told = self.types[0] if types is None else self.types[types]
+        x = self.norm(self.words[ids] + told + self.positions[: ids.shape[1]])
+        return self.dropout(x, train)
+
+    def logits(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """x E^T, float32: the words as an output matrix."""
+        words = self.words.astype(x.dtype)
+        return jnp.einsum("...d,vd->...v", x, words, preferred_element_type=jnp.float32)
+
+
+class Transform(nn.Module):
+    """What the hidden states pass on their way to the words: norm(act(W x + b)). Params: dense, norm."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        x = activation(c.act)(dense(c.width, dtype=dtype, name="dense")(x))
+        return LayerNorm(c.epsilon, dtype, name="norm")(x)
+
+
+class Bert(nn.Module):
+    """Params: embeddings, encoder/block_{i}, and as configured pooler, mlm_transform, mlm_bias [v], nsp, classifier,
+    token_classifier, spans."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        ids: Int[Array, "b l"],
+        attention_mask: Int[Array, "b l"] | None = None,
+        token_types: Int[Array, "b l"] | None = None,
+        masked_positions: Int[Array, "b m"] | None = None,
+        train: bool = False,
+        axis_name: str | None = None,
+    ) -> dict[str, Any]:
+        """What the network and its heads give; logits are float32.
+
+        attention_mask: 1 = a token, 0 = padding; None: all are tokens. token_types: None stands for zeros.
+        masked_positions: the places whose words are asked for; None: all of them.
+        train: with dropout, which asks for the rng "dropout". axis_name: the mapped axis that cuts the batch.
+
+        Returns "states": depth + 1 arrays [b, l, d], the embeddings first; "pooled" [b, d]; "mlm_logits" [b, l, v] or
+        [b, m, v]; "nsp_logits" [b, 2]; "logits" [b, c]; "token_logits" [b, l, c]; "span_logits" [b, l, 2].
+        """
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        embeddings = Embeddings(c, axis_name, name="embeddings")
+        mask = None if attention_mask is None else padding_mask(attention_mask)
+        block = {
+            "heads": c.heads,
+            "hidden": c.hidden,
+            "act": c.act,
+            "norm_first": False,
+            "epsilon": c.epsilon,
+            "dropout": c.dropout,
+            "attention_dropout": c.attention_dropout,
+            "init_with": Init(DRAWN, DRAWN, DRAWN, DRAWN, ZEROS),
+            "dtype": dtype,
+            "axis_name": axis_name,
+            "inner_dropout": False,
+        }
+        encoder = Encoder(c.depth, block, remat=c.remat, name="encoder")
+        states = encoder(embeddings(ids, token_types, train), mask, train)
+        told: dict[str, Any] = {"states": states}
+        if c.pooler:
+            told["pooled"] = jnp.tanh(dense(c.width, dtype=dtype, name="pooler")(states[-1][:, 0]))
+        if c.mlm:
+            told["mlm_logits"] = self._words(embeddings, states[-1], masked_positions)
+        return told | self._classes(states[-1], told.get("pooled"), train, axis_name)
+
+    def _words(self, embeddings: Embeddings, x: Array, places: Array | None) -> Array:
+        if places is not None:  # before the head, which is most of a small model's work
+            x = jnp.take_along_axis(x, places[..., None], axis=1)
+        x = Transform(self.config, name="mlm_transform")(x)
+        return embeddings.logits(x) + self.param("mlm_bias", ZEROS, (self.config.vocab_size,))
+
+    def _classes(self, x: Array, pooled: Any, train: bool, axis_name: str | None) -> dict[str, Array]:
+        """Heads of a few outputs, float32; those of `classes` and `token_classes` with dropout before them.
+
+        pooled: None where there is no pooler, and so no head that reads it.
+        """
+        c, told = self.config, {}
+        drop = Dropout(c.dropout, axis_name)
+        if c.nsp:
+            told["nsp_logits"] = dense(2, name="nsp")(pooled)
+        if c.classes:
+            told["logits"] = dense(c.classes, name="classifier")(drop(pooled, train))
+        if c.token_classes:
+            told["token_logits"] = dense(c.token_classes, name="token_classifier")(drop(x, train))
+        if c.spans:
+            told["span_logits"] = dense(2, name="spans")(x)
+        return told

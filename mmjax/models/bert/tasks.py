@@ -1,0 +1,213 @@
+"""What a BERT can be asked: sentence vectors, masked words, classes of texts, answers out of a text."""
+
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax.errors import MmjaxError
+from mmjax.models.bert.network import Bert, BertConfig
+from mmjax.models.handle import Model, unit
+from mmjax.text.answer_spans import best_answers, windows
+from mmjax.text.wordpiece import WordPieceTokenizer
+from mmjax.types import Array, ArrayLike, Float, Int
+
+LENGTHS = 16
+"""Texts are padded to multiples of so many tokens, so that few shapes are compiled."""
+
+
+@dataclass
+class BertModel(Model):
+    """A BERT with its weights; `tokenizer` is a `mmjax.text.wordpiece.WordPieceTokenizer`."""
+
+    system: ClassVar[str] = "bert"
+    config_class: ClassVar[type] = BertConfig
+
+    @classmethod
+    def build(cls, config: BertConfig) -> Bert:
+        return Bert(config)
+
+    @classmethod
+    def example(cls, config: BertConfig) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"input_ids": jax.ShapeDtypeStruct((1, min(config.positions, 8)), jnp.int32)}
+
+    @classmethod
+    def load_tokenizer(cls, file: pathlib.Path) -> WordPieceTokenizer | None:
+        """tokenizer.json, or vocab.txt beside where it would be."""
+        if file.is_file():
+            return WordPieceTokenizer.from_file(file)
+        vocab = file.with_name("vocab.txt")
+        return WordPieceTokenizer.from_vocab(vocab) if vocab.is_file() else None
+
+    # ----------------------------------------------------------------------------------------------------------- arrays
+
+    def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
+        """From input_ids [b, l], and if there are any attention_mask and token_type_ids [b, l]: transformers' names.
+
+        last_hidden_state [b, l, d], hidden_states, pooler_output [b, d]; of classes or token classes logits; of spans
+        start_logits and end_logits [b, l]; of masked words and next sentences prediction_logits [b, l, v] and
+        seq_relationship_logits [b, 2], called logits where no other head has logits.
+        """
+        unknown = inputs.keys() - {"input_ids", "attention_mask", "token_type_ids"}
+        if "input_ids" not in inputs or unknown:
+            raise MmjaxError(
+                f"a BERT's forward takes input_ids, attention_mask and token_type_ids, not {sorted(inputs)}"
+            )
+        given = (inputs.get(name) for name in ("input_ids", "attention_mask", "token_type_ids"))
+        out: Any = self.module.apply(variables, *given)
+        told = {"last_hidden_state": out["states"][-1], "hidden_states": tuple(out["states"])}
+        if "pooled" in out:
+            told["pooler_output"] = out["pooled"]
+        heads = {"prediction_logits": "mlm_logits", "seq_relationship_logits": "nsp_logits"}
+        logits = {name: out[own] for name, own in heads.items() if own in out}
+        if "logits" in out or "token_logits" in out:
+            logits["logits"] = out["logits"] if "logits" in out else out["token_logits"]
+        elif len(logits) == 1:
+            logits = {"logits": next(iter(logits.values()))}
+        if "span_logits" in out:
+            logits |= {"start_logits": out["span_logits"][..., 0], "end_logits": out["span_logits"][..., 1]}
+        return told | logits
+
+    @functools.cached_property
+    def _mean(self) -> Callable[..., Array]:
+        """(variables, ids, mask, types) -> the mean over a text's tokens, special ones too, of unit length."""
+
+        def encode(variables: Any, ids: Array, mask: Array, types: Array) -> Array:
+            out: Any = self.module.apply(variables, ids, mask, types)
+            weights = mask.astype(jnp.float32)[..., None]
+            total = jnp.sum(out["states"][-1].astype(jnp.float32) * weights, axis=1)
+            return unit(total / jnp.maximum(weights.sum(1), 1e-9))
+
+        return jax.jit(encode)
+
+    @functools.cached_property
+    def _words(self) -> Callable[..., Array]:
+        """(variables, ids, mask, types, places [b, m]) -> log probabilities of words there [b, m, v]."""
+
+        def name(variables: Any, ids: Array, mask: Array, types: Array, places: Array) -> Array:
+            out: Any = self.module.apply(variables, ids, mask, types, places)
+            return jax.nn.log_softmax(out["mlm_logits"])
+
+        return jax.jit(name)
+
+    # ------------------------------------------------------------------------------------------------------------ texts
+
+    def encode_text(
+        self, texts: str | Sequence[str] | ArrayLike, batch_size: int = 64, length: int = 256
+    ) -> Float[Array, "b d"]:
+        """Unit-norm sentence vectors, as of all-MiniLM-L6-v2: the mean of the last states over a text's tokens.
+
+        texts: strings, or ids [b, l] without padding. length: tokens of a string at most.
+        """
+        if isinstance(texts, np.ndarray | jax.Array) and texts.dtype.kind in "iu":
+            given = {"input_ids": np.asarray(texts, np.int32)}
+            given |= {"attention_mask": np.ones_like(given["input_ids"])}
+            given |= {"token_type_ids": np.zeros_like(given["input_ids"])}
+        else:
+            given = self._encoded(texts, None, length)
+        return jnp.concatenate(self._batched(lambda *arrays: self._mean(self.variables, *arrays), given, batch_size))
+
+    def fill_mask(self, texts: str | Sequence[str], top: int = 5) -> list[list[tuple[str, float]]]:
+        """For each [MASK], in the order of the texts, the likeliest pieces with their probabilities, the best first.
+
+        Raises MmjaxError: no head for it, no tokenizer, or a text without a [MASK].
+        """
+        if not self.config.mlm:
+            raise MmjaxError("this BERT has no head for masked words (mlm=False)")
+        given = self._encoded(texts)
+        masks = given["input_ids"] == self._tokenizer.mask
+        counts = masks.sum(1)
+        if not counts.all():
+            where = int(np.argmin(counts))
+            raise MmjaxError(f"text {where} has no [MASK] among its first {self.config.positions} tokens")
+        places = np.argsort(~masks, axis=1, kind="stable")[:, : counts.max()].astype(np.int32)
+        logs = self._words(self.variables, *given.values(), places)
+        values, ids = jax.lax.top_k(logs, min(top, self.config.vocab_size))
+        values, ids, name = np.exp(np.asarray(values)), np.asarray(ids), self._tokenizer.tokenizer.id_to_token
+        rows = [(row, mask) for row, count in enumerate(counts) for mask in range(count)]
+        return [[(name(int(id)) or "", float(p)) for id, p in zip(ids[at], values[at])] for at in rows]
+
+    def classify(
+        self,
+        texts: str | Sequence[str],
+        labels: Sequence[str] | None = None,
+        pairs: str | Sequence[str] | None = None,
+        top: int = 5,
+    ) -> list[list[tuple[str, float]]]:
+        """The most probable classes of each text, or pair of texts, with their probabilities, the best first.
+
+        labels: the names of the head's classes, in its order; None: their numbers.
+        Raises MmjaxError: no such head, or another number of names than classes.
+        """
+        classes = self.config.classes
+        if not classes:
+            raise MmjaxError("this BERT has no head of classes (classes=0): it cannot classify texts")
+        names = [str(i) for i in range(classes)] if labels is None else list(labels)
+        if len(names) != classes:
+            raise MmjaxError(f"labels: {len(names)} names for the {classes} classes of the head")
+        logits = self.forward(**self._encoded(texts, pairs))["logits"]
+        values, indices = jax.lax.top_k(jax.nn.softmax(logits), min(top, classes))
+        return [[(names[i], p) for i, p in zip(*row)] for row in zip(indices.tolist(), values.tolist())]
+
+    def answer(
+        self,
+        questions: str | Sequence[str],
+        contexts: str | Sequence[str],
+        top: int = 1,
+        length: int = 384,
+        stride: int = 128,
+        longest: int = 30,
+        null_threshold: float | None = None,
+    ) -> list[list[tuple[str, float]]]:
+        """For each question the best answers out of its context with their probabilities among 20, the best first.
+
+        The options are those of `mmjax.text.answer_spans`. An empty list where no span fits them.
+        """
+        if not self.config.spans:
+            raise MmjaxError("this BERT has no head that marks answers (spans=False)")
+        asked, read = ([x] if isinstance(x, str) else list(x) for x in (questions, contexts))
+        if len(asked) != len(read):
+            raise MmjaxError(f"{len(asked)} questions for {len(read)} contexts")
+        length, tokenizer = min(length, self.config.positions), self._tokenizer
+        told = []
+        for question, context in zip(asked, read):
+            parts = windows(tokenizer, question, context, length, stride)
+            longest_part = -(-max(len(part.ids) for part in parts) // LENGTHS) * LENGTHS
+            given = tokenizer.batch([(part.ids, part.types) for part in parts], min(longest_part, length))
+            out = self.forward(**given)
+            starts, ends = (np.asarray(out[f"{end}_logits"]) for end in ("start", "end"))
+            found = best_answers(context, parts, starts, ends, 20, longest, null_threshold)
+            shares = jax.nn.softmax(jnp.asarray([answer.score for answer in found])).tolist() if found else []
+            told.append([(answer.text, share) for answer, share in zip(found, shares)][:top])
+        return told
+
+    @property
+    def _tokenizer(self) -> WordPieceTokenizer:
+        if self.tokenizer is None:
+            raise MmjaxError(
+                "this BERT came without tokenizer.json or vocab.txt: pass ids, or set one: "
+                "model.replace(tokenizer=WordPieceTokenizer.from_vocab('vocab.txt'))"
+            )
+        if self.tokenizer.vocab_size > self.config.vocab_size:
+            known, size = self.tokenizer.vocab_size, self.config.vocab_size
+            raise MmjaxError(f"the tokenizer's vocabulary of {known} does not fit the model's of {size}")
+        return self.tokenizer
+
+    def _encoded(self, texts: Any, pairs: Any = None, length: int | None = None) -> dict[str, Int[np.ndarray, "b l"]]:
+        limit = min(length or self.config.positions, self.config.positions)
+        return self._tokenizer(texts, pairs, limit, LENGTHS)
+
+    @staticmethod
+    def _batched(ask: Callable[..., Array], given: Mapping[str, np.ndarray], size: int) -> list[Array]:
+        """Batch by batch, the last filled up to the size of the others, so that one program serves them all."""
+        n = len(given["input_ids"])
+        size, told = min(size, n), []
+        for start in range(0, n, size):
+            rows = np.minimum(np.arange(start, start + size), n - 1)
+            told.append(ask(*(array[rows] for array in given.values()))[: n - start])
+        return told

@@ -1,0 +1,233 @@
+"""What every model that writes text offers: `generate` and `stream`, of strings or of ids."""
+
+import abc
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax.errors import MmjaxError
+from mmjax.generation.decodable import Decodable
+from mmjax.generation.engine import generate, stream
+from mmjax.generation.options import GenerationOptions
+from mmjax.generation.stopping import Stops
+from mmjax.models.handle import Model
+from mmjax.text.stop_strings import stop_automaton, token_bytes
+from mmjax.text.tokenizer import Side, Tokenizer
+from mmjax.types import ArrayLike
+
+BUCKETS = tuple(2**i for i in range(4, 18))
+"""Lengths that prompts are padded to, so that few programs are compiled."""
+NEW_TOKENS = 64
+"""What `max_new_tokens` is unless it is told."""
+
+
+@dataclass
+class GeneratingModel(Model):
+    """A model with a `Decodable` in it; `tokenizer` is a `mmjax.text.tokenizer.Tokenizer`."""
+
+    padding_side: Side = dataclasses.field(default="left", init=False)
+    """Where prompts are padded; the numbers are the same either way."""
+
+    @abc.abstractmethod
+    def decodable(self) -> Decodable:
+        """What the generation engine runs."""
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        """Ids that end a text: those of a generation_config.json, else of the config, else of the tokenizer."""
+        if self.tokenizer is not None and self.tokenizer.stops:
+            return self.tokenizer.stops
+        return self.config.eos or (self.tokenizer.eos if self.tokenizer is not None else ())
+
+    @property
+    def pad(self) -> int:
+        """What is behind a text's end."""
+        if self.config.pad is not None:
+            return self.config.pad
+        return next(iter(self.eos), 0)
+
+    def check_room(self, length: int, new_tokens: int) -> None:
+        """Raises MmjaxError where so many new tokens after such a prompt are more than the model can tell apart."""
+
+    def prompt_inputs(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
+        """What `decodable` is given of prompts; an encoder-decoder's `decoder_input_ids` too, what texts begin with."""
+        return {"input_ids": jnp.asarray(ids), "attention_mask": jnp.asarray(mask)}
+
+    def fixed_options(self) -> dict[str, Any]:
+        """Options that the checkpoint prescribes."""
+        return {}
+
+    @classmethod
+    def load_tokenizer(cls, file: pathlib.Path) -> Tokenizer | None:
+        """tokenizer.json, or GPT-2's older vocab.json and merges.txt beside where it would be."""
+        if file.is_file():
+            return Tokenizer.from_file(file)
+        vocab, merges = file.with_name("vocab.json"), file.with_name("merges.txt")
+        return Tokenizer.from_vocab(vocab, merges) if vocab.is_file() and merges.is_file() else None
+
+    # ------------------------------------------------------------------------------------------------------ generation
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | ArrayLike,
+        *,
+        attention_mask: ArrayLike | None = None,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+        add_special_tokens: bool = True,
+        **options: Any,
+    ) -> Any:
+        """Goes on from prompts.
+
+        prompts: a string -> a string; strings -> strings; ids int [b, l], with an attention mask [b, l] where they are
+            padded (left or right) -> new ids int32 [b, <= max_new_tokens], `pad` after a row's end.
+        num_return_sequences=n above 1: a list of n strings in each string's place; ids [b * n, ...], an item's rows in
+            a row.
+        stop: a text ends where one of these strings does; strings are cut before it, ids keep it.
+        seed: of draws. add_special_tokens: those that the tokenizer puts around a text (a beginning of a sequence).
+        options: see `mmjax.generation.options.GenerationOptions`; max_new_tokens is 64 unless told.
+        Raises MmjaxError: no tokenizer for strings, an option that is not one, or a sequence too long for the model.
+        """
+        asked = self.options(**options)
+        ids, mask = self._inputs(prompts, attention_mask, add_special_tokens)
+        self.check_room(ids.shape[1], asked.max_new_tokens)
+        inputs = self.prompt_inputs(ids, mask)
+        stops = self.stops(stop, inputs)
+        found = np.asarray(generate(self.decodable(), self.variables, inputs, asked, seed, stops).ids)
+        if not _are_texts(prompts):
+            rows = found.reshape(-1, found.shape[-1])
+            longest = max((_length(row, asked.eos, asked.pad) for row in rows), default=0)
+            return jnp.asarray(rows[:, : max(longest, 1)])
+        texts = [[self._text(row, asked.eos, self.strings(stop)) for row in item] for item in found]
+        told = [item[0] if asked.num_return_sequences == 1 else item for item in texts]
+        return told[0] if isinstance(prompts, str) else told
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+        add_special_tokens: bool = True,
+        every: int = 1,
+        **options: Any,
+    ) -> Iterator[str]:
+        """The text of `generate`, piece by piece as its tokens come; pieces are whole characters.
+
+        every: tokens between looks. Raises MmjaxError as `generate` does, and for a beam search.
+        """
+        asked = self.options(**options)
+        if asked.num_beams > 1 or asked.num_return_sequences > 1:
+            raise MmjaxError("one text at a time is streamed: no num_beams and no num_return_sequences")
+        ids, mask = self._inputs(prompt, None, add_special_tokens)
+        self.check_room(ids.shape[1], asked.max_new_tokens)
+        inputs = self.prompt_inputs(ids, mask)
+        parts: Iterator[np.ndarray] = stream(
+            self.decodable(), self.variables, inputs, asked, seed, self.stops(stop, inputs), every
+        )
+        return self.pieces((part[0, 0] for part in parts), asked.eos, self.strings(stop))
+
+    def pieces(self, parts: Iterator[np.ndarray], eos: tuple[int, ...], stop: Sequence[str]) -> Iterator[str]:
+        """Pieces of text out of pieces of ids; what may yet become a stop string, or half a character, is held back."""
+        held = max((len(string) for string in stop), default=1) - 1
+        ids, told = np.zeros(0, np.int32), 0
+        for part in parts:
+            ids = np.concatenate([ids, part])
+            text = self._text(ids, eos, stop)
+            ready = len(text.rstrip("\N{REPLACEMENT CHARACTER}")) - held
+            if ready > told:
+                yield text[told:ready]
+                told = ready
+        rest = self._text(ids, eos, stop)[told:]
+        if rest:
+            yield rest
+
+    # ------------------------------------------------------------------------------------------------------- the parts
+
+    def options(self, **options: Any) -> GenerationOptions:
+        """Options with this model's ids for ends and padding. Raises MmjaxError for one that does not exist."""
+        known = {field.name for field in dataclasses.fields(GenerationOptions)}
+        unknown = sorted(options.keys() - known)
+        if unknown:
+            raise MmjaxError(f"generate has no option {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+        told = {"max_new_tokens": NEW_TOKENS, "eos": self.eos, "pad": self.pad, **self.fixed_options(), **options}
+        return GenerationOptions(**told)
+
+    def _inputs(self, prompts: Any, mask: ArrayLike | None, add_special_tokens: bool) -> tuple[np.ndarray, np.ndarray]:
+        if _are_texts(prompts):
+            if mask is not None:
+                raise MmjaxError("attention_mask goes with ids; strings are padded here")
+            return self._encode(prompts, add_special_tokens)
+        ids = np.asarray(prompts)
+        if ids.ndim != 2 or ids.dtype.kind not in "iu":
+            raise MmjaxError(f"prompts are strings or ids int [b, l], not {ids.dtype} {list(ids.shape)}")
+        if ids.size == 0:
+            raise MmjaxError(f"prompts of shape {list(ids.shape)} hold no token to go on from")
+        valid = np.ones(ids.shape, np.int32) if mask is None else np.asarray(mask).astype(np.int32)
+        if valid.shape != ids.shape:
+            raise MmjaxError(f"attention_mask {list(valid.shape)} is not of the ids' shape {list(ids.shape)}")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise MmjaxError(f"prompts: ids from {ids.min()} to {ids.max()}; there are {self.config.vocab_size}")
+        return ids.astype(np.int32), valid
+
+    def _encode(self, prompts: Any, add_special_tokens: bool) -> tuple[np.ndarray, np.ndarray]:
+        if self.tokenizer is None:
+            raise MmjaxError(
+                f"this {self.system} came without a tokenizer: pass ids, or set one: vlm.replace(tokenizer=)"
+            )
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        ids, mask = self.tokenizer(texts, self.padding_side, BUCKETS, add_special_tokens)
+        empty = [text for text, row in zip(texts, mask) if not row.any()]
+        if empty:
+            raise MmjaxError(f"{empty[0]!r} has no token to go on from")
+        return ids, mask
+
+    @staticmethod
+    def strings(stop: str | Sequence[str]) -> list[str]:
+        """One stop string or several, as a list."""
+        return [stop] if isinstance(stop, str) else list(stop)
+
+    def stops(self, stop: str | Sequence[str], inputs: Mapping[str, Any]) -> Stops | None:
+        """The automaton of the stop strings, after what texts begin with; None where there are none."""
+        if not self.strings(stop):
+            return None
+        begun = inputs.get("decoder_input_ids")
+        ids = np.asarray(inputs["input_ids"] if begun is None else begun)
+        mask = np.asarray(inputs["attention_mask"] if begun is None else np.ones_like(ids))
+        automaton = stop_automaton(self.strings(stop), self._token_bytes)
+        start = [automaton.after_prompt(row[kept.astype(bool)].tolist()) for row, kept in zip(ids, mask)]
+        return Stops(jnp.asarray(automaton.table), jnp.int32(automaton.matched), jnp.asarray(start, jnp.int32))
+
+    @functools.cached_property
+    def _token_bytes(self) -> list[bytes]:
+        if self.tokenizer is None:
+            raise MmjaxError("stop strings need a tokenizer")
+        return token_bytes(self.tokenizer.tokenizer, self.config.vocab_size)
+
+    def _text(self, row: np.ndarray, eos: tuple[int, ...], stop: Sequence[str]) -> str:
+        assert self.tokenizer is not None
+        text = self.tokenizer.decode(row[: _length(row, eos, None)].tolist())
+        ends = [place for place in (text.find(string) for string in stop) if place >= 0]
+        return text[: min(ends)] if ends else text
+
+
+def _are_texts(prompts: Any) -> bool:
+    return isinstance(prompts, str) or (
+        isinstance(prompts, Sequence) and len(prompts) > 0 and isinstance(prompts[0], str)
+    )
+
+
+def _length(row: np.ndarray, eos: tuple[int, ...], pad: int | None) -> int:
+    """Of a row with its closing id; where none is, up to the padding that a stop string left behind it."""
+    ends = np.flatnonzero(np.isin(row, eos))
+    if len(ends):
+        return int(ends[0]) + 1
+    if pad is None:
+        return len(row)
+    return len(row) - int(np.argmax((row != pad)[::-1])) if (row != pad).any() else 0

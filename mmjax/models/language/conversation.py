@@ -1,0 +1,93 @@
+"""A conversation that keeps the keys and values of what was said, so that a turn costs only what is new in it."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax.errors import MmjaxError
+from mmjax.generation.engine import stream
+from mmjax.models.generating import BUCKETS
+from mmjax.models.language.decode import Past, nothing, remember
+from mmjax.models.language.tasks import LanguageModel
+
+SMALLEST = 256
+"""Slots of the past at the beginning; they double when they are full, and a program is compiled then."""
+
+
+class Conversation:
+    """Turns of a user and a model.
+
+        talk = Conversation(mmjax.load("SmolLM2-135M-Instruct.Q4_1.gguf"), max_new_tokens=128)
+        for piece in talk.say("Name three fruits."):
+            print(piece, end="")
+
+    Attributes:
+        messages: what was said so far, as the chat template takes it.
+        reused: how many ids the last turn did not have to read again.
+    """
+
+    def __init__(self, model: LanguageModel, system: str | None = None, **options: Any):
+        """system: the first message, else what the template has in its place. options: as of `generate`, and `stop`,
+        `seed`. Raises MmjaxError where the tokenizer has no chat template."""
+        if model.tokenizer is None or not model.tokenizer.templates:
+            raise MmjaxError("a conversation needs a tokenizer with a chat template")
+        self._model, self._options = model, dict(options)
+        self._stop = self._options.pop("stop", ())
+        self._seed = self._options.pop("seed", 0)
+        self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
+        self.reused = 0
+        self._read: list[int] = []
+        self._past: Past | None = None
+
+    def say(self, text: str, every: int = 1) -> Iterator[str]:
+        """The answer, piece by piece; it joins `messages` when it has been told to its end.
+
+        every: tokens between looks.
+        """
+        model, asked = self._model, self._model.options(**self._options)
+        turns = [*self.messages, {"role": "user", "content": text}]
+        ids = model.tokenizer(model.tokenizer.chat(turns), add_special_tokens=False)[0][0].tolist()
+        # The template may render an answer otherwise than it was generated: then everything is read again.
+        self.reused = len(self._read) if ids[: len(self._read)] == self._read and len(ids) > len(self._read) else 0
+        if not self.reused:
+            self._read, self._past = [], None
+        rest = np.asarray([ids[self.reused :]], np.int32)
+        width = next(size for size in BUCKETS if size >= rest.shape[1])
+        mask = np.zeros((1, width), np.int32)
+        mask[:, width - rest.shape[1] :] = 1
+        model.check_room(len(ids), asked.max_new_tokens)
+        past = nothing(model.config, SMALLEST) if self._past is None else self._past
+        inputs = {"input_ids": jnp.asarray(np.pad(rest, ((0, 0), (width - rest.shape[1], 0)))), "past": past}
+        inputs["attention_mask"] = jnp.asarray(mask)
+        stops = model.stops(self._stop, inputs)
+        parts = stream(model.decodable(), model.variables, inputs, asked, self._seed, stops, every)
+        said: list[int] = []
+
+        def rows() -> Iterator[np.ndarray]:
+            state = None
+            while True:
+                try:
+                    part = next(parts)[0, 0]
+                except StopIteration as end:
+                    state = end.value
+                    break
+                said.extend(part.tolist())
+                yield part
+            self._read = [*ids, *said[: int(state.index)]]
+            size = SMALLEST
+            while size < len(self._read):
+                size *= 2
+            self._past = _remember(state, size)
+
+        told = ""
+        for piece in model.pieces(rows(), asked.eos, model.strings(self._stop)):
+            told += piece
+            yield piece
+        self.messages = [*turns, {"role": "assistant", "content": told}]
+
+
+_remember = functools.partial(jax.jit, static_argnums=1)(lambda state, size: remember(state, 0, size))

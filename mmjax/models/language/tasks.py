@@ -1,0 +1,71 @@
+"""The handle of the language models: going on from texts, and conversations that keep what they have read."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mmjax.errors import MmjaxError
+from mmjax.models.generating import GeneratingModel
+from mmjax.models.language.config import DecoderConfig, Learned
+from mmjax.models.language.decode import DecoderSteps
+from mmjax.models.language.network import Decoder
+from mmjax.types import Array
+
+Message = Mapping[str, Any]
+
+
+@dataclass
+class LanguageModel(GeneratingModel):
+    """A decoder-only language model with its weights."""
+
+    system: ClassVar[str] = "language"
+    config_class: ClassVar[type] = DecoderConfig
+
+    @classmethod
+    def build(cls, config: DecoderConfig) -> nn.Module:
+        return Decoder(config)
+
+    @classmethod
+    def example(cls, config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"input_ids": jax.ShapeDtypeStruct((1, 8), jnp.int32)}
+
+    def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
+        """logits float32 [b, l, v]; last_hidden_state [b, l, d], after the last norm; hidden_states: all depth + 1."""
+        if "input_ids" not in inputs:
+            raise MmjaxError("a language model's forward needs input_ids")
+        self.check_room(inputs["input_ids"].shape[1], 0)
+        told: Any = self.module.apply(variables, inputs["input_ids"], inputs.get("attention_mask"))
+        states = tuple(told["states"])
+        return {"logits": told["logits"], "last_hidden_state": states[-1], "hidden_states": states}
+
+    def decodable(self) -> DecoderSteps:
+        return DecoderSteps(self.config)
+
+    def check_room(self, length: int, new_tokens: int) -> None:
+        if isinstance(self.config.positions, Learned) and length + new_tokens > self.config.context:
+            told = f"{length} ids of prompt" + (f" and {new_tokens} new ones" if new_tokens else "")
+            raise MmjaxError(f"{told} are more than this model has positions for ({self.config.context})")
+
+    # ---------------------------------------------------------------------------------------------------- conversations
+
+    def chat(self, messages: str | Sequence[Message], **options: Any) -> str:
+        """The assistant's next turn.
+
+        messages: what the user says, or a conversation so far: [{"role": "user", "content": "..."}, ...].
+        options: as of `generate`. Raises MmjaxError where the tokenizer has no chat template.
+        """
+        return self.generate(self._conversation(messages), add_special_tokens=False, **options)
+
+    def stream_chat(self, messages: str | Sequence[Message], **options: Any) -> Iterator[str]:
+        """The same, piece by piece; see `stream`."""
+        return self.stream(self._conversation(messages), add_special_tokens=False, **options)
+
+    def _conversation(self, messages: str | Sequence[Message]) -> str:
+        if self.tokenizer is None:
+            raise MmjaxError("a chat needs a tokenizer with a chat template")
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        return self.tokenizer.chat(turns)

@@ -1,0 +1,198 @@
+"""T5's public form, Hugging Face's: T5ForConditionalGeneration, and T5EncoderModel where there is no decoder.
+
+Sizes are read from the arrays' shapes, whether the feed-forward is gated too: some copies of Flan-T5 say
+feed_forward_proj="gelu" for a gated one. config.json tells the activation and whether the decoder's output is scaled.
+"""
+
+import re
+from collections.abc import Mapping, Set
+from typing import Any
+
+import numpy as np
+
+from mmjax.errors import MmjaxError
+from mmjax.models.t5.network import T5Config
+from mmjax.weights.table import Entry, Layout, Op, Shape, Table, linear
+
+ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+Shapes = Mapping[str, Shape]
+Told = Mapping[str, Any] | None
+
+
+def hf_table(config: T5Config, source: str = "", target: str = "params/") -> Table:
+    """source, target: what stands before a T5 that is part of something else."""
+    entries = [Entry(f"{source}shared.weight", f"{target}embedding")]
+    stacks = [("encoder", config.depth)] + ([("decoder", config.decoder_depth)] if config.decoder_depth else [])
+    for stack, depth in stacks:
+        theirs, ours = f"{source}{stack}", f"{target}{stack}"
+        table = f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        entries += [
+            Entry(table, f"{ours}/bias/table"),
+            Entry(f"{theirs}.final_layer_norm.weight", f"{ours}/norm/scale"),
+        ]
+        for i in range(depth):
+            entries += _block(f"{theirs}.block.{i}.layer", f"{ours}/block_{i}", stack == "decoder", config.gated)
+    if config.decoder_depth and not config.tied:
+        entries.append(Entry(f"{source}lm_head.weight", f"{target}head"))
+    return tuple(entries)
+
+
+def _block(source: str, target: str, decoder: bool, gated: bool) -> list[Entry]:
+    entries: list[Entry] = []
+    parts = [("SelfAttention", "attention")] + ([("EncDecAttention", "cross")] if decoder else [])
+    for i, (theirs, ours) in enumerate(parts):
+        entries.append(Entry(f"{source}.{i}.layer_norm.weight", f"{target}/{ours}_norm/scale"))
+        for name, own in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out")):
+            entries.append(Entry(f"{source}.{i}.{theirs}.{name}.weight", f"{target}/{ours}/{own}/kernel", linear))
+    last = f"{source}.{len(parts)}"
+    entries.append(Entry(f"{last}.layer_norm.weight", f"{target}/mlp_norm/scale"))
+    names = (("wi_0", "gate"), ("wi_1", "up")) if gated else (("wi", "up"),)
+    for name, own in (*names, ("wo", "down")):
+        entries.append(Entry(f"{last}.DenseReluDense.{name}.weight", f"{target}/mlp/{own}/kernel", linear))
+    return entries
+
+
+def hf_config_of(shapes: Shapes, told: Told, source: str = "") -> T5Config:
+    """Without config.json: what is published, T5 (relu, scaled) or 1.1 and Flan (gated tanh GELU, not scaled)."""
+    first = f"{source}encoder.block.0.layer"
+    vocab_size, width = shapes[f"{source}shared.weight"]
+    buckets, heads = shapes[f"{first}.0.SelfAttention.relative_attention_bias.weight"]
+    hidden = shapes[f"{first}.1.DenseReluDense.wo.weight"][1]
+    gated = f"{first}.1.DenseReluDense.wi_0.weight" in shapes
+    scaled = _tied(told, gated)
+    told = told or {}
+    return T5Config(
+        vocab_size,
+        width,
+        _depth(shapes, f"{source}encoder"),
+        _depth(shapes, f"{source}decoder"),
+        heads,
+        shapes[f"{first}.0.SelfAttention.q.weight"][0] // heads,
+        hidden,
+        _activation(told, gated),
+        gated,
+        tied=f"{source}lm_head.weight" not in shapes,
+        # transformers 5 writes tie_word_embeddings=true whatever it was, and tells in a field of its own.
+        scaled=bool(told.get("scale_decoder_outputs", scaled)),
+        buckets=buckets,
+        max_distance=told.get("relative_attention_max_distance", 128),
+        epsilon=told.get("layer_norm_epsilon", 1e-6),
+        dropout=told.get("dropout_rate", 0.1),
+        pad=_ids(told.get("pad_token_id"), 0)[0],
+        eos=_ids(told.get("eos_token_id"), 1),
+        start=_ids(told.get("decoder_start_token_id"), 0)[0],
+    )
+
+
+def _tied(told: Told, gated: bool) -> bool:
+    """Whether the head is said to be the embedding; a config.json leaves out what is true."""
+    return told.get("tie_word_embeddings", True) if told else not gated
+
+
+def _depth(shapes: Shapes, stack: str) -> int:
+    pattern = re.escape(stack) + r"\.block\.(\d+)\."
+    return len({found[1] for found in (re.match(pattern, key) for key in shapes) if found})
+
+
+def _activation(told: Mapping[str, Any], gated: bool) -> str:
+    name = told.get("dense_act_fn")
+    if name is None:
+        name = str(told.get("feed_forward_proj", "gated-gelu" if gated else "relu")).split("-")[-1]
+        name = "gelu_new" if name == "gelu" and gated else name  # what T5 1.1 and Flan mean by it
+    if name not in ACTIVATIONS:
+        raise MmjaxError(f"config.json: T5 with the activation {name!r}; known are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def _ids(value: int | list[int] | None, default: int) -> tuple[int, ...]:
+    if value is None:
+        return (default,)
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+def hf_config(config: T5Config) -> dict[str, Any]:
+    """config.json of a T5ForConditionalGeneration, or of a T5EncoderModel."""
+    act = next(name for name, own in ACTIVATIONS.items() if own == config.act)
+    decoder = config.decoder_depth > 0
+    return {
+        "architectures": ["T5ForConditionalGeneration" if decoder else "T5EncoderModel"],
+        "model_type": "t5",
+        "vocab_size": config.vocab_size,
+        "d_model": config.width,
+        "d_kv": config.head_width,
+        "d_ff": config.hidden,
+        "num_layers": config.depth,
+        "num_decoder_layers": config.decoder_depth or config.depth,
+        "num_heads": config.heads,
+        "relative_attention_num_buckets": config.buckets,
+        "relative_attention_max_distance": config.max_distance,
+        "dropout_rate": config.dropout,
+        "layer_norm_epsilon": config.epsilon,
+        # transformers reads "gated-gelu" as gelu_new; dense_act_fn stands above it.
+        "feed_forward_proj": "gated-gelu" if config.gated and act == "gelu_new" else f"{'gated-' * config.gated}{act}",
+        "dense_act_fn": act,
+        "is_gated_act": config.gated,
+        "is_encoder_decoder": decoder,
+        "tie_word_embeddings": config.tied and config.scaled,
+        "scale_decoder_outputs": config.scaled,
+        "pad_token_id": config.pad,
+        "eos_token_id": config.eos[0] if len(config.eos) == 1 else list(config.eos),
+        "decoder_start_token_id": config.start,
+    }
+
+
+def _copies(config: T5Config) -> Table:
+    """The embedding under two names. Raises MmjaxError where it has not two."""
+    if not config.tied or not config.decoder_depth:
+        raise MmjaxError("layout hf_copies: this T5's head is not its embedding; layout hf holds it")
+    return (Entry(("shared.weight", "lm_head.weight"), "params/embedding", EQUAL), *hf_table(config)[1:])
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    if not np.array_equal(one, other):
+        raise ValueError("they should be one array, and differ")
+    return one
+
+
+EQUAL = Op("equal", _equal, lambda x: (x, x), joins=True)
+
+
+def _recognise(copies: bool) -> Any:
+    """copies: whether the head is in the file though it is said to be the embedding: transformers 4's PyTorch files.
+
+    transformers 5 says so of every T5, and writes a head where it is another array.
+    """
+
+    def recognise(keys: Set[str], told: Told) -> bool:
+        if "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight" not in keys:
+            return False
+        gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in keys
+        by_5 = "scale_decoder_outputs" in (told or {})
+        return copies == ("lm_head.weight" in keys and _tied(told, gated) and not by_5)
+
+    return recognise
+
+
+DROPPED = (
+    "encoder.embed_tokens.weight",  # `shared` again
+    "decoder.embed_tokens.weight",
+    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",  # of no use in any version
+)
+
+HF = Layout(
+    "hf",
+    _recognise(copies=False),
+    hf_config_of,
+    hf_table,
+    hf_config=hf_config,
+    ignored=DROPPED,
+)
+HF_COPIES = Layout(
+    "hf_copies",
+    _recognise(copies=True),
+    lambda shapes, told: hf_config_of({key: shape for key, shape in shapes.items() if key != "lm_head.weight"}, told),
+    _copies,
+    hf_config=hf_config,
+    ignored=DROPPED,
+)
+LAYOUTS: tuple[Layout, ...] = (HF, HF_COPIES)

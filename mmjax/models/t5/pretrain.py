@@ -1,0 +1,57 @@
+"""Fine-tuning T5 on pairs of texts (arXiv 1910.10683, section 2.4), as transformers does it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.models.t5.network import T5, T5Config
+from mmjax.objectives.classification import hits
+from mmjax.objectives.language import IGNORED, token_cross_entropy
+from mmjax.training.method import Method
+from mmjax.training.rng import named
+from mmjax.training.state import Carry
+from mmjax.types import Array, Batch, Float, Int, Metrics, Params, PRNGKeyArray
+
+
+def shift_right(labels: Int[Array, "b l"], start: int, pad: int) -> Int[Array, "b l"]:
+    """What the decoder reads to predict `labels`: the start token and the labels before; ignored ones are padding."""
+    before = jnp.where(labels == IGNORED, pad, labels)[:, :-1]
+    return jnp.concatenate([jnp.full_like(labels[:, :1], start), before], axis=1)
+
+
+@dataclass(frozen=True)
+class T5Seq2Seq(Method):
+    """Batches {"input_ids" [b, s], "labels" [b, l]}, both int32, and "attention_mask" [b, s] where inputs are padded.
+
+    The loss is the mean over the labels of the whole batch that are not -100 (`token_cross_entropy`).
+    """
+
+    config: T5Config
+
+    def init(self, rng: PRNGKeyArray, batch: Batch) -> tuple[Params, Carry]:
+        """Reads the shapes alone of `batch`."""
+        ids, labels = (jnp.zeros((1, batch[name].shape[1]), jnp.int32) for name in ("input_ids", "labels"))
+        variables: Any = T5(self.config).init(rng, ids, labels)
+        return variables["params"], Carry({}, {}, {}, {})
+
+    def loss(
+        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
+    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
+        """The loss; metrics: accuracy of the next token, in [0, 1]."""
+        c, labels = self.config, batch["labels"]
+        out: Any = T5(c, axis_name).apply(
+            {"params": params},
+            batch["input_ids"],
+            shift_right(labels, c.start, c.pad),
+            batch.get("attention_mask"),
+            train=True,
+            rngs={"dropout": named(rng, "dropout")},
+        )
+        loss, _, tokens = token_cross_entropy(out["logits"], labels, axis_name=axis_name)
+        counted = labels != IGNORED
+        found = hits(out["logits"].reshape(-1, c.vocab_size), jnp.where(counted, labels, 0).reshape(-1))
+        devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+        accuracy = jnp.sum(jnp.where(counted.reshape(-1), found, 0)) * devices / tokens
+        return loss, (carry, {"accuracy": accuracy})

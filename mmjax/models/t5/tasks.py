@@ -1,0 +1,61 @@
+"""The handle of T5."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from mmjax.models.generating import GeneratingModel
+from mmjax.models.t5.decoding import T5Decodable
+from mmjax.models.t5.network import T5, T5Config
+from mmjax.text.tokenizer import Side
+from mmjax.types import Array
+
+
+@dataclass
+class T5Model(GeneratingModel):
+    """A T5 or Flan-T5 with its weights, or an encoder alone."""
+
+    system: ClassVar[str] = "t5"
+    config_class: ClassVar[type] = T5Config
+
+    padding_side: Side = dataclasses.field(default="right", init=False)
+
+    @classmethod
+    def build(cls, config: T5Config) -> nn.Module:
+        return T5(config)
+
+    @classmethod
+    def example(cls, config: T5Config) -> dict[str, jax.ShapeDtypeStruct]:
+        names = ("input_ids", "decoder_input_ids") if config.decoder_depth else ("input_ids",)
+        return {name: jax.ShapeDtypeStruct((1, 3), jnp.int32) for name in names}
+
+    def decodable(self) -> T5Decodable:
+        """What generates. Raises MmjaxError for an encoder alone."""
+        return T5Decodable(self.config)
+
+    def prompt_inputs(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
+        begun = jnp.full((len(ids), 1), self.config.start, jnp.int32)
+        return {**super().prompt_inputs(ids, mask), "decoder_input_ids": begun}
+
+    def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
+        """logits [b, l, v] of `decoder_input_ids`, which begin with the start token, and what leads there:
+        decoder_hidden_states, encoder_hidden_states (depth + 1 arrays), encoder_last_hidden_state.
+
+        Without decoder_input_ids the encoder's alone; of an encoder alone last_hidden_state and hidden_states.
+        Raises MmjaxError without input_ids.
+        """
+        names = ("input_ids", "decoder_input_ids", "attention_mask", "inputs_embeds")
+        out: Any = self.module.apply(variables, *(inputs.get(name) for name in names))
+        states = tuple(out["encoder"])
+        if not self.config.decoder_depth:
+            return {"last_hidden_state": states[-1], "hidden_states": states}
+        told = {"encoder_last_hidden_state": states[-1], "encoder_hidden_states": states}
+        if "logits" in out:
+            told |= {"logits": out["logits"], "decoder_hidden_states": tuple(out["decoder"])}
+        return told

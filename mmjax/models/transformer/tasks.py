@@ -1,0 +1,117 @@
+"""The handle of the Transformer: the network on arrays, and translation of strings."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from mmjax.errors import MmjaxError
+from mmjax.models.generating import GeneratingModel
+from mmjax.models.transformer.network import Transformer, TransformerConfig, TransformerDecodable
+from mmjax.text.tokenizer import Side
+from mmjax.types import Array, ArrayLike
+
+LONGER = 50
+"""A translation has at most so many tokens more than its source (section 6.1)."""
+
+
+@dataclass
+class TransformerModel(GeneratingModel):
+    """A Transformer with its weights. Its tokenizer is one of both languages, and ends a text with its eos."""
+
+    padding_side: Side = dataclasses.field(default="right", init=False)
+    """Positions count from the left, padding included."""
+
+    system: ClassVar[str] = "transformer"
+    config_class: ClassVar[type] = TransformerConfig
+
+    @classmethod
+    def build(cls, config: TransformerConfig) -> nn.Module:
+        return Transformer(config)
+
+    @classmethod
+    def example(cls, config: TransformerConfig) -> dict[str, jax.ShapeDtypeStruct]:
+        return {name: jax.ShapeDtypeStruct((1, 2), jnp.int32) for name in ("input_ids", "decoder_input_ids")}
+
+    def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
+        """encoder_last_hidden_state and encoder_hidden_states; with decoder_input_ids also logits [b, l, v] and
+        decoder_hidden_states. The hidden states are those before and after each block."""
+        ids, decoder_ids = inputs.get("input_ids"), inputs.get("decoder_input_ids")
+        if ids is None:
+            raise MmjaxError("the Transformer's forward needs input_ids")
+        mask, decoder_mask = (
+            None if name not in inputs else inputs[name].astype(bool)
+            for name in ("attention_mask", "decoder_attention_mask")
+        )
+        out: Any = self.module.apply(variables, ids, mask, method="encode")
+        memory, states = out
+        told = {"encoder_last_hidden_state": memory, "encoder_hidden_states": tuple(states)}
+        if decoder_ids is None:
+            return told
+        out = self.module.apply(variables, decoder_ids, memory, mask, decoder_mask, method="decode")
+        return told | {"logits": out["logits"], "decoder_hidden_states": tuple(out["decoder_states"])}
+
+    def forward(
+        self,
+        pixel_values: ArrayLike | None = None,
+        input_ids: ArrayLike | None = None,
+        attention_mask: ArrayLike | None = None,
+        decoder_input_ids: ArrayLike | None = None,
+        decoder_attention_mask: ArrayLike | None = None,
+    ) -> dict[str, Array]:
+        """The network on ids [b, s] and, where given, on the decoder's [b, l]; see `outputs`. Compiled once a shape.
+
+        The masks are 1 for a token. Without them nothing is padding: the decoder may begin with the id that pads.
+        Raises MmjaxError for pixel_values, which a Transformer does not see, and for ids that are no matrix.
+        """
+        if pixel_values is not None:
+            raise MmjaxError("a Transformer sees no pixel_values")
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        given |= {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask}
+        inputs = {name: jnp.asarray(value) for name, value in given.items() if value is not None}
+        for name, value in inputs.items():
+            if value.ndim != 2:
+                raise MmjaxError(f"{name} should be [b, l], they are {list(value.shape)}")
+        return dict(self._compiled(self.variables, inputs))
+
+    # ------------------------------------------------------------------------------------------------------ generation
+
+    def decodable(self) -> TransformerDecodable:
+        return TransformerDecodable(self.config)
+
+    def prompt_inputs(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
+        begun = jnp.full((len(ids), 1), self.config.start, jnp.int32)
+        return {**super().prompt_inputs(ids, mask), "decoder_input_ids": begun}
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        return (self.config.eos,)
+
+    def fixed_options(self) -> dict[str, Any]:
+        """Neither the padding nor the start is ever written."""
+        never = tuple(sorted({self.config.pad, self.config.start} - {self.config.eos}))
+        return {"suppress": never, "forced_eos": self.config.forced_eos}
+
+    def check_room(self, length: int, new_tokens: int) -> None:
+        """`length` is the source's; the decoder's start counts as one of its tokens."""
+        most, wanted = self.config.max_length, max(length, 1 + new_tokens)
+        if most is not None and wanted > most:
+            raise MmjaxError(f"a source of {length} tokens and {new_tokens} new ones: {most} a side is the most")
+
+    def translate(
+        self, texts: str | Sequence[str], num_beams: int = 4, max_new_tokens: int | None = None, **options: Any
+    ) -> Any:
+        """A string -> its translation; strings -> theirs.
+
+        max_new_tokens: by default 50 more than the longest source has, as far as the model has positions.
+        options: as of `generate`. Raises MmjaxError as `generate` does, and where there is no tokenizer.
+        """
+        if max_new_tokens is None:
+            length = self._inputs(texts, None, True)[0].shape[1]
+            max_new_tokens = min(length + LONGER, (self.config.max_length or length + LONGER + 1) - 1)
+        return self.generate(texts, num_beams=num_beams, max_new_tokens=max_new_tokens, **options)

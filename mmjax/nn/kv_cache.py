@@ -1,0 +1,88 @@
+"""Keys and values kept between the steps of decoding, and attention of one new token over them.
+
+What an item's prompt left behind is kept once an item, however many beams or samples go on from it; only what was
+generated is kept a row. A beam search therefore moves the short part alone. All sizes are fixed when decoding begins;
+slots that are not written yet are masked. Keys stand heads before tokens, as the products want them, before any
+repetition of grouped heads, after rotary positions.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from mmjax.types import Array, Bool, Float, Int
+
+
+class KeyValues(NamedTuple):
+    """Of one layer. Of prompts or of an encoder: [b, g, s, k]; of generated tokens: [b, r, g, t, k], r rows an item.
+
+    g: heads of keys and values, a divisor of the queries'.
+    """
+
+    k: Array
+    v: Array
+
+
+def from_tokens(k: Float[Array, "b s g k"], v: Float[Array, "b s g k"]) -> KeyValues:
+    """Of a prompt, from projections as attention makes them."""
+    return KeyValues(rearrange(k, "b s g k -> b g s k"), rearrange(v, "b s g k -> b g s k"))
+
+
+def empty(b: int, rows: int, heads: int, capacity: int, width: int, dtype: jnp.dtype | type) -> KeyValues:
+    """Room for `capacity` generated tokens in each of `rows` rows of b items."""
+    zeros = jnp.zeros((b, rows, heads, capacity, width), dtype)
+    return KeyValues(zeros, zeros)
+
+
+def write(new: KeyValues, k: Float[Array, "b r g k"], v: Float[Array, "b r g k"], index: Int[Array, ""]) -> KeyValues:
+    """The next token's key and value, into slot `index`."""
+    start = (0, 0, 0, index, 0)
+    return KeyValues(
+        jax.lax.dynamic_update_slice(new.k, k[:, :, :, None].astype(new.k.dtype), start),
+        jax.lax.dynamic_update_slice(new.v, v[:, :, :, None].astype(new.v.dtype), start),
+    )
+
+
+def attend(
+    q: Float[Array, "b r h k"],
+    prompt: KeyValues | None,
+    prompt_mask: Bool[Array, "b s"] | None,
+    new: KeyValues | None,
+    index: Int[Array, ""] | int,
+    bias: Float[Array, "#b #r #h s_t"] | None = None,
+    scale: float | None = None,
+) -> Float[Array, "b r h k"]:
+    """Attention of one token a row over an item's prompt and the row's own generated tokens (slots 0 to `index`).
+
+    prompt, new: either may be None: cross attention has no generated keys. prompt_mask: True = a token.
+    bias: added to the scores, over the prompt's keys and then the generated slots (ALiBi, T5).
+    scale: of the scores; None: 1 / sqrt(k). T5 has 1.
+    Softmax in float32; a row that may attend to nothing attends evenly to all.
+    """
+    groups = prompt.k.shape[1] if prompt is not None else new.k.shape[2]  # type: ignore[union-attr]
+    q = q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    q = rearrange(q, "b r (g m) k -> b g r m k", g=groups)
+    parts: list[tuple[Array, Array, Array, str]] = []
+    if prompt is not None:
+        scores = jnp.einsum("bgrmk,bgsk->bgrms", q, prompt.k, preferred_element_type=jnp.float32)
+        mask = jnp.ones((1, prompt.k.shape[2]), bool) if prompt_mask is None else prompt_mask
+        parts.append((scores, mask[:, None, None, None], prompt.v, "bgrms,bgsk->bgrmk"))
+    if new is not None:
+        scores = jnp.einsum("bgrmk,brgtk->bgrmt", q, new.k, preferred_element_type=jnp.float32)
+        mask = jnp.arange(new.k.shape[3]) <= index
+        parts.append((scores, mask[None, None, None, None], new.v, "bgrmt,brgtk->bgrmk"))
+    scores = jnp.concatenate([scores for scores, *_ in parts], -1)
+    if bias is not None:
+        split = groups if bias.shape[-2] > 1 else 1
+        scores = scores + rearrange(bias.astype(jnp.float32), "b r (g m) s -> b g r m s", g=split)
+    allowed = jnp.concatenate([jnp.broadcast_to(mask, (q.shape[0], *mask.shape[1:])) for _, mask, *_ in parts], -1)
+    weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    mixed, start = jnp.zeros((), q.dtype), 0
+    for scores, _, v, sums in parts:
+        end = start + scores.shape[-1]
+        mixed = mixed + jnp.einsum(sums, weights[..., start:end].astype(v.dtype), v)
+        start = end
+    return rearrange(mixed, "b g r m k -> b r (g m) k")

@@ -1,0 +1,63 @@
+"""Knowledge distillation (Hinton, Vinyals and Dean 2015, arXiv 1503.02531): a student learns a teacher's soft labels.
+
+A teacher that is fairly sure of a cat says how much it looks like a dog; a label that only says "cat" does not:
+
+    >>> [f"{p:.2f}" for p in soft_labels_of(jnp.array([1.0, 0.0]))]  # a teacher's logits of cat and dog
+    ['0.73', '0.27']
+    >>> [f"{p:.2f}" for p in soft_labels_of(jnp.array([1.0, 0.0]), temperature=4.0)]
+    ['0.56', '0.44']
+
+One value an example (or a token), float32, so that the caller chooses how to average. No gradient reaches a teacher.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.types import Array, Float, Int
+
+
+def soft_labels_of(logits: Float[Array, "*b c"], temperature: Float[Array, ""] | float = 1.0) -> Float[Array, "*b c"]:
+    """softmax(logits / temperature): the higher, the nearer to uniform. Without a gradient."""
+    return jax.nn.softmax(jax.lax.stop_gradient(logits.astype(jnp.float32)) / temperature)
+
+
+def soft_cross_entropy(
+    student: Float[Array, "*b c"], teacher: Float[Array, "*b c"], temperature: Float[Array, ""] | float = 1.0
+) -> Float[Array, "*b"]:
+    """-sum_c q_c log p_c of the softmaxes p, q of student's and teacher's logits over the temperature.
+
+    Not below the entropy of q; has the slopes of `soft_divergence`. ALBEF and BLIP distil with it, at temperature 1.
+    """
+    log_p = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
+    return -jnp.sum(soft_labels_of(teacher, temperature) * log_p, axis=-1)
+
+
+def soft_divergence(
+    student: Float[Array, "*b c"], teacher: Float[Array, "*b c"], temperature: Float[Array, ""] | float = 1.0
+) -> Float[Array, "*b"]:
+    """KL(q || p) of the same: 0 where the student says what the teacher says."""
+    entropy = soft_cross_entropy(jax.lax.stop_gradient(teacher), teacher, temperature)
+    return soft_cross_entropy(student, teacher, temperature) - entropy
+
+
+def distillation_loss(
+    student: Float[Array, "*b c"],
+    teacher: Float[Array, "*b c"],
+    labels: Int[Array, "*b"],
+    temperature: Float[Array, ""] | float = 4.0,
+    alpha: Float[Array, ""] | float = 0.9,
+) -> Float[Array, "*b"]:
+    """(1 - alpha) * cross-entropy of the labels + alpha * temperature^2 * KL(teacher || student) (section 2).
+
+    Args:
+        student, teacher: logits, before any temperature.
+        labels: class numbers; outside [0, c) the value is NaN, which a train step refuses.
+        temperature: of both in the soft part. Its slopes shrink with 1 / temperature^2: hence the factor.
+        alpha: share of the soft part: 0 learns from the labels alone, 1 from the teacher alone.
+    """
+    log_p = jax.nn.log_softmax(student.astype(jnp.float32))
+    classes = log_p.shape[-1]
+    within = (labels >= 0) & (labels < classes)
+    told = jnp.take_along_axis(log_p, jnp.where(within, labels, 0)[..., None], axis=-1)[..., 0]
+    soft = temperature**2 * soft_divergence(student, teacher, temperature)
+    return alpha * soft - (1 - alpha) * jnp.where(within, told, jnp.nan)

@@ -1,0 +1,255 @@
+"""Losses of language models: cross-entropy of tokens from logits, or from hidden states without ever holding logits.
+
+Both count the tokens whose label is not `IGNORED` and give the mean over them, as torch's `cross_entropy` does. Under
+`axis_name` the batch is cut over devices, which may count different numbers of tokens: all that is returned is then
+this device's share, whose mean over devices, in value and in gradient, is that of the global batch.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.errors import MmjaxError
+from mmjax.types import Array, Bool, Float, Int
+
+IGNORED = -100
+"""The label of a token that is not counted (torch's and transformers' ignore_index)."""
+BLOCK = 2**25
+"""So many logits `linear_cross_entropy` holds at a time by default: 128 MiB."""
+
+
+class TokenLoss(NamedTuple):
+    """Float32 scalars.
+
+    Attributes:
+        loss: to be minimised: with smoothing and z-loss. NaN, which a train step refuses, where no token is counted or
+            a counted label is outside the vocabulary.
+        nll: the same without smoothing and z-loss, in nats: what `perplexity` takes. Without a gradient.
+        tokens: counted in the global batch, or the sum of their weights.
+    """
+
+    loss: Float[Array, ""]
+    nll: Float[Array, ""]
+    tokens: Float[Array, ""]
+
+
+def next_tokens(ids: Int[Array, "b l"], mask: Bool[Array, "b l"] | None = None) -> Int[Array, "b l"]:
+    """Labels of a causal model: of each token the one behind it, of the last `IGNORED`; no hidden state is cut off.
+
+    ids: tokens, or labels in which some are ignored already. mask: false where there is no token.
+    """
+    labels = ids if mask is None else jnp.where(mask.astype(bool), ids, IGNORED)
+    return jnp.concatenate([labels[:, 1:], jnp.full_like(labels[:, :1], IGNORED)], axis=1)
+
+
+def perplexity(nll: Float[Array, "*rest"]) -> Float[Array, "*rest"]:
+    """exp of a mean negative log-likelihood in nats."""
+    return jnp.exp(nll)
+
+
+def token_cross_entropy(
+    logits: Float[Array, "*b v"],
+    labels: Int[Array, "*b"],
+    *,
+    weights: Float[Array, "*b"] | None = None,
+    label_smoothing: Float[Array, ""] | float = 0.0,
+    z_loss: Float[Array, ""] | float = 0.0,
+    epsilon: float = 0.0,
+    axis_name: str | None = None,
+) -> TokenLoss:
+    """Mean over counted tokens of -sum_v q_v log softmax(logits)_v, in float32.
+
+    Args:
+        labels: token numbers; `IGNORED` counts for nothing.
+        weights: of each token in the mean; None: all alike.
+        label_smoothing: s in q = (1 - s) onehot + s / v (torch's; the original Transformer's spreads s over v - 1).
+        z_loss: factor on log^2 of the softmax's normaliser, which keeps it near 1 (PaLM, arXiv 2204.02311, section 5).
+        epsilon: added to the number of tokens: 1e-5 in Google's BERT (run_pretraining.py).
+    """
+    v = logits.shape[-1]
+    logits = _counted(logits.astype(jnp.float32), labels)
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    own = jnp.take_along_axis(logits, _within(labels, v)[..., None], axis=-1)[..., 0]
+    mean = None if _off(label_smoothing) else jnp.mean(logits, axis=-1)
+    losses = _losses(normaliser, own, mean, label_smoothing, z_loss)
+    return _mean(losses, normaliser - own, labels, v, weights, epsilon, axis_name)
+
+
+def linear_cross_entropy(
+    hidden: Float[Array, "*b d"],
+    kernel: Float[Array, "d v"] | Float[Array, "v d"],
+    labels: Int[Array, "*b"],
+    *,
+    tied: bool = False,
+    bias: Float[Array, "v"] | None = None,
+    logit_scale: Float[Array, ""] | float = 1.0,
+    weights: Float[Array, "*b"] | None = None,
+    label_smoothing: Float[Array, ""] | float = 0.0,
+    z_loss: Float[Array, ""] | float = 0.0,
+    epsilon: float = 0.0,
+    axis_name: str | None = None,
+    block: int | None = None,
+) -> TokenLoss:
+    """`token_cross_entropy` of logit_scale * hidden @ kernel + bias, a part of the vocabulary after the other.
+
+    Logits and their gradient are made twice, in the forward and in the backward pass, and at no time are more of them
+    held than a block's. Products are of hidden's dtype (bfloat16, say) and are summed in float32; the gradients have
+    the dtypes of what they are of. A kernel that is frozen costs no gradient.
+
+    Blocks of the vocabulary, not of tokens: each part of the kernel's gradient is then made once, in the kernel's own
+    dtype, and on a mesh is reduced once. (tokamax 0.0.12's linear_softmax_cross_entropy_loss has a Pallas kernel for
+    TPU alone, elsewhere it makes all logits; it ignores no label and has neither bias nor smoothing.)
+
+    Args:
+        kernel: of the output layer, [d, v]; if `tied` an embedding table, [v, d].
+        block: entries of the vocabulary at a time; None: as many as give `BLOCK` logits.
+        others: see `token_cross_entropy`.
+
+    Raises MmjaxError: shapes that do not fit, or block < 1.
+    """
+    d, v = kernel.shape[::-1] if tied else kernel.shape
+    if hidden.shape != (*labels.shape, d) or (bias is not None and bias.shape != (v,)):
+        told = f"hidden {list(hidden.shape)}, kernel {list(kernel.shape)}, labels {list(labels.shape)}"
+        raise MmjaxError(
+            f"linear_cross_entropy: {told}, bias {None if bias is None else list(bias.shape)}: tied={tied}"
+        )
+    if block is not None and block < 1:
+        raise MmjaxError(f"linear_cross_entropy: block={block}: at least 1")
+    size = min(v, block or max(BLOCK // max(labels.size, 1), 1))
+    rows = _counted((hidden * logit_scale).astype(hidden.dtype), labels).reshape(-1, d)
+    offsets = jnp.zeros(v, jnp.float32) if bias is None else bias
+    normaliser, own = _sums(_Layer(tied, size), rows, kernel, offsets, _within(labels, v).reshape(-1))
+    mean = None
+    if not _off(label_smoothing):  # the mean of all logits is the product with the mean of the kernel
+        mean_kernel = jnp.mean(kernel.astype(jnp.float32), axis=0 if tied else 1)
+        mean = rows.astype(jnp.float32) @ mean_kernel + jnp.mean(offsets.astype(jnp.float32))
+    losses = _losses(normaliser, own, mean, label_smoothing, z_loss)
+    nll, losses = (x.reshape(labels.shape) for x in (normaliser - own, losses))
+    return _mean(losses, nll, labels, v, weights, epsilon, axis_name)
+
+
+def _within(labels: Array, v: int) -> Array:
+    """Labels with which one may index: what is ignored or wrong becomes 0."""
+    return jnp.where((labels >= 0) & (labels < v), labels, 0)
+
+
+def _counted(values: Array, labels: Array) -> Array:
+    """`values` [.., d], 0 for tokens that are ignored: what is infinite or NaN there would be so in every slope."""
+    return jnp.where((labels != IGNORED)[..., None], values, 0)
+
+
+def _off(factor: Array | float) -> bool:
+    """Whether a term is known to be none before anything runs: 0 times a logit of -inf would be NaN, and cost time."""
+    return isinstance(factor, int | float) and factor == 0
+
+
+def _losses(
+    normaliser: Array, own: Array, mean: Array | None, label_smoothing: Array | float, z_loss: Array | float
+) -> Array:
+    """Each token's loss from its logits' log sum exp, the label's own logit and the mean of all."""
+    losses = normaliser - own
+    if mean is not None:
+        losses += label_smoothing * (own - mean)
+    if not _off(z_loss):
+        losses += z_loss * normaliser**2
+    return losses
+
+
+def _mean(
+    losses: Array, nll: Array, labels: Array, v: int, weights: Array | None, epsilon: float, axis_name: str | None
+) -> TokenLoss:
+    counted = labels != IGNORED
+    wrong = counted & ((labels < 0) | (labels >= v))
+    share = counted.astype(jnp.float32) if weights is None else jnp.where(counted, weights.astype(jnp.float32), 0.0)
+    tokens, devices = jnp.sum(share), 1
+    if axis_name is not None:
+        tokens, devices = jax.lax.psum(tokens, axis_name), jax.lax.axis_size(axis_name)
+    share = share * devices / (tokens + epsilon)
+
+    def total(values: Array) -> Array:
+        told = jnp.sum(jnp.where(wrong, jnp.nan, jnp.where(counted, values, 0.0)) * share)
+        return jnp.where(tokens > 0, told, jnp.nan)  # said: compilers make 0 of 0 / 0
+
+    return TokenLoss(total(losses), jax.lax.stop_gradient(total(nll)), tokens)
+
+
+# ------------------------------------------------------------------------------------------------------------ in blocks
+
+
+class _Layer(NamedTuple):
+    """What is static of the output layer. tied: the kernel is [v, d]. size: entries of the vocabulary at a time."""
+
+    tied: bool
+    size: int
+
+    def part(self, kernel: Array, start: Array | int, size: int, dtype: Any) -> Array:
+        return jax.lax.dynamic_slice_in_dim(kernel, start, size, 0 if self.tied else 1).astype(dtype)
+
+    def logits(self, rows: Array, part: Array, bias: Array, start: Array | int) -> Array:
+        """Float32 [t, size]."""
+        offsets = jax.lax.dynamic_slice_in_dim(bias, start, part.shape[0 if self.tied else 1])
+        return _product("td,vd->tv" if self.tied else "td,dv->tv", rows, part) + offsets.astype(jnp.float32)
+
+    def loop(self, run: Callable[[Any, Array | int, int], Any], carry: Any, v: int) -> Any:
+        """carry = run(carry, first entry, entries) over the vocabulary: whole blocks in a loop, then what is left."""
+        whole, rest = divmod(v, self.size)
+        carry = jax.lax.fori_loop(0, whole, lambda i, carry: run(carry, i * self.size, self.size), carry)
+        return run(carry, whole * self.size, rest) if rest else carry
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _primal(layer: _Layer, rows: Array, kernel: Array, bias: Array, labels: Array) -> tuple[Array, Array]:
+    """(log sum exp of a row's logits, the label's logit), each float32 [t]. labels: all within the vocabulary."""
+
+    def run(carry: tuple[Array, Array, Array], start: Array | int, size: int) -> tuple[Array, Array, Array]:
+        largest, total, own = carry
+        logits = layer.logits(rows, layer.part(kernel, start, size, rows.dtype), bias, start)
+        new = jnp.maximum(largest, jnp.max(logits, axis=1))
+        total = total * jnp.exp(largest - new) + jnp.sum(jnp.exp(logits - new[:, None]), axis=1)
+        place = labels - start
+        found = jnp.take_along_axis(logits, jnp.clip(place, 0, size - 1)[:, None], axis=1)[:, 0]
+        return new, total, jnp.where((place >= 0) & (place < size), found, own)
+
+    nothing = jnp.zeros(rows.shape[0], jnp.float32)
+    least = jnp.full_like(nothing, jnp.finfo(jnp.float32).min)  # not -inf, which a whole block of logits may be
+    largest, total, own = layer.loop(run, (least, nothing, nothing), bias.shape[0])
+    return largest + jnp.log(total), own
+
+
+def _forward(layer: _Layer, rows: Array, kernel: Array, bias: Array, labels: Array) -> Any:
+    normaliser, own = _primal(layer, rows, kernel, bias, labels)
+    return (normaliser, own), (rows, kernel, bias, labels, normaliser)
+
+
+def _backward(layer: _Layer, kept: Any, slopes: tuple[Array, Array]) -> Any:
+    """d logits = slope of the normaliser * softmax + slope of the own logit * onehot, a block after the other."""
+    rows, kernel, bias, labels, normaliser = kept
+    d_normaliser, d_own = slopes
+
+    def run(carry: Any, start: Array | int, size: int) -> Any:
+        d_rows, d_kernel, d_bias = carry
+        part = layer.part(kernel, start, size, rows.dtype)
+        d_logits = jnp.exp(layer.logits(rows, part, bias, start) - normaliser[:, None]) * d_normaliser[:, None]
+        d_logits += jnp.where(jnp.arange(size) == (labels - start)[:, None], d_own[:, None], 0.0)
+        narrow = d_logits.astype(rows.dtype)
+        if layer.tied:
+            d_rows, d_part = d_rows + _product("tv,vd->td", narrow, part), _product("tv,td->vd", narrow, rows)
+        else:
+            d_rows, d_part = d_rows + _product("tv,dv->td", narrow, part), _product("td,tv->dv", rows, narrow)
+        axis = 0 if layer.tied else 1
+        d_kernel = jax.lax.dynamic_update_slice_in_dim(d_kernel, d_part.astype(kernel.dtype), start, axis)
+        d_bias = jax.lax.dynamic_update_slice_in_dim(d_bias, jnp.sum(d_logits, 0).astype(bias.dtype), start, 0)
+        return d_rows, d_kernel, d_bias
+
+    nothing = jnp.zeros(rows.shape, jnp.float32), jnp.zeros_like(kernel), jnp.zeros_like(bias)
+    d_rows, d_kernel, d_bias = layer.loop(run, nothing, bias.shape[0])
+    return d_rows.astype(rows.dtype), d_kernel, d_bias, None
+
+
+_sums: Any = jax.custom_vjp(_primal, nondiff_argnums=(0,))
+_sums.defvjp(_forward, _backward)

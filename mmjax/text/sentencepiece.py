@@ -1,0 +1,127 @@
+"""SentencePiece's models on the `tokenizers` library: LLaMA's BPE, T5's Unigram, from a .model file or from pieces.
+
+A piece's score takes the place of the merge list: the two neighbours that form the piece of the best score are merged
+first (sentencepiece, src/bpe_model.cc). Spaces are U+2581; a character that no piece holds falls back to its bytes.
+"""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers
+
+from mmjax.errors import MmjaxError
+from mmjax.text import tokenizer_files
+from mmjax.text.tokenizer_files import Parts
+
+SPACE = "▁"
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Kinds of pieces: sentencepiece_model.proto, ModelProto.SentencePiece.Type; GGUF numbers them alike."""
+UNIGRAM, BPE = 1, 2
+"""Kinds of models: sentencepiece_model.proto, TrainerSpec.ModelType."""
+
+
+def bpe_of_pieces(pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> models.BPE:
+    """The BPE whose merges are all ways of joining two normal pieces to a third, the best scores first."""
+    vocabulary = {piece: id for id, piece in enumerate(pieces)}
+    merges = []
+    for piece, score, kind in zip(pieces, scores, kinds):
+        if kind == NORMAL:
+            halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+            merges += [(-score, *pair) for pair in halves if pair[0] in vocabulary and pair[1] in vocabulary]
+    merges.sort(key=lambda merge: merge[0])
+    unknown = next((piece for piece, kind in zip(pieces, kinds) if kind == UNKNOWN), None)
+    fallback = {"unk_token": unknown, "fuse_unk": True} if unknown is not None else {}
+    pairs = [(left, right) for _, left, right in merges]
+    return models.BPE(vocabulary, pairs, byte_fallback=BYTE in kinds, **fallback)
+
+
+def sentencepiece_tokenizer(
+    model: Any, dummy_prefix: bool = True, charsmap: bytes = b"", squeeze: bool = False
+) -> tokenizers.Tokenizer:
+    """What SentencePiece puts around its model.
+
+    dummy_prefix: a space is put in front of a text, and again behind every special token in it, as llama.cpp and
+        transformers' `legacy` form do. charsmap: its compiled normalisation (NFKC and the like).
+    squeeze: spaces at both ends are dropped and runs of them become one.
+    """
+    tokenizer = tokenizers.Tokenizer(model)
+    steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
+    steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")] if squeeze else []
+    steps += [normalizers.Prepend(SPACE)] if dummy_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    ends: list[Any] = [decoders.Strip(" ", 1, 0)] if dummy_prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *ends]
+    )
+    return tokenizer
+
+
+def unigram_of_model(proto: Any) -> tokenizers.Tokenizer:
+    """A Unigram model with everything around it but special tokens around a text. proto: of `parse_model`."""
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    kinds = [piece.type for piece in proto.pieces]
+    return _surrounded(models.Unigram(pieces, kinds.index(UNKNOWN), BYTE in kinds), proto)
+
+
+def _surrounded(model: Any, proto: Any) -> tokenizers.Tokenizer:
+    spec = proto.normalizer_spec
+    tokenizer = sentencepiece_tokenizer(
+        model, spec.add_dummy_prefix, spec.precompiled_charsmap, spec.remove_extra_whitespaces
+    )
+    for piece in proto.pieces:
+        if piece.type in (UNKNOWN, CONTROL, USER_DEFINED):
+            tokenizer.add_tokens([AddedToken(piece.piece, special=piece.type != USER_DEFINED, normalized=False)])
+    return tokenizer
+
+
+def read_sentencepiece(file: pathlib.Path) -> Parts:
+    """A .model file (tokenizer.model, spiece.model) with what lies beside it, as for a tokenizer.json.
+
+    Around a text stand bos for a BPE (LLaMA) and eos for a Unigram (T5), unless tokenizer_config.json has
+    add_bos_token and add_eos_token. Raises MmjaxError naming the file, or that the package sentencepiece is missing.
+    """
+    if not file.is_file():
+        raise MmjaxError(f"{file}: no such file")
+    proto = parse_model(file.read_bytes(), str(file))
+    told, kind = proto.trainer_spec, proto.trainer_spec.model_type
+    if kind not in (BPE, UNIGRAM):
+        raise MmjaxError(f"{file}: a SentencePiece model of kind {kind}, neither BPE nor Unigram")
+    names = [piece.piece for piece in proto.pieces]
+    try:
+        if kind == BPE:
+            columns = [piece.score for piece in proto.pieces], [piece.type for piece in proto.pieces]
+            tokenizer = _surrounded(bpe_of_pieces(names, *columns), proto)
+        else:
+            tokenizer = unigram_of_model(proto)
+    except Exception as error:  # the library raises bare Exception
+        raise MmjaxError(f"{file}: {error}") from error
+    named = {f"{name}_token": getattr(told, f"{name}_piece") for name in ("bos", "eos", "unk", "pad")}
+    named = {name: piece for name, piece in named.items() if piece in names}
+    return tokenizer_files.with_neighbours(file, tokenizer, named, add_bos=kind == BPE, add_eos=kind == UNIGRAM)
+
+
+def package() -> Any:
+    """The package sentencepiece. Raises MmjaxError where it is not installed."""
+    try:
+        import sentencepiece
+    except ImportError as error:
+        told = "SentencePiece models need the package sentencepiece: pip install 'mmjax[sentencepiece]'"
+        raise MmjaxError(told) from error
+    return sentencepiece
+
+
+def parse_model(raw: bytes, place: str) -> Any:
+    """The ModelProto in the bytes of a .model file. Raises MmjaxError naming `place`."""
+    package()
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    try:
+        proto.ParseFromString(raw)
+    except Exception as error:  # protobuf's DecodeError has no public home
+        raise MmjaxError(f"{place}: not a SentencePiece model: {error}") from error
+    if not proto.pieces:
+        raise MmjaxError(f"{place}: not a SentencePiece model: it has no pieces")
+    return proto

@@ -1,0 +1,223 @@
+"""Learning a tokenizer from texts: WordPiece as BERT's, byte-level BPE as GPT-2's, Unigram as T5's.
+
+The same texts give the same tokenizer in every process and on every machine. Where the `tokenizers` library goes by the
+order of a hash table, the order is settled here: WordPiece's alphabet is counted first and handed to its trainer, and
+Unigram, whose sums depend on that order, is learned by the package sentencepiece.
+"""
+
+import collections
+import io
+import itertools
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import BinaryIO, Literal, get_args
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from mmjax.errors import MmjaxError
+from mmjax.text.sentencepiece import package, parse_model, unigram_of_model
+from mmjax.text.tokenizer import Tokenizer
+from mmjax.text.tokenizer_files import File, put_around
+
+Kind = Literal["wordpiece", "byte_bpe", "unigram"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+SPECIAL = {
+    "wordpiece": {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    },
+    "byte_bpe": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|padding|>"},
+    "unigram": {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
+}
+"""Special tokens of each kind; they have the first ids, in this order."""
+CONTINUES = "##"
+"""What WordPiece puts before a piece that does not begin a word."""
+MAX_ALPHABET = 1000
+"""Characters that WordPiece knows, the most frequent ones; a word with any other is unknown."""
+MIN_FREQUENCY = 2
+"""How often two pieces must stand side by side to be joined (WordPiece, BPE)."""
+THREADS = 16
+"""Of sentencepiece: its sums depend on their number, so it is the same on every machine."""
+
+
+def train_tokenizer(texts: Iterable[str], kind: Kind, vocab_size: int, special: Sequence[str] = ()) -> Tokenizer:
+    """Learns a tokenizer of at most `vocab_size` ids; fewer come out if the texts run out of pieces.
+
+    texts: sentences, captions, documents; read once. No piece spans two of them.
+    kind: "wordpiece": BERT's normalisation (lower case, accents stripped, Chinese characters apart), [CLS] and [SEP]
+        around a text. "byte_bpe": GPT-2's; no text is ever unknown, nothing is put around it. "unigram": T5's (NFKC,
+        single spaces, U+2581 for a space), </s> behind a text.
+    special: further special tokens ("<image>"), with the ids behind the kind's own.
+    Raises MmjaxError: another kind, no text, no room for the alphabet; Unigram without the package sentencepiece.
+    """
+    if kind not in KINDS:
+        raise MmjaxError(f"kind={kind!r}: {', '.join(KINDS)}")
+    given = iter(texts)
+    first = next((text for text in given if text.strip()), None)
+    if first is None:
+        raise MmjaxError("there is no text to learn a tokenizer from")
+    tokens = list(dict.fromkeys([*SPECIAL[kind].values(), *special]))
+    learn = {"wordpiece": _word_piece, "byte_bpe": _byte_bpe, "unigram": _unigram}[kind]
+    return Tokenizer(learn(itertools.chain([first], given), vocab_size, tokens), SPECIAL[kind])
+
+
+def _check_room(vocab_size: int, special: int, alphabet: int) -> None:
+    if vocab_size < special + alphabet:
+        raise MmjaxError(f"vocab_size={vocab_size}: {special} special tokens and {alphabet} single symbols come first")
+
+
+# ------------------------------------------------------------------------------------------------------------ the kinds
+
+
+def _byte_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> tokenizers.Tokenizer:
+    _check_room(vocab_size, len(special), 256)
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=MIN_FREQUENCY,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _bert() -> tokenizers.Tokenizer:
+    """BERT's uncased normalisation and cutting, with nothing learned."""
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token=SPECIAL["wordpiece"]["unk_token"]))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+def _word_piece(texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> tokenizers.Tokenizer:
+    learner = _bert()
+    words = _words(texts, learner)
+    alphabet, symbols = _alphabet(words)
+    _check_room(vocab_size, len(special), len(symbols))
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=MIN_FREQUENCY,
+        # Fixed ids for every symbol: ties between pairs go by id, and the trainer would number the pieces that continue
+        # a word in the order of a hash table.
+        special_tokens=[*special, *symbols],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        continuing_subword_prefix=CONTINUES,
+        show_progress=False,
+    )
+    learner.train_from_iterator((" ".join([word] * count) for word, count in sorted(words.items())), trainer)
+    tokenizer, own = _bert(), SPECIAL["wordpiece"]
+    vocabulary = json.loads(learner.to_str())["model"]["vocab"]
+    tokenizer.model = models.WordPiece(vocabulary, unk_token=own["unk_token"], continuing_subword_prefix=CONTINUES)
+    tokenizer.decoder = decoders.WordPiece(CONTINUES)
+    tokenizer.add_special_tokens(list(special))
+    cls, sep = own["cls_token"], own["sep_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[cls, "$A", sep],
+        pair=[cls, "$A", sep, "$B:1", f"{sep}:1"],
+        special_tokens=[(token, vocabulary[token]) for token in (cls, sep)],
+    )
+    return tokenizer
+
+
+def _words(texts: Iterable[str], bert: tokenizers.Tokenizer) -> dict[str, int]:
+    """How often each word and punctuation mark occurs, after normalisation."""
+    spaced: collections.Counter[str] = collections.Counter()
+    for text in texts:
+        spaced.update(bert.normalizer.normalize_str(text).split())
+    words: collections.Counter[str] = collections.Counter()
+    for chunk, count in spaced.items():
+        for word, _ in bert.pre_tokenizer.pre_tokenize_str(chunk):
+            words[word] += count
+    return words
+
+
+def _alphabet(words: dict[str, int]) -> tuple[list[str], list[str]]:
+    """(the characters kept, the symbols: those and, with ## in front, those of them that continue a word), in order."""
+    counts: collections.Counter[str] = collections.Counter()
+    for word, count in words.items():
+        for character in word:
+            counts[character] += count
+    kept = sorted(sorted(counts, key=lambda character: (-counts[character], character))[:MAX_ALPHABET])
+    inside = {character for word in words for character in word[1:]}
+    return kept, [*kept, *(CONTINUES + character for character in kept if character in inside)]
+
+
+def _unigram(texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> tokenizers.Tokenizer:
+    model, (pad, eos, unk, *more) = io.BytesIO(), special
+    failures: list[BaseException] = []
+
+    def given() -> Iterator[str]:
+        try:
+            yield from texts
+        except BaseException as error:  # sentencepiece would tell it as one of its own
+            failures.append(error)
+            raise
+
+    try:
+        package().SentencePieceTrainer.train(
+            sentence_iterator=given(),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            max_sentence_length=2**30,  # longer ones would be dropped in silence, from 4192 bytes on
+            num_threads=THREADS,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            pad_piece=pad,
+            eos_piece=eos,
+            unk_piece=unk,
+            control_symbols=more,
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        if failures:
+            raise failures[0] from None
+        raise MmjaxError(f"vocab_size={vocab_size}: sentencepiece does not learn it: {error}") from error
+    tokenizer = unigram_of_model(parse_model(model.getvalue(), "sentencepiece"))
+    put_around(tokenizer, None, eos)
+    return tokenizer
+
+
+# --------------------------------------------------------------------------------------------------------------- corpus
+
+
+def corpus_files(places: Iterable[File]) -> list[pathlib.Path]:
+    """The text files of a corpus: files as given, and of a folder every .txt file in it at any depth, by name.
+
+    Raises MmjaxError at a place where there is nothing.
+    """
+    files: list[pathlib.Path] = []
+    for place in map(pathlib.Path, places):
+        found = sorted(place.rglob("*.txt")) if place.is_dir() else [place] if place.is_file() else []
+        if not found:
+            raise MmjaxError(
+                f"{place}: {'no .txt file in this folder' if place.is_dir() else 'no such file or folder'}"
+            )
+        files += found
+    return files
+
+
+def read_lines(file: BinaryIO, name: File) -> Iterator[str]:
+    """The lines of an open text file that are not blank. Raises MmjaxError, with file and line, if not UTF-8."""
+    for number, raw in enumerate(file, 1):
+        try:
+            line = raw.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise MmjaxError(f"{name}:{number}: not UTF-8: {error}") from None
+        if line:
+            yield line

@@ -1,0 +1,30 @@
+"""The mean of a run's last checkpoints (arXiv 1706.03762, section 6.1: of the last 5 for base, 20 for big)."""
+
+import os
+from typing import Any
+
+import numpy as np
+
+from mmjax import tree
+from mmjax.training.checkpoint import load_params, step_folder, steps
+from mmjax.training.checkpoint_format import CheckpointError
+from mmjax.types import Params
+
+
+def average_checkpoints(workdir: str | os.PathLike[str], last: int) -> Params:
+    """The arithmetic mean of the newest `last` steps' parameters, summed in float64, in the dtypes they have.
+
+    A run keeps as many as its config's `keep`. Raises CheckpointError where there are fewer, or one is damaged.
+    """
+    found = steps(workdir)
+    if not 1 <= last <= len(found):
+        raise CheckpointError(
+            f"{workdir}: last={last} of {len(found)} checkpoints (steps {found}); `keep` says how many"
+        )
+    sums: dict[str, Any] = {}
+    dtypes: dict[str, Any] = {}
+    for step in found[-last:]:
+        for path, leaf in tree.flatten(load_params(step_folder(workdir, step))["params"]).items():
+            sums[path] = sums.get(path, 0) + np.asarray(leaf, np.float64)
+            dtypes[path] = leaf.dtype
+    return tree.unflatten({path: np.asarray(total / last, dtypes[path]) for path, total in sums.items()})

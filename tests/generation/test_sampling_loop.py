@@ -1,0 +1,193 @@
+"""Greedy decoding and sampling on a chain that can be counted by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from generation.markov import Markov
+
+from mmjax.errors import MmjaxError
+from mmjax.generation.engine import generate, stream
+from mmjax.generation.options import GenerationOptions
+from mmjax.generation.scores import constrain, nucleus
+from mmjax.generation.stopping import Stops
+from mmjax.text.stop_strings import stop_automaton
+
+V = 7
+TABLE = jax.nn.log_softmax(jnp.asarray(np.random.default_rng(0).normal(size=(V, V)) * 2, jnp.float32))
+VARIABLES = {"table": TABLE}
+PROMPTS = np.array([[3, 5], [4, 1], [0, 2]], np.int32)
+
+
+def run(**options):
+    inputs = {"input_ids": jnp.asarray(options.pop("prompts", PROMPTS))}
+    inputs |= {"attention_mask": jnp.asarray(options.pop("mask"))} if "mask" in options else {}
+    seed, stops = options.pop("seed", 0), options.pop("stops", None)
+    return generate(Markov(), VARIABLES, inputs, GenerationOptions(**options), seed, stops)
+
+
+def walk(last, length, allowed=lambda row, scores: scores):
+    row = []
+    for _ in range(length):
+        row.append(int(np.argmax(allowed(row, np.array(TABLE[last], np.float64)))))
+        last = row[-1]
+    return row
+
+
+def test_greedy_takes_the_likeliest_and_pads_behind_the_end():
+    found = run(max_new_tokens=9)
+    rows = [walk(last, 9) for last in PROMPTS[:, -1]]
+    np.testing.assert_array_equal(found.ids[:, 0], rows)
+    sums = [sum(float(TABLE[a, b]) for a, b in zip([last, *row], row)) for last, row in zip(PROMPTS[:, -1], rows)]
+    np.testing.assert_allclose(found.scores[:, 0], sums, rtol=1e-5)
+    eos = rows[0][2]
+    first = [row[: row.index(eos) + 1] if eos in row else row for row in rows]
+    ended = np.asarray(run(max_new_tokens=9, eos=(eos,), pad=6).ids[:, 0])
+    np.testing.assert_array_equal(ended, [[*row, *[6] * (9 - len(row))] for row in first])
+
+
+def test_padding_on_either_side_changes_nothing():
+    left = run(max_new_tokens=5, prompts=np.array([[0, 0, 5], [0, 4, 1]]), mask=np.array([[0, 0, 1], [0, 1, 1]]))
+    right = run(max_new_tokens=5, prompts=np.array([[5, 0, 0], [4, 1, 0]]), mask=np.array([[1, 0, 0], [1, 1, 0]]))
+    np.testing.assert_array_equal(left.ids, right.ids)
+    np.testing.assert_array_equal(left.ids[:, 0], [walk(5, 5), walk(1, 5)])
+
+
+def test_what_the_model_has_read_is_what_was_chosen():
+    found = run(max_new_tokens=6, temperature=1.0, num_return_sequences=3)
+    assert found.state is not None
+    np.testing.assert_array_equal(found.state.rows["read"][..., :5], found.ids[..., :5])
+    assert int(found.state.index) == 5
+
+
+def test_streamed_tokens_are_those_of_one_run():
+    options = GenerationOptions(max_new_tokens=8, temperature=0.7, eos=(2,), pad=6)
+    whole = np.asarray(generate(Markov(), VARIABLES, {"input_ids": PROMPTS}, options, 5).ids)
+    for every in (1, 3):
+        parts = list(stream(Markov(), VARIABLES, {"input_ids": PROMPTS}, options, 5, every=every))
+        joined = np.concatenate(parts, -1)
+        np.testing.assert_array_equal(joined, whole[..., : joined.shape[-1]])
+        assert (whole[..., joined.shape[-1] :] == 6).all()
+        assert {part.shape[-1] for part in parts[1:-1]} <= {every}
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "temperature"), [(0, 0.8, 1.0), (3, 1.0, 0.5), (4, 0.6, 1.7), (0, 1.0, 0.9)]
+)
+def test_draws_follow_the_definition(top_k, top_p, temperature):
+    """Pearson's chi-square of 6,000 first tokens against the filtered distribution, and nothing outside of it."""
+    scores = np.asarray(TABLE[5], np.float64) / temperature
+    kept = np.argsort(-scores)[: top_k or V]
+    shares = np.exp(scores[kept]) / np.exp(scores[kept]).sum()
+    size = int(np.searchsorted(np.cumsum(shares), top_p - 1e-9)) + 1
+    kept, shares = kept[:size], shares[:size] / shares[:size].sum()
+    n = 6000
+    found = run(
+        prompts=PROMPTS[:1], max_new_tokens=1, num_return_sequences=n, seed=3,
+        top_k=top_k, top_p=top_p, temperature=temperature,
+    )  # fmt: skip
+    counts = np.bincount(np.asarray(found.ids).ravel(), minlength=V)
+    assert counts[np.setdiff1d(np.arange(V), kept)].sum() == 0
+    statistic = ((counts[kept] - n * shares) ** 2 / (n * shares)).sum()
+    # The 99.99 % point for as many degrees of freedom (Wilson and Hilferty's approximation).
+    freedom = len(kept) - 1
+    if freedom:
+        assert statistic < freedom * (1 - 2 / (9 * freedom) + 3.72 * (2 / (9 * freedom)) ** 0.5) ** 3
+
+
+def test_the_nucleus_is_the_smallest_set_that_holds_the_mass():
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=(200, 31)) * 3, jnp.float32)
+    for top_p in (0.05, 0.5, 0.9, 0.999):
+        kept = np.isfinite(nucleus(logits, GenerationOptions(temperature=1.3, top_p=top_p)))
+        shares = np.array(jax.nn.softmax(logits / 1.3), np.float64)
+        mass = np.where(kept, shares, 0).sum(-1)
+        assert (mass >= top_p - 1e-6).all()
+        least = np.where(kept, shares, np.inf).min(-1)
+        assert (mass - least < top_p + 1e-6).all(), "without its least likely token it would still hold the mass"
+        assert (np.where(kept, -np.inf, shares).max(-1) <= least).all()
+
+
+def test_halves_of_the_mass_at_the_border():
+    logits = jnp.log(jnp.array([0.5, 0.25, 0.125, 0.125]))
+    kept = np.isfinite(nucleus(logits, GenerationOptions(temperature=1.0, top_p=0.75)))
+    np.testing.assert_array_equal(kept, [True, True, False, False])
+
+
+def test_an_item_draws_the_same_whatever_follows_it():
+    options = {"max_new_tokens": 6, "temperature": 1.0, "seed": 9}
+    np.testing.assert_array_equal(run(**options).ids[:1], run(**options, prompts=PROMPTS[:1]).ids)
+
+
+def test_penalties_by_the_rule():
+    options = GenerationOptions(repetition_penalty=1.5, min_new_tokens=3, eos=(0,), suppress=(6,))
+    scores = jnp.asarray([[[-1.0, 2.0, -3.0, 4.0, 0.5, 0.0, 9.0]]])
+    seen = jnp.asarray([[[False, True, True, False, False, False, False]]])
+    found = constrain(scores, options, jnp.int32(1), seen, jnp.zeros((1, 1, 4), jnp.int32))
+    np.testing.assert_allclose(found[0, 0], [-np.inf, 2 / 1.5, -4.5, 4.0, 0.5, 0.0, -np.inf], rtol=1e-6)
+
+
+def test_a_repetition_penalty_counts_prompt_and_row():
+    penalty = 1.4
+
+    def allowed(prompt):
+        def rule(row, scores):
+            for id in {*prompt, *row}:
+                scores[id] *= penalty if scores[id] < 0 else 1 / penalty
+            return scores
+
+        return rule
+
+    found = run(max_new_tokens=9, repetition_penalty=penalty)
+    np.testing.assert_array_equal(found.ids[:, 0], [walk(p[-1], 9, allowed(p.tolist())) for p in PROMPTS])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_no_sequence_of_ids_comes_twice(size):
+    def allowed(row, scores):
+        for end in range(size, len(row) + 1):
+            if row[end - size : end - 1] == row[len(row) - size + 1 :] and len(row) >= size - 1:
+                scores[row[end - 1]] = -np.inf
+        return scores
+
+    found = np.asarray(run(max_new_tokens=7, no_repeat_ngram_size=size).ids[:, 0])
+    np.testing.assert_array_equal(found, [walk(last, 7, allowed) for last in PROMPTS[:, -1]])
+    for row in found.tolist():
+        grams = [tuple(row[i : i + size]) for i in range(8 - size)]
+        assert len(set(grams)) == len(grams)
+
+
+def test_a_forced_end_is_the_last_token_and_no_eos_comes_too_early():
+    found = np.asarray(run(max_new_tokens=6, eos=(1,), forced_eos=True, min_new_tokens=6).ids[:, 0])
+    assert (found[:, -1] == 1).all() and (found[:, :-1] != 1).all()
+
+
+def test_stop_strings_end_rows_where_they_end():
+    spelled = [bytes([97 + i]) for i in range(V)]
+    row = walk(5, 12)
+    text = "".join(chr(97 + i) for i in row)
+    stop = text[4:6]
+    automaton = stop_automaton([stop], spelled)
+    start = [automaton.after_prompt(prompt.tolist()) for prompt in PROMPTS]
+    stops = Stops(jnp.asarray(automaton.table), jnp.int32(automaton.matched), jnp.asarray(start, jnp.int32))
+    found = np.asarray(run(max_new_tokens=12, stops=stops, pad=V - 1).ids[0, 0])
+    end = (text.index(stop) if text.index(stop) else 0) + len(stop)
+    np.testing.assert_array_equal(found, [*row[:end], *[V - 1] * (12 - end)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0: at least 1"),
+        ({"top_p": 0.0, "temperature": 1.0}, "top_p=0.0"),
+        ({"top_p": 0.5}, "need a temperature"),
+        ({"num_beams": 2, "temperature": 1.0}, "temperature has no place"),
+        ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences=3"),
+        ({"num_return_sequences": 3}, "one text"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+        ({"early_stopping": "later", "num_beams": 2}, "early_stopping='later'"),
+        ({"min_new_tokens": 30}, "min_new_tokens=30"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options, message):
+    with pytest.raises(MmjaxError, match=message):
+        GenerationOptions(**options)

@@ -1,0 +1,141 @@
+"""Strings in, strings out; streams; conversations: on a tiny model whose ids are known."""
+
+import numpy as np
+import pytest
+from models.tiny_text import chat_tokenizer, save_tiny_decoder, tiny_decoder
+
+import mmjax
+from mmjax import cli
+from mmjax.errors import MmjaxError
+from mmjax.models.language.conversation import Conversation
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_decoder()
+
+
+def ids_of(model, text, new, **options):
+    ids, _ = model.tokenizer(text, add_special_tokens=options.pop("special", True))
+    return np.asarray(model.generate(ids, max_new_tokens=new, **options))
+
+
+def test_texts_are_the_decoded_ids_of_each_prompt_alone(model):
+    prompts = ["once upon", "which of them is yellow?", "sea"]
+    texts = model.generate(prompts, max_new_tokens=7)
+    for prompt, text in zip(prompts, texts):
+        row = ids_of(model, prompt, 7)[0].tolist()
+        ends = [row.index(eos) for eos in model.eos if eos in row]
+        assert text == model.tokenizer.decode(row[: min(ends)] if ends else row)
+    assert model.generate(prompts[0], max_new_tokens=7) == texts[0]
+
+
+def test_several_texts_a_prompt(model):
+    texts = model.generate(["once", "sea"], max_new_tokens=5, temperature=1.0, num_return_sequences=3, seed=1)
+    assert [len(item) for item in texts] == [3, 3]
+    assert len(set(texts[0])) > 1
+    assert texts == model.generate(["once", "sea"], max_new_tokens=5, temperature=1.0, num_return_sequences=3, seed=1)
+    assert texts != model.generate(["once", "sea"], max_new_tokens=5, temperature=1.0, num_return_sequences=3, seed=2)
+    beams = model.generate("once", max_new_tokens=5, num_beams=3, num_return_sequences=2)
+    assert len(beams) == 2 and beams[0] == model.generate("once", max_new_tokens=5, num_beams=3)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_stream_is_the_whole_text(model, every):
+    for seed in range(3):
+        whole = model.generate("once upon", max_new_tokens=12, temperature=1.0, seed=seed)
+        pieces = list(model.stream("once upon", max_new_tokens=12, temperature=1.0, seed=seed, every=every))
+        assert "".join(pieces) == whole and "" not in pieces
+
+
+def test_a_stop_string_ends_the_text_before_it(model):
+    whole = model.generate("once upon", max_new_tokens=20)
+    stop = whole[5:8]
+    wanted = whole[: whole.index(stop)]
+    assert model.generate("once upon", max_new_tokens=20, stop=[stop, "never said"]) == wanted
+    assert "".join(model.stream("once upon", max_new_tokens=20, stop=stop)) == wanted
+    ids = ids_of(model, "once upon", 20, stop=stop)
+    assert stop in model.tokenizer.decode(ids[0].tolist()) and ids.shape[1] < 20
+
+
+def test_a_chat_is_the_template_gone_on_from(model):
+    messages = [{"role": "user", "content": "name three fruits"}]
+    text = "<s>user\nname three fruits</s><s>assistant\n"
+    row = ids_of(model, text, 6, special=False)[0].tolist()
+    ends = [row.index(eos) for eos in model.eos if eos in row]
+    wanted = model.tokenizer.decode(row[: min(ends)] if ends else row)
+    assert model.chat("name three fruits", max_new_tokens=6) == wanted == model.chat(messages, max_new_tokens=6)
+    assert "".join(model.stream_chat(messages, max_new_tokens=6)) == wanted
+
+
+def test_a_conversation_reads_only_what_is_new(model):
+    talk = Conversation(model, "be brief", max_new_tokens=6)
+    lengths = []
+    for question in ("name three fruits", "which of them is yellow?", "the sea"):
+        said = "".join(talk.say(question))
+        # What was said, from nothing: the same text.
+        turns = talk.messages[:-1]
+        assert said == model.chat(turns, max_new_tokens=6)
+        assert talk.messages[-1] == {"role": "assistant", "content": said}
+        lengths.append(talk.reused)
+    assert lengths[0] == 0
+    # Noise seldom decodes to text that encodes to the same ids: then a turn is read afresh, and still right.
+    assert all(length >= 0 for length in lengths)
+
+
+def test_a_conversation_goes_on_from_what_it_keeps(model, monkeypatch):
+    """With answers that encode to their own ids, which a trained model's mostly do."""
+    talk = Conversation(model, max_new_tokens=4)
+    answer = model.tokenizer("the sea", add_special_tokens=False)[0][0].tolist()
+    assert "".join(talk.say("name three fruits"))
+    # As if the model had said so: what it has read is the conversation up to the answer's last token but one.
+    first = model.tokenizer.chat([{"role": "user", "content": "name three fruits"}])
+    ids = model.tokenizer(first, add_special_tokens=False)[0][0].tolist()
+    talk.messages[-1]["content"] = "the sea"
+    del answer
+    read = talk._read
+    assert read[: len(ids)] == ids
+    talk._read = ids
+    talk._past = talk._past._replace(mask=np.arange(talk._past.mask.shape[1])[None] < len(ids))
+    said = "".join(talk.say("which of them is yellow?"))
+    assert talk.reused == len(ids) > 10
+    assert said == model.chat(talk.messages[:-1], max_new_tokens=4)
+
+
+def test_a_saved_model_says_the_same(model, tmp_path, capsys):
+    save_tiny_decoder(tmp_path)
+    again = mmjax.load(tmp_path)
+    wanted = model.generate("once upon", max_new_tokens=6)
+    assert again.generate("once upon", max_new_tokens=6) == wanted
+    assert again.tokenizer.templates == model.tokenizer.templates
+    assert cli.main(["generate", str(tmp_path), "once upon", "--max_new_tokens", "6"]) == 0
+    assert capsys.readouterr().out == f"once upon{wanted}\n"
+    assert cli.main(["generate", str(tmp_path), "once upon", "sea", "--max_new_tokens", "6"]) == 0
+    assert f"once upon{wanted}" in capsys.readouterr().out
+
+
+def test_the_command_line_talks(tmp_path, capsys, monkeypatch):
+    import io
+
+    save_tiny_decoder(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("name three fruits\n\nthe sea\n"))
+    assert cli.main(["chat", str(tmp_path), "--max_new_tokens", "3"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("\n") >= 2
+    assert cli.main(["generate", str(tmp_path), "once", "--top_p", "0.5"]) == 2
+    assert "temperature" in capsys.readouterr().err
+
+
+def test_what_cannot_talk_says_so(model):
+    bare = model.replace(tokenizer=None)
+    with pytest.raises(MmjaxError, match="without a tokenizer"):
+        bare.generate("once")
+    with pytest.raises(MmjaxError, match="chat template"):
+        Conversation(bare)
+    silent = model.replace(tokenizer=type(chat_tokenizer())(chat_tokenizer().tokenizer, {"eos_token": "</s>"}))
+    with pytest.raises(MmjaxError, match="no chat template"):
+        silent.chat("once")
+    with pytest.raises(MmjaxError, match="one text at a time"):
+        model.stream("once", num_beams=2)
+    with pytest.raises(MmjaxError, match="no token to go on from"):
+        model.generate(["once", ""], max_new_tokens=2)

@@ -1,0 +1,327 @@
+"""The language models against transformers on random weights, and what needs no reference."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mmjax
+from mmjax.errors import MmjaxError
+from mmjax.generation.engine import generate
+from mmjax.generation.options import GenerationOptions
+from mmjax.models.language.checkpoint import HF, config_of, hf_config
+from mmjax.models.language.config import Alibi, DecoderConfig, Learned
+from mmjax.models.language.decode import remember
+from mmjax.models.language.network import alibi_slopes
+from mmjax.models.language.tasks import LanguageModel
+from mmjax.nn.rotary import Llama3Scaling, Rotary
+from mmjax.tree import flatten
+from mmjax.weights.table import WeightsError
+
+V, PAD, EOS = 97, 0, 2
+SPECIAL = {"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": PAD, "vocab_size": V}
+WIDE = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "max_position_embeddings": 61}
+FORMS = {
+    "llama": ("LlamaConfig", {**WIDE, "intermediate_size": 80, "num_key_value_heads": 2}),
+    "llama3": (
+        "LlamaConfig",
+        {
+            **WIDE, "intermediate_size": 80, "attention_bias": True, "mlp_bias": True, "head_dim": 10,
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "vicuna-16k": (
+        "LlamaConfig",
+        {
+            **WIDE, "intermediate_size": 80,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        },
+    ),
+    "mistral": (
+        "MistralConfig", {**WIDE, "intermediate_size": 80, "num_key_value_heads": 3, "sliding_window": 5}
+    ),
+    "qwen2": (
+        "Qwen2Config", {**WIDE, "intermediate_size": 80, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    ),
+    "phi3": (
+        "Phi3Config", {**WIDE, "intermediate_size": 80, "num_key_value_heads": 2, "sliding_window": 7}
+    ),
+    "opt": ("OPTConfig", {**WIDE, "ffn_dim": 80, "word_embed_proj_dim": 48}),
+    "opt-350m": ("OPTConfig", {**WIDE, "ffn_dim": 80, "word_embed_proj_dim": 20, "do_layer_norm_before": False}),
+    "gpt2": ("GPT2Config", {"n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 61}),
+    "gpt-neox": ("GPTNeoXConfig", {**WIDE, "intermediate_size": 80, "rotary_pct": 0.5}),
+    "redpajama": (
+        "GPTNeoXConfig", {**WIDE, "intermediate_size": 80, "rotary_pct": 1.0, "use_parallel_residual": False}
+    ),
+    "mpt": ("MptConfig", {"d_model": 48, "n_layers": 2, "n_heads": 6, "max_seq_len": 61}),
+}  # fmt: skip
+PROMPTS = np.random.default_rng(0).integers(3, V, (3, 11)).astype(np.int32)
+MASK = np.array([[1] * 11, [0] * 4 + [1] * 7, [0] * 9 + [1] * 2], np.int32)
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def pair(request, tmp_path_factory):
+    """(theirs, ours, the folder it was saved to)."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    kind, fields = FORMS[request.param]
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**SPECIAL | fields)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.3)
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs.save_pretrained(folder)
+    return theirs, mmjax.load(folder), folder
+
+
+def first_part(row):
+    """A row up to its first end: what is behind it is padding, of either sort."""
+    row = list(map(int, row))
+    return row[: row.index(EOS) + 1] if EOS in row else row
+
+
+@pytest.mark.torch
+def test_logits_are_those_of_transformers(pair):
+    import torch
+
+    theirs, ours, _ = pair
+    ids = np.where(MASK, PROMPTS, PAD)
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(ids).long(), attention_mask=torch.tensor(MASK), output_hidden_states=True)
+    found = ours.forward(input_ids=ids, attention_mask=MASK)
+    real = MASK.astype(bool)
+    for name, array in (("logits", wanted.logits), ("last_hidden_state", wanted.hidden_states[-1])):
+        if name == "last_hidden_state" and ours.config.embed_width is not None:
+            continue  # transformers tells the narrow states there
+        error = np.abs(np.asarray(found[name]) - array.numpy())[real].max()
+        assert error <= 1e-4 * np.abs(array.numpy()).max(), name
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 4, "num_return_sequences": 3, "early_stopping": True, "length_penalty": 0.5},
+        {"num_beams": 3, "early_stopping": "never", "length_penalty": 2.0, "repetition_penalty": 1.3},
+    ],
+    ids=["greedy", "beams", "beams-never"],
+)
+def test_ids_are_those_of_transformers(pair, options):
+    import torch
+
+    theirs, ours, _ = pair
+    ids = np.where(MASK, PROMPTS, PAD)
+    with torch.no_grad():
+        given = {"attention_mask": torch.tensor(MASK), "do_sample": False, "max_new_tokens": 15}
+        wanted = theirs.generate(torch.tensor(ids).long(), **given, **options)[:, ids.shape[1] :].tolist()
+    found = np.asarray(ours.generate(ids, attention_mask=MASK, max_new_tokens=15, **options)).tolist()
+    assert [first_part(row) for row in found] == [first_part(row) for row in wanted]
+
+
+@pytest.mark.torch
+def test_an_export_is_read_by_transformers_and_bit_exact(pair, tmp_path):
+    import torch
+    import transformers
+    from safetensors.numpy import load_file
+
+    theirs, ours, folder = pair
+    mmjax.export(ours, tmp_path)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    with torch.no_grad():
+        ids = torch.tensor(PROMPTS).long()
+        torch.testing.assert_close(back(ids).logits, theirs(ids).logits, rtol=0, atol=0)
+    ours_file, theirs_file = load_file(tmp_path / "model.safetensors"), load_file(folder / "model.safetensors")
+    for key in ours_file.keys() & theirs_file.keys():
+        np.testing.assert_array_equal(ours_file[key], theirs_file[key])
+    again = mmjax.load(tmp_path)
+    assert again.config == ours.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, ours.params)
+
+
+# ---------------------------------------------------------------------------------------------------- without reference
+
+
+def tiny(**changes):
+    told = {"vocab_size": V, "kv_heads": 2, "eos": (EOS,), "pad": PAD, "context": 61}
+    return DecoderConfig.llama(24, 2, 6, 40, **{**told, "head_width": 4, **changes})
+
+
+CONFIGS = {
+    "rotary": tiny(),
+    "learned": dataclasses.replace(tiny(kv_heads=6), family="opt", positions=Learned(2, True)),
+    "alibi": dataclasses.replace(tiny(kv_heads=6), family="mpt", positions=Alibi()),
+    "window": tiny(window=4),
+    "qk-norm": dataclasses.replace(DecoderConfig.mpt_1b(vocab_size=V), width=24, depth=2, heads=6, kv_heads=6,
+                                   head_width=4, hidden=96, clip_qkv=0.5),
+}  # fmt: skip
+
+
+def random_model(config, seed=0):
+    shapes = LanguageModel.shapes(config)["params"]
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.4, leaf.dtype), shapes)
+    return LanguageModel(config, params)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_steps_over_kept_keys_are_the_whole_pass(name):
+    """Two rows an item, with different tokens, after ragged prompts on either side."""
+    model = random_model(CONFIGS[name])
+    steps, variables = model.decodable(), model.variables
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(3, V, (2, 2, 6))
+    lengths = (3, 7)
+    prompts = [rng.integers(3, V, n) for n in lengths]
+    for side in ("left", "right"):
+        ids, mask = np.zeros((2, 7), np.int32), np.zeros((2, 7), np.int32)
+        for i, prompt in enumerate(prompts):
+            span = slice(7 - len(prompt), 7) if side == "left" else slice(0, len(prompt))
+            ids[i, span], mask[i, span] = prompt, 1
+        logits, state = steps.prefill(variables, {"input_ids": jnp.asarray(ids), "attention_mask": mask}, 2, 6)
+        found = [np.repeat(np.asarray(logits)[:, None], 2, 1)]
+        step = jax.jit(steps.step)
+        for t in range(6):
+            logits, state = step(variables, jnp.asarray(tokens[..., t], jnp.int32), state)
+            found.append(np.asarray(logits))
+        for i, prompt in enumerate(prompts):
+            for r in range(2):
+                whole = np.concatenate([prompt, tokens[i, r]])[None]
+                wanted = np.asarray(model.forward(input_ids=whole)["logits"])[0, len(prompt) - 1 :]
+                ours = np.stack([step[i, r] for step in found])
+                np.testing.assert_allclose(ours, wanted, atol=2e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("name", ["rotary", "learned", "alibi", "window"])
+def test_what_was_read_serves_the_next_turn(name):
+    """Prompt, answer, next prompt: from what is kept as from the whole text."""
+    model = random_model(CONFIGS[name])
+    rng = np.random.default_rng(2)
+    first, second = rng.integers(3, V, (1, 5)).astype(np.int32), rng.integers(3, V, (1, 4)).astype(np.int32)
+    options = GenerationOptions(max_new_tokens=5, pad=PAD)
+    told = generate(model.decodable(), model.variables, {"input_ids": first}, options)
+    answer = np.asarray(told.ids[:, 0])
+    assert told.state is not None
+    # The last token was chosen, and not read yet: it begins the next prompt.
+    rest = np.concatenate([answer[:, -1:], second], 1)
+    kept = generate(model.decodable(), model.variables, {"input_ids": rest, "past": remember(told.state)}, options)
+    whole = np.concatenate([first, answer, second], 1)
+    afresh = generate(model.decodable(), model.variables, {"input_ids": whole}, options)
+    np.testing.assert_array_equal(kept.ids, afresh.ids)
+    np.testing.assert_allclose(kept.scores, afresh.scores, rtol=1e-4)
+
+
+def test_embeddings_in_the_place_of_ids():
+    model = random_model(CONFIGS["rotary"])
+    ids = jnp.asarray(PROMPTS)
+    embeds = model.module.apply(model.variables, ids, method="embed")
+    options = GenerationOptions(max_new_tokens=4)
+    by_ids, by_embeds = (
+        generate(model.decodable(), model.variables, inputs, options).ids
+        for inputs in ({"input_ids": ids}, {"inputs_embeds": embeds})
+    )
+    np.testing.assert_array_equal(by_ids, by_embeds)
+
+
+COUNTS = {
+    "vicuna_7b": 6_738_415_616,
+    "vicuna_13b": 13_015_864_320,
+    "smollm2_135m": 134_515_008,
+    "smollm2_360m": 361_821_120,
+    "qwen2_0_5b": 494_032_768,
+    "qwen2_7b": 7_615_616_512,
+    "phi3_mini_4k": 3_821_079_552,
+    "opt_125m": 125_239_296,
+    "opt_350m": 331_196_416,
+    "opt_2_7b": 2_651_596_800,
+    "opt_6_7b": 6_658_473_984,
+    "gpt2": 124_439_808,
+    "redpajama_3b": 2_775_864_320,
+    "gpt_neox_20b": 20_554_567_680,
+    "mpt_7b": 6_649_286_656,
+    "mpt_1b": 1_311_311_872,
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_published_sizes_have_the_published_parameters(name):
+    config = getattr(DecoderConfig, name)()
+    shapes = flatten(LanguageModel.shapes(config)["params"])
+    assert sum(math.prod(leaf.shape) for leaf in shapes.values()) == COUNTS[name]
+    told = config_of({}, hf_config(config))
+    assert dataclasses.replace(told, epsilon=config.epsilon) == config
+
+
+def test_mpts_slopes():
+    np.testing.assert_allclose(alibi_slopes(4), [2**-2, 2**-4, 2**-6, 2**-8])
+    np.testing.assert_allclose(alibi_slopes(3), [2**-4, 2**-8, 2**-2])
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (None, "model_type None"),
+        ({"model_type": "mamba"}, "model_type 'mamba'"),
+        ({"model_type": "llama", "hidden_act": "tanh"}, "hidden_act 'tanh'"),
+        ({"model_type": "llama", "rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
+        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale of attention"),
+        ({"model_type": "mpt", "attn_config": {"alibi": False}}, "ALiBi"),
+    ],
+)
+def test_configs_that_are_not_built_are_refused(told, message):
+    with pytest.raises(MmjaxError, match=message):
+        HF.config({}, told)
+
+
+def test_a_head_that_is_not_the_embedding_is_refused_where_it_should_be(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    model = random_model(tiny(tied=True))
+    mmjax.export(model, tmp_path)
+    arrays = load_file(tmp_path / "model.safetensors")
+    arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
+    save_file(arrays, tmp_path / "model.safetensors")
+    assert mmjax.load(tmp_path).config.tied
+    arrays["lm_head.weight"][3, 1] += 1
+    save_file(arrays, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        mmjax.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ("Hello", {}, "without a tokenizer"),
+        (np.zeros((2, 3), np.float32), {}, r"float32 \[2, 3\]"),
+        (np.zeros((2, 0), np.int32), {}, "no token"),
+        (np.array([[1, V]]), {}, f"ids from 1 to {V}"),
+        (np.array([[1, 2]]), {"attention_mask": np.ones((1, 3))}, "attention_mask"),
+        (np.array([[1, 2]]), {"beams": 3}, "no option beams"),
+        (np.array([[1, 2]]), {"stop": "x"}, "tokenizer"),
+    ],
+)
+def test_prompts_that_cannot_be_gone_on_from(prompts, options, message):
+    with pytest.raises(MmjaxError, match=message):
+        random_model(CONFIGS["rotary"]).generate(prompts, **options)
+
+
+def test_no_more_tokens_than_positions():
+    with pytest.raises(MmjaxError, match=r"11 ids of prompt and 51 new ones .* \(61\)"):
+        random_model(CONFIGS["learned"]).generate(PROMPTS, max_new_tokens=51)
+
+
+def test_the_low_frequencies_of_llama_3_are_slower():
+    plain = Rotary(500_000.0).frequencies(64)
+    scaled = Rotary(500_000.0, llama3=Llama3Scaling()).frequencies(64)
+    waves = 2 * np.pi / plain
+    np.testing.assert_allclose(scaled[waves < 2048], plain[waves < 2048])
+    np.testing.assert_allclose(scaled[waves > 8192], plain[waves > 8192] / 8, rtol=1e-6)
+    assert (np.diff(scaled) < 0).all()

@@ -1,0 +1,441 @@
+"""T5: sizes, parity with transformers (logits, loss, gradients), layouts, cached decoding, the method, the handle."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from flax import linen as nn
+
+import mmjax
+from mmjax import tree
+from mmjax.errors import MmjaxError
+from mmjax.models.config import config_from_json
+from mmjax.models.t5.checkpoint import LAYOUTS
+from mmjax.models.t5.network import FLAN, T5Config
+from mmjax.models.t5.pretrain import T5Seq2Seq, shift_right
+from mmjax.models.t5.tasks import T5Model
+from mmjax.text.tokenizer import Tokenizer
+from mmjax.training.optimizer import Optimizer, adamw
+from mmjax.training.state import Carry, create_state
+from mmjax.training.step import train_step
+from mmjax.weights.files import write_safetensors
+from mmjax.weights.table import save_table
+
+PLAIN = T5Config(53, 14, 2, 3, 3, 5, 17, buckets=12, max_distance=23)
+GATED = dataclasses.replace(PLAIN, **FLAN)
+CONFIGS = {"tied relu": PLAIN, "untied gated": GATED}
+SMALL = dataclasses.replace(PLAIN, depth=1, decoder_depth=1, dropout=0.2)
+UNTIED = {"tie_word_embeddings": False, "relative_attention_max_distance": 23}
+CARRY = Carry({}, {}, {}, {})
+LIMIT = 1e-4
+
+COUNTS = {
+    "t5_small": 60_506_624,
+    "t5_base": 222_903_552,
+    "t5_large": 737_668_096,
+    "flan_t5_small": 76_961_152,
+    "flan_t5_base": 247_577_856,
+    "flan_t5_large": 783_150_080,
+    "flan_t5_xl": 2_849_757_184,
+    "flan_t5_xxl": 11_135_332_352,
+}
+"""Parameters of the published checkpoints, tied matrices once."""
+
+
+def model(config: T5Config, seed: int = 0) -> T5Model:
+    """Every leaf drawn at random: zeros and ones hide mistakes."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: str, leaf: Any) -> np.ndarray:
+        if path.endswith("scale"):
+            return (1 + 0.3 * rng.normal(size=leaf.shape)).astype(np.float32)
+        std = 1.0 if path.endswith(("table", "embedding", "head")) else leaf.shape[0] ** -0.5
+        return (std * rng.normal(size=leaf.shape)).astype(np.float32)
+
+    return T5Model(config, jax.tree.map(jnp.asarray, tree.map_with_path(draw, T5Model.shapes(config)["params"])))
+
+
+def inputs(b: int = 3, s: int = 29, l: int = 31, seed: int = 5) -> dict[str, np.ndarray]:
+    """Ragged: the first example is padded on the right, the second on the left."""
+    rng = np.random.default_rng(seed)
+    ids, mask = rng.integers(2, 53, (b, s)), np.ones((b, s), np.int64)
+    ids[0, s - 4 :], mask[0, s - 4 :] = 0, 0
+    ids[1, :9], mask[1, :9] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": rng.integers(0, 53, (b, l))}
+
+
+def close(ours: Any, theirs: Any, limit: float = LIMIT) -> None:
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() <= limit * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_published_sizes(name):
+    assert tree.count(T5Model.shapes(getattr(T5Config, name)())["params"]) == COUNTS[name]
+
+
+def test_a_config_survives_json():
+    assert config_from_json(T5Config, json.loads(json.dumps(dataclasses.asdict(GATED))), "config") == GATED
+
+
+# -------------------------------------------------------------------------------------------------------- transformers
+
+
+def reference(config: T5Config, folder: Any) -> Any:
+    """A T5ForConditionalGeneration of transformers with our random weights, by way of an export."""
+    transformers = pytest.importorskip("transformers")
+    mmjax.export(model(config), folder)
+    kind = transformers.T5ForConditionalGeneration
+    theirs, told = kind.from_pretrained(folder, output_loading_info=True)
+    assert not any(told.values()), told
+    return theirs.eval()
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_loss_and_gradients_as_transformers(tmp_path, name):
+    torch, config = pytest.importorskip("torch"), CONFIGS[name]
+    theirs = reference(config, tmp_path / "ours")
+    assert (theirs.lm_head.weight is theirs.shared.weight) == config.tied
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = mmjax.load(tmp_path / "theirs")
+    assert ours.config == config and ours.layout == "hf"
+    jax.tree.map(np.testing.assert_array_equal, ours.params, dict(model(config).params))
+
+    given = inputs()
+    tensors = {key: torch.tensor(value) for key, value in given.items()}
+    with torch.no_grad():
+        expected = theirs(**tensors, output_hidden_states=True)
+    found = ours.forward(**given)
+    close(found["logits"], expected.logits)
+    close(found["encoder_last_hidden_state"], expected.encoder_last_hidden_state)
+    for one, other in zip(found["decoder_hidden_states"], expected.decoder_hidden_states, strict=True):
+        close(one, other)
+    for one, other in zip(found["encoder_hidden_states"], expected.encoder_hidden_states, strict=True):
+        close(one, other)
+
+    labels = np.where(np.arange(31) < np.array([[31], [7], [19]]), given["decoder_input_ids"], -100)
+    loss = theirs(**{k: v for k, v in tensors.items() if k != "decoder_input_ids"}, labels=torch.tensor(labels)).loss
+    loss.backward()
+    method = T5Seq2Seq(dataclasses.replace(config, dropout=0.0))
+    batch = {"input_ids": given["input_ids"], "attention_mask": given["attention_mask"], "labels": labels}
+    differentiate = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
+    (value, _), grads = differentiate(ours.params, CARRY, batch, jax.random.key(0))
+    np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
+    torch_grads = {key: parameter.grad.numpy() for key, parameter in theirs.named_parameters()}
+    by_key = save_table(LAYOUTS[0].table(config), {"params": grads})
+    assert by_key.keys() == torch_grads.keys()
+    for key, grad in by_key.items():
+        close(grad, torch_grads[key])
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_transformers_itself_ties_without_scaling(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    fields = {"vocab_size": 53, "d_model": 14, "d_kv": 5, "d_ff": 17, "num_layers": 2, "num_heads": 3}
+    config = transformers.T5Config(**fields, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    theirs = transformers.T5ForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="5KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    ours = mmjax.load(tmp_path)
+    assert (ours.config.tied, ours.config.scaled, ours.config.act) == (True, False, "gelu_tanh")
+    given = inputs()
+    with torch.no_grad():
+        close(ours.forward(**given)["logits"], theirs(**{k: torch.tensor(v) for k, v in given.items()}).logits)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+def test_an_encoder_alone(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config = dataclasses.replace(GATED, decoder_depth=0, tied=True)
+    mmjax.export(model(config), tmp_path / "ours")
+    theirs, told = transformers.T5EncoderModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(told.values()), told
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    ours, given = mmjax.load(tmp_path / "theirs"), inputs()
+    assert ours.config == config
+    del given["decoder_input_ids"]
+    with torch.no_grad():
+        expected = theirs(**{key: torch.tensor(value) for key, value in given.items()}).last_hidden_state
+    close(ours.forward(**given)["last_hidden_state"], expected)
+    with pytest.raises(MmjaxError, match="encoder alone"):
+        ours.decodable()
+
+
+# ------------------------------------------------------------------------------------------------------------- layouts
+
+
+def write(folder: Any, config: T5Config, told: dict[str, Any] | None, **more: np.ndarray) -> dict[str, np.ndarray]:
+    folder.mkdir()
+    arrays = save_table(LAYOUTS[0].table(config), {"params": model(config).params})
+    write_safetensors(folder / "model.safetensors", arrays | more, {"format": "pt"})
+    if told is not None:
+        (folder / "config.json").write_text(json.dumps(told))
+    return arrays
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_way_there_and_back_is_exact(tmp_path, name):
+    first = model(CONFIGS[name])
+    mmjax.export(first, tmp_path / "hf")
+    second = mmjax.load(tmp_path / "hf")
+    assert second.config == first.config
+    jax.tree.map(np.testing.assert_array_equal, second.params, dict(first.params))
+    mmjax.save(second, tmp_path / "own")
+    third = mmjax.load(tmp_path / "own")
+    assert third.config == first.config
+    jax.tree.map(np.testing.assert_array_equal, third.params, dict(first.params))
+
+
+def test_old_files_hold_the_embedding_four_times_and_a_bias_too_many(tmp_path):
+    embedding = np.asarray(model(PLAIN).params["embedding"])
+    copies = {f"{place}.weight": embedding for place in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")}
+    bias = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": np.ones((12, 3), np.float32)}
+    told = {"model_type": "t5", "relative_attention_max_distance": 23}
+    arrays = write(tmp_path / "four", PLAIN, told, **copies, **bias)
+    ours = mmjax.load(tmp_path / "four")
+    assert ours.layout == "hf_copies" and ours.config == PLAIN
+    mmjax.export(ours, tmp_path / "back", layout="hf")
+    again = mmjax.load(tmp_path / "back")
+    jax.tree.map(np.testing.assert_array_equal, again.params, ours.params)
+    np.testing.assert_array_equal(again.params["embedding"], arrays["shared.weight"])
+
+    copies["lm_head.weight"] = 2 * embedding
+    write(tmp_path / "differ", PLAIN, told, **copies)
+    with pytest.raises(MmjaxError, match=r"lm_head.weight .*they should be one array"):
+        mmjax.load(tmp_path / "differ")
+    with pytest.raises(MmjaxError, match="hf_copies: this T5's head"):
+        mmjax.export(model(GATED), tmp_path / "no", layout="hf_copies")
+
+
+def test_flans_head_is_its_own_beside_copies_of_the_embedding(tmp_path):
+    embedding = np.asarray(model(GATED).params["embedding"])
+    copies = {f"{place}.weight": embedding for place in ("encoder.embed_tokens", "decoder.embed_tokens")}
+    write(tmp_path / "flan", GATED, UNTIED | {"feed_forward_proj": "gelu", "is_gated_act": True}, **copies)
+    ours = mmjax.load(tmp_path / "flan")
+    assert ours.config == GATED and ours.layout == "hf"
+    np.testing.assert_array_equal(ours.params["head"], model(GATED).params["head"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_without_a_config_it_is_what_was_published(tmp_path, name):
+    write(tmp_path / "bare", CONFIGS[name], None)
+    assert mmjax.load(tmp_path / "bare").config == dataclasses.replace(CONFIGS[name], max_distance=128)
+
+
+def test_an_unknown_activation_is_refused_and_several_ends_are_not(tmp_path):
+    write(tmp_path / "odd", GATED, UNTIED | {"dense_act_fn": "silu"})
+    with pytest.raises(MmjaxError, match="activation 'silu'"):
+        mmjax.load(tmp_path / "odd")
+    write(tmp_path / "ends", GATED, UNTIED | {"eos_token_id": [1, 7]})
+    mmjax.export(mmjax.load(tmp_path / "ends"), tmp_path / "back")
+    assert mmjax.load(tmp_path / "back").eos == (1, 7)
+
+
+def test_blip2_takes_the_erf_gelu(tmp_path):
+    write(tmp_path / "erf", GATED, UNTIED | {"dense_act_fn": "gelu"})
+    erf = mmjax.load(tmp_path / "erf")
+    assert erf.config.act == "gelu"
+    mmjax.export(erf, tmp_path / "back")
+    assert mmjax.load(tmp_path / "back").config == erf.config
+    given = inputs()
+    tanh = model(GATED).forward(**given)["logits"]
+    difference = np.abs(erf.forward(**given)["logits"] - tanh).max() / np.abs(tanh).max()
+    assert 1e-5 < difference < 0.05
+
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_cached_decoding_is_the_whole_decoder(name):
+    """Rows of one item with different tokens: as many separate runs; a prompt of several tokens; ragged inputs."""
+    vlm, given = model(CONFIGS[name]), inputs()
+    rows, begun, new = 2, 4, 23
+    prompt = given["decoder_input_ids"][:, :begun]
+    tokens = np.random.default_rng(11).integers(0, 53, (3, rows, new))
+    decodable = vlm.decodable()
+    encoder = {name: given[name] for name in ("input_ids", "attention_mask")}
+    logits, state = jax.jit(decodable.prefill, static_argnums=(2, 3))(
+        vlm.variables, encoder | {"decoder_input_ids": prompt}, rows, new + 2
+    )
+    step = jax.jit(decodable.step)
+    found = [jnp.repeat(logits[:, None], rows, 1)]
+    for i in range(new):
+        after, state = step(vlm.variables, tokens[:, :, i], state)
+        found.append(after)
+    assert int(state.index) == new
+    for row in range(rows):
+        whole = vlm.forward(**encoder, decoder_input_ids=np.concatenate([prompt, tokens[:, row]], 1))["logits"]
+        close(jnp.stack([step[:, row] for step in found], 1), whole[:, begun - 1 :], 1e-5)
+
+
+def test_it_begins_with_the_start_token_and_takes_embeddings():
+    vlm, given = model(dataclasses.replace(SMALL, start=7, remat=True)), inputs()
+    decodable, ids, mask = vlm.decodable(), given["input_ids"], given["attention_mask"]
+    prefill = jax.jit(lambda given: decodable.prefill(vlm.variables, given, 1, 3))
+    start = np.full((3, 1), 7)
+    whole = vlm.forward(input_ids=ids, attention_mask=mask, decoder_input_ids=start)["logits"][:, 0]
+    logits, state = prefill({"input_ids": ids, "attention_mask": mask})
+    close(logits, whole, 1e-6)
+    assert logits.dtype == jnp.float32 and state.items["mask"].dtype == bool
+    embeds = vlm.module.apply(vlm.variables, ids, method="embed")
+    logits, _ = prefill({"inputs_embeds": embeds, "attention_mask": mask})
+    close(logits, whole, 1e-6)
+    unmasked = vlm.forward(input_ids=ids, decoder_input_ids=start)["logits"][:, 0]
+    close(prefill({"input_ids": ids})[0], unmasked, 1e-6)
+    assert np.abs(unmasked - whole).max() > 1e-3
+    for both in ({}, {"input_ids": ids, "inputs_embeds": embeds}):
+        with pytest.raises(MmjaxError, match="one of the two"):
+            prefill(both)
+
+
+def test_padding_changes_nothing():
+    vlm, rng = model(GATED), np.random.default_rng(3)
+    ids, decoder = rng.integers(2, 53, (2, 13)), rng.integers(0, 53, (2, 5))
+    alone = vlm.forward(input_ids=ids, decoder_input_ids=decoder)["logits"]
+    for before, after in ((0, 5), (5, 0), (3, 2)):
+        padded, mask = np.pad(ids, ((0, 0), (before, after))), np.pad(np.ones_like(ids), ((0, 0), (before, after)))
+        found = vlm.forward(input_ids=padded, attention_mask=mask, decoder_input_ids=decoder)["logits"]
+        close(found, alone, 1e-5)
+
+
+BEAMS = {"num_beams": 4}
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name, eos, asked",
+    [
+        ("tied relu", 9, ({}, BEAMS)),
+        ("untied gated", 31, (BEAMS | {"repetition_penalty": 1.7, "length_penalty": 0.0},)),
+    ],
+)
+def test_generated_ids_as_transformers(tmp_path, name, eos, asked):
+    """Rows end at different lengths, by ids that these weights do write; the penalty counts what the decoder read."""
+    torch, given = pytest.importorskip("torch"), inputs(11)
+    theirs = reference(dataclasses.replace(CONFIGS[name], eos=(eos,)), tmp_path)
+    ours = mmjax.load(tmp_path)
+    tensors = {key: torch.tensor(given[key]) for key in ("input_ids", "attention_mask")}
+    for options in asked:
+        found = ours.generate(given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=14, **options)
+        # Its cache has as many layers as the encoder, which are too few here.
+        expected = theirs.generate(**tensors, max_new_tokens=14, use_cache=False, **options).numpy()[:, 1:]
+        found, expected = ([_until(row, eos) for row in np.asarray(rows)] for rows in (found, expected))
+        assert found == expected, options
+        assert len({len(row) for row in expected}) > 2, options
+
+
+def _until(row: np.ndarray, eos: int) -> list[int]:
+    ends = np.flatnonzero(row == eos)
+    return row[: ends[0] + 1 if len(ends) else len(row)].tolist()
+
+
+def test_strings_are_read_with_their_end_and_written_without(tmp_path):
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *((word, -2.0) for word in ("\u2581", "\u2581red", "\u2581fox")),
+    ]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    first = model(dataclasses.replace(SMALL, vocab_size=6)).replace(tokenizer=Tokenizer(tokenizer, special))
+    mmjax.save(first, tmp_path)
+    vlm = mmjax.load(tmp_path)
+    texts = vlm.generate(["red fox", "fox fox red"], max_new_tokens=5, suppress=(0, 2, 3))
+    ids, mask = np.array([[4, 5, 1, 0], [5, 5, 4, 1]]), np.array([[1, 1, 1, 0], [1, 1, 1, 1]])
+    rows = vlm.generate(ids, attention_mask=mask, max_new_tokens=5, suppress=(0, 2, 3))
+    words = {0: "", 1: "", 4: "red", 5: "fox"}
+    assert texts == [" ".join(filter(None, (words[token] for token in row))) for row in rows.tolist()]
+    assert any(texts)
+
+
+# ------------------------------------------------------------------------------------------------- training, precision
+
+
+def test_labels_are_shifted_behind_the_start_token():
+    labels = jnp.array([[5, 6, -100, -100], [7, 8, 9, 1]])
+    np.testing.assert_array_equal(shift_right(labels, 3, 2), [[3, 5, 6, 2], [3, 7, 8, 9]])
+
+
+def batch(b: int = 4) -> dict[str, np.ndarray]:
+    given = inputs(b, 7, 11)
+    labels = np.where(np.arange(11) < np.array([[11], [2], [5], [7]])[:b], given["decoder_input_ids"], -100)
+    return {"input_ids": given["input_ids"], "attention_mask": given["attention_mask"], "labels": labels}
+
+
+def test_devices_weigh_tokens_not_examples():
+    config = dataclasses.replace(SMALL, dropout=0.0)
+    method, whole, params = T5Seq2Seq(config), batch(), model(config).params
+    rng = jax.random.key(2)
+    value, (_, metrics) = jax.jit(method.loss)(params, CARRY, whole, rng)
+    halves = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), whole)
+    mapped = jax.jit(jax.vmap(lambda part: method.loss(params, CARRY, part, rng, "data"), axis_name="data"))
+    values, (_, parts) = mapped(halves)
+    assert abs(values[0] - values[1]) > 1e-3
+    np.testing.assert_allclose(values.mean(), value, rtol=1e-5)
+    np.testing.assert_allclose(parts["accuracy"].mean(), metrics["accuracy"], rtol=1e-5)
+
+
+def test_rematerialisation_changes_no_gradient():
+    def grads(remat: bool) -> Any:
+        config = dataclasses.replace(SMALL, dropout=0.0, remat=remat)
+        run = jax.jit(jax.grad(T5Seq2Seq(config).loss, has_aux=True))
+        return run(model(config).params, CARRY, batch(), jax.random.key(3))[0]
+
+    jax.tree.map(lambda a, b: close(b, a, 1e-5), grads(False), grads(True))
+
+
+def test_whatever_drops_knows_the_axis_that_cuts_the_batch():
+    """Or devices would draw the same for their shares (`mmjax.nn.dropout`)."""
+    told = []
+
+    def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        told.extend([context.module.axis_name] if hasattr(context.module, "axis_name") else [])
+        return call(*args, **kwargs)
+
+    method, params = T5Seq2Seq(SMALL), model(SMALL).params
+    halves = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), batch())
+
+    def loss(part: Any) -> Any:
+        return method.loss(params, CARRY, part, jax.random.key(3), "data")
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(jax.vmap(loss, axis_name="data"), halves)
+    assert len(told) > 20 and set(told) == {"data"}
+
+
+def test_the_step_takes_the_method():
+    method, optimizer, given = T5Seq2Seq(PLAIN), Optimizer(adamw(0.01)), batch()
+    state = jax.eval_shape(lambda rng: create_state(method, optimizer, rng, given), jax.random.key(0))
+    after, metrics = jax.eval_shape(lambda state: train_step(method, optimizer, state, given), state)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert {"loss", "accuracy"} <= metrics.keys()
+    assert tree.count(state.params) == tree.count(T5Model.shapes(PLAIN)["params"])
+
+
+def test_half_precision_keeps_logits_in_float32():
+    vlm, given = model(GATED), inputs()
+    exact = vlm.forward(**given)["logits"]
+    half = vlm.replace(config=dataclasses.replace(GATED, dtype="bfloat16"))
+    found = half.forward(**given)
+    assert found["logits"].dtype == jnp.float32 and found["encoder_last_hidden_state"].dtype == jnp.bfloat16
+    close(found["logits"], exact, 0.05)
+    prefill = jax.jit(lambda given: half.decodable().prefill(half.variables, given, 2, 3))
+    logits, state = jax.eval_shape(prefill, {"input_ids": given["input_ids"]})
+    assert logits.dtype == jnp.float32 and state.rows[0].k.dtype == jnp.bfloat16

@@ -1,0 +1,166 @@
+"""The encoder-decoder block: torch's layers in both orders, and one token at a time as the whole sequence at once."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax import tree
+from mmjax.errors import MmjaxError
+from mmjax.nn import kv_cache
+from mmjax.nn.encoder_decoder import Block, CachedAttention, Stack
+from mmjax.nn.masks import causal_mask, padding_mask
+
+B, R, L, S, D, E, HEADS, HIDDEN = 3, 2, 5, 7, 21, 11, 3, 13
+FIELDS = {"width": D, "heads": HEADS, "hidden": HIDDEN, "causal": True, "cross": True}
+
+
+def randomised(module, *inputs):
+    """Every leaf drawn at random; nothing is computed to know the shapes."""
+    leaves, treedef = jax.tree.flatten(jax.eval_shape(module.init, jax.random.key(0), *inputs))
+    rng = np.random.default_rng(23)
+    return treedef.unflatten([jnp.asarray(0.5 * rng.normal(size=leaf.shape), jnp.float32) for leaf in leaves])
+
+
+def drawn(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.fixture
+def inputs():
+    mask = jnp.arange(S) < jnp.array([[7], [4], [6]])
+    return drawn(1, B, L, D), drawn(2, B, S, E), mask
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_step_is_a_column_of_the_full_pass(inputs, norm_first):
+    """A prompt of two tokens, then three steps with r = 2 rows of different tokens, each against its own full pass."""
+    x, context, mask = inputs
+    prompt, rows = x[:, :2], drawn(3, B, R, 3, D)
+    stack = Stack(2, {**FIELDS, "norm_first": norm_first, "act": "silu"})
+    variables = randomised(stack, x, None, context)
+    key_mask = padding_mask(mask)
+    full = jax.jit(stack.apply)
+    _, kept = full(variables, prompt, None, context, key_mask)
+
+    @jax.jit
+    def step(y, new, index):
+        return stack.apply(variables, y, kept, new, index, context_mask=mask, method="step")
+
+    new = [kv_cache.empty(B, R, HEADS, 4, D // HEADS, jnp.float32) for _ in range(2)]
+    found = []
+    for t in range(3):
+        y, new = step(rows[:, :, t], new, jnp.asarray(t))
+        found.append(y)
+    for row in range(R):
+        whole = jnp.concatenate([prompt, rows[:, row]], 1)
+        states, _ = full(variables, whole, None, context, key_mask)
+        for t in range(3):
+            np.testing.assert_allclose(found[t][:, row], states[-1][:, 2 + t], atol=2e-5)
+
+
+def test_a_prompts_padding_is_not_seen(inputs):
+    x, context, _ = inputs
+    block, short = Block(**FIELDS), x[:, 2:]
+    variables = randomised(block, x, None, context)
+    valid, y = jnp.broadcast_to(jnp.arange(L) >= 2, (B, L)), drawn(5, B, 1, D)
+
+    @jax.jit
+    def after(prompt, valid):
+        _, kept = block.apply(variables, prompt, padding_mask(valid), context)
+        new = kv_cache.empty(B, 1, HEADS, 1, D // HEADS, jnp.float32)
+        return block.apply(variables, y, kept, new, jnp.asarray(0), valid, method="step")[0]
+
+    np.testing.assert_allclose(after(x, valid), after(short, valid[:, 2:]), atol=1e-5)
+
+
+def test_names_do_not_depend_on_the_cross_attention(inputs):
+    x, context, _ = inputs
+    shapes = [
+        set(tree.flatten(randomised(Block(**{**FIELDS, "cross": cross}), x, None, c)["params"]))
+        for cross, c in ((False, None), (True, context))
+    ]
+    assert shapes[0] < shapes[1]
+    assert {path.split("/")[0] for path in shapes[1] - shapes[0]} == {"cross_attention", "cross_attention_norm"}
+
+
+def test_weights_are_kept_on_request(inputs):
+    x, context, mask = inputs
+    block = Block(**FIELDS)
+    variables = randomised(block, x, None, context)
+    _, kept = jax.jit(functools.partial(block.apply, mutable=["intermediates"]))(
+        variables, x, None, context, padding_mask(mask)
+    )
+    own, cross = (kept["intermediates"][name]["weights"][0] for name in ("attention", "cross_attention"))
+    assert own.shape == (B, HEADS, L, L) and cross.shape == (B, HEADS, L, S)
+    np.testing.assert_allclose(cross.sum(-1), 1, atol=1e-5)
+    assert not np.any(np.asarray(own)[~np.broadcast_to(causal_mask(L, L), own.shape)])
+    assert not np.any(np.asarray(cross)[:, :, :, 4:][1])
+
+
+def test_each_dropout_has_its_place(inputs):
+    x, context, _ = inputs
+    still = Block(**FIELDS)
+    variables = randomised(still, x, None, context)
+    wanted = jax.jit(still.apply)(variables, x, None, context)[0]
+    outs = [wanted]
+    for name in ("dropout", "attention_dropout", "activation_dropout"):
+        block = Block(**FIELDS, **{name: 0.4})
+
+        @jax.jit
+        def both(variables, block=block):
+            rngs = {"dropout": jax.random.key(7)}
+            trained = block.apply(variables, x, None, context, train=True, rngs=rngs)[0]
+            return trained, block.apply(variables, x, None, context)[0]
+
+        trained, asked = both(variables)
+        np.testing.assert_allclose(asked, wanted, atol=1e-6)
+        outs.append(trained)
+    assert all(np.abs(one - other).max() > 1e-2 for one, other in itertools.combinations(outs, 2))
+
+
+def test_bad_blocks_are_told(inputs):
+    x, context, _ = inputs
+    with pytest.raises(MmjaxError, match="5 heads do not divide the width 21"):
+        CachedAttention(5, D).init(jax.random.key(0), x)
+    with pytest.raises(MmjaxError, match="cross=True was given no context"):
+        Block(**FIELDS).init(jax.random.key(0), x)
+    with pytest.raises(MmjaxError, match="cross=False was given a context"):
+        Block(**{**FIELDS, "cross": False}).init(jax.random.key(0), x, None, context)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_decoder_block_is_torchs(inputs, norm_first):
+    import torch
+
+    x, mask = inputs[0], inputs[2]
+    context = drawn(4, B, S, D)
+    block = Block(**FIELDS, act="relu", norm_first=norm_first)
+    variables = randomised(block, x, None, context)
+    params = jax.tree.map(np.array, variables["params"])
+    theirs = torch.nn.TransformerDecoderLayer(D, HEADS, HIDDEN, 0.0, norm_first=norm_first, batch_first=True)
+    state = {}
+    for name, ours in (("self_attn", "attention"), ("multihead_attn", "cross_attention")):
+        p = params[ours]
+        state[f"{name}.in_proj_weight"] = np.concatenate([p[k]["kernel"].T for k in "qkv"])
+        state[f"{name}.in_proj_bias"] = np.concatenate([p[k]["bias"] for k in "qkv"])
+        state |= {f"{name}.out_proj.weight": p["out"]["kernel"].T, f"{name}.out_proj.bias": p["out"]["bias"]}
+    for name, ours in (("linear1", "up"), ("linear2", "down")):
+        state |= {f"{name}.weight": params["mlp"][ours]["kernel"].T, f"{name}.bias": params["mlp"][ours]["bias"]}
+    for i, ours in enumerate(("attention_norm", "cross_attention_norm", "mlp_norm"), 1):
+        state |= {f"norm{i}.weight": params[ours]["scale"], f"norm{i}.bias": params[ours]["bias"]}
+    theirs.load_state_dict({key: torch.tensor(value) for key, value in state.items()})
+    inputs_of_theirs = (torch.tensor(np.array(value)) for value in (x, context))
+    told = theirs(
+        *inputs_of_theirs,
+        tgt_mask=torch.nn.Transformer.generate_square_subsequent_mask(L),
+        memory_key_padding_mask=torch.tensor(~np.array(mask)),
+        tgt_is_causal=True,
+    )
+    ours, _ = jax.jit(block.apply)(variables, x, None, context, padding_mask(mask))
+    wanted = told.detach().numpy()
+    np.testing.assert_allclose(ours, wanted, atol=1e-5 * np.abs(wanted).max())
