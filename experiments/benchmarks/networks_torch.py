@@ -1,4 +1,5 @@
-"""The other side of networks.py: transformers' ResNet-50, ViT-B/16 (SDPA attention) and CLIP B/32, torch's optimizers.
+"""The other side of networks.py: transformers' ResNet-50, ViT-B/16, CLIP B/32 and BERT-base (SDPA attention), torch's
+optimizers.
 
 On a GPU that torch sees: bfloat16 by autocast, channels last.
 """
@@ -27,8 +28,20 @@ def model(name: str, blocks: tuple[int, ...], depth: int, classes: int) -> Any:
         return transformers.ViTForImageClassification(
             transformers.ViTConfig(num_hidden_layers=depth, layer_norm_eps=1e-6, id2label=labels)
         )
+    if name == "bert":
+        return transformers.BertForPreTraining(transformers.BertConfig(num_hidden_layers=depth))
     towers: dict[str, Any] = {f"{tower}_config": {"num_hidden_layers": depth} for tower in ("text", "vision")}
     return transformers.CLIPModel(transformers.CLIPConfig(**towers))
+
+
+def texts(data: Mapping[str, np.ndarray], device: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(BERT's inputs, its labels: -100 where nothing is masked)."""
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    given = {name: torch.tensor(data[name]).long().to(device) for name in names}
+    labels = np.full(data["input_ids"].shape, -100, np.int64)
+    np.put_along_axis(labels, data["masked_positions"], data["masked_ids"], 1)
+    told = {"labels": torch.tensor(labels), "next_sentence_label": torch.tensor(data["next_label"]).long()}
+    return given, {name: value.to(device) for name, value in told.items()}
 
 
 def theirs(
@@ -46,8 +59,11 @@ def theirs(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = device.type == "cuda"
     network = model(name, blocks, depth, classes).to(device)
-    given = {"pixel_values": torch.tensor(data["image"]).permute(0, 3, 1, 2).contiguous().to(device)}
-    if half:
+    if name == "bert":
+        given, targets = texts(data, device)
+    else:
+        given, targets = {"pixel_values": torch.tensor(data["image"]).permute(0, 3, 1, 2).contiguous().to(device)}, {}
+    if half and name != "bert":
         network = network.to(memory_format=torch.channels_last)
         given["pixel_values"] = given["pixel_values"].contiguous(memory_format=torch.channels_last)
     if name == "clip":
@@ -78,7 +94,9 @@ def theirs(
         network.train()
         optimizer.zero_grad()
         with precision():
-            if labels is None:
+            if targets:
+                loss = network(**given, **targets).loss
+            elif labels is None:
                 loss = network(**given, return_loss=True).loss
             else:
                 loss = torch.nn.functional.cross_entropy(network(**given).logits.float(), labels)
