@@ -65,11 +65,15 @@ class GeneratingModel(Model):
 
     @classmethod
     def load_tokenizer(cls, file: pathlib.Path) -> Tokenizer | None:
-        """tokenizer.json, or GPT-2's older vocab.json and merges.txt beside where it would be."""
+        """tokenizer.json; or beside where it would be GPT-2's older vocab.json and merges.txt, or a SentencePiece model
+        (LLaMA's tokenizer.model, T5's spiece.model), which needs the extra sentencepiece."""
         if file.is_file():
             return Tokenizer.from_file(file)
         vocab, merges = file.with_name("vocab.json"), file.with_name("merges.txt")
-        return Tokenizer.from_vocab(vocab, merges) if vocab.is_file() and merges.is_file() else None
+        if vocab.is_file() and merges.is_file():
+            return Tokenizer.from_vocab(vocab, merges)
+        models = (file.with_name(name) for name in ("tokenizer.model", "spiece.model"))
+        return next((Tokenizer.from_sentencepiece(model) for model in models if model.is_file()), None)
 
     # ------------------------------------------------------------------------------------------------------ generation
 

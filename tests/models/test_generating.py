@@ -139,3 +139,20 @@ def test_what_cannot_talk_says_so(model):
         model.stream("once", num_beams=2)
     with pytest.raises(MmjaxError, match="no token to go on from"):
         model.generate(["once", ""], max_new_tokens=2)
+
+
+def test_a_sentencepiece_model_beside_the_weights_is_the_tokenizer(model, tmp_path):
+    spm = pytest.importorskip("sentencepiece")
+    sentences = iter(["once upon a time there was a sea", "name three fruits of the sea"] * 40)
+    place = tmp_path / "pieces"
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=sentences, model_prefix=str(place), model_type="bpe", vocab_size=60, minloglevel=2
+    )
+    folder = tmp_path / "folder"
+    mmjax.export(model.replace(tokenizer=None), folder)
+    place.with_suffix(".model").rename(folder / "tokenizer.model")
+    loaded = mmjax.load(folder)
+    wanted = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode("a sea of time")
+    ids, _ = loaded.tokenizer("a sea of time")
+    assert ids[0].tolist() == [1, *wanted]  # <s> in front, as LLaMA has it
+    assert isinstance(loaded.generate("a sea", max_new_tokens=3), str)

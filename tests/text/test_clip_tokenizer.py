@@ -11,7 +11,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from parity.test_real_weights import CACHE, wheel
+from parity.wheels import CACHE, wheel
 
 from mmjax.errors import MmjaxError
 from mmjax.text import clip_tokenizer
