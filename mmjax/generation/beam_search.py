@@ -50,12 +50,7 @@ def search(
     k, room = options.num_beams, options.max_new_tokens
     logits, state = decodable.prefill(variables, inputs, k, room)
     b, v = logits.shape
-    seen = None
-    if options.repetition_penalty != 1:
-        ids, mask = inputs.get("decoder_input_ids", inputs.get("input_ids")), inputs.get("attention_mask")
-        mask = None if "decoder_input_ids" in inputs else mask
-        held = jnp.zeros((b, v), bool) if ids is None else seen_ids(ids, mask, v)
-        seen = jnp.broadcast_to(held[:, None], (b, k, v))
+    seen = seen_ids(inputs, options, (b, k, v))
     empty = jnp.full((b, k, room), options.pad, jnp.int32)
     first = jnp.where(jnp.arange(k) == 0, 0.0, FAR)
     beams = Beams(

@@ -44,12 +44,7 @@ def begin(
     # The last token is not read: a capacity of one less would do, but not of none.
     logits, state = decodable.prefill(variables, inputs, rows, room)
     b, v = logits.shape
-    seen = None
-    if options.repetition_penalty != 1:
-        ids, mask = inputs.get("decoder_input_ids", inputs.get("input_ids")), inputs.get("attention_mask")
-        mask = None if "decoder_input_ids" in inputs else mask
-        held = jnp.zeros((b, v), bool) if ids is None else seen_ids(ids, mask, v)
-        seen = jnp.broadcast_to(held[:, None], (b, rows, v))
+    seen = seen_ids(inputs, options, (b, rows, v))
     empty = jnp.full((b, rows, room), options.pad, jnp.int32)
     stop = stopping.begin(stops, b, rows)
     done = jnp.zeros((b, rows), bool)

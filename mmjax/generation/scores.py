@@ -1,5 +1,8 @@
 """What is done to a step's scores before a token is chosen: transformers' processors and warpers, in its order."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -9,11 +12,22 @@ from mmjax.types import Array, Bool, Float, Int
 NEVER = -jnp.inf
 
 
-def seen_ids(ids: Int[Array, "b l"], mask: Int[Array, "b l"] | None, vocabulary: int) -> Bool[Array, "b v"]:
-    """Which ids a prompt holds, without its padding."""
-    kept = jnp.ones(ids.shape, bool) if mask is None else mask.astype(bool)
-    rows = jnp.arange(ids.shape[0])[:, None]
-    return jnp.zeros((ids.shape[0], vocabulary), bool).at[rows, ids].max(kept)
+def seen_ids(
+    inputs: Mapping[str, Any], options: GenerationOptions, shape: tuple[int, int, int]
+) -> Bool[Array, "b r v"] | None:
+    """Which ids each row's prompt holds, without its padding; None where no penalty asks. shape: (b, r, v).
+
+    Of an encoder-decoder what the decoder begins with counts, not what the encoder reads; of embeddings nothing.
+    """
+    if options.repetition_penalty == 1:
+        return None
+    held = jnp.zeros((shape[0], shape[2]), bool)
+    ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    if ids is not None:
+        mask = None if "decoder_input_ids" in inputs else inputs.get("attention_mask")
+        kept = jnp.ones(ids.shape, bool) if mask is None else mask.astype(bool)
+        held = held.at[jnp.arange(shape[0])[:, None], ids].max(kept)
+    return jnp.broadcast_to(held[:, None], shape)
 
 
 def constrain(
