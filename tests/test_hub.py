@@ -149,7 +149,14 @@ def test_dtype_casts_parameters_and_computation(tmp_path, toy):
         mmjax.load(tmp_path, dtype="int8")
 
 
-def test_forward_is_compiled_once_a_shape_and_refuses_what_it_cannot_take(toy):
+def test_forward_is_compiled_once_a_shape_and_refuses_what_it_cannot_take(toy, monkeypatch):
+    traced, outputs = [], type(toy).outputs
+
+    def counted(self, variables, inputs):
+        traced.append(inputs["pixel_values"].shape)
+        return outputs(self, variables, inputs)
+
+    monkeypatch.setattr(type(toy), "outputs", counted)
     expected = np.tanh(
         pixels().mean((1, 2)) @ toy.params["body"]["kernel"] + toy.params["body"]["bias"] - toy.stats["mean"]
     )
@@ -157,7 +164,7 @@ def test_forward_is_compiled_once_a_shape_and_refuses_what_it_cannot_take(toy):
     np.testing.assert_allclose(toy.forward(pixels())["logits"], expected, rtol=1e-5)
     toy.forward(pixel_values=jnp.asarray(pixels()))
     toy.forward(pixels(3))
-    assert toy._compiled._cache_size() == 2
+    assert traced == [pixels().shape, pixels(3).shape]
     with pytest.raises(
         MmjaxError, match=r"pixel_values should be floats \[b, height, width, 3\], not uint8 \[2, 8, 8, 3\]"
     ):
