@@ -122,16 +122,18 @@ class Model(abc.ABC):
         attention_mask: ArrayLike | None = None,
         token_type_ids: ArrayLike | None = None,
         decoder_input_ids: ArrayLike | None = None,
+        decoder_attention_mask: ArrayLike | None = None,
     ) -> dict[str, Array]:
         """The network on preprocessed arrays; compiled once a shape.
 
         pixel_values: float32 [b, height, width, 3]. input_ids: int [b, l]. attention_mask: [b, l], 1 = a token.
         token_type_ids: int [b, l], of BERT: which half of a pair. decoder_input_ids: int [b, l], of an encoder-decoder:
-        the start token first.
+        the start token first; decoder_attention_mask: of them, as attention_mask.
         Returns transformers' names and shapes; feature maps are [b, height, width, c].
         """
         given = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
         given |= {"token_type_ids": token_type_ids, "decoder_input_ids": decoder_input_ids}
+        given |= {"decoder_attention_mask": decoder_attention_mask}
         inputs = {name: jnp.asarray(value) for name, value in given.items() if value is not None}
         if "pixel_values" in inputs:
             pixels = inputs["pixel_values"]
@@ -140,9 +142,9 @@ class Model(abc.ABC):
                 raise MmjaxError(
                     f"pixel_values should be floats [b, height, width, 3], not {told}; preprocess(images) makes them"
                 )
-        for name in ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids"):
-            if name in inputs and inputs[name].ndim != 2:
-                raise MmjaxError(f"{name} should be [b, l], they are {list(inputs[name].shape)}")
+        for name, value in inputs.items():
+            if name != "pixel_values" and value.ndim != 2:
+                raise MmjaxError(f"{name} should be [b, l], they are {list(value.shape)}")
         return dict(self._compiled(self.variables, inputs))
 
     def pixels(self, images: Any) -> Array:

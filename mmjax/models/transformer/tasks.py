@@ -14,7 +14,7 @@ from mmjax.errors import MmjaxError
 from mmjax.models.generating import GeneratingModel
 from mmjax.models.transformer.network import Transformer, TransformerConfig, TransformerDecodable
 from mmjax.text.tokenizer import Side
-from mmjax.types import Array, ArrayLike
+from mmjax.types import Array
 
 LONGER = 50
 """A translation has at most so many tokens more than its source (section 6.1)."""
@@ -40,7 +40,12 @@ class TransformerModel(GeneratingModel):
 
     def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
         """encoder_last_hidden_state and encoder_hidden_states; with decoder_input_ids also logits [b, l, v] and
-        decoder_hidden_states. The hidden states are those before and after each block."""
+        decoder_hidden_states. The hidden states are those before and after each block.
+
+        Without masks nothing is padding: the decoder may begin with the id that pads.
+        Raises MmjaxError for pixel_values, which a Transformer does not see, and without input_ids."""
+        if "pixel_values" in inputs:
+            raise MmjaxError("a Transformer sees no pixel_values")
         ids, decoder_ids = inputs.get("input_ids"), inputs.get("decoder_input_ids")
         if ids is None:
             raise MmjaxError("the Transformer's forward needs input_ids")
@@ -55,29 +60,6 @@ class TransformerModel(GeneratingModel):
             return told
         out = self.module.apply(variables, decoder_ids, memory, mask, decoder_mask, method="decode")
         return told | {"logits": out["logits"], "decoder_hidden_states": tuple(out["decoder_states"])}
-
-    def forward(
-        self,
-        pixel_values: ArrayLike | None = None,
-        input_ids: ArrayLike | None = None,
-        attention_mask: ArrayLike | None = None,
-        decoder_input_ids: ArrayLike | None = None,
-        decoder_attention_mask: ArrayLike | None = None,
-    ) -> dict[str, Array]:
-        """The network on ids [b, s] and, where given, on the decoder's [b, l]; see `outputs`. Compiled once a shape.
-
-        The masks are 1 for a token. Without them nothing is padding: the decoder may begin with the id that pads.
-        Raises MmjaxError for pixel_values, which a Transformer does not see, and for ids that are no matrix.
-        """
-        if pixel_values is not None:
-            raise MmjaxError("a Transformer sees no pixel_values")
-        given = {"input_ids": input_ids, "attention_mask": attention_mask}
-        given |= {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask}
-        inputs = {name: jnp.asarray(value) for name, value in given.items() if value is not None}
-        for name, value in inputs.items():
-            if value.ndim != 2:
-                raise MmjaxError(f"{name} should be [b, l], they are {list(value.shape)}")
-        return dict(self._compiled(self.variables, inputs))
 
     # ------------------------------------------------------------------------------------------------------ generation
 
