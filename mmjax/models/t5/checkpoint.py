@@ -8,11 +8,9 @@ import re
 from collections.abc import Mapping, Set
 from typing import Any
 
-import numpy as np
-
 from mmjax.errors import MmjaxError
 from mmjax.models.t5.network import T5Config
-from mmjax.weights.table import Entry, Layout, Op, Shape, Table, linear
+from mmjax.weights.table import Entry, Layout, Shape, Table, linear
 
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 Shapes = Mapping[str, Shape]
@@ -21,7 +19,10 @@ Told = Mapping[str, Any] | None
 
 def hf_table(config: T5Config, source: str = "", target: str = "params/") -> Table:
     """source, target: what stands before a T5 that is part of something else."""
-    entries = [Entry(f"{source}shared.weight", f"{target}embedding")]
+    # Old PyTorch files hold the embedding under every name that it has there.
+    again = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"] + ["lm_head.weight"] * config.tied
+    copies = tuple(f"{source}{name}" for name in again)
+    entries = [Entry(f"{source}shared.weight", f"{target}embedding", copies=copies)]
     stacks = [("encoder", config.depth)] + ([("decoder", config.decoder_depth)] if config.decoder_depth else [])
     for stack, depth in stacks:
         theirs, ours = f"{source}{stack}", f"{target}{stack}"
@@ -71,7 +72,8 @@ def hf_config_of(shapes: Shapes, told: Told, source: str = "") -> T5Config:
         hidden,
         _activation(told, gated),
         gated,
-        tied=f"{source}lm_head.weight" not in shapes,
+        # transformers 5 says of every T5 that it is tied, and writes a head where it is another array.
+        tied=f"{source}lm_head.weight" not in shapes or (scaled and "scale_decoder_outputs" not in told),
         # transformers 5 writes tie_word_embeddings=true whatever it was, and tells in a field of its own.
         scaled=bool(told.get("scale_decoder_outputs", scaled)),
         buckets=buckets,
@@ -141,58 +143,17 @@ def hf_config(config: T5Config) -> dict[str, Any]:
     }
 
 
-def _copies(config: T5Config) -> Table:
-    """The embedding under two names. Raises MmjaxError where it has not two."""
-    if not config.tied or not config.decoder_depth:
-        raise MmjaxError("layout hf_copies: this T5's head is not its embedding; layout hf holds it")
-    return (Entry(("shared.weight", "lm_head.weight"), "params/embedding", EQUAL), *hf_table(config)[1:])
+def _recognise(keys: Set[str], told: Told) -> bool:
+    return "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight" in keys
 
-
-def _equal(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    if not np.array_equal(one, other):
-        raise ValueError("they should be one array, and differ")
-    return one
-
-
-EQUAL = Op("equal", _equal, lambda x: (x, x), joins=True)
-
-
-def _recognise(copies: bool) -> Any:
-    """copies: whether the head is in the file though it is said to be the embedding: transformers 4's PyTorch files.
-
-    transformers 5 says so of every T5, and writes a head where it is another array.
-    """
-
-    def recognise(keys: Set[str], told: Told) -> bool:
-        if "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight" not in keys:
-            return False
-        gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in keys
-        by_5 = "scale_decoder_outputs" in (told or {})
-        return copies == ("lm_head.weight" in keys and _tied(told, gated) and not by_5)
-
-    return recognise
-
-
-DROPPED = (
-    "encoder.embed_tokens.weight",  # `shared` again
-    "decoder.embed_tokens.weight",
-    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",  # of no use in any version
-)
 
 HF = Layout(
     "hf",
-    _recognise(copies=False),
+    _recognise,
     hf_config_of,
     hf_table,
     hf_config=hf_config,
-    ignored=DROPPED,
+    # Of no use in any version.
+    ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
 )
-HF_COPIES = Layout(
-    "hf_copies",
-    _recognise(copies=True),
-    lambda shapes, told: hf_config_of({key: shape for key, shape in shapes.items() if key != "lm_head.weight"}, told),
-    _copies,
-    hf_config=hf_config,
-    ignored=DROPPED,
-)
-LAYOUTS: tuple[Layout, ...] = (HF, HF_COPIES)
+LAYOUTS: tuple[Layout, ...] = (HF,)
