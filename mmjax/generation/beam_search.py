@@ -107,7 +107,9 @@ def extend(options: GenerationOptions, logits: Float[Array, "b k v"], beams: Bea
         token = _of(tokens, places)
         b, r = (jnp.arange(n) for n in token.shape)
         seen = _of(seen, source).at[b[:, None], r[None], token].set(True)
-    state = beams.state._replace(rows=jax.tree.map(lambda leaf: _of(leaf, source), beams.state.rows))
+    # The rows of all items share the leaves' first axis.
+    moved = (jnp.arange(source.shape[0])[:, None] * k + source).reshape(-1)
+    state = beams.state._replace(rows=jax.tree.map(lambda leaf: leaf[moved], beams.state.rows))
     beams = Beams(
         state=state,
         ids=_of(ids, places),

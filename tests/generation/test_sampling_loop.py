@@ -56,7 +56,7 @@ def test_padding_on_either_side_changes_nothing():
 def test_what_the_model_has_read_is_what_was_chosen():
     found = run(max_new_tokens=6, temperature=1.0, num_return_sequences=3)
     assert found.state is not None
-    np.testing.assert_array_equal(found.state.rows["read"][..., :5], found.ids[..., :5])
+    np.testing.assert_array_equal(found.state.rows["read"][:, :5], found.ids[..., :5].reshape(-1, 5))
     assert int(found.state.index) == 5
 
 
