@@ -12,7 +12,7 @@ and tells 60.0 % of the pairs (55.0 % are random).
 import dataclasses
 import functools
 import pathlib
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,8 @@ class Config(ExperimentConfig):
         width, depth: of the encoder; heads are 64 wide, or half the width of a narrower one.
         dropout: 0.1 in the paper, for a hundred times as many steps.
     """
+
+    unit: ClassVar[str] = "texts"
 
     steps: int = 1200
     batch_size: int = 32

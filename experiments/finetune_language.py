@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,8 @@ class Config(ExperimentConfig):
         learning_rate: peak; warmup over a tenth of the steps and half a cosine. None: 1e-3 for adapters, else 2e-5.
         remat: blocks are computed again in the backward pass.
     """
+
+    unit: ClassVar[str] = "texts"
 
     steps: int = 60
     batch_size: int = 4

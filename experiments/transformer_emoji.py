@@ -12,7 +12,7 @@ and with four beams; some translations are written to `artifacts`.
 import dataclasses
 import functools
 import pathlib
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,8 @@ class Config(ExperimentConfig):
         width, depth, heads: see `TransformerConfig.small`.
         warmup, rate: of the paper's schedule, and a factor on it.
     """
+
+    unit: ClassVar[str] = "texts"
 
     steps: int = 1000
     batch_size: int = 128

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import pathlib
 import string
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,8 @@ class Config(ExperimentConfig):
         width, depth: of the states, and blocks a stack; four heads.
         learning_rate: peak; warmup and half a cosine, so that the last steps are small ones.
     """
+
+    unit: ClassVar[str] = "texts"
 
     steps: int = 1000
     batch_size: int = 64

@@ -74,11 +74,15 @@ class ExperimentConfig:
         max_refused: updates that may be refused in a row as not finite before the run stops.
         tensorboard: whether curves are also written for TensorBoard.
 
+    Of the class:
+        unit: what a step's examples are called, in `perf/images_per_second` and on the bar.
+
     Of the class, for `mmjax ablate`:
         published: name -> {value: a paper's figure or a word}, to stand beside ours.
         courses: training metrics that are told by their mean over the run.
     """
 
+    unit: ClassVar[str] = "images"
     published: ClassVar[Mapping[str, Mapping[float, float | str]]] = {}
     courses: ClassVar[tuple[str, ...]] = ()
 

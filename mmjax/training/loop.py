@@ -283,7 +283,7 @@ class _Run:
             return {}
         return {
             "perf/steps_per_second": done / seconds,
-            "perf/images_per_second": done * self.config.batch_size / seconds,
+            f"perf/{self.config.unit}_per_second": done * self.config.batch_size / seconds,
         }
 
     def _log(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -373,13 +373,13 @@ class _Run:
         if not self.console.is_terminal:
             yield lambda step, last: None
             return
-        told = TextColumn("loss {task.fields[loss]} · {task.fields[rate]} images/s · left")
+        told = TextColumn("loss {task.fields[loss]} · {task.fields[rate]} " + f"{self.config.unit}/s · left")
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), told, TimeRemainingColumn())
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task("", total=self.config.steps, completed=start, loss="-", rate="-")
 
             def advance(step: int, last: Mapping[str, float]) -> None:
-                loss, rate = last.get("train/loss"), last.get("perf/images_per_second")
+                loss, rate = last.get("train/loss"), last.get(f"perf/{self.config.unit}_per_second")
                 loss, rate = ("-" if value is None else f"{value:.4g}" for value in (loss, rate))
                 progress.update(task, completed=step, loss=loss, rate=rate)
 
