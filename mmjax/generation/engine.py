@@ -17,11 +17,13 @@ from mmjax.types import Array, Float, Int, PRNGKeyArray
 
 class Generated(NamedTuple):
     """ids: int32 [b, n, t], pad behind a row's end; scores: float32 [b, n], summed log-probabilities, for beams divided
-    by length ** length_penalty. state: what the model remembers (not of a beam search)."""
+    by length ** length_penalty. state: what the model remembers (not of a beam search). groups: int32 [b, n], the group
+    that each beam is of, from 0 (of a beam search alone)."""
 
     ids: Int[Array, "b n t"]
     scores: Float[Array, "b n"]
     state: DecodeState | None = None
+    groups: Int[Array, "b n"] | None = None
 
 
 def generate(
@@ -39,7 +41,8 @@ def generate(
     """
     rng = jax.random.key(rng) if isinstance(rng, int) else rng
     if options.num_beams > 1:
-        return Generated(*_search(decodable, options, variables, dict(inputs), stops))
+        ids, scores, groups = _search(decodable, options, variables, dict(inputs), stops)
+        return Generated(ids, scores, groups=groups)
     carry = _sample(decodable, options, variables, dict(inputs), rng, stops)
     return Generated(carry.ids, carry.scores, carry.state)
 

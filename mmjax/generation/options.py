@@ -8,6 +8,60 @@ from mmjax.errors import MmjaxError
 
 
 @dataclass(frozen=True)
+class BeamRules:
+    """By what length beams that ended are compared, and when a search is over; versions of transformers differ in both.
+
+    The defaults are version 5's. A checkpoint that was published with numbers of an older one needs that one's rules:
+    BLIP 4.15, BLIP-2 and OpenFlamingo 4.33, LLaVA 4.37. Each field tells what its being True means.
+
+    Attributes:
+        prompt_counted: the ids of the prompt are part of a length: those of the batch's longest, as the padding of the
+            shorter ones counts too. With it what an item gives depends on what else is in the batch.
+        eos_counted: the closing id is part of a length.
+        bound_lags: a length that bounds what may yet come is that before the newest token.
+        bound_of_all: what may yet come is bounded by the best continuation, though it ended; False: that runs on.
+        open_added: beams that max_new_tokens cuts all compete; False: those among the step's first num_beams do.
+        first_eos_closes: whichever of several eos ids ended a beam, the first is written.
+        gnmt: ((5 + length) / 6) ** length_penalty in place of length ** length_penalty (Wu et al. 2016, equation 14;
+            the Transformer's paper has it with 0.6).
+
+    Raises MmjaxError where a length could be 0.
+    """
+
+    prompt_counted: bool = False
+    eos_counted: bool = True
+    bound_lags: bool = False
+    bound_of_all: bool = False
+    open_added: bool = False
+    first_eos_closes: bool = False
+    gnmt: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.prompt_counted and (self.bound_lags or not self.eos_counted):
+            raise MmjaxError("beam_rules: without prompt_counted, bound_lags or eos_counted=False make a length of 0")
+
+    @classmethod
+    def v4_15(cls) -> "BeamRules":
+        """transformers 4.15, generation_beam_search.py (but for beam groups: those of 4.33 are one list each)."""
+        return dataclasses.replace(cls.v4_33(), bound_lags=True)
+
+    @classmethod
+    def v4_33(cls) -> "BeamRules":
+        """transformers 4.33, generation/beam_search.py."""
+        return dataclasses.replace(cls.v4_37(), prompt_counted=True, eos_counted=False)
+
+    @classmethod
+    def v4_37(cls) -> "BeamRules":
+        """transformers 4.37, generation/beam_search.py."""
+        return cls(bound_of_all=True, open_added=True, first_eos_closes=True)
+
+    @classmethod
+    def v5(cls) -> "BeamRules":
+        """transformers 5, generation/utils.py, `_beam_search`."""
+        return cls()
+
+
+@dataclass(frozen=True)
 class GenerationOptions:
     """Options of one generation; each combination of them is compiled once a shape.
 
@@ -22,12 +76,20 @@ class GenerationOptions:
             top_k (Holtzman et al. 2020).
         repetition_penalty: the score of every id that the row or its prompt holds is divided by it, or multiplied
             where negative (Keskar et al. 2019).
-        no_repeat_ngram_size: no sequence of so many generated ids stands twice in a row; 0: any may.
+        no_repeat_ngram_size: no sequence of so many ids stands twice in a row and its prompt; 0: any may.
         length_penalty: beams that ended are compared by sum of log-probabilities / length ** length_penalty; the
-            length counts new tokens and the closing one.
+            length counts new tokens and the closing one, unless `beam_rules` say otherwise.
         early_stopping: beam search of an item ends when num_beams beams have ended (True), when the best running one,
             at its length, is no better than the worst that ended (False), or when it can never become so ("never").
+        beam_rules: those of which version of transformers.
+        num_beam_groups: so many groups of beams choose one after the other, each among its own (Vijayakumar et al.
+            2016, diverse beam search). 1: all beams are one group.
+        diversity_penalty: is taken from a token's log-probability for each beam of an earlier group that has just
+            chosen it. A group whose search is over chooses `pad`.
         eos: ids that end a row. pad: fills what is behind its end.
+        bos: the one id that a prompt of embeddings alone holds, for penalties and `beam_rules`, as transformers before
+            version 5 has it; None: it holds none.
+        forced_bos: the token behind a prompt of one id, a decoder's start (mBART: a language); None: any.
         forced_eos: the last of max_new_tokens is one of `eos` (Marian).
         suppress: ids that are never generated.
     """
@@ -43,14 +105,19 @@ class GenerationOptions:
     no_repeat_ngram_size: int = 0
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
+    beam_rules: BeamRules = BeamRules()
+    num_beam_groups: int = 1
+    diversity_penalty: float = 0.0
     eos: tuple[int, ...] = ()
     pad: int = 0
+    bos: int | None = None
+    forced_bos: int | None = None
     forced_eos: bool = False
     suppress: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        least = {"max_new_tokens": 1, "num_beams": 1, "num_return_sequences": 1}
-        least |= {"min_new_tokens": 0, "top_k": 0, "temperature": 0, "no_repeat_ngram_size": 0}
+        least = {"max_new_tokens": 1, "num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1}
+        least |= {"diversity_penalty": 0, "min_new_tokens": 0, "top_k": 0, "temperature": 0, "no_repeat_ngram_size": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise MmjaxError(f"{name}={getattr(self, name)}: at least {bound}")
@@ -64,6 +131,13 @@ class GenerationOptions:
             raise MmjaxError("num_beams > 1 searches for the likeliest texts: temperature has no place in it")
         if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
             raise MmjaxError(f"num_return_sequences={self.num_return_sequences} of num_beams={self.num_beams}")
+        if self.num_beams % self.num_beam_groups:
+            raise MmjaxError(f"num_beams={self.num_beams} in num_beam_groups={self.num_beam_groups}: not equally large")
+        if (self.num_beam_groups > 1) != (self.diversity_penalty > 0):
+            raise MmjaxError(
+                f"num_beam_groups={self.num_beam_groups} and diversity_penalty={self.diversity_penalty}: without the "
+                "penalty groups write the same, without groups there is nothing to differ from"
+            )
         if self.num_beams == 1 and self.temperature == 0 and self.num_return_sequences > 1:
             raise MmjaxError("the likeliest token gives one text: num_return_sequences needs temperature or num_beams")
         if self.temperature == 0 and (self.top_k or self.top_p < 1):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from mmjax.generation import stopping
 from mmjax.generation.decodable import Decodable, DecodeState
 from mmjax.generation.options import GenerationOptions
-from mmjax.generation.scores import constrain, nucleus, seen_ids
+from mmjax.generation.scores import constrain, nucleus, prompt_ids, seen_ids
 from mmjax.generation.stopping import Stops
 from mmjax.types import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -26,6 +26,7 @@ class Sampling(NamedTuple):
     scores: Float[Array, "b r"]
     written: Int[Array, ""]
     done: Bool[Array, "b r"]
+    prompt: Int[Array, "b l"] | None
     seen: Bool[Array, "b r v"] | None
     stop: Int[Array, "b r"]
     rng: PRNGKeyArray
@@ -44,17 +45,18 @@ def begin(
     # The last token is not read: a capacity of one less would do, but not of none.
     logits, state = decodable.prefill(variables, inputs, rows, room)
     b, v = logits.shape
-    seen = seen_ids(inputs, options, (b, rows, v))
+    prompt = prompt_ids(inputs, options, b)
+    seen = seen_ids(prompt, options, (b, rows, v))
     empty = jnp.full((b, rows, room), options.pad, jnp.int32)
     stop = stopping.begin(stops, b, rows)
     done = jnp.zeros((b, rows), bool)
-    start = Sampling(state, empty, jnp.zeros((b, rows)), jnp.int32(0), done, seen, stop, rng)
+    start = Sampling(state, empty, jnp.zeros((b, rows)), jnp.int32(0), done, prompt, seen, stop, rng)
     return choose(options, jnp.broadcast_to(logits[:, None], (b, rows, v)), start, stops)
 
 
 def choose(options: GenerationOptions, logits: Float[Array, "b r v"], carry: Sampling, stops: Stops | None) -> Sampling:
     """The next token of every row, by its logits."""
-    scores = constrain(logits.astype(jnp.float32), options, carry.written, carry.seen, carry.ids)
+    scores = constrain(logits.astype(jnp.float32), options, carry.written, carry.seen, carry.ids, carry.prompt)
     if options.temperature > 0:
         scores = nucleus(scores, options)
         keys = _keys(carry.rng, carry.written, scores.shape[:2])

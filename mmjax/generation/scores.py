@@ -12,21 +12,37 @@ from mmjax.types import Array, Bool, Float, Int
 NEVER = -jnp.inf
 
 
-def seen_ids(
-    inputs: Mapping[str, Any], options: GenerationOptions, shape: tuple[int, int, int]
-) -> Bool[Array, "b r v"] | None:
-    """Which ids each row's prompt holds, without its padding; None where no penalty asks. shape: (b, r, v).
+def prompt_ids(inputs: Mapping[str, Any], options: GenerationOptions, b: int) -> Int[Array, "b l"] | None:
+    """The ids of each prompt, behind as many -1 as it is shorter than the array; None where no option asks for them.
 
-    Of an encoder-decoder what the decoder begins with counts, not what the encoder reads; of embeddings nothing.
+    They are its decoder_input_ids where there are some, as an encoder-decoder's have to be told, else its input_ids;
+    of embeddings alone `options.bos` or none. Padding is none of them (transformers takes it for ids in n-grams).
     """
-    if options.repetition_penalty == 1:
+    counted = options.num_beams > 1 and options.beam_rules.prompt_counted
+    penalised = options.repetition_penalty != 1 or options.no_repeat_ngram_size > 0
+    if not (counted or penalised or options.forced_bos is not None):
+        return None
+    of = "decoder_" if "decoder_input_ids" in inputs else ""
+    ids, mask = (inputs.get(f"{of}{name}") for name in ("input_ids", "attention_mask"))
+    if ids is None:
+        return jnp.full((b, 0 if options.bos is None else 1), options.bos or 0, jnp.int32)
+    kept = jnp.ones(ids.shape, bool) if mask is None else mask.astype(bool)
+    return jnp.take_along_axis(jnp.where(kept, ids, -1), jnp.argsort(kept, axis=-1), axis=-1).astype(jnp.int32)
+
+
+def prompt_length(prompt: Int[Array, "b l"]) -> Int[Array, ""]:
+    """How many ids the longest prompt holds."""
+    return jnp.max(jnp.sum(prompt >= 0, axis=-1))
+
+
+def seen_ids(
+    prompt: Int[Array, "b l"] | None, options: GenerationOptions, shape: tuple[int, int, int]
+) -> Bool[Array, "b r v"] | None:
+    """Which ids each row's prompt holds; None where no penalty asks. shape: (b, r, v)."""
+    if options.repetition_penalty == 1 or prompt is None:
         return None
     held = jnp.zeros((shape[0], shape[2]), bool)
-    ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
-    if ids is not None:
-        mask = None if "decoder_input_ids" in inputs else inputs.get("attention_mask")
-        kept = jnp.ones(ids.shape, bool) if mask is None else mask.astype(bool)
-        held = held.at[jnp.arange(shape[0])[:, None], ids].max(kept)
+    held = held.at[jnp.arange(shape[0])[:, None], prompt].max(prompt >= 0)
     return jnp.broadcast_to(held[:, None], shape)
 
 
@@ -36,34 +52,39 @@ def constrain(
     written: Int[Array, ""],
     seen: Bool[Array, "b r v"] | None,
     ids: Int[Array, "b r t"],
+    prompt: Int[Array, "b l"] | None,
 ) -> Float[Array, "b r v"]:
     """Scores (logits, or log-probabilities in a beam search) after penalties and prohibitions; the forbidden are -inf.
 
     written: how many tokens the rows hold. seen: the ids of rows and prompts; asked where there is a penalty.
-    ids: the rows' tokens so far, [b, r, max_new_tokens].
+    ids: the rows' tokens so far, [b, r, max_new_tokens]. prompt: see `prompt_ids`.
     """
     if seen is not None:
         penalised = jnp.where(scores < 0, scores * options.repetition_penalty, scores / options.repetition_penalty)
         scores = jnp.where(seen, penalised, scores)
-    if options.no_repeat_ngram_size:
-        scores = jnp.where(_repeating(ids, written, options.no_repeat_ngram_size, scores.shape[-1]), NEVER, scores)
+    if options.no_repeat_ngram_size and prompt is not None:
+        before = jnp.broadcast_to(prompt[:, None], (*ids.shape[:2], prompt.shape[1]))
+        past, held = jnp.concatenate([before, ids], axis=-1), prompt.shape[1] + written
+        scores = jnp.where(_repeating(past, held, options.no_repeat_ngram_size, scores.shape[-1]), NEVER, scores)
     if options.suppress:
         scores = scores.at[..., jnp.asarray(options.suppress)].set(NEVER)
-    if options.eos:
-        ends = jnp.zeros(scores.shape[-1], bool).at[jnp.asarray(options.eos)].set(True)
-        if options.min_new_tokens:
-            scores = jnp.where(ends & (written < options.min_new_tokens), NEVER, scores)
-        if options.forced_eos:
-            forced = jnp.where(ends, 0.0, NEVER)
-            scores = jnp.where(written == options.max_new_tokens - 1, forced, scores)
+    ends = jnp.zeros(scores.shape[-1], bool).at[jnp.asarray(options.eos, jnp.int32)].set(True)
+    if options.eos and options.min_new_tokens:
+        scores = jnp.where(ends & (written < options.min_new_tokens), NEVER, scores)
+    if options.forced_bos is not None and prompt is not None:
+        forced = jnp.full(scores.shape[-1], NEVER).at[options.forced_bos].set(0.0)
+        scores = jnp.where(prompt_length(prompt) + written == 1, forced, scores)
+    if options.eos and options.forced_eos:
+        forced = jnp.where(ends, 0.0, NEVER)
+        scores = jnp.where(written == options.max_new_tokens - 1, forced, scores)
     return scores
 
 
 def _repeating(ids: Int[Array, "b r t"], written: Int[Array, ""], size: int, vocabulary: int) -> Bool[Array, "b r v"]:
-    """Which ids would complete a sequence of `size` ids that the row already holds."""
+    """Which ids would complete a sequence of `size` ids the row's first `written` already hold; -1 is none."""
     length = ids.shape[-1]
     ends = jnp.arange(length)
-    repeats = (ends >= size - 1) & (ends < written) & (written >= size - 1)
+    repeats = (ids >= 0) & (ends >= size - 1) & (ends < written) & (written >= size - 1)
     for back in range(1, size):
         last = jax.lax.dynamic_index_in_dim(ids, jnp.maximum(written - back, 0), axis=-1)
         repeats = repeats & (jnp.roll(ids, back, axis=-1) == last)

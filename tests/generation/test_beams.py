@@ -9,7 +9,7 @@ import pytest
 from generation.markov import Markov
 
 from mmjax.generation.engine import generate, stream
-from mmjax.generation.options import GenerationOptions
+from mmjax.generation.options import BeamRules, GenerationOptions
 
 V, EOS = 5, 0
 TABLE = np.array(jax.nn.log_softmax(jnp.asarray(np.random.default_rng(4).normal(size=(V, V)) * 1.5, jnp.float32)))
@@ -26,15 +26,18 @@ def total(last, row):
     return sum(float(TABLE[a, b]) for a, b in zip([last, *row], row))
 
 
-def test_wide_beams_find_the_best_of_all_texts():
+@pytest.mark.parametrize("gnmt", [False, True])
+def test_wide_beams_find_the_best_of_all_texts(gnmt):
     length, penalty = 3, 0.7
-    found, scores = search(max_new_tokens=length, num_beams=V**2, length_penalty=penalty, early_stopping="never")
+    options = {"length_penalty": penalty, "early_stopping": "never", "beam_rules": BeamRules(gnmt=gnmt)}
+    found, scores = search(max_new_tokens=length, num_beams=V**2, **options)
     for last, row, score in zip(PROMPTS[:, -1], found[:, 0], scores[:, 0]):
         texts = [row for row in itertools.product(range(V), repeat=length) if EOS not in row[:-1]]
         texts += [(*row, EOS) for n in range(length - 1) for row in itertools.product(range(1, V), repeat=n)]
-        best = max(texts, key=lambda text: total(last, text) / len(text) ** penalty)
+        divisors = {n: ((5 + n) / 6 if gnmt else n) ** penalty for n in range(1, length + 1)}
+        best = max(texts, key=lambda text: total(last, text) / divisors[len(text)])
         np.testing.assert_array_equal(row[: len(best)], best)
-        np.testing.assert_allclose(score, total(last, best) / len(best) ** penalty, rtol=1e-5)
+        np.testing.assert_allclose(score, total(last, best) / divisors[len(best)], rtol=1e-5)
 
 
 def by_the_rules(last, k, length, penalty, early):

@@ -22,6 +22,7 @@ PROMPTS = np.array([[3, 5], [4, 1], [0, 2]], np.int32)
 def run(**options):
     inputs = {"input_ids": jnp.asarray(options.pop("prompts", PROMPTS))}
     inputs |= {"attention_mask": jnp.asarray(options.pop("mask"))} if "mask" in options else {}
+    inputs |= {"decoder_input_ids": jnp.asarray(options.pop("begun"))} if "begun" in options else {}
     seed, stops = options.pop("seed", 0), options.pop("stops", None)
     return generate(Markov(), VARIABLES, inputs, GenerationOptions(**options), seed, stops)
 
@@ -122,38 +123,81 @@ def test_penalties_by_the_rule():
     options = GenerationOptions(repetition_penalty=1.5, min_new_tokens=3, eos=(0,), suppress=(6,))
     scores = jnp.asarray([[[-1.0, 2.0, -3.0, 4.0, 0.5, 0.0, 9.0]]])
     seen = jnp.asarray([[[False, True, True, False, False, False, False]]])
-    found = constrain(scores, options, jnp.int32(1), seen, jnp.zeros((1, 1, 4), jnp.int32))
+    found = constrain(scores, options, jnp.int32(1), seen, jnp.zeros((1, 1, 4), jnp.int32), None)
     np.testing.assert_allclose(found[0, 0], [-np.inf, 2 / 1.5, -4.5, 4.0, 0.5, 0.0, -np.inf], rtol=1e-6)
 
 
+def without_repeats(size, prompt, penalty=1.0):
+    def rule(row, scores):
+        text = [*prompt, *row]
+        for id in set(text):
+            scores[id] *= penalty if scores[id] < 0 else 1 / penalty
+        for end in range(size, len(text) + 1):
+            if text[end - size : end - 1] == text[len(text) - size + 1 :]:
+                scores[text[end - 1]] = -np.inf
+        return scores
+
+    return rule
+
+
 def test_a_repetition_penalty_counts_prompt_and_row():
-    penalty = 1.4
-
-    def allowed(prompt):
-        def rule(row, scores):
-            for id in {*prompt, *row}:
-                scores[id] *= penalty if scores[id] < 0 else 1 / penalty
-            return scores
-
-        return rule
-
-    found = run(max_new_tokens=9, repetition_penalty=penalty)
-    np.testing.assert_array_equal(found.ids[:, 0], [walk(p[-1], 9, allowed(p.tolist())) for p in PROMPTS])
+    found = run(max_new_tokens=9, repetition_penalty=1.4)
+    rows = [walk(p[-1], 9, without_repeats(99, p.tolist(), penalty=1.4)) for p in PROMPTS]
+    np.testing.assert_array_equal(found.ids[:, 0], rows)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_no_sequence_of_ids_comes_twice(size):
-    def allowed(row, scores):
-        for end in range(size, len(row) + 1):
-            if row[end - size : end - 1] == row[len(row) - size + 1 :] and len(row) >= size - 1:
-                scores[row[end - 1]] = -np.inf
-        return scores
+def test_no_sequence_of_ids_comes_twice_in_prompt_and_row(size):
+    prompts = np.array([[3, 5, 3, 5], [6, 4, 1, 1], [2, 6, 2, 6]]) if size > 1 else PROMPTS
+    length = 12 if size > 1 else 5
+    found = np.asarray(run(max_new_tokens=length, no_repeat_ngram_size=size, prompts=prompts).ids[:, 0])
+    texts = prompts.tolist()
+    np.testing.assert_array_equal(found, [walk(t[-1], length, without_repeats(size, t)) for t in texts])
+    for text, row in zip(texts, found.tolist()):
+        grams = [tuple([*text, *row][i : i + size]) for i in range(len(text) + length - size + 1)]
+        assert len(set(grams)) == len(grams) - (text[:2] == text[2:] and size == 2), "but for what the prompt repeats"
 
-    found = np.asarray(run(max_new_tokens=7, no_repeat_ngram_size=size).ids[:, 0])
-    np.testing.assert_array_equal(found, [walk(last, 7, allowed) for last in PROMPTS[:, -1]])
-    for row in found.tolist():
-        grams = [tuple(row[i : i + size]) for i in range(8 - size)]
-        assert len(set(grams)) == len(grams)
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_no_id_of_a_prompt(side):
+    """Short prompts beside a long one are penalised as they would be alone."""
+    texts, pad, options = [[1], [3, 5, 3], [2, 6, 2, 6, 4]], 5, {"repetition_penalty": 1.6, "no_repeat_ngram_size": 2}
+    rows = [np.pad(t, (5 - len(t), 0) if side == "left" else (0, 5 - len(t)), constant_values=pad) for t in texts]
+    mask = [np.pad(np.ones(len(t), int), (5 - len(t), 0) if side == "left" else (0, 5 - len(t))) for t in texts]
+    found = run(max_new_tokens=9, prompts=np.array(rows), mask=np.array(mask), **options)
+    for text, row in zip(texts, np.asarray(found.ids[:, 0])):
+        np.testing.assert_array_equal(row, walk(text[-1], 9, without_repeats(2, text, penalty=1.6)))
+
+
+def test_of_an_encoder_decoder_the_decoder_s_ids_count():
+    options = {"max_new_tokens": 8, "repetition_penalty": 1.6, "no_repeat_ngram_size": 2}
+    begun = np.array([[3, 5, 3], [6, 4, 1], [2, 6, 2]])
+    np.testing.assert_array_equal(run(begun=begun, **options).ids, run(prompts=begun, **options).ids)
+
+
+def test_draws_repeat_no_sequence_either():
+    found = run(
+        max_new_tokens=20, temperature=3.0, num_return_sequences=20, no_repeat_ngram_size=2, repetition_penalty=1.1
+    )
+    for text, rows in zip(PROMPTS.tolist(), np.asarray(found.ids).tolist()):
+        for row in rows:
+            grams = list(zip([*text, *row], [*text, *row][1:]))
+            assert len(set(grams)) == len(grams)
+
+
+def test_a_forced_beginning_comes_behind_one_id_alone():
+    start, longer = np.array([[3], [4], [0]]), np.array([[3, 3], [1, 4], [2, 0]])
+    told = {"max_new_tokens": 4, "forced_bos": 6}
+    for begun in ({"prompts": start}, {"begun": start}):
+        for beams in (1, 2):
+            assert (np.asarray(run(**begun, **told, num_beams=beams).ids)[:, 0, 0] == 6).all()
+    greedy = run(prompts=start, **told)
+    np.testing.assert_array_equal(greedy.ids[:, 0], [[6, *walk(6, 3)]] * 3)
+    rest = sum(float(TABLE[a, b]) for a, b in zip([6, *walk(6, 3)], walk(6, 3)))
+    np.testing.assert_allclose(greedy.scores, np.full((3, 1), rest), rtol=1e-5)
+    np.testing.assert_array_equal(run(prompts=longer, **told).ids[:, 0], [walk(last, 4) for last in (3, 4, 0)])
+    padded = run(prompts=longer, mask=np.array([[0, 1]] * 3), **told)
+    np.testing.assert_array_equal(padded.ids, greedy.ids)
 
 
 def test_a_forced_end_is_the_last_token_and_no_eos_comes_too_early():
@@ -186,6 +230,9 @@ def test_stop_strings_end_rows_where_they_end():
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
         ({"early_stopping": "later", "num_beams": 2}, "early_stopping='later'"),
         ({"min_new_tokens": 30}, "min_new_tokens=30"),
+        ({"num_beams": 4, "num_beam_groups": 3, "diversity_penalty": 1.0}, "num_beam_groups=3: not equally large"),
+        ({"num_beams": 4, "num_beam_groups": 2}, "diversity_penalty=0.0: without the penalty"),
+        ({"num_beams": 4, "diversity_penalty": 1.0}, "without groups there is nothing"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options, message):
