@@ -17,7 +17,8 @@ from mmjax.models.bert.pretrain import BERT
 from mmjax.models.bert.tasks import BertModel
 from mmjax.text.answer_spans import Window, best_answers, windows
 from mmjax.text.masking import Masking
-from mmjax.text.wordpiece import WordPieceTokenizer, train_wordpiece
+from mmjax.text.training import train_wordpiece
+from mmjax.text.wordpiece import WordPieceTokenizer
 from mmjax.training.optimizer import Optimizer, bert_adamw, matrices_only, warmup_linear
 from mmjax.training.state import Carry, create_state
 from mmjax.training.step import train_step
