@@ -221,7 +221,7 @@ def test_what_decays_is_what_the_original_names():
 
 @pytest.fixture(scope="module")
 def tokenizer() -> WordPieceTokenizer:
-    return train_wordpiece(TEXTS, 53)
+    return train_wordpiece([*TEXTS, *TEXTS], 53)  # what stands there once is not joined
 
 
 def test_sentence_vectors_are_means_over_tokens_of_unit_length(tokenizer):

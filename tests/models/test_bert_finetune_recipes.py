@@ -96,6 +96,9 @@ def test_classes_of_texts(repository, pretrained, files, tmp_path, capsys):
     assert cli.main(["evaluate", str(work), "--task", "classification"]) == 0
     scores = json.loads((work / "evaluations" / "classification.json").read_text())["scores"]
     assert scores["classification_top1"]["value"] == 100 > scores["classification_top1"]["chance"]
+    assert (
+        cli.main(["classify", str(work), "red hen runs"]) == 0 and "hen" in capsys.readouterr().out.split("red hen")[1]
+    )
     bert = mmjax.load(work)
     assert bert.config == config.network and bert.config.labels == ("cow", "dog", "hen")
     assert [row[0][0] for row in bert.classify(["red hen runs", "blue cow and the"])] == ["hen", "cow"]
