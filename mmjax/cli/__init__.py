@@ -155,19 +155,19 @@ def _run_evaluate(flags: argparse.Namespace) -> None:
 
 
 def _classify(verbs: argparse._SubParsersAction) -> None:
-    about = "Say which of some labels fits each image."
+    about = "Say which of some labels fits each image; of BERT, each text."
     verb = _add(verbs, "classify", lambda flags, _: _run_classify(flags), about)
     verb.add_argument("source", metavar="MODEL", help="a workdir, a folder, a weight file or a hub id")
-    verb.add_argument("images", nargs="+", metavar="IMAGE")
+    verb.add_argument("asked", nargs="+", metavar="IMAGE_OR_TEXT")
     verb.add_argument(
-        "--labels", metavar="A,B,C", help="default: the run's labels.json, or the numbers of a head's classes"
+        "--labels", metavar="A,B,C", help="default: the run's labels.json, or what a head's classes are called"
     )
 
 
 def _run_classify(flags: argparse.Namespace) -> None:
     from mmjax.cli import ask
 
-    ask.classify(flags.source, flags.images, flags.labels)
+    ask.classify(flags.source, flags.asked, flags.labels)
 
 
 def _retrieve(verbs: argparse._SubParsersAction) -> None:

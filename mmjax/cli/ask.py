@@ -15,22 +15,24 @@ from mmjax.data.decoding import decode_image
 from mmjax.data.image_folder import ImageFolder
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.retrieval import top_candidates
+from mmjax.models.bert.tasks import BertModel
 
 
-def classify(source: str, files: Sequence[str], labels: str | None) -> None:
-    """A table: each image's likeliest labels with the model's probabilities.
+def classify(source: str, asked: Sequence[str], labels: str | None) -> None:
+    """A table: the likeliest labels of each image, or of each text, with the model's probabilities.
 
+    asked: files of images; of a BERT, texts.
     labels: what a model with a text tower chooses from, or names for a head's classes.
     """
     model: Any = hub.load(source)
     if not hasattr(model, "classify"):
-        raise MmjaxError(f"{model.system} does not classify images")
-    names = _labels(source, labels)
-    if names is None and hasattr(model, "encode_text"):
+        raise MmjaxError(f"{model.system} does not classify")
+    names, sees = _labels(source, labels), not isinstance(model, BertModel)
+    if names is None and sees and hasattr(model, "encode_text"):
         raise MmjaxError("--labels A,B,C: there is no labels.json beside the model, so nothing to choose from")
-    found = model.classify([read_image(file) for file in files], names)
-    table = Table("image", "label", "probability")
-    for file, row in zip(files, found):
+    found = model.classify([read_image(file) for file in asked] if sees else list(asked), names)
+    table = Table("image" if sees else "text", "label", "probability")
+    for file, row in zip(asked, found):
         for place, (name, share) in enumerate(row):
             table.add_row("" if place else file, name, f"{100 * share:.1f} %")
     rich.print(table)

@@ -9,9 +9,9 @@ Which pairs there are, and which are held out, is decided by these rules:
   3. Aliases of a trained name are further English sides of its pair, but for those that are held-out names.
 """
 
-import hashlib
 from dataclasses import dataclass
 
+from mmjax.data.splits import is_held_out
 from mmjax.errors import MmjaxError
 
 HELD_OUT_SHARE = 0.2
@@ -45,7 +45,7 @@ def load_emoji_names(language: str = "de") -> EmojiNames:
         name = _words(told["en"])
         pairs.setdefault(name, _words(told[language]))
         aliases.setdefault(name, []).extend(_words(alias) for alias in told.get("alias", ()))
-    held = {name for name in pairs if _held_out(name)}
+    held = {name for name in pairs if is_held_out(name, HELD_OUT_SHARE)}
     train: dict[Pair, None] = {}
     for name in (name for name in pairs if name not in held):
         texts = (name, *(alias for alias in aliases[name] if alias not in held))
@@ -55,8 +55,3 @@ def load_emoji_names(language: str = "de") -> EmojiNames:
 
 def _words(shortcode: str) -> str:
     return shortcode.strip(":").replace("_", " ").lower()
-
-
-def _held_out(name: str) -> bool:
-    digest = hashlib.sha256(name.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64

@@ -16,7 +16,6 @@ Which drawings are left out, and which go to which side, is decided by these rul
 The drawings are CC BY-SA 4.0: show `ATTRIBUTION` where pictures are shown.
 """
 
-import hashlib
 import io
 import os
 import pathlib
@@ -29,6 +28,7 @@ from PIL import Image
 
 from mmjax.data.cache import cache_folder, cached
 from mmjax.data.sources import ArraySource
+from mmjax.data.splits import is_held_out
 from mmjax.errors import MmjaxError
 
 ATTRIBUTION = "All emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
@@ -81,7 +81,8 @@ def load_openmoji(
     dropped["near-duplicate"] = len(drawings) - len(kept)
     images = (small if size == RULE_SIZE else _renderings(drawings, size, folder))[kept]
     drawings = [drawings[i] for i in kept]
-    held = np.array([_held_out(_stem(d.name) if hold_out == "family" else d.name.lower()) for d in drawings])
+    keys = [_stem(d.name) if hold_out == "family" else d.name.lower() for d in drawings]
+    held = np.array([is_held_out(key, HELD_OUT_SHARE) for key in keys])
     groups = tuple(sorted({drawing.group for drawing in drawings}))
     texts = _texts(drawings, held)
     everything = ArraySource(
@@ -182,11 +183,6 @@ def _distinct(drawings: list[Drawing], images: np.ndarray) -> list[int]:
 def _stem(name: str) -> str:
     """A name without gender and direction; the whole name if nothing else is in it."""
     return " ".join(GENDER.sub(" ", name.lower()).split()) or name.lower()
-
-
-def _held_out(key: str) -> bool:
-    digest = hashlib.sha256(key.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
 
 
 def _texts(drawings: list[Drawing], held: np.ndarray) -> list[tuple[str, ...]]:

@@ -6,6 +6,7 @@ import pathlib
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from mmjax.text.documents import split_sentences
@@ -21,8 +22,41 @@ def stdlib_documents(root: str | os.PathLike[str] | None = None, least: int = 4)
     root: the folder of modules; None: this Python's library, which differs from one version to another.
     least: sentences of a document; shorter ones are left out.
     """
-    root = pathlib.Path(sysconfig.get_paths()["stdlib"] if root is None else root)
     texts: dict[str, list[str]] = {}
+    for name, tree in _modules(root):
+        if name == TOPICS:
+            texts |= {f"{TOPICS}#{topic}": [text] for topic, text in _topics(tree)}
+        else:
+            texts[name] = [documented.text for documented in _documented(tree, name)]
+    cut = {name: [s for text in parts for s in split_sentences(text)] for name, parts in texts.items()}
+    return {name: sentences for name, sentences in cut.items() if len(sentences) >= least}
+
+
+@dataclass(frozen=True)
+class Documented:
+    """What has a documentation string.
+
+    Attributes:
+        module: its file, "email/message.py".
+        name: of the function, class or module, without what it stands in.
+        parameters: of a function, without self and cls; () of others.
+        text: the string, its lines without indentation.
+    """
+
+    module: str
+    name: str
+    parameters: tuple[str, ...]
+    text: str
+
+
+def stdlib_documented(root: str | os.PathLike[str] | None = None) -> list[Documented]:
+    """Every module, class and function with a documentation string, but for those under an `if` and in functions."""
+    return [told for name, tree in _modules(root) if name != TOPICS for told in _documented(tree, name)]
+
+
+def _modules(root: str | os.PathLike[str] | None) -> Iterator[tuple[str, ast.Module]]:
+    """(file, what stands in it) of each module that can be read, by name."""
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"] if root is None else root)
     for file in sorted(root.rglob("*.py")):
         name = file.relative_to(root)
         if SKIPPED & set(name.parts):
@@ -30,25 +64,27 @@ def stdlib_documents(root: str | os.PathLike[str] | None = None, least: int = 4)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # old escapes in strings
-                tree = ast.parse(file.read_text("utf-8"))
+                yield name.as_posix(), ast.parse(file.read_text("utf-8"))
         except (OSError, SyntaxError, ValueError):
             continue
-        if name.as_posix() == TOPICS:
-            texts |= {f"{TOPICS}#{topic}": [text] for topic, text in _topics(tree)}
-        else:
-            texts[name.as_posix()] = list(_docstrings(tree))
-    cut = {name: [s for text in parts for s in split_sentences(text)] for name, parts in texts.items()}
-    return {name: sentences for name, sentences in cut.items() if len(sentences) >= least}
 
 
-def _docstrings(node: Any) -> Iterator[str]:
-    """Of a module, a class or a function, and of those inside; not of what stands under an `if`."""
+def _documented(node: Any, module: str) -> Iterator[Documented]:
+    """A module, a class or a function, and those inside; not what stands under an `if`."""
     text = ast.get_docstring(node)
     if text:
-        yield text
+        name = getattr(node, "name", pathlib.PurePath(module).stem)
+        yield Documented(module, name, _parameters(getattr(node, "args", None)), text)
     for child in node.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _docstrings(child)
+            yield from _documented(child, module)
+
+
+def _parameters(arguments: ast.arguments | None) -> tuple[str, ...]:
+    if arguments is None:
+        return ()
+    every = [*arguments.posonlyargs, *arguments.args, arguments.vararg, *arguments.kwonlyargs, arguments.kwarg]
+    return tuple(a.arg for a in every if a is not None and a.arg not in ("self", "cls"))
 
 
 def _topics(tree: ast.Module) -> Iterator[tuple[str, str]]:

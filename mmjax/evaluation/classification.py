@@ -106,13 +106,13 @@ def cross_entropy(logits: Float[ArrayLike, "n c"], labels: Int[ArrayLike, " n"])
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class ClassificationEvaluation(ScoredEvaluation):
-    """`classification_top1`, `_top5`, `_mean_per_class` and `_loss` of a network with a head.
+    """`classification_top1`, `_top5`, `_mean_per_class` and `_loss` of a network with a head, of images or of texts.
 
     Pictures, at the end: which class was taken for which, and the mistakes that the network was surest of.
 
     Attributes:
         logits: (params, state, images [b, ...]) -> [b, classes]: `predict` of mmjax.training.classification, say.
-        images, labels: an array [n, ...] and int [n], or a pipeline, which has labels of its own.
+        images, labels: an array [n, ...], or of texts a dict of such, and int [n]; or a pipeline, which has labels.
         class_names: for the pictures; None draws none.
         attribution: a line at the foot of the pictures.
     """
@@ -151,10 +151,38 @@ class ClassificationEvaluation(ScoredEvaluation):
 def classification_scores(
     logits: Float[ArrayLike, "n c"], labels: Int[ArrayLike, " n"], ks: tuple[int, ...] = (1, 5)
 ) -> dict[str, Score]:
-    """top1, top5, mean_per_class and loss."""
+    """top1, top5, mean_per_class and loss; of two classes also f1 and matthews."""
     scores = {f"top{k}": score for k, score in top_k(logits, labels, ks).items()}
-    scores["mean_per_class"] = mean_per_class(np.argmax(logits, 1), labels, np.shape(logits)[1])
-    return scores | {"loss": cross_entropy(logits, labels)}
+    guess, classes = np.argmax(logits, 1), np.shape(logits)[1]
+    scores["mean_per_class"] = mean_per_class(guess, labels, classes)
+    return scores | ({} if classes != 2 else binary_scores(guess, labels)) | {"loss": cross_entropy(logits, labels)}
+
+
+def binary_scores(predicted: Int[ArrayLike, " n"], labels: Int[ArrayLike, " n"]) -> dict[str, Score]:
+    """GLUE's two: "f1" of the second class in percent, beside always naming it (MRPC, QQP), and "matthews" (CoLA).
+
+    Matthews' correlation is told 100 times, and is 0 where only one class is named or there.
+    """
+    matrix = confusion(predicted, labels, 2)
+    drawn = resampled_counts(matrix).astype(np.float64)
+    both = int(matrix[1].sum()), int(matrix.sum())
+    chances = {"f1": 200.0 * both[0] / (both[0] + both[1]), "matthews": 0.0}
+    scores = {}
+    for name, metric, unit in (("f1", _f1, "%"), ("matthews", _matthews, "")):
+        low, high = interval(metric(drawn))
+        scores[name] = Score(float(metric(matrix.astype(np.float64))), both[1], low, high, chances[name], unit)
+    return scores
+
+
+def _f1(matrix: Float[np.ndarray, "*r 2 2"]) -> Float[np.ndarray, "*r"]:
+    right = matrix[..., 1, 1]
+    return 200.0 * right / np.maximum(2 * right + matrix[..., 0, 1] + matrix[..., 1, 0], 1)
+
+
+def _matthews(matrix: Float[np.ndarray, "*r 2 2"]) -> Float[np.ndarray, "*r"]:
+    spread = np.prod(matrix.sum(-1), -1) * np.prod(matrix.sum(-2), -1)
+    determinant = matrix[..., 0, 0] * matrix[..., 1, 1] - matrix[..., 0, 1] * matrix[..., 1, 0]
+    return 100.0 * determinant / np.sqrt(np.where(spread > 0, spread, np.inf))
 
 
 def surest_mistakes(

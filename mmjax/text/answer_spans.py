@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mmjax.errors import MmjaxError
+from mmjax.text.squad import Question
 from mmjax.text.wordpiece import WordPieceTokenizer
 
 
@@ -79,6 +80,63 @@ def _most_central(parts: Sequence[tuple[int, int]], piece: int) -> int:
 
     last = bisect.bisect_right(parts, piece, key=lambda part: part[0])
     return max(range(last), key=context)
+
+
+def span_in(window: Window, start: int, end: int) -> tuple[int, int]:
+    """The first and last token that touch context[start:end], or (0, 0), [CLS], where some of it is not in the window.
+
+    Chunks without the answer are learned too, as having none (run_squad.py, which drops none either).
+    """
+    inside = [i for i, place in enumerate(window.places) if place and place[0] < end and start < place[1]]
+    if not inside:
+        return 0, 0
+    before, after = window.places[inside[0] - 1], window.places[inside[-1] + 1]
+    first, last = window.places[inside[0]], window.places[inside[-1]]
+    assert first is not None and last is not None
+    # A piece next to the window's edge may have had another before or behind it that the answer touches as well.
+    whole = (before is not None or first[0] <= start) and (after is not None or end <= last[1])
+    return (inside[0], inside[-1]) if whole else (0, 0)
+
+
+@dataclass(frozen=True)
+class AskedWindows:
+    """The windows of questions, and which question (a number) each is of."""
+
+    windows: tuple[Window, ...]
+    owners: tuple[int, ...]
+
+
+def answer_columns(
+    questions: Sequence[Question],
+    tokenizer: WordPieceTokenizer,
+    length: int = 384,
+    stride: int = 128,
+    query: int = 64,
+) -> tuple[AskedWindows, dict[str, np.ndarray]]:
+    """Windows of every question, and as arrays: "input_ids", "attention_mask", "token_type_ids", int32 [n, length],
+    "start" and "end" [n]: the tokens of the first answer, 0 where there is none.
+
+    Raises MmjaxError, naming the question, for a context without pieces.
+    """
+    parts: list[Window] = []
+    owners: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for number, question in enumerate(questions):
+        try:
+            own = windows(tokenizer, question.question, question.context, length, stride, query)
+        except MmjaxError as error:
+            raise MmjaxError(f"question {question.id}: {error}") from error
+        parts += own
+        owners += [number] * len(own)
+        if question.answers:
+            text, start = question.answers[0]
+            spans += [span_in(part, start, start + len(text)) for part in own]
+        else:
+            spans += [(0, 0)] * len(own)
+    columns = tokenizer.batch([(part.ids, part.types) for part in parts], length)
+    for place, name in enumerate(("start", "end")):
+        columns[name] = np.array([span[place] for span in spans], np.int32)
+    return AskedWindows(tuple(parts), tuple(owners)), columns
 
 
 def best_answers(

@@ -14,30 +14,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, Literal, get_args
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from mmjax.errors import MmjaxError
+from mmjax.text import wordpiece
 from mmjax.text.sentencepiece import package, parse_model, unigram_of_model
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.text.tokenizer_files import File, put_around
+from mmjax.text.wordpiece import CONTINUES, WordPieceTokenizer
 
 Kind = Literal["wordpiece", "byte_bpe", "unigram"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 SPECIAL = {
-    "wordpiece": {
-        "pad_token": "[PAD]",
-        "unk_token": "[UNK]",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-        "mask_token": "[MASK]",
-    },
+    "wordpiece": dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), wordpiece.SPECIAL)),
     "byte_bpe": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|padding|>"},
     "unigram": {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
 }
 """Special tokens of each kind; they have the first ids, in this order."""
-CONTINUES = "##"
-"""What WordPiece puts before a piece that does not begin a word."""
 MAX_ALPHABET = 1000
 """Characters that WordPiece knows, the most frequent ones; a word with any other is unknown."""
 MIN_FREQUENCY = 2
@@ -67,6 +61,15 @@ def train_tokenizer(texts: Iterable[str], kind: Kind, vocab_size: int, special: 
     return Tokenizer(learn(itertools.chain([first], given), vocab_size, tokens), SPECIAL[kind])
 
 
+def train_wordpiece(texts: Iterable[str], vocab_size: int, lower: bool = True) -> WordPieceTokenizer:
+    """The same WordPiece as BERT's models take it.
+
+    lower: whether letters lose case and accents.
+    Raises MmjaxError where vocab_size leaves no room for the alphabet.
+    """
+    return WordPieceTokenizer(_word_piece(texts, vocab_size, wordpiece.SPECIAL, lower))
+
+
 def _check_room(vocab_size: int, special: int, alphabet: int) -> None:
     if vocab_size < special + alphabet:
         raise MmjaxError(f"vocab_size={vocab_size}: {special} special tokens and {alphabet} single symbols come first")
@@ -92,16 +95,10 @@ def _byte_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> 
     return tokenizer
 
 
-def _bert() -> tokenizers.Tokenizer:
-    """BERT's uncased normalisation and cutting, with nothing learned."""
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token=SPECIAL["wordpiece"]["unk_token"]))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return tokenizer
-
-
-def _word_piece(texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> tokenizers.Tokenizer:
-    learner = _bert()
+def _word_piece(
+    texts: Iterable[str], vocab_size: int, special: Sequence[str], lower: bool = True
+) -> tokenizers.Tokenizer:
+    learner = wordpiece.wordpiece({}, lower)
     words = _words(texts, learner)
     alphabet, symbols = _alphabet(words)
     _check_room(vocab_size, len(special), len(symbols))
@@ -117,18 +114,7 @@ def _word_piece(texts: Iterable[str], vocab_size: int, special: Sequence[str]) -
         show_progress=False,
     )
     learner.train_from_iterator((" ".join([word] * count) for word, count in sorted(words.items())), trainer)
-    tokenizer, own = _bert(), SPECIAL["wordpiece"]
-    vocabulary = json.loads(learner.to_str())["model"]["vocab"]
-    tokenizer.model = models.WordPiece(vocabulary, unk_token=own["unk_token"], continuing_subword_prefix=CONTINUES)
-    tokenizer.decoder = decoders.WordPiece(CONTINUES)
-    tokenizer.add_special_tokens(list(special))
-    cls, sep = own["cls_token"], own["sep_token"]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=[cls, "$A", sep],
-        pair=[cls, "$A", sep, "$B:1", f"{sep}:1"],
-        special_tokens=[(token, vocabulary[token]) for token in (cls, sep)],
-    )
-    return tokenizer
+    return wordpiece.wordpiece(json.loads(learner.to_str())["model"]["vocab"], lower, special)
 
 
 def _words(texts: Iterable[str], bert: tokenizers.Tokenizer) -> dict[str, int]:

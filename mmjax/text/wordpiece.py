@@ -13,11 +13,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from mmjax.errors import MmjaxError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+CONTINUES = "##"
+"""What stands before a piece that does not begin a word."""
 LONGEST_WORD = 100
 """Longer words are unknown: Hugging Face's limit (Google's is 200)."""
 File = str | os.PathLike[str]
@@ -48,6 +50,12 @@ class WordPieceTokenizer:
     def pieces(self, texts: str | Sequence[str]) -> list[list[int]]:
         """Ids of each text, without [CLS] and [SEP]."""
         return [encoding.ids for encoding in self.tokenizer.encode_batch(_strings(texts), add_special_tokens=False)]
+
+    def words(self, text: str) -> list[str]:
+        """A text cut at blanks and punctuation, as it is before words are cut in pieces; nothing is normalised."""
+        cutter = self.tokenizer.pre_tokenizer
+        assert cutter is not None
+        return [word for word, _ in cutter.pre_tokenize_str(text)]
 
     def __call__(
         self,
@@ -100,7 +108,7 @@ class WordPieceTokenizer:
     def continuations(self) -> np.ndarray:
         """Which ids go on with a word ("##..."): bool [v]."""
         names = (self.tokenizer.id_to_token(id) or "" for id in range(self.vocab_size))
-        return np.array([name.startswith("##") for name in names])
+        return np.array([name.startswith(CONTINUES) for name in names])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids -> text; special tokens are left out, and what normalising changed does not come back."""
@@ -146,39 +154,9 @@ class WordPieceTokenizer:
         if lower is None:
             lower = _lowers(path.with_name("tokenizer_config.json"), vocabulary)
         try:
-            return cls(_build(vocabulary, lower))
+            return cls(wordpiece(vocabulary, lower))
         except MmjaxError as error:
             raise MmjaxError(f"{file}: {error}") from error
-
-
-def train_wordpiece(texts: Iterable[str], vocab_size: int, lower: bool = True) -> WordPieceTokenizer:
-    """Learns pieces from texts. The special tokens have the ids 0 to 4.
-
-    The same texts give the same tokenizer. Raises MmjaxError where vocab_size leaves no room for pieces.
-    """
-    if vocab_size <= len(SPECIAL):
-        raise MmjaxError(f"vocab_size={vocab_size}: {len(SPECIAL)} are special tokens")
-    learner = _build({name: index for index, name in enumerate(SPECIAL)}, lower)
-    counts: dict[str, int] = {}
-    normalise, cut_words = learner.normalizer, learner.pre_tokenizer
-    assert normalise is not None and cut_words is not None
-    for text in texts:
-        for word, _ in cut_words.pre_tokenize_str(normalise.normalize_str(text)):
-            counts[word] = counts.get(word, 0) + 1
-    letters = sorted({letter for word in counts for letter in word})
-    # Fixed ids for letters at the start of a word and within one: ties between pairs go by id, and the trainer would
-    # number the latter in the order of a hash table.
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size,
-        show_progress=False,
-        special_tokens=[*SPECIAL, *letters, *(f"##{letter}" for letter in letters)][:vocab_size],
-        continuing_subword_prefix="##",
-    )
-    ordered = sorted(counts.items())
-    learner.train_from_iterator((" ".join([word] * count) for word, count in ordered), trainer)
-    ids = learner.get_vocab()
-    names = sorted(ids, key=ids.__getitem__)
-    return WordPieceTokenizer(_build({name: index for index, name in enumerate(names)}, lower))
 
 
 def cut(a: Sequence[int], b: Sequence[int] | None, room: int) -> tuple[Sequence[int], Sequence[int] | None]:
@@ -212,8 +190,11 @@ def _lowers(config: pathlib.Path, vocabulary: dict[str, int]) -> bool:
     return not any(name != name.lower() for name in vocabulary if not name.startswith("["))
 
 
-def _build(vocabulary: dict[str, int], lower: bool) -> tokenizers.Tokenizer:
-    """The whole machine around a vocabulary."""
+def wordpiece(vocabulary: dict[str, int], lower: bool, special: Sequence[str] = SPECIAL) -> tokenizers.Tokenizer:
+    """The whole machine around a vocabulary, which may lack special tokens.
+
+    lower: whether letters lose case and accents. special: what is never cut, the first of them being `SPECIAL`.
+    """
     tokenizer = tokenizers.Tokenizer(
         models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD)
     )
@@ -222,8 +203,8 @@ def _build(vocabulary: dict[str, int], lower: bool) -> tokenizers.Tokenizer:
         clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=lower
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix="##")
-    tokenizer.add_special_tokens([name for name in SPECIAL if name in vocabulary])
+    tokenizer.decoder = decoders.WordPiece(prefix=CONTINUES)
+    tokenizer.add_special_tokens([name for name in special if name in vocabulary])
     cls, sep = vocabulary.get("[CLS]"), vocabulary.get("[SEP]")
     if cls is not None and sep is not None:
         tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))

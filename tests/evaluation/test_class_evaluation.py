@@ -37,6 +37,20 @@ def test_scores_by_hand():
     assert cross_entropy(np.array([[1000.0, 0.0]]), np.array([1])).value == 1000
 
 
+def test_two_classes_have_f1_and_matthews():
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(2)
+    labels = rng.integers(0, 2, 101)
+    logits = rng.normal(size=(101, 2)) + 1.2 * np.eye(2)[labels]
+    scores, guess = classification_scores(logits, labels), logits.argmax(1)
+    assert scores["f1"].value == pytest.approx(100 * metrics.f1_score(labels, guess))
+    assert scores["matthews"].value == pytest.approx(100 * metrics.matthews_corrcoef(labels, guess))
+    assert scores["f1"].chance == pytest.approx(100 * metrics.f1_score(labels, np.ones(101)))
+    assert scores["matthews"].low < scores["matthews"].value < scores["matthews"].high
+    one = classification_scores(np.array([[1.0, 0.0]] * 3), np.array([0, 1, 0]))
+    assert one["matthews"].value == one["f1"].value == 0
+
+
 def test_surest_mistakes_come_first():
     np.testing.assert_array_equal(surest_mistakes(LOGITS, LABELS), [2, 3])
     np.testing.assert_array_equal(surest_mistakes(LOGITS, LABELS, most=1), [2])

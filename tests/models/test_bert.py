@@ -17,7 +17,8 @@ from mmjax.models.bert.pretrain import BERT
 from mmjax.models.bert.tasks import BertModel
 from mmjax.text.answer_spans import Window, best_answers, windows
 from mmjax.text.masking import Masking
-from mmjax.text.wordpiece import WordPieceTokenizer, train_wordpiece
+from mmjax.text.training import train_wordpiece
+from mmjax.text.wordpiece import WordPieceTokenizer
 from mmjax.training.optimizer import Optimizer, bert_adamw, matrices_only, warmup_linear
 from mmjax.training.state import Carry, create_state
 from mmjax.training.step import train_step
@@ -220,7 +221,7 @@ def test_what_decays_is_what_the_original_names():
 
 @pytest.fixture(scope="module")
 def tokenizer() -> WordPieceTokenizer:
-    return train_wordpiece(TEXTS, 53)
+    return train_wordpiece([*TEXTS, *TEXTS], 53)  # what stands there once is not joined
 
 
 def test_sentence_vectors_are_means_over_tokens_of_unit_length(tokenizer):

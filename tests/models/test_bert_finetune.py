@@ -1,4 +1,4 @@
-"""Fine-tuning BERT's head of classes: the losses, what is taken from pretraining, and that it learns."""
+"""Fine-tuning BERT's heads: the losses, what is taken from pretraining, and that they learn."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import pytest
 
 from mmjax import tree
 from mmjax.errors import MmjaxError
-from mmjax.models.bert.finetune import TextClassification
+from mmjax.models.bert.finetune import SpanExtraction, TextClassification, TokenClassification
 from mmjax.models.bert.network import BertConfig
 from mmjax.models.bert.tasks import BertModel
 from mmjax.training.adopt import adopt
@@ -71,6 +71,77 @@ def test_it_learns_from_the_weights_of_pretraining():
     assert float(metrics["accuracy"]) == 1.0 and float(metrics["loss"]) < 0.1
 
 
-def test_a_network_without_classes_is_refused():
-    with pytest.raises(MmjaxError, match="wants classes"):
-        TextClassification(BertConfig(**SIZES))
+def logs(logits):
+    logits = np.asarray(logits, np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def test_losses_of_tags_and_of_spans():
+    given, rng = batch(), np.random.default_rng(3)
+    del given["label"]
+    labels = np.where(rng.random((14, 11)) < 0.4, rng.integers(0, 5, (14, 11)), -100).astype(np.int32)
+    method = TokenClassification(BertConfig(**SIZES, pooler=False, token_classes=5))
+    params = tree.unflatten(shapes(method.config))
+    value, (_, metrics) = jax.jit(method.loss)(params, EMPTY, given | {"labels": labels}, jax.random.key(0))
+    logits, there = np.asarray(jax.jit(method.predict)(params, None, given)), labels >= 0
+    told = np.take_along_axis(logs(logits), np.maximum(labels, 0)[..., None], -1)[..., 0]
+    assert float(value) == pytest.approx(-told[there].mean(), rel=1e-5)
+    assert float(metrics["accuracy"]) == pytest.approx((logits.argmax(-1) == labels)[there].mean())
+
+    spans = {name: rng.integers(0, 11, 14).astype(np.int32) for name in ("start", "end")}
+    method = SpanExtraction(BertConfig(**SIZES, pooler=False, spans=True))
+    params = tree.unflatten(shapes(method.config))
+    value, (_, metrics) = jax.jit(method.loss)(params, EMPTY, given | spans, jax.random.key(0))
+    ends = np.moveaxis(np.asarray(jax.jit(method.predict)(params, None, given)), -1, 0)
+    told = [logs(scores)[np.arange(14), label] for scores, label in zip(ends, spans.values())]
+    assert float(value) == pytest.approx(-np.mean(told), rel=1e-5)  # padding is among the places
+    right = [scores.argmax(-1) == label for scores, label in zip(ends, spans.values())]
+    assert float(metrics["accuracy"]) == pytest.approx((right[0] & right[1]).mean())
+
+
+def test_tags_over_devices_are_those_of_the_global_batch():
+    """Devices that hold different numbers of tags: the mean of their losses is the whole batch's."""
+    given = batch(8)
+    labels = np.where(np.arange(11) < np.arange(1, 9)[:, None], given["input_ids"] % 3, -100).astype(np.int32)
+    given = {name: given[name] for name in ("input_ids", "attention_mask", "token_type_ids")} | {"labels": labels}
+    method = TokenClassification(BertConfig(**SIZES, pooler=False, token_classes=3))
+    params = jax.tree.map(jax.numpy.asarray, tree.unflatten(shapes(method.config)))
+
+    def told(part, axis_name=None):
+        value, (_, metrics) = method.loss(params, EMPTY, part, jax.random.key(0), axis_name)
+        return value, metrics["accuracy"]
+
+    parts = jax.tree.map(lambda column: column.reshape(4, 2, -1), given)
+    cut = jax.jit(jax.vmap(lambda part: told(part, "devices"), axis_name="devices"))(parts)
+    np.testing.assert_allclose([x.mean() for x in cut], jax.jit(told)(given), rtol=1e-5)
+
+
+def test_spans_are_learned():
+    """The answer runs from the word 5 to the word 6; where there is none, both ends are [CLS]."""
+    rng = np.random.default_rng(4)
+    ids = rng.integers(8, 31, (16, 11)).astype(np.int32)
+    start = np.where(np.arange(16) % 4, rng.integers(1, 6, 16), 0).astype(np.int32)
+    end = np.where(start > 0, start + rng.integers(1, 5, 16), 0).astype(np.int32)
+    rows, ids[:, 0] = np.flatnonzero(start), 2
+    ids[rows, start[rows]], ids[rows, end[rows]] = 5, 6
+    given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    given |= {"start": start, "end": end}
+    method = SpanExtraction(BertConfig(**SIZES, pooler=False, spans=True))
+    optimizer = Optimizer(bert_adamw(warmup_linear(1e-2, 100, 10)), clip_norm=1.0)
+    state = jax.jit(lambda rng: create_state(method, optimizer, rng, given))(jax.random.key(0))
+    step = jax.jit(lambda state: train_step(method, optimizer, state, given))
+    for _ in range(100):
+        state, metrics = step(state)
+    assert float(metrics["accuracy"]) == 1.0 and float(metrics["loss"]) < 0.1
+
+
+@pytest.mark.parametrize("method", [TextClassification, TokenClassification, SpanExtraction])
+def test_a_network_without_the_head_is_refused(method):
+    with pytest.raises(MmjaxError, match="wants"):
+        method(BertConfig(**SIZES))
+
+
+def test_names_of_classes_are_as_many_as_classes():
+    assert BertConfig(**SIZES, token_classes=2, labels=("O", "B")).labels == ("O", "B")
+    with pytest.raises(MmjaxError, match="2 labels for classes=3"):
+        BertConfig(**SIZES, classes=3, labels=("a", "b"))

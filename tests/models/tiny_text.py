@@ -51,7 +51,7 @@ def save_tiny_decoder(folder: pathlib.Path) -> None:
 def save_tiny_bert(folder: pathlib.Path) -> None:
     from mmjax.models.bert.network import BertConfig
     from mmjax.models.bert.tasks import BertModel
-    from mmjax.text.wordpiece import train_wordpiece
+    from mmjax.text.training import train_wordpiece
 
     words = ["The capital of france is.", "He drove his to work."]
     tokenizer = train_wordpiece([*LINES, *words], 150)

@@ -10,7 +10,7 @@ from mmjax.data.stdlib_docs import stdlib_documents
 from mmjax.errors import MmjaxError
 from mmjax.text.documents import read_documents, split_sentences
 from mmjax.text.sentence_pairs import pair_columns, sentence_pairs
-from mmjax.text.wordpiece import train_wordpiece
+from mmjax.text.training import train_wordpiece
 
 
 def documents(count=13, seed=0):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mmjax.errors import MmjaxError
-from mmjax.text.wordpiece import SPECIAL, WordPieceTokenizer, cut, train_wordpiece
+from mmjax.text.training import train_wordpiece
+from mmjax.text.wordpiece import SPECIAL, WordPieceTokenizer, cut
 
 PIECES = ("un", "##aff", "##able", "hen", "##s", "red", ",", "cafe", "中", "文", "a", "##b", ".", "'", "naive", "hello")
 
@@ -97,7 +98,7 @@ def test_training_is_repeatable_and_covers_its_letters():
     assert one.vocab_size == 41 and [one.pad, one.unknown, one.cls, one.sep, one.mask] == [0, 1, 2, 3, 4]
     assert all(one.unknown not in ids for ids in one.pieces(texts))
     assert "hen" in one.tokenizer.get_vocab() and names(one, "zebra") == ["[UNK]"]
-    with pytest.raises(MmjaxError, match="5 are special"):
+    with pytest.raises(MmjaxError, match="5 special tokens"):
         train_wordpiece(texts, 5)
 
 

@@ -150,6 +150,7 @@ def hf_config_of(shapes: Shapes, told: Told) -> BertConfig:
         classes=outputs if pooler and not named else 0,
         token_classes=outputs if named or not pooler else 0,
         spans="qa_outputs.weight" in shapes,
+        labels=_labels(told, outputs),
     )
 
 
@@ -172,9 +173,24 @@ def hf_config(config: BertConfig) -> dict[str, Any]:
     told |= {"layer_norm_eps": config.epsilon, "tie_word_embeddings": True}
     outputs = config.classes or config.token_classes
     if outputs:
-        told["id2label"] = {str(i): f"LABEL_{i}" for i in range(outputs)}
-        told["label2id"] = {name: int(i) for i, name in told["id2label"].items()}
+        names = config.labels or _unnamed(outputs)
+        told["id2label"] = {str(i): name for i, name in enumerate(names)}
+        told["label2id"] = {name: i for i, name in enumerate(names)}
+    if config.classes == 1:
+        told["problem_type"] = "regression"
     return told
+
+
+def _unnamed(outputs: int) -> tuple[str, ...]:
+    """How transformers calls classes without names."""
+    return tuple(f"LABEL_{i}" for i in range(outputs))
+
+
+def _labels(told: Told, outputs: int) -> tuple[str, ...]:
+    """The names of the classes, if config.json has one for each."""
+    named = {str(i): str(name) for i, name in ((told or {}).get("id2label") or {}).items()}
+    names = tuple(named.get(str(i), "") for i in range(outputs))
+    return () if not all(names) or names == _unnamed(outputs) else names
 
 
 def _is_hf(keys: Set[str], told: Told) -> bool:

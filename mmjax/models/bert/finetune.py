@@ -1,13 +1,21 @@
-"""Fine-tuning BERT to tell the class of a text or a pair of texts (google-research/bert run_classifier.py)."""
+"""Fine-tuning BERT (arXiv 1810.04805, section 4): classes of texts, tags of words, answers that are spans of a text.
 
+Everything trains, from the weights of a pretraining run or a public file as `init_from`; its other heads are left
+behind. The recipe (appendix A.3): `bert_adamw` at 2e-5 to 5e-5, a tenth of the steps warm-up, 3 epochs of batches
+of 32. Batches, int32: "input_ids", "attention_mask", "token_type_ids" [b, l], and what each method says.
+"""
+
+import abc
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from mmjax.errors import MmjaxError
 from mmjax.models.bert.network import Bert, BertConfig
 from mmjax.objectives.classification import hits, softmax_cross_entropy
+from mmjax.objectives.language import token_cross_entropy
 from mmjax.training.method import Method
 from mmjax.training.rng import named
 from mmjax.training.state import Carry
@@ -17,20 +25,10 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclasses.dataclass(frozen=True)
-class TextClassification(Method):
-    """Batches, int32: "input_ids", "attention_mask", "token_type_ids" [b, l] and "label" [b]: a class, or where the
-    config has one class a float, which is then to be met in the square (STS-B).
-
-    Everything trains, from the weights of a pretraining run or a public file as `init_from`; its other heads are left
-    behind. The recipe: `bert_adamw` at 2e-5 to 5e-5, a tenth of the steps warm-up, 3 epochs of batches of 32.
-    """
+class FineTuning(Method, abc.ABC):
+    """What the three have in common."""
 
     config: BertConfig
-
-    def __post_init__(self) -> None:
-        """Raises MmjaxError for a network without classes."""
-        if not self.config.classes:
-            raise MmjaxError("bert: classification wants classes of 1 or more")
 
     def init(self, rng: PRNGKeyArray, batch: Batch) -> tuple[Params, Carry]:
         """Reads the shapes alone of `batch`."""
@@ -41,15 +39,96 @@ class TextClassification(Method):
     def loss(
         self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
     ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
-        """The mean loss; metrics: accuracy in [0, 1], of classes."""
+        """The mean loss; metrics: what `judge` gives beside it."""
         inputs, rngs = (batch[name] for name in INPUTS), {"dropout": named(rng, "dropout")}
         out: Any = Bert(self.config).apply({"params": params}, *inputs, train=True, axis_name=axis_name, rngs=rngs)
-        logits, labels = out["logits"], batch["label"]
-        if self.config.classes == 1:
-            return jnp.mean(jnp.square(logits[:, 0] - labels)), (carry, {})
-        return jnp.mean(softmax_cross_entropy(logits, labels)), (carry, {"accuracy": jnp.mean(hits(logits, labels))})
+        value, metrics = self.judge(self.logits(out), batch, axis_name)
+        return value, (carry, metrics)
 
-    def predict(self, params: Params, state: Any, batch: Batch) -> Float[Array, "b c"]:
-        """Logits without dropout, for evaluations."""
+    def predict(self, params: Params, state: Any, batch: Batch) -> Array:
+        """`logits` without dropout, for evaluations."""
         out: Any = Bert(self.config).apply({"params": params}, *(batch[name] for name in INPUTS))
+        return self.logits(out)
+
+    @abc.abstractmethod
+    def logits(self, out: Any) -> Array:
+        """Those of the head, out of what the network gives."""
+
+    @abc.abstractmethod
+    def judge(self, logits: Array, batch: Batch, axis_name: str | None) -> tuple[Float[Array, ""], Metrics]:
+        """(the mean loss, metrics): over devices, their mean is that of the global batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextClassification(FineTuning):
+    """ "label" [b]: a class, or where the config has one class a float, which is then to be met in the square (STS-B).
+
+    From google-research/bert run_classifier.py. Metric: accuracy in [0, 1], of classes.
+    """
+
+    def __post_init__(self) -> None:
+        """Raises MmjaxError for a network without classes."""
+        if not self.config.classes:
+            raise MmjaxError("bert: classification wants classes of 1 or more")
+
+    def logits(self, out: Any) -> Float[Array, "b c"]:
         return out["logits"]
+
+    def judge(
+        self, logits: Float[Array, "b c"], batch: Batch, axis_name: str | None
+    ) -> tuple[Float[Array, ""], Metrics]:
+        labels = batch["label"]
+        if self.config.classes == 1:
+            return jnp.mean(jnp.square(logits[:, 0] - labels)), {}
+        return jnp.mean(softmax_cross_entropy(logits, labels)), {"accuracy": jnp.mean(hits(logits, labels))}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenClassification(FineTuning):
+    """ "labels" [b, l]: a class of each token, -100 for what has none: pieces that go on with a word, padding.
+
+    The mean is over the labelled tokens of the global batch (BERT paper, section 5.3; a row of none counts nothing).
+    Metric: accuracy over them, in [0, 1].
+    """
+
+    def __post_init__(self) -> None:
+        """Raises MmjaxError for a network without classes of tokens."""
+        if not self.config.token_classes:
+            raise MmjaxError("bert: classification of tokens wants token_classes of 1 or more")
+
+    def logits(self, out: Any) -> Float[Array, "b l c"]:
+        return out["token_logits"]
+
+    def judge(
+        self, logits: Float[Array, "b l c"], batch: Batch, axis_name: str | None
+    ) -> tuple[Float[Array, ""], Metrics]:
+        labels = batch["labels"]
+        told = token_cross_entropy(logits, labels, axis_name=axis_name)
+        devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+        right = jnp.sum((jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32))
+        return told.loss, {"accuracy": devices * right / told.tokens}
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanExtraction(FineTuning):
+    """ "start", "end" [b]: an answer's first and last token; 0, [CLS], where the row has none.
+
+    The mean of both cross-entropies over all l places, padding included (google-research/bert run_squad.py). Metric:
+    accuracy in [0, 1]: rows with both ends right.
+    """
+
+    def __post_init__(self) -> None:
+        """Raises MmjaxError for a network without the head of spans."""
+        if not self.config.spans:
+            raise MmjaxError("bert: marking answers wants spans=True")
+
+    def logits(self, out: Any) -> Float[Array, "b l 2"]:
+        return out["span_logits"]
+
+    def judge(
+        self, logits: Float[Array, "b l 2"], batch: Batch, axis_name: str | None
+    ) -> tuple[Float[Array, ""], Metrics]:
+        ends = [(logits[..., place], batch[name]) for place, name in enumerate(("start", "end"))]
+        losses = [jnp.mean(softmax_cross_entropy(scores, labels)) for scores, labels in ends]
+        right = [hits(scores, labels) for scores, labels in ends]
+        return (losses[0] + losses[1]) / 2, {"accuracy": jnp.mean(right[0] * right[1])}

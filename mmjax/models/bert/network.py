@@ -36,6 +36,7 @@ class BertConfig:
         nsp: the head that tells whether the second sentence follows the first: class 0 if it does.
         classes: of whole texts. token_classes: of each token. 0: there is no such head.
         spans: the head that marks an answer's first and last token.
+        labels: names of the classes, in their order; (): they have none.
         remat: blocks are computed again in the backward pass.
         dtype: compute dtype; norms' statistics, softmax and logits are float32.
     """
@@ -57,6 +58,7 @@ class BertConfig:
     classes: int = 0
     token_classes: int = 0
     spans: bool = False
+    labels: tuple[str, ...] = ()
     remat: bool = False
     dtype: str = "float32"
 
@@ -66,6 +68,10 @@ class BertConfig:
             raise MmjaxError(f"bert: nsp={self.nsp}, classes={self.classes} read the pooler, and pooler=False")
         if self.classes and self.token_classes:
             raise MmjaxError(f"bert: classes={self.classes} and token_classes={self.token_classes}: one of the two")
+        if len(self.labels) not in (0, self.classes or self.token_classes):
+            raise MmjaxError(
+                f"bert: {len(self.labels)} labels for classes={self.classes}, token_classes={self.token_classes}"
+            )
 
     @classmethod
     def _of(cls, fields: dict[str, Any], **size: Any) -> Self:

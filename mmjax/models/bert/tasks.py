@@ -1,4 +1,4 @@
-"""What a BERT can be asked: sentence vectors, masked words, classes of texts, answers out of a text."""
+"""What a BERT can be asked: sentence vectors, masked words, classes of texts, tags of words, answers out of a text."""
 
 import functools
 import pathlib
@@ -14,6 +14,7 @@ from mmjax.errors import MmjaxError
 from mmjax.models.bert.network import Bert, BertConfig
 from mmjax.models.handle import Model, unit
 from mmjax.text.answer_spans import best_answers, windows
+from mmjax.text.tagged_words import word_rows, words_of
 from mmjax.text.wordpiece import WordPieceTokenizer
 from mmjax.types import Array, ArrayLike, Float, Int
 
@@ -141,18 +142,44 @@ class BertModel(Model):
     ) -> list[list[tuple[str, float]]]:
         """The most probable classes of each text, or pair of texts, with their probabilities, the best first.
 
-        labels: the names of the head's classes, in its order; None: their numbers.
+        labels: the names of the head's classes, in its order; None: those of the config, or where it has none their
+        numbers. A head of one class tells a number in place of a probability.
         Raises MmjaxError: no such head, or another number of names than classes.
         """
         classes = self.config.classes
         if not classes:
             raise MmjaxError("this BERT has no head of classes (classes=0): it cannot classify texts")
-        names = [str(i) for i in range(classes)] if labels is None else list(labels)
-        if len(names) != classes:
-            raise MmjaxError(f"labels: {len(names)} names for the {classes} classes of the head")
+        names = self._names(labels, classes)
         logits = self.forward(**self._encoded(texts, pairs))["logits"]
-        values, indices = jax.lax.top_k(jax.nn.softmax(logits), min(top, classes))
+        shares = logits if classes == 1 else jax.nn.softmax(logits)
+        values, indices = jax.lax.top_k(shares, min(top, classes))
         return [[(names[i], p) for i, p in zip(*row)] for row in zip(indices.tolist(), values.tolist())]
+
+    def tag(
+        self, sentences: Sequence[str] | Sequence[Sequence[str]], labels: Sequence[str] | None = None, length: int = 128
+    ) -> list[list[tuple[str, str, float]]]:
+        """Each word of each sentence with its likeliest tag and that one's probability, read at its first piece.
+
+        sentences: words each; a string is cut at blanks and punctuation, as BERT's tokenizer does it.
+        labels: as of `classify`. length: tokens that are read together at most.
+        Raises MmjaxError: no such head, another number of names than classes, or a sentence without words.
+        """
+        classes = self.config.token_classes
+        if not classes:
+            raise MmjaxError("this BERT has no head of classes of tokens (token_classes=0): it cannot tag words")
+        names, tokenizer = self._names(labels, classes), self._tokenizer
+        words = [tokenizer.words(one) if isinstance(one, str) else list(one) for one in sentences]
+        rows, given = word_rows(words, tokenizer, min(length, self.config.positions))
+        shares = np.asarray(jax.nn.softmax(self.forward(**given)["logits"]))
+        best = zip(words, words_of(rows, shares.argmax(-1), len(words)), words_of(rows, shares.max(-1), len(words)))
+        return [[(word, names[int(i)], p) for word, i, p in zip(*sentence)] for sentence in best]
+
+    def _names(self, labels: Sequence[str] | None, classes: int) -> list[str]:
+        if labels is None:
+            return list(self.config.labels) or [str(i) for i in range(classes)]
+        if len(labels) != classes:
+            raise MmjaxError(f"labels: {len(labels)} names for the {classes} classes of the head")
+        return list(labels)
 
     def answer(
         self,

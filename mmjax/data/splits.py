@@ -1,0 +1,9 @@
+"""Which records are held out: by name, so that it does not depend on what other records there are."""
+
+import hashlib
+
+
+def is_held_out(name: str, share: float) -> bool:
+    """Whether the name's hash falls in the lowest `share`, from 0 to 1."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64

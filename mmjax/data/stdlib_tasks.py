@@ -1,0 +1,71 @@
+"""Three things to fine-tune on that every Python brings: labels that its standard library gives, and nobody invented.
+
+    package_texts()       documentation strings, by the package that they are from
+    parameter_words()     their words, tagged where one is a parameter in the function's own signature
+    return_questions()    "What does NAME return?", answered by the clause behind the word "return", or by nothing
+
+What is labelled depends on the version of Python. The first two are as the files have it; a parameter called `file` is
+tagged also where the word is plain English, and no reader could know. The third is found by a rule (`RETURNS`), so it
+tells whether a network learns to mark spans, not whether it understands questions.
+"""
+
+import collections
+import itertools
+import pathlib
+import re
+from collections.abc import Sequence
+
+from mmjax.data.stdlib_docs import Documented, stdlib_documented
+from mmjax.text.labelled_texts import LabelledText
+from mmjax.text.squad import Question
+from mmjax.text.tagged_words import TaggedWords
+
+LEAST = 100
+"""Texts of a package."""
+WORD = re.compile(r"\w+|[^\w\s]")
+RETURNS = re.compile(r"\b[Rr]eturns?:?\s+(?P<answer>[^.;\n]+(?:\n[ \t]*\S[^.;\n]*)?)")
+"""Up to the end of the sentence, two lines at most."""
+WIDEST = 60
+"""Words of a text that is asked about."""
+
+
+def package_texts(documented: Sequence[Documented] | None = None, least: int = LEAST) -> list[LabelledText]:
+    """A text a documentation string, each once, of packages and modules with `least` of them; its label is the package.
+
+    documented: what is documented; None: `stdlib_documented()`.
+    """
+    texts: dict[str, LabelledText] = {}
+    for told in stdlib_documented() if documented is None else documented:
+        package = pathlib.PurePath(told.module).parts[0].removesuffix(".py")
+        texts.setdefault(told.text, LabelledText(told.text, package, place=f"{told.module}: {told.name}"))
+    counts = collections.Counter(text.label for text in texts.values())
+    return [text for text in texts.values() if counts[text.label] >= least]
+
+
+def parameter_words(documented: Sequence[Documented] | None = None) -> list[TaggedWords]:
+    """Paragraphs of functions' documentation strings that name a parameter at all; such words are B-PARAMETER."""
+    found = []
+    for told in stdlib_documented() if documented is None else documented:
+        for paragraph in re.split(r"\n\s*\n", told.text):
+            words = tuple(WORD.findall(paragraph))
+            tags = tuple("B-PARAMETER" if word in told.parameters else "O" for word in words)
+            if "B-PARAMETER" in tags:
+                found.append(TaggedWords(words, tags, told.module, told.module))
+    return found
+
+
+def return_questions(documented: Sequence[Documented] | None = None) -> list[Question]:
+    """A question a function with a documentation string of 8 to 60 words, answered if it says that it returns."""
+    found = []
+    number = itertools.count()
+    for told in stdlib_documented() if documented is None else documented:
+        if not told.parameters or not 8 <= len(told.text.split()) <= WIDEST:
+            continue
+        says = RETURNS.search(told.text)
+        answers = ()
+        if says is not None:
+            text = says["answer"].rstrip()
+            answers = ((text, says.start("answer")),)
+        question = f"What does {told.name} return?"
+        found.append(Question(f"{told.module}:{next(number)}", question, told.text, answers, told.module))
+    return found

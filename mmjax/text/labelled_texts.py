@@ -1,0 +1,145 @@
+"""Texts, or pairs of them, each with a class or a number: the tables of GLUE and their kin, from local files.
+
+    read_labelled("SST-2/train.tsv")                                    # a header with "sentence" and "label"
+    read_labelled("RTE/train.tsv", "sentence1", "label", "sentence2")
+    read_labelled("CoLA/train.tsv", "3", "1")                           # no header: columns by number, from 0
+    read_labelled("reviews.jsonl", "text", "stars")                     # an object a line
+
+.tsv as GLUE has it, where a quotation mark is a character like others; .csv with the usual quotes; .jsonl.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmjax.errors import MmjaxError
+from mmjax.text.wordpiece import WordPieceTokenizer
+
+File = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """pair: the second text, "" where there is one text. label: as it is written. place: file and line."""
+
+    text: str
+    label: str
+    pair: str = ""
+    place: str = ""
+
+
+def read_labelled(file: File, text: str = "sentence", label: str = "label", pair: str = "") -> list[LabelledText]:
+    """The rows of a file. text, label, pair: names of columns, or their numbers in a file without a header.
+
+    Raises MmjaxError naming file and line: no such column, a row without it, an empty text or label, or not UTF-8.
+    """
+    path, wanted = pathlib.Path(file), [name for name in (text, label, pair) if name]
+    try:
+        content = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MmjaxError(f"{file}: {error}") from error
+    readers = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl}
+    if path.suffix not in readers:
+        raise MmjaxError(f"{file}: want a file that ends in {', '.join(readers)}")
+    rows = []
+    for number, row in readers[path.suffix](content, file, wanted):
+        place = f"{file}, line {number}"
+        empty = [name for name in wanted if not row[name].strip()]
+        if empty:
+            raise MmjaxError(f"{place}: nothing in column {empty[0]!r}")
+        rows.append(LabelledText(row[text], row[label].strip(), row[pair] if pair else "", place))
+    if not rows:
+        raise MmjaxError(f"{file}: no row in it")
+    return rows
+
+
+Numbered = Iterator[tuple[int, Mapping[str, str]]]
+
+
+def _tsv(content: str, file: File, wanted: Sequence[str]) -> Numbered:
+    lines = enumerate(content.split("\n"), 1)
+    cut = ((number, line.removesuffix("\r").split("\t")) for number, line in lines if line.strip())
+    return _columns(cut, file, wanted)
+
+
+def _csv(content: str, file: File, wanted: Sequence[str]) -> Numbered:
+    def rows() -> Iterator[tuple[int, list[str]]]:
+        reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+        try:
+            yield from ((reader.line_num, row) for row in reader if row)
+        except csv.Error as error:
+            raise MmjaxError(f"{file}, line {reader.line_num}: {error}") from error
+
+    return _columns(rows(), file, wanted)
+
+
+def _columns(rows: Iterator[tuple[int, list[str]]], file: File, wanted: Sequence[str]) -> Numbered:
+    if all(name.isdigit() for name in wanted):
+        places = {name: int(name) for name in wanted}
+    else:
+        header = next(rows, (1, []))[1]
+        absent = [name for name in wanted if name not in header]
+        if absent:
+            raise MmjaxError(f"{file}, line 1: no column {absent[0]!r}; there are {', '.join(header)}")
+        places = {name: header.index(name) for name in wanted}
+    for number, row in rows:
+        if len(row) <= max(places.values()):
+            raise MmjaxError(f"{file}, line {number}: {len(row)} columns; want {max(places.values()) + 1} or more")
+        yield number, {name: row[place] for name, place in places.items()}
+
+
+def _jsonl(content: str, file: File, wanted: Sequence[str]) -> Numbered:
+    for number, line in enumerate(content.split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                yield number, {name: str(row[name]) for name in wanted}
+            except (ValueError, KeyError, TypeError) as error:
+                told = f"want an object with {', '.join(wanted)}"
+                raise MmjaxError(f"{file}, line {number}: {told}: {type(error).__name__}: {error}") from error
+
+
+def class_names(rows: Sequence[LabelledText]) -> tuple[str, ...]:
+    """The different labels: by size if all are whole numbers, else by name. Raises MmjaxError for fewer than two."""
+    names = {row.label for row in rows}
+    if len(names) < 2:
+        raise MmjaxError(f"{rows[0].place}: all {len(rows)} texts are of one class, {rows[0].label!r}")
+    numbered = all(name.isdigit() for name in names)
+    return tuple(sorted(names, key=int) if numbered else sorted(names))
+
+
+def classified_columns(
+    rows: Sequence[LabelledText], tokenizer: WordPieceTokenizer, length: int, classes: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Columns "input_ids", "attention_mask", "token_type_ids", int32 [n, l], l at most `length`, and "label" [n]: the
+    number of a class, or where there are no `classes` the label itself, float32.
+
+    Raises MmjaxError, naming the place: a label that is no class, or no finite number.
+    """
+    number = {name: index for index, name in enumerate(classes)}
+    labels = []
+    for row in rows:
+        value: Any = number.get(row.label) if classes else _finite(row.label)
+        if value is None:
+            told = f"not among {', '.join(classes)}" if classes else "not a number"
+            raise MmjaxError(f"{row.place}: the label {row.label!r} is {told}")
+        labels.append(value)
+    pairs = [row.pair for row in rows] if any(row.pair for row in rows) else None
+    columns = tokenizer([row.text for row in rows], pairs, length)
+    return columns | {"label": np.array(labels, np.int32 if classes else np.float32)}
+
+
+def _finite(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
