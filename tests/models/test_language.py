@@ -12,6 +12,7 @@ import mmjax
 from mmjax.errors import MmjaxError
 from mmjax.generation.engine import generate
 from mmjax.generation.options import GenerationOptions
+from mmjax.models.config import config_from_json
 from mmjax.models.language.checkpoint import HF, config_of, hf_config
 from mmjax.models.language.config import Alibi, DecoderConfig, Learned
 from mmjax.models.language.decode import remember
@@ -377,3 +378,11 @@ def test_a_generation_keeps_the_long_or_short_waves_that_it_began_with(new, cros
 def test_factors_of_other_channels_are_refused():
     with pytest.raises(MmjaxError, match="2 factors, where 3 pairs"):
         Rotary(longrope=LONG).frequencies(6)
+
+
+def test_a_config_of_before_other_scalings_is_read():
+    config = tiny(positions=Rotary(500.0, factor=2.0))
+    told = dataclasses.asdict(config)
+    del told["positions"]["yarn"], told["positions"]["longrope"]
+    assert config_from_json(DecoderConfig, told, "config") == config
+    assert config_from_json(DecoderConfig, dataclasses.asdict(tiny(positions=Alibi())), "config").positions == Alibi()
