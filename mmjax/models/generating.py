@@ -17,8 +17,9 @@ from mmjax.generation.engine import generate, stream
 from mmjax.generation.options import GenerationOptions
 from mmjax.generation.stopping import Stops
 from mmjax.models.handle import Model
-from mmjax.text.stop_strings import stop_automaton, token_bytes
-from mmjax.text.tokenizer import Side, Tokenizer
+from mmjax.text.batches import Batches, Side
+from mmjax.text.stop_strings import stop_automaton
+from mmjax.text.tokenizer import Tokenizer
 from mmjax.types import ArrayLike
 
 BUCKETS = tuple(2**i for i in range(4, 18))
@@ -52,6 +53,11 @@ class GeneratingModel(Model):
             return self.config.pad
         return next(iter(self.eos), 0)
 
+    @property
+    def written(self) -> int:
+        """How many ids the logits are of."""
+        return self.config.vocab_size
+
     def check_room(self, length: int, new_tokens: int) -> None:
         """Raises MmjaxError where so many new tokens after such a prompt are more than the model can tell apart."""
 
@@ -64,7 +70,7 @@ class GeneratingModel(Model):
         return {}
 
     @classmethod
-    def load_tokenizer(cls, file: pathlib.Path) -> Tokenizer | None:
+    def load_tokenizer(cls, file: pathlib.Path) -> Batches | None:
         """tokenizer.json; or beside where it would be GPT-2's older vocab.json and merges.txt, or a SentencePiece model
         (LLaMA's tokenizer.model, T5's spiece.model), which needs the extra sentencepiece."""
         if file.is_file():
@@ -212,7 +218,7 @@ class GeneratingModel(Model):
     def _token_bytes(self) -> list[bytes]:
         if self.tokenizer is None:
             raise MmjaxError("stop strings need a tokenizer")
-        return token_bytes(self.tokenizer.tokenizer, self.config.vocab_size)
+        return self.tokenizer.token_bytes(self.written)
 
     def _text(self, row: np.ndarray, eos: tuple[int, ...], stop: Sequence[str]) -> str:
         assert self.tokenizer is not None

@@ -6,6 +6,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from mmjax.errors import MmjaxError
 from mmjax.types import Array, Float, Int
 
 
@@ -23,6 +24,43 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """Longer contexts by channel (Peng et al. 2023; transformers' rope_type "yarn").
+
+    Channels that make more than `fast` turns within `length` positions stay, those with fewer than `slow` turn
+    `factor` times as slowly; linear by the channel's number between, `truncate`d to whole ones.
+    attention: cosines and sines are multiplied by it.
+    """
+
+    factor: float
+    length: int
+    attention: float
+    fast: float = 32.0
+    slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRope:
+    """Longer contexts by a factor a channel (Ding et al. 2024; transformers' rope_type "longrope", Phi-3 128k).
+
+    Wavelengths are `short` times as long in sequences of up to `length` tokens, and `long` times in longer ones, which
+    have all their positions so: keys turned the one way and queries turned the other do not go together. transformers
+    chooses at every forward pass, by the largest position of the batch; a generation that grows past `length` reads
+    its whole text again there, once, and so goes on with other keys than it began with. Here a generation keeps what
+    it began with: `long` where its longest prompt and all but the last of `max_new_tokens` are more than `length`.
+    It differs from transformers where it crosses `length`, and nowhere else.
+
+    attention: cosines and sines are multiplied by it.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    length: int
+    attention: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Rotary:
     """Angles by position.
 
@@ -30,20 +68,25 @@ class Rotary:
         theta: base of the wavelengths.
         share: of a head's channels that turn; the rest pass (GPT-NeoX: 0.25).
         factor: positions are divided by it (linear scaling; Vicuna 16k: 4).
-        llama3: the other scaling; None: there is none.
+        llama3, yarn, longrope: other scalings, of which there is one at most.
     """
 
     theta: float = 10_000.0
     share: float = 1.0
     factor: float = 1.0
     llama3: Llama3Scaling | None = None
+    yarn: YarnScaling | None = None
+    longrope: LongRope | None = None
 
     def channels(self, head_width: int) -> int:
         """How many channels of a head turn."""
         return int(head_width * self.share)
 
-    def frequencies(self, head_width: int) -> np.ndarray:
-        """Radians a position, float32 [channels / 2]."""
+    def frequencies(self, head_width: int, long: bool = False) -> np.ndarray:
+        """Radians a position, float32 [channels / 2]. long: of LongRope's longer sequences.
+
+        Raises MmjaxError where LongRope has factors for another number of channels.
+        """
         channels = self.channels(head_width)
         frequency = 1.0 / self.theta ** (np.arange(0, channels, 2, dtype=np.float32) / np.float32(channels))
         if self.llama3 is not None:
@@ -51,12 +94,40 @@ class Rotary:
             turns = told.length * frequency / (2 * math.pi)
             kept = np.clip((turns - told.low) / (told.high - told.low), 0, 1)
             frequency = frequency * (kept + (1 - kept) / told.factor)
+        if self.yarn is not None:
+            kept = _kept_by_yarn(self.yarn, self.theta, channels)
+            frequency = frequency * (kept + (1 - kept) / self.yarn.factor)
+        if self.longrope is not None:
+            factors = self.longrope.long if long else self.longrope.short
+            if len(factors) != len(frequency):
+                raise MmjaxError(f"LongRope of {len(factors)} factors, where {len(frequency)} pairs of channels turn")
+            frequency = frequency / np.asarray(factors, np.float32)
         return (frequency / self.factor).astype(np.float32)
 
-    def turns(self, positions: Int[Array, "*b"], head_width: int) -> tuple[Float[Array, "*b k"], Float[Array, "*b k"]]:
-        """(cosines, sines), float32, of the channels' first half."""
-        angles = positions[..., None].astype(jnp.float32) * self.frequencies(head_width)
-        return jnp.cos(angles), jnp.sin(angles)
+    def turns(
+        self, positions: Int[Array, "*b"], head_width: int, length: int | Int[Array, ""]
+    ) -> tuple[Float[Array, "*b k"], Float[Array, "*b k"]]:
+        """(cosines, sines), float32, of the channels' first half. length: of the whole sequence; LongRope's ask."""
+        frequency, scale = self.frequencies(head_width), 1.0
+        if self.longrope is not None:
+            scale = self.longrope.attention
+            frequency = jnp.where(length > self.longrope.length, self.frequencies(head_width, True), frequency)
+        if self.yarn is not None:
+            scale = self.yarn.attention
+        angles = positions[..., None].astype(jnp.float32) * frequency
+        return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def _kept_by_yarn(told: YarnScaling, theta: float, channels: int) -> np.ndarray:
+    """How much of its own frequency each pair of channels keeps, [channels / 2] in 0 .. 1."""
+    ends = [
+        channels * math.log(told.length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (told.fast, told.slow)
+    ]
+    low, high = (math.floor(ends[0]), math.ceil(ends[1])) if told.truncate else ends
+    low, high = max(low, 0), min(high, channels - 1)
+    ramp = (np.arange(channels // 2, dtype=np.float32) - low) / max(high - low, 0.001)
+    return 1 - np.clip(ramp, 0, 1)
 
 
 def rotate(

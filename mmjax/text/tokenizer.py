@@ -7,22 +7,20 @@ generation_config.json (the ids that end a text, of which there may be several).
 import dataclasses
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import tokenizers
-from jaxtyping import Int
 
 from mmjax.errors import MmjaxError
 from mmjax.text import chat_template, tokenizer_files
+from mmjax.text.batches import Batches
 from mmjax.text.sentencepiece import read_sentencepiece
+from mmjax.text.stop_strings import token_bytes
 from mmjax.text.tokenizer_files import File
-
-Side = Literal["left", "right"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokenizer:
+class Tokenizer(Batches):
     """Texts <-> ids.
 
     Attributes:
@@ -76,44 +74,10 @@ class Tokenizer:
 
     # -------------------------------------------------------------------------------------------------- texts and ids
 
-    def __call__(
-        self,
-        texts: str | Sequence[str],
-        padding_side: Side = "right",
-        length: int | Sequence[int] | None = None,
-        add_special_tokens: bool = True,
-        truncate: bool = False,
-    ) -> tuple[Int[np.ndarray, "b l"], Int[np.ndarray, "b l"]]:
-        """(ids, attention mask), int32; the mask is 1 at tokens and 0 at padding.
+    def rows(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        return [encoded.ids for encoded in self.tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)]
 
-        padding_side: "left" for prompts that a decoder continues.
-        length: l; of several the smallest that holds every text, so that few shapes compile; None: the longest text's.
-        add_special_tokens: those of the file's post-processor, such as bos; not for a text of `chat`, which has them.
-        truncate: cut what is longer than `length` at its end, special tokens kept.
-        Raises MmjaxError: not a string, a text longer than `length`, or padding without any token to pad with.
-        """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        wrong = next((text for text in texts if not isinstance(text, str)), None)
-        if wrong is not None:
-            raise MmjaxError(f"a tokenizer takes strings, not {type(wrong).__name__}: {wrong!r}")
-        if padding_side not in ("left", "right"):
-            raise MmjaxError(f"padding_side={padding_side!r}: left or right")
-        rows = [encoded.ids for encoded in self.tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)]
-        longest = max(map(len, rows), default=0)
-        lengths = [longest] if length is None else [length] if isinstance(length, int | np.integer) else sorted(length)
-        width = next((size for size in lengths if size >= longest), None)
-        if width is None:
-            width = lengths[-1] if lengths else 0
-            if not truncate:
-                told = texts[int(np.argmax([len(row) for row in rows]))]
-                raise MmjaxError(f"length={width}: a text of {longest} ids does not fit: {told[:200]!r}")
-            rows = [
-                row if len(row) <= width else self._cut(text, width, add_special_tokens)
-                for text, row in zip(texts, rows)
-            ]
-        return self._padded(rows, width, padding_side)
-
-    def _cut(self, text: str, width: int, add_special_tokens: bool) -> list[int]:
+    def cut(self, text: str, width: int, add_special_tokens: bool) -> list[int]:
         room = width - (self.tokenizer.num_special_tokens_to_add(False) if add_special_tokens else 0)
         if room < 0:
             raise MmjaxError(f"length={width}: not even the special tokens fit")
@@ -121,17 +85,9 @@ class Tokenizer:
         bare.truncate(room)
         return self.tokenizer.post_process(bare, add_special_tokens=add_special_tokens).ids
 
-    def _padded(self, rows: Sequence[Sequence[int]], width: int, side: Side) -> tuple[np.ndarray, np.ndarray]:
-        if self.pad is None and any(len(row) < width for row in rows):
-            raise MmjaxError(
-                "texts of unequal length need padding, and this tokenizer has neither a pad nor an eos token"
-            )
-        ids = np.full((len(rows), width), self.pad or 0, np.int32)
-        mask = np.zeros_like(ids)
-        for place, row in enumerate(rows):
-            span = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-            ids[place, span], mask[place, span] = row, 1
-        return ids, mask
+    def token_bytes(self, size: int | None = None) -> list[bytes]:
+        """What each id adds to a text: see `mmjax.text.stop_strings.token_bytes`."""
+        return token_bytes(self.tokenizer, size)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """One row of ids -> text. Ids beyond the vocabulary (rows that only pad a model's table) are left out.

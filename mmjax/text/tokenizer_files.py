@@ -19,6 +19,7 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls
 """transformers' names, in its order: the order in which tokens that a vocabulary lacks are added to it."""
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 TEMPLATE_FOLDER = "additional_chat_templates"
+CONFIG = "tokenizer_config.json"
 
 
 def read(file: pathlib.Path) -> Parts:
@@ -63,10 +64,10 @@ def with_neighbours(
     special: tokens that the file itself names. add_bos, add_eos: what it puts around a text, unless the config says
     else; None: it has its own post-processor.
     """
-    told = _json(file.with_name("tokenizer_config.json"))
-    older = {} if "added_tokens_decoder" in told else _json(file.with_name("special_tokens_map.json"))
-    named = {name: _token(value, file) for name, value in (told | older).items() if name in SPECIAL and value}
-    _add_tokens(tokenizer, told, named, file)
+    told = config_beside(file)
+    place = file.with_name(CONFIG)
+    named = named_tokens(told, place)
+    _add_tokens(tokenizer, listed_tokens(told, place), named)
     special = {**(special or {}), **{name: named[name].content for name in SPECIAL if name in named}}
     if add_bos is not None:
         ends = told.get("add_bos_token", add_bos), told.get("add_eos_token", add_eos)
@@ -74,7 +75,14 @@ def with_neighbours(
     return tokenizer, special, _templates(file, told), _stops(file)
 
 
-def _json(file: pathlib.Path) -> dict[str, Any]:
+def config_beside(file: pathlib.Path) -> dict[str, Any]:
+    """tokenizer_config.json of the folder of `file`, with the older special_tokens_map.json; empty without them."""
+    told = read_json(file.with_name(CONFIG))
+    return told if "added_tokens_decoder" in told else told | read_json(file.with_name("special_tokens_map.json"))
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no file. Raises MmjaxError naming a file of anything else."""
     if not file.is_file():
         return {}
     try:
@@ -86,31 +94,40 @@ def _json(file: pathlib.Path) -> dict[str, Any]:
     return value
 
 
+def named_tokens(told: Mapping[str, Any], place: pathlib.Path) -> dict[str, AddedToken]:
+    """The special tokens of a tokenizer_config.json, by name. Raises MmjaxError naming `place`, the file."""
+    return {name: _token(told[name], place) for name in SPECIAL if told.get(name)}
+
+
+def listed_tokens(told: Mapping[str, Any], place: pathlib.Path) -> dict[int, AddedToken]:
+    """The tokens of `added_tokens_decoder`, by id and in its order. Raises MmjaxError naming `place`, the file."""
+    listed = told.get("added_tokens_decoder") or {}
+    try:
+        return {int(id): _token(token, place) for id, token in sorted(listed.items(), key=lambda item: int(item[0]))}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise MmjaxError(f"{place}: added_tokens_decoder: {error}") from error
+
+
 def _token(value: Any, place: pathlib.Path) -> AddedToken:
     """A token written as a string or as an object with its content and flags."""
     if isinstance(value, str):
         return AddedToken(value, special=True, normalized=False)
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-        raise MmjaxError(f"{place.parent}: a special token is neither a string nor has a content: {str(value)[:200]}")
+        raise MmjaxError(f"{place}: a special token is neither a string nor has a content: {str(value)[:200]}")
     flags = {name: bool(value[name]) for name in FLAGS if name in value}
     return AddedToken(value["content"], special=bool(value.get("special", True)), **flags)
 
 
 def _add_tokens(
-    tokenizer: tokenizers.Tokenizer, told: Mapping[str, Any], named: Mapping[str, AddedToken], place: pathlib.Path
+    tokenizer: tokenizers.Tokenizer, listed: Mapping[int, AddedToken], named: Mapping[str, AddedToken]
 ) -> None:
     """The tokens of the config by their ids, then the named special ones."""
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    listed = told.get("added_tokens_decoder") or {}
-    try:
-        wanted = [_token(token, place) for _, token in sorted(listed.items(), key=lambda item: int(item[0]))]
-    except (TypeError, ValueError, AttributeError) as error:
-        raise MmjaxError(f"{place.with_name('tokenizer_config.json')}: added_tokens_decoder: {error}") from error
-    wanted += [named[name] for name in SPECIAL if name in named]
-    for token in wanted:
+    special = {token.content for token in named.values()}
+    for token in (*listed.values(), *named.values()):
         if token.content not in known:
             known.add(token.content)
-            token.special = token.special or token.content in {one.content for one in named.values()}
+            token.special = token.special or token.content in special
             tokenizer.add_tokens([token])
 
 
@@ -124,7 +141,7 @@ def put_around(tokenizer: tokenizers.Tokenizer, bos: str | None, eos: str | None
 
 
 def _templates(file: pathlib.Path, told: Mapping[str, Any]) -> dict[str, str]:
-    own = told.get("chat_template") or _json(file.with_name("chat_template.json")).get("chat_template") or {}
+    own = told.get("chat_template") or read_json(file.with_name("chat_template.json")).get("chat_template") or {}
     if isinstance(own, list):
         own = {entry.get("name"): entry.get("template") for entry in own if isinstance(entry, dict)}
     templates: dict[Any, Any] = {"default": own} if isinstance(own, str) else dict(own)
@@ -145,7 +162,7 @@ def _templates(file: pathlib.Path, told: Mapping[str, Any]) -> dict[str, str]:
 def _stops(file: pathlib.Path) -> tuple[int, ...]:
     """eos_token_id of generation_config.json: one id, several, or none."""
     place = file.with_name("generation_config.json")
-    ids = _json(place).get("eos_token_id")
+    ids = read_json(place).get("eos_token_id")
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(type(id) is int and id >= 0 for id in ids):
         raise MmjaxError(f"{place}: eos_token_id should be one id or several, it is {ids}")
@@ -178,12 +195,13 @@ def write(
         told["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
     for left in (file.with_name("chat_template.jinja"), *file.with_name(TEMPLATE_FOLDER).glob("*.jinja")):
         left.unlink(missing_ok=True)
-    _write_json(file.with_name("tokenizer_config.json"), told)
+    write_json(file.with_name(CONFIG), told)
     place = file.with_name("generation_config.json")
     kept = {name: value for name, value in ids.items() if value not in (None, [])}
     if kept:
-        _write_json(place, _json(place) | kept)
+        write_json(place, read_json(place) | kept)
 
 
-def _write_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:
+def write_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:
+    """An object as indented JSON in UTF-8."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -78,6 +78,7 @@ def lifted(repository: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # some steps of programs that take long to compile
     }
     code = "import json, sys, test_classifiers as t; open(sys.argv[1], 'w').write(json.dumps(t.run_lifts(sys.argv[2])))"
     ran = subprocess.run(

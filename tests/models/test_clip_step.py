@@ -23,6 +23,8 @@ from mmjax.training.optimizer import Optimizer, sgd
 from mmjax.training.state import create_state
 from mmjax.training.step import train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Widths that two devices can share; all else is prime.
 TEXT = CLIPTextConfig(context_length=13, vocab_size=541, width=6, depth=2, heads=3, hidden=10)
 VIT = CLIPConfig(CLIPVisionConfig(22, 11, 14, 2, 2, 26), TEXT, 7)
@@ -111,6 +113,7 @@ def lifted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, (here.parents[2], here.parent))),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # some steps of programs that take long to compile
     }
     code = "import json, sys, test_clip_step as t; open(sys.argv[1], 'w').write(json.dumps(t.run_lifts()))"
     ran = subprocess.run(
@@ -156,10 +159,21 @@ def test_every_leaf_moves_far_and_as_far_under_every_lift(lifted: dict[str, Any]
 # ------------------------------------------------------------------------------------------------- remat, chunks
 
 
-def gradient(method: CLIP, seed: int = 0) -> tuple[Any, dict[str, np.ndarray]]:
+@functools.cache
+def beginning(config: CLIPConfig) -> tuple[Any, Any]:
+    """(parameters, carry) of a config, once for all its ways of being computed."""
+    return jax.jit(lambda: CLIP(config).init(jax.random.key(0), batch(config)))()
+
+
+def begun(method: CLIP) -> tuple[Any, Any]:
+    return beginning(dataclasses.replace(method.config, remat=False))
+
+
+@functools.cache
+def gradient(method: CLIP) -> tuple[Any, dict[str, np.ndarray]]:
     """((loss, metrics), gradients by path) of one batch."""
     rows = batch(method.config)
-    params, carry = method.init(jax.random.key(seed), rows)
+    params, carry = begun(method)
 
     def loss(params: Any) -> Any:
         value, (_, metrics) = method.loss(params, carry, rows, jax.random.key(1))
@@ -169,6 +183,13 @@ def gradient(method: CLIP, seed: int = 0) -> tuple[Any, dict[str, np.ndarray]]:
     return told, {path: np.asarray(leaf) for path, leaf in tree.flatten(grads).items()}
 
 
+@functools.cache
+def loss_of_a_quarter(method: CLIP) -> float:
+    params, carry = begun(method)
+    quarter = {name: leaf[::4] for name, leaf in batch(method.config).items()}
+    return float(jax.jit(lambda p: method.loss(p, carry, quarter, jax.random.key(1))[0])(params))
+
+
 def near_gradients(got: dict[str, Any], want: dict[str, Any]) -> None:
     for grads in (got, want):
         assert max(np.abs(grads[path]).max() for path in want if is_blind(path)) < 1e-6
@@ -176,11 +197,11 @@ def near_gradients(got: dict[str, Any], want: dict[str, Any]) -> None:
 
 
 def kept_bytes(method: CLIP) -> int:
-    """What the backward pass of the loss keeps of the forward pass, parameters included."""
+    """What the backward pass of the loss keeps of the forward pass, parameters included; by shapes alone."""
     rows = batch(method.config)
-    params, carry = method.init(jax.random.key(0), rows)
-    pull = jax.vjp(lambda p: method.loss(p, carry, rows, jax.random.key(1))[0], params)[1]
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(pull))
+    params, carry = begun(method)
+    kept = jax.eval_shape(lambda p: jax.vjp(lambda q: method.loss(q, carry, rows, jax.random.key(1))[0], p)[1], params)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
 
 @pytest.mark.parametrize("name", ["vit", "modified"])
@@ -205,11 +226,7 @@ def test_chunks_give_the_gradient_of_the_whole_batch(blocks: int, remat: bool):
         np.testing.assert_allclose(told[name], metric, rtol=1e-5, atol=1e-6, err_msg=name)
     near_gradients(same, grads)
     # Not what parts of a batch by themselves give.
-    rows = batch(VIT)
-    params, carry = plain.init(jax.random.key(0), rows)
-    quarter = {name: leaf[::4] for name, leaf in rows.items()}
-    apart = jax.jit(lambda p: plain.loss(p, carry, quarter, jax.random.key(1))[0])(params)
-    assert abs(float(apart) - float(value)) > 0.1
+    assert abs(loss_of_a_quarter(plain) - float(value)) > 0.1
 
 
 @pytest.mark.parametrize(

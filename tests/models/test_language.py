@@ -12,12 +12,13 @@ import mmjax
 from mmjax.errors import MmjaxError
 from mmjax.generation.engine import generate
 from mmjax.generation.options import GenerationOptions
+from mmjax.models.config import config_from_json
 from mmjax.models.language.checkpoint import HF, config_of, hf_config
 from mmjax.models.language.config import Alibi, DecoderConfig, Learned
 from mmjax.models.language.decode import remember
 from mmjax.models.language.network import alibi_slopes
 from mmjax.models.language.tasks import LanguageModel
-from mmjax.nn.rotary import Llama3Scaling, Rotary
+from mmjax.nn.rotary import Llama3Scaling, LongRope, Rotary
 from mmjax.tree import flatten
 from mmjax.weights.table import WeightsError
 
@@ -52,6 +53,30 @@ FORMS = {
     "phi3": (
         "Phi3Config", {**WIDE, "intermediate_size": 80, "num_key_value_heads": 2, "sliding_window": 7}
     ),
+    "yarn": (
+        "LlamaConfig",
+        {
+            **WIDE, "intermediate_size": 80,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16,
+                "beta_fast": 1.5, "beta_slow": 0.5,
+            },
+        },
+    ),
+    **{
+        f"longrope-{name}": (
+            "Phi3Config",
+            {
+                **WIDE, "intermediate_size": 80, "num_key_value_heads": 2, "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": length,
+                "rope_parameters": {
+                    "rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 0.75,
+                    "short_factor": [1.0, 1.2, 1.5], "long_factor": [1.3, 4.0, 9.0],
+                },
+            },
+        )
+        for name, length in (("short", 31), ("long", 8))
+    },
     "opt": ("OPTConfig", {**WIDE, "ffn_dim": 80, "word_embed_proj_dim": 48}),
     "opt-350m": ("OPTConfig", {**WIDE, "ffn_dim": 80, "word_embed_proj_dim": 20, "do_layer_norm_before": False}),
     "gpt2": ("GPT2Config", {"n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 61}),
@@ -270,7 +295,8 @@ def test_mpts_slopes():
         (None, "model_type None"),
         ({"model_type": "mamba"}, "model_type 'mamba'"),
         ({"model_type": "llama", "hidden_act": "tanh"}, "hidden_act 'tanh'"),
-        ({"model_type": "llama", "rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
+        ({"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "su", "long_factor": [1.0]}}, "'longrope' without 'short_f"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale of attention"),
         ({"model_type": "mpt", "attn_config": {"alibi": False}}, "ALiBi"),
@@ -325,3 +351,38 @@ def test_the_low_frequencies_of_llama_3_are_slower():
     np.testing.assert_allclose(scaled[waves < 2048], plain[waves < 2048])
     np.testing.assert_allclose(scaled[waves > 8192], plain[waves > 8192] / 8, rtol=1e-6)
     assert (np.diff(scaled) < 0).all()
+
+
+LONG = LongRope((1.0, 1.5), (2.0, 7.0), 14, 1.1)
+
+
+@pytest.mark.parametrize(("new", "crosses"), [(4, False), (5, True)])
+def test_a_generation_keeps_the_long_or_short_waves_that_it_began_with(new, crosses):
+    """11 ids of prompt and `new` ones, of which the last is not read: 14 tokens are short, 15 are long."""
+    mixed = random_model(tiny(positions=Rotary(100.0, longrope=LONG)))
+    waves = LONG.long if crosses else LONG.short
+    alike, other = (
+        mixed.replace(config=tiny(positions=Rotary(100.0, longrope=dataclasses.replace(LONG, short=w, long=w))))
+        for w in (waves, LONG.short if crosses else LONG.long)
+    )
+    options = GenerationOptions(max_new_tokens=new, pad=PAD)
+    found, wanted, not_wanted = (
+        generate(model.decodable(), model.variables, {"input_ids": PROMPTS, "attention_mask": MASK}, options)
+        for model in (mixed, alike, other)
+    )
+    np.testing.assert_array_equal(found.ids, wanted.ids)
+    np.testing.assert_array_equal(found.scores, wanted.scores)
+    assert np.abs(np.asarray(found.scores) - np.asarray(not_wanted.scores)).max() > 1e-3
+
+
+def test_factors_of_other_channels_are_refused():
+    with pytest.raises(MmjaxError, match="2 factors, where 3 pairs"):
+        Rotary(longrope=LONG).frequencies(6)
+
+
+def test_a_config_of_before_other_scalings_is_read():
+    config = tiny(positions=Rotary(500.0, factor=2.0))
+    told = dataclasses.asdict(config)
+    del told["positions"]["yarn"], told["positions"]["longrope"]
+    assert config_from_json(DecoderConfig, told, "config") == config
+    assert config_from_json(DecoderConfig, dataclasses.asdict(tiny(positions=Alibi())), "config").positions == Alibi()

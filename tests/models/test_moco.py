@@ -201,6 +201,7 @@ def lifted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests", root / "tests" / "models"))),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # some steps of programs that take long to compile
     }
     code = "import json, sys, test_moco; open(sys.argv[1], 'w').write(json.dumps(test_moco.run_lifts('jit,pmap,mesh')))"
     ran = subprocess.run(

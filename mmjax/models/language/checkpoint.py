@@ -3,13 +3,14 @@
 Heads, positions and activations are in no file of weights, so a config.json has to lie beside them.
 """
 
+import math
 from collections.abc import Mapping, Set
 from typing import Any
 
 from mmjax.errors import MmjaxError
 from mmjax.models.language.config import DecoderConfig, Family
 from mmjax.models.language.tables import table
-from mmjax.nn.rotary import Llama3Scaling, Rotary
+from mmjax.nn.rotary import Llama3Scaling, LongRope, Rotary, YarnScaling
 from mmjax.weights.table import Layout, Shape
 
 Told = Mapping[str, Any]
@@ -77,18 +78,58 @@ def _act(name: str) -> Any:
 def _rotary(told: Told, theta: float, share: float = 1.0) -> Rotary:
     """rope_parameters of transformers 5, or rope_theta and rope_scaling of before."""
     rope = dict(told.get("rope_scaling") or {}) | dict(told.get("rope_parameters") or {})
-    theta = rope.get("rope_theta", told.get("rope_theta", theta))
+    theta = float(rope.get("rope_theta", told.get("rope_theta", theta)))
     share = rope.get("partial_rotary_factor", share)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return Rotary(float(theta), share)
-    if kind == "linear":
-        return Rotary(float(theta), share, float(rope["factor"]))
-    if kind == "llama3":
-        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-        scaling = Llama3Scaling(float(rope["factor"]), low, high, int(rope["original_max_position_embeddings"]))
-        return Rotary(float(theta), share, llama3=scaling)
-    raise MmjaxError(f"config.json: rope_type {kind!r}; known are default, linear and llama3")
+    if told.get("model_type") == "phi3" and kind in ("su", "yarn"):
+        kind = "longrope"  # as the first files of Phi-3 call it
+    try:
+        return Rotary(theta, share, **SCALINGS[kind](told, rope))
+    except KeyError as error:
+        if kind not in SCALINGS:
+            raise MmjaxError(f"config.json: rope_type {kind!r}; known are {', '.join(SCALINGS)}") from None
+        raise MmjaxError(f"config.json: rope_type {kind!r} without {error}") from None
+
+
+def _stretch(told: Told, rope: Told) -> tuple[float, int]:
+    """(how many times as long a context, the length that it was trained with)."""
+    if told.get("model_type") == "phi3":
+        told = {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, **told}
+    name = "original_max_position_embeddings"
+    length = told.get(name) or rope.get(name) or told["max_position_embeddings"]
+    return float(rope.get("factor") or told["max_position_embeddings"] / length), int(length)
+
+
+def _llama3(told: Told, rope: Told) -> dict[str, Any]:
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    return {"llama3": Llama3Scaling(float(rope["factor"]), low, high, int(rope["original_max_position_embeddings"]))}
+
+
+def _yarn(told: Told, rope: Told) -> dict[str, Any]:
+    factor, length = _stretch(told, rope)
+    above, below = rope.get("mscale"), rope.get("mscale_all_dim")
+    if not above or not below:
+        above, below = 1, 0
+    gain = 0.1 * math.log(max(factor, 1))
+    attention = rope.get("attention_factor") or (gain * above + 1) / (gain * below + 1)
+    ends = float(rope.get("beta_fast") or 32), float(rope.get("beta_slow") or 1)
+    return {"yarn": YarnScaling(factor, length, attention, *ends, rope.get("truncate", True))}
+
+
+def _longrope(told: Told, rope: Told) -> dict[str, Any]:
+    factor, length = _stretch(told, rope)
+    attention = rope.get("attention_factor") or math.sqrt(1 + math.log(max(factor, 1)) / math.log(length))
+    return {"longrope": LongRope(tuple(rope["short_factor"]), tuple(rope["long_factor"]), length, attention)}
+
+
+SCALINGS = {
+    "default": lambda told, rope: {},
+    "linear": lambda told, rope: {"factor": float(rope["factor"])},
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}
+"""rope_type -> what of `Rotary` it tells. ("dynamic" is not built: transformers mixes keys of several bases there.)"""
 
 
 def _llama(told: Told) -> DecoderConfig:
@@ -258,6 +299,15 @@ def _rope(positions: Any) -> dict[str, Any]:
         told = positions.llama3
         rope |= {"rope_type": "llama3", "factor": told.factor, "low_freq_factor": told.low}
         rope |= {"high_freq_factor": told.high, "original_max_position_embeddings": told.length}
+    if positions.yarn is not None:
+        told = positions.yarn
+        rope |= {"rope_type": "yarn", "factor": told.factor, "original_max_position_embeddings": told.length}
+        rope |= {"attention_factor": told.attention, "beta_fast": told.fast, "beta_slow": told.slow}
+        rope |= {"truncate": told.truncate}
+    if positions.longrope is not None:
+        told = positions.longrope
+        rope |= {"rope_type": "longrope", "short_factor": list(told.short), "long_factor": list(told.long)}
+        rope |= {"attention_factor": told.attention, "original_max_position_embeddings": told.length}
     return rope
 
 
@@ -272,6 +322,8 @@ def _llama_told(c: DecoderConfig) -> dict[str, Any]:
         "attention_bias": c.qkv_bias and c.family == "llama",
         "mlp_bias": c.mlp_bias,
     }
+    if "original_max_position_embeddings" in told["rope_parameters"] and c.family == "phi3":
+        told["original_max_position_embeddings"] = told["rope_parameters"]["original_max_position_embeddings"]
     if c.window is not None and c.family == "llama":
         told |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
     return told | ({"sliding_window": c.window} if c.window is not None or c.family == "phi3" else {})

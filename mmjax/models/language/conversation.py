@@ -13,6 +13,7 @@ from mmjax.generation.engine import stream
 from mmjax.models.generating import BUCKETS
 from mmjax.models.language.decode import Past, nothing, remember
 from mmjax.models.language.tasks import LanguageModel
+from mmjax.nn.rotary import Rotary
 
 SMALLEST = 256
 """Slots of the past at the beginning; they double when they are full, and a program is compiled then."""
@@ -51,8 +52,10 @@ class Conversation:
         model, asked = self._model, self._model.options(**self._options)
         turns = [*self.messages, {"role": "user", "content": text}]
         ids = model.tokenizer(model.tokenizer.chat(turns), add_special_tokens=False)[0][0].tolist()
-        # The template may render an answer otherwise than it was generated: then everything is read again.
-        self.reused = len(self._read) if ids[: len(self._read)] == self._read and len(ids) > len(self._read) else 0
+        # The template may render an answer otherwise than it was generated: then everything is read again. And under
+        # LongRope always, whose keys of a short text do not serve a long one.
+        same = ids[: len(self._read)] == self._read and len(ids) > len(self._read)
+        self.reused = len(self._read) if same and not _turns_by_length(model) else 0
         if not self.reused:
             self._read, self._past = [], None
         rest = np.asarray([ids[self.reused :]], np.int32)
@@ -88,6 +91,10 @@ class Conversation:
             told += piece
             yield piece
         self.messages = [*turns, {"role": "assistant", "content": told}]
+
+
+def _turns_by_length(model: LanguageModel) -> bool:
+    return isinstance(model.config.positions, Rotary) and model.config.positions.longrope is not None
 
 
 _remember = functools.partial(jax.jit, static_argnums=1)(lambda state, size: remember(state, 0, size))

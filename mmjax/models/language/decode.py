@@ -46,7 +46,8 @@ class DecoderSteps:
         mask = own if past is None else jnp.concatenate([past.mask, own], -1)
         places = token_places(mask)
         layers = None if past is None else past.layers
-        states, kept = module.apply(variables, x, mask, places, layers, method="run")
+        reach = mask.sum(-1, dtype=jnp.int32).max() + capacity - 1  # the last new token is not read
+        states, kept = module.apply(variables, x, mask, places, layers, reach, method="run")
         last = own.shape[1] - 1 - jnp.argmax(own[:, ::-1], axis=-1)
         final = jnp.take_along_axis(states[-1], last[:, None, None], axis=1)[:, 0]
         logits = module.apply(variables, final, method="logits")

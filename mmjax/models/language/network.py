@@ -211,8 +211,12 @@ class Decoder(nn.Module):
         mask: Int[Array, "b s"],
         places: Int[Array, "b s"],
         past: tuple[KeyValues, ...] | None = None,
+        reach: Int[Array, ""] | None = None,
     ) -> tuple[list[Float[Array, "b l d"]], tuple[KeyValues, ...]]:
-        """The states after each block, and all keys and values. `past` is before x; mask and places tell of both."""
+        """The states after each block, and all keys and values. `past` is before x; mask and places tell of both.
+
+        reach: the length that the longest row will grow to; None: that of `mask`.
+        """
         length, size = x.shape[1], mask.shape[1]
         own = places[:, size - length :]
         x = self._place(x, own)
@@ -220,7 +224,7 @@ class Decoder(nn.Module):
         if self.config.window is not None:
             near = own[:, :, None] - places[:, None, :] < self.config.window
             allowed = allowed & near[:, None]
-        entry = self._places(own, places)
+        entry = self._places(own, places, size if reach is None else reach)
         states, kept = [x], []
         for i, block in enumerate(self.blocks):
             x, keys = block(x, allowed, entry, None if past is None else past[i])
@@ -256,7 +260,7 @@ class Decoder(nn.Module):
         slots = jnp.broadcast_to(lengths[:, None] + jnp.arange(capacity), (ids.shape[0], capacity))
         keys = jnp.concatenate([prompt_places, slots], -1)
         x = self._place(self.embed(ids), own)
-        entry = self._places(own, keys)
+        entry = self._places(own, keys, lengths.max() + capacity - 1)
         if entry.bias is not None:
             entry = entry._replace(bias=rearrange(entry.bias, "b h 1 s -> b 1 h s"))
         if self.config.window is not None:
@@ -280,10 +284,10 @@ class Decoder(nn.Module):
         rows = jnp.clip(places + self.config.positions.first, 0, self.position_embedding.shape[0] - 1)
         return x + self.position_embedding[rows].astype(x.dtype)
 
-    def _places(self, own: Int[Array, "b l"], keys: Int[Array, "b s"]) -> Places:
+    def _places(self, own: Int[Array, "b l"], keys: Int[Array, "b s"], length: int | Int[Array, ""]) -> Places:
         positions = self.config.positions
         if isinstance(positions, Rotary):
-            return Places(positions.turns(jnp.maximum(own, 0), self.config.head_width), None)
+            return Places(positions.turns(jnp.maximum(own, 0), self.config.head_width, length), None)
         if isinstance(positions, Alibi):
             # The same for every query: softmax takes no notice of what all keys' scores share.
             slopes = jnp.asarray(alibi_slopes(self.config.heads))

@@ -13,7 +13,7 @@ from flax import linen as nn
 from mmjax.models.generating import GeneratingModel
 from mmjax.models.t5.decoding import T5Decodable
 from mmjax.models.t5.network import T5, T5Config
-from mmjax.text.tokenizer import Side
+from mmjax.text.batches import Side
 from mmjax.types import Array
 
 

@@ -1,6 +1,7 @@
 """The handle of the Transformer: the network on arrays, and translation of strings."""
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,7 +14,8 @@ from flax import linen as nn
 from mmjax.errors import MmjaxError
 from mmjax.models.generating import GeneratingModel
 from mmjax.models.transformer.network import Transformer, TransformerConfig, TransformerDecodable
-from mmjax.text.tokenizer import Side
+from mmjax.text.batches import Batches, Side
+from mmjax.text.marian import SOURCE, MarianTokenizer
 from mmjax.types import Array
 
 LONGER = 50
@@ -22,7 +24,7 @@ LONGER = 50
 
 @dataclass
 class TransformerModel(GeneratingModel):
-    """A Transformer with its weights. Its tokenizer is one of both languages, and ends a text with its eos."""
+    """A Transformer with its weights. Its tokenizer ends a text with its eos; it is of both languages, or Marian's."""
 
     padding_side: Side = dataclasses.field(default="right", init=False)
     """Positions count from the left, padding included."""
@@ -33,6 +35,13 @@ class TransformerModel(GeneratingModel):
     @classmethod
     def build(cls, config: TransformerConfig) -> nn.Module:
         return Transformer(config)
+
+    @classmethod
+    def load_tokenizer(cls, file: pathlib.Path) -> Batches | None:
+        """Marian's, where its source.spm lies beside (the extra sentencepiece reads it); else as of every model."""
+        if file.with_name(SOURCE).is_file():
+            return MarianTokenizer.from_folder(file.parent)
+        return super().load_tokenizer(file)
 
     @classmethod
     def example(cls, config: TransformerConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -73,6 +82,10 @@ class TransformerModel(GeneratingModel):
     @property
     def eos(self) -> tuple[int, ...]:
         return (self.config.eos,)
+
+    @property
+    def written(self) -> int:
+        return self.config.outputs
 
     def fixed_options(self) -> dict[str, Any]:
         """Neither the padding nor the start is ever written."""
