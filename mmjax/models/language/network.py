@@ -16,7 +16,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from mmjax.models.language.config import Alibi, DecoderConfig, Learned
-from mmjax.nn import kv_cache
+from mmjax.nn import int8, kv_cache
 from mmjax.nn.activation import activation
 from mmjax.nn.attention import dot_product_attention
 from mmjax.nn.kv_cache import KeyValues
@@ -202,7 +202,7 @@ class Decoder(nn.Module):
 
     def embed(self, ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
         """Rows of the embedding, brought to the model's width."""
-        x = self.token_embedding[ids].astype(self.config.dtype)
+        x = int8.rows(self.token_embedding, ids).astype(self.config.dtype)
         return x if self.config.embed_width is None else self.project_in(x)
 
     def run(
@@ -239,8 +239,7 @@ class Decoder(nn.Module):
             x = self.project_out(x)
         if not self.config.tied:
             return self.head(x).astype(jnp.float32)
-        table = self.token_embedding.astype(x.dtype)
-        return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+        return int8.scores(x, self.token_embedding)
 
     # -------------------------------------------------------------------------------------------------- token by token
 

@@ -24,6 +24,7 @@ class LanguageModel(GeneratingModel):
 
     system: ClassVar[str] = "language"
     config_class: ClassVar[type] = DecoderConfig
+    int8_channels: ClassVar[Mapping[str, int]] = {"**/kernel": 1, "token_embedding": 0}
 
     @classmethod
     def build(cls, config: DecoderConfig) -> nn.Module:

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from mmjax.errors import MmjaxError
 from mmjax.generation.decodable import DecodeState
-from mmjax.nn import kv_cache
+from mmjax.nn import int8, kv_cache
 from mmjax.nn.activation import activation
 from mmjax.nn.attention import dot_product_attention
 from mmjax.nn.dropout import Dropout
@@ -348,7 +348,7 @@ class T5(nn.Module):
         return {"encoder": states, "decoder": decoded, "logits": self.logits(decoded[-1])}
 
     def embed(self, ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-        return self.embedding.astype(self.config.dtype)[ids]
+        return int8.rows(self.embedding, ids).astype(self.config.dtype)
 
     def encode(
         self,
@@ -379,8 +379,7 @@ class T5(nn.Module):
     def logits(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         c = self.config
         x = x * c.width**-0.5 if c.scaled else x
-        table = self.embedding if c.tied else self.head
-        return jnp.einsum("...d,vd->...v", x, table.astype(c.dtype), preferred_element_type=jnp.float32)
+        return int8.scores(x.astype(c.dtype), self.embedding if c.tied else self.head)
 
     def prefill(self, inputs: Mapping[str, Array], rows: int, capacity: int) -> tuple[Float[Array, "b v"], DecodeState]:
         """See `mmjax.models.t5.decoding`."""

@@ -23,6 +23,7 @@ class T5Model(GeneratingModel):
 
     system: ClassVar[str] = "t5"
     config_class: ClassVar[type] = T5Config
+    int8_channels: ClassVar[Mapping[str, int]] = {"**/kernel": 1, "embedding": 0, "head": 0}
 
     padding_side: Side = dataclasses.field(default="right", init=False)
 
