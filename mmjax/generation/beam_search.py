@@ -120,9 +120,8 @@ def extend(options: GenerationOptions, logits: Float[Array, "b r v"], beams: Bea
         groups.append(extended)
         sources.append(source + i * size)
     source = jnp.concatenate(sources, axis=1)
-    # The rows of all items share the leaves' first axis.
-    moved = (jnp.arange(len(source))[:, None] * options.num_beams + source).reshape(-1)
-    state = beams.state._replace(rows=jax.tree.map(lambda leaf: leaf[moved], beams.state.rows))
+    rows = jax.tree.map(lambda leaf: _moved(leaf, source), beams.state.rows)
+    state = beams.state._replace(rows=rows)
     return beams._replace(state=state, groups=tuple(groups), written=beams.written + 1)
 
 
@@ -209,6 +208,13 @@ def _can_improve(options: GenerationOptions, group: Group, best: Array, beams: B
         written = options.max_new_tokens
     worst = jnp.where(jnp.all(group.ended, axis=-1), jnp.min(group.ended_scores, axis=-1), FAR)
     return _normalised(options, best, _counted(options, beams, written)) > worst
+
+
+def _moved(leaf: Array, source: Int[Array, "b r"]) -> Array:
+    """A leaf of `DecodeState.rows`, each row in the place of those that come from it."""
+    b, r = source.shape
+    places = (jnp.arange(b)[:, None] * r + source).reshape(-1)
+    return leaf.reshape(b * r, -1, *leaf.shape[1:])[places].reshape(leaf.shape)
 
 
 def _of(values: Array, places: Int[Array, "b m"]) -> Array:

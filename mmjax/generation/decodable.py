@@ -11,8 +11,8 @@ class DecodeState(NamedTuple):
 
     Attributes:
         items: leaves [b, ...]: one copy an item, read only: the prompt's keys and values, an encoder's, masks, lengths.
-        rows: leaves [b r, ...]: a copy a row (a beam or a sample), an item's rows beside each other: what was
-            generated, see `mmjax.nn.kv_cache`.
+        rows: leaves [b r ..., ...]: a copy a row (a beam or a sample): what was generated. Equal shares of the first
+            axis belong to the rows, item after item; so heads may stand on it too, see `mmjax.nn.kv_cache`.
         index: how many tokens have been given to `step`; the slot that the next one is written to.
     """
 

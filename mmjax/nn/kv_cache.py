@@ -3,8 +3,8 @@
 What an item's prompt left behind is kept once an item, however many beams or samples go on from it; only what was
 generated is kept a row. A beam search therefore moves the short part alone. All sizes are fixed when decoding begins;
 slots that are not written yet are masked. Keys stand heads before tokens, as the products want them, before any
-repetition of grouped heads, after rotary positions. The rows of all items share one axis: with an axis of one row an
-item XLA copies the whole cache at every step, between writing a slot and reading them all.
+repetition of grouped heads, after rotary positions. Items, rows and heads share one axis: where one of them is an axis
+of length one XLA copies the whole cache at every step, between writing a slot and reading them all.
 """
 
 import math
@@ -18,7 +18,7 @@ from mmjax.types import Array, Bool, Float, Int
 
 
 class KeyValues(NamedTuple):
-    """Of one layer: [b, g, s, k] of prompts or of an encoder; [b r, g, t, k] of generated tokens, r rows an item.
+    """Of one layer: [b, g, s, k] of prompts or of an encoder; [b r g, t, k] of generated tokens, r rows an item.
 
     g: heads of keys and values, a divisor of the queries'.
     """
@@ -34,7 +34,7 @@ def from_tokens(k: Float[Array, "b s g k"], v: Float[Array, "b s g k"]) -> KeyVa
 
 def empty(b: int, rows: int, heads: int, capacity: int, width: int, dtype: jnp.dtype | type) -> KeyValues:
     """Room for `capacity` generated tokens in each of `rows` rows of b items."""
-    zeros = jnp.zeros((b * rows, heads, capacity, width), dtype)
+    zeros = jnp.zeros((b * rows * heads, capacity, width), dtype)
     return KeyValues(zeros, zeros)
 
 
@@ -42,8 +42,8 @@ def write(new: KeyValues, k: Float[Array, "b r g k"], v: Float[Array, "b r g k"]
     """The next token's key and value, into slot `index`."""
 
     def put(slots: Array, token: Array) -> Array:
-        token = rearrange(token, "b r g k -> (b r) g 1 k").astype(slots.dtype)
-        return jax.lax.dynamic_update_slice(slots, token, (0, 0, index, 0))
+        token = rearrange(token, "b r g k -> (b r g) 1 k").astype(slots.dtype)
+        return jax.lax.dynamic_update_slice(slots, token, (0, index, 0))
 
     return KeyValues(put(new.k, k), put(new.v, v))
 
@@ -65,7 +65,7 @@ def attend(
     Softmax in float32; a row that may attend to nothing attends evenly to all.
     """
     b, r = q.shape[:2]
-    groups = prompt.k.shape[1] if prompt is not None else new.k.shape[1]  # type: ignore[union-attr]
+    groups = prompt.k.shape[1] if prompt is not None else new.k.shape[0] // (b * r)  # type: ignore[union-attr]
     q = q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     q = rearrange(q, "b r (g m) k -> b g r m k", g=groups)
     parts: list[Array] = []
@@ -75,10 +75,10 @@ def attend(
         mask = jnp.ones((1, prompt.k.shape[2]), bool) if prompt_mask is None else prompt_mask
         masks.append(jnp.broadcast_to(mask, (b, prompt.k.shape[2])))
     if new is not None:
-        own = rearrange(q, "b g r m k -> (b r) g m k")
-        scores = jnp.einsum("ngmk,ngtk->ngmt", own, new.k, preferred_element_type=jnp.float32)
-        parts.append(rearrange(scores, "(b r) g m t -> b g r m t", r=r))
-        masks.append(jnp.broadcast_to(jnp.arange(new.k.shape[2]) <= index, (b, new.k.shape[2])))
+        own = rearrange(q, "b g r m k -> (b r g) m k")
+        scores = jnp.einsum("nmk,ntk->nmt", own, new.k, preferred_element_type=jnp.float32)
+        parts.append(rearrange(scores, "(b r g) m t -> b g r m t", r=r, g=groups))
+        masks.append(jnp.broadcast_to(jnp.arange(new.k.shape[1]) <= index, (b, new.k.shape[1])))
     scores = jnp.concatenate(parts, -1)
     if bias is not None:
         split = groups if bias.shape[-2] > 1 else 1
@@ -90,6 +90,7 @@ def attend(
         of_prompt, weights = jnp.split(weights, [prompt.k.shape[2]], axis=-1)
         mixed = mixed + jnp.einsum("bgrms,bgsk->bgrmk", of_prompt.astype(prompt.v.dtype), prompt.v)
     if new is not None:
-        own = rearrange(weights, "b g r m t -> (b r) g m t").astype(new.v.dtype)
-        mixed = mixed + rearrange(jnp.einsum("ngmt,ngtk->ngmk", own, new.v), "(b r) g m k -> b g r m k", r=r)
+        own = rearrange(weights, "b g r m t -> (b r g) m t").astype(new.v.dtype)
+        of_rows = jnp.einsum("nmt,ntk->nmk", own, new.v)
+        mixed = mixed + rearrange(of_rows, "(b r g) m k -> b g r m k", r=r, g=groups)
     return rearrange(mixed, "b g r m k -> b r (g m) k")

@@ -73,13 +73,13 @@ def remember(state: DecodeState, row: int = 0, size: int | None = None) -> Past:
     The last token that was chosen is not in it: it has not been read.
     """
     past: Past = state.items
-    written = jnp.arange(state.rows[0].k.shape[2]) < state.index
+    written = jnp.arange(state.rows[0].k.shape[1]) < state.index
     mask = jnp.concatenate([past.mask, jnp.broadcast_to(written, (past.mask.shape[0], written.shape[0]))], -1)
     order = jnp.argsort(~mask, axis=-1, stable=True)[:, :size]
     room = 0 if size is None else max(size - mask.shape[1], 0)
 
     def gather(prompt: Array, new: Array) -> Array:
-        own = rearrange(new, "(b r) g t k -> b r g t k", b=prompt.shape[0])[:, row]
+        own = rearrange(new, "(b r g) t k -> b r g t k", b=prompt.shape[0], g=prompt.shape[1])[:, row]
         joined = jnp.concatenate([prompt, own], axis=2)
         kept = jnp.take_along_axis(joined, order[:, None, :, None], axis=2)
         return jnp.pad(kept, ((0, 0), (0, 0), (0, room), (0, 0)))

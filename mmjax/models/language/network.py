@@ -253,7 +253,7 @@ class Decoder(nn.Module):
         index: Int[Array, ""],
     ) -> tuple[Float[Array, "b r v"], tuple[KeyValues, ...]]:
         """(logits of the token after `ids`, rows with these tokens' keys and values in slot `index`)."""
-        capacity = rows[0].k.shape[2]
+        capacity = rows[0].k.shape[1]
         lengths = prompt_mask.sum(-1, dtype=jnp.int32)
         own = jnp.broadcast_to((lengths + index)[:, None], ids.shape)
         slots = jnp.broadcast_to(lengths[:, None] + jnp.arange(capacity), (ids.shape[0], capacity))

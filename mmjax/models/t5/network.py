@@ -305,7 +305,7 @@ class Stack(nn.Module):
 
     def step(self, x: Float[Array, "b r d"], state: DecodeState) -> tuple[Float[Array, "b r d"], tuple[KeyValues, ...]]:
         kept, written = state.items["blocks"], []
-        begun, capacity = kept[0].prompt.k.shape[2], state.rows[0].k.shape[2]
+        begun, capacity = kept[0].prompt.k.shape[2], state.rows[0].k.shape[1]
         bias = rearrange(self.bias((begun + state.index)[None], jnp.arange(begun + capacity)), "1 h 1 s -> 1 1 h s")
         for block, of_block, new in zip(self.block, kept, state.rows):
             x, new = block.step(x, bias, of_block, state.items["mask"], new, state.index)

@@ -198,7 +198,7 @@ class Transformer(nn.Module):
         memory_mask: Bool[Array, "b s"] | None = None,
     ) -> tuple[Float[Array, "b r v"], list[KeyValues]]:
         """The logits after one more token a row, and the rows' keys and values with it."""
-        before, room = kept[0].own.k.shape[2], new[0].k.shape[2]
+        before, room = kept[0].own.k.shape[2], new[0].k.shape[1]
         place = jax.lax.dynamic_slice_in_dim(self._positions(before + room), before + index, 1)
         x = self._looked_up(ids, self._tables[1]) + place
         x, new = self.decoder.step(x, kept, new, index, context_mask=memory_mask)
