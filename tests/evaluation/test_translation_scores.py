@@ -52,7 +52,7 @@ class Copies:
     def prefill(self, variables, inputs, rows, capacity):
         source = inputs["input_ids"] + variables["params"]
         items = {"source": jnp.pad(source, ((0, 0), (0, capacity)))}
-        state = DecodeState(items, jnp.zeros((source.shape[0], rows, 1)), jnp.zeros((), jnp.int32))
+        state = DecodeState(items, jnp.zeros(source.shape[0] * rows), jnp.zeros((), jnp.int32))
         return jax.nn.one_hot(source[:, 0], 50), state
 
     def step(self, variables, ids, state):
