@@ -1,16 +1,12 @@
 """ResNet and ViT as classifiers: the same step on one device and on eight, and real digits learned in seconds."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lifts import in_eight_devices
 
 from mmjax import tree
 from mmjax.models.resnet.network import ResNet, ResNetConfig
@@ -48,12 +44,12 @@ def methods() -> dict[str, tuple[Any, int]]:
     }
 
 
-def run_lifts(names: str) -> dict[str, Any]:
+def run_lifts() -> dict[str, Any]:
     """Losses and leaves after 5 steps; run in a process of 8 virtual devices."""
     found: dict[str, Any] = {}
     for system, (method, micro) in methods().items():
         state = jax.jit(lambda method=method: create_state(method, SGD, jax.random.key(0), batch()))()
-        for name in names.split(","):
+        for name in ("jit", "pmap", "mesh"):
             lift = create_lift(
                 name,  # type: ignore[arg-type]
                 lambda state, batch, axis_name=None, method=method, micro=micro: train_step(
@@ -72,24 +68,8 @@ def run_lifts(names: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def lifted(repository: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("classifiers") / "out.json"
-    paths = (repository, repository / "tests", repository / "tests" / "models")
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # some steps of programs that take long to compile
-    }
-    code = "import json, sys, test_classifiers as t; open(sys.argv[1], 'w').write(json.dumps(t.run_lifts(sys.argv[2])))"
-    ran = subprocess.run(
-        [sys.executable, "-c", code, str(out), "jit,pmap,mesh"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return json.loads(out.read_text())
+def lifted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return in_eight_devices(run_lifts, tmp_path_factory.mktemp("lifts"))
 
 
 @pytest.mark.parametrize("system", ["resnet", "vit"])

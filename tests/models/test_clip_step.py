@@ -2,16 +2,12 @@
 
 import dataclasses
 import functools
-import json
-import os
-import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from lifts import in_eight_devices
 
 from mmjax import tree
 from mmjax.errors import MmjaxError
@@ -108,23 +104,7 @@ def run_lifts() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def lifted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("clip") / "out.json"
-    here = pathlib.Path(__file__).resolve()
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (here.parents[2], here.parent))),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # some steps of programs that take long to compile
-    }
-    code = "import json, sys, test_clip_step as t; open(sys.argv[1], 'w').write(json.dumps(t.run_lifts()))"
-    ran = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, str(out)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return json.loads(out.read_text())
+    return in_eight_devices(run_lifts, tmp_path_factory.mktemp("lifts"))
 
 
 @pytest.mark.parametrize(("name", "lift"), LIFTS)

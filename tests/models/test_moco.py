@@ -4,10 +4,7 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -15,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from lifts import in_eight_devices
 
 import mmjax
 from mmjax import tree
@@ -172,13 +170,13 @@ def apart_from_zero(state: Any) -> Any:
     return state.replace(params=tree.map_with_path(draw, state.params), ema=tree.map_with_path(draw, state.ema))
 
 
-def run_lifts(names: str) -> dict[str, Any]:
+def run_lifts() -> dict[str, Any]:
     """Losses and leaves after 3 steps; run in a process of 8 virtual devices."""
     found: dict[str, Any] = {}
     for version, (method, optimizer, side) in LIFTED.items():
         state = apart_from_zero(started(method, optimizer, batch(side=side)))
         step = functools.partial(train_step, method, optimizer)
-        for name in names.split(","):
+        for name in ("jit", "pmap", "mesh"):
             lift = create_lift(name, step)  # type: ignore[arg-type]
             placed, losses = lift.place(state), []
             for seed in range(3):
@@ -196,19 +194,7 @@ def run_lifts(names: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def lifted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("moco") / "out.json"
-    root = pathlib.Path(__file__).resolve().parents[2]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests", root / "tests" / "models"))),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # some steps of programs that take long to compile
-    }
-    code = "import json, sys, test_moco; open(sys.argv[1], 'w').write(json.dumps(test_moco.run_lifts('jit,pmap,mesh')))"
-    ran = subprocess.run(
-        [sys.executable, "-c", code, str(out)], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return json.loads(out.read_text())
+    return in_eight_devices(run_lifts, tmp_path_factory.mktemp("lifts"))
 
 
 @pytest.mark.parametrize("version", LIFTED)
