@@ -24,7 +24,7 @@ COLOURS = {"red": (230, 20, 30), "green": (10, 200, 40), "blue": (30, 20, 220)}
 class TwoTowers:
     """Features are mean colours; a text's are those of the colour it names."""
 
-    system, layout = "toy", "hf"
+    system, layout, classified = "toy", "hf", "image"
 
     def encode_image(self, images):
         return np.stack([np.asarray(image, np.float32).mean((0, 1)) for image in images])

@@ -15,7 +15,6 @@ from mmjax.data.decoding import decode_image
 from mmjax.data.image_folder import ImageFolder
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.retrieval import top_candidates
-from mmjax.models.bert.tasks import BertModel
 
 
 def classify(source: str, asked: Sequence[str], labels: str | None) -> None:
@@ -27,11 +26,11 @@ def classify(source: str, asked: Sequence[str], labels: str | None) -> None:
     model: Any = hub.load(source)
     if not hasattr(model, "classify"):
         raise MmjaxError(f"{model.system} does not classify")
-    names, sees = _labels(source, labels), not isinstance(model, BertModel)
+    names, sees = _labels(source, labels), model.classified == "image"
     if names is None and sees and hasattr(model, "encode_text"):
         raise MmjaxError("--labels A,B,C: there is no labels.json beside the model, so nothing to choose from")
     found = model.classify([read_image(file) for file in asked] if sees else list(asked), names)
-    table = Table("image" if sees else "text", "label", "probability")
+    table = Table(model.classified, "label", "probability")
     for file, row in zip(asked, found):
         for place, (name, share) in enumerate(row):
             table.add_row("" if place else file, name, f"{100 * share:.1f} %")

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ class Model(abc.ABC):
 
     system: ClassVar[str]
     config_class: ClassVar[type]
+    classified: ClassVar[Literal["image", "text"]] = "image"
+    """What `classify` takes, where there is one."""
     int8_channels: ClassVar[Mapping[str, int]] = {}
     """Globs of the parameters that may be kept in int8 (see `mmjax.nn.int8`), and the axis of each one's channels."""
 

@@ -4,7 +4,7 @@ import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ class BertModel(Model):
 
     system: ClassVar[str] = "bert"
     config_class: ClassVar[type] = BertConfig
+    classified: ClassVar[Literal["image", "text"]] = "text"
 
     @classmethod
     def build(cls, config: BertConfig) -> Bert:
