@@ -31,7 +31,7 @@ from mmjax.text.masking import Masking
 from mmjax.text.sentence_pairs import pair_columns, sentence_pairs
 from mmjax.text.training import train_wordpiece
 from mmjax.text.wordpiece import WordPieceTokenizer
-from mmjax.training.experiment import Evaluation, ExperimentConfig
+from mmjax.training.experiment import Evaluation, ExperimentConfig, save_tokenizer
 from mmjax.training.optimizer import Optimizer, bert_adamw, warmup_linear
 
 
@@ -162,6 +162,4 @@ class Config(ExperimentConfig):
 
     def save_assets(self, workdir: pathlib.Path) -> dict[str, Any]:
         """The tokenizer."""
-        workdir.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(workdir / "tokenizer.json")
-        return {"tokenizer": "tokenizer.json"}
+        return save_tokenizer(self.tokenizer, workdir)

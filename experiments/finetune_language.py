@@ -33,7 +33,7 @@ from mmjax.models.language.pretrain import CausalLM
 from mmjax.models.language.tasks import LanguageModel
 from mmjax.text.documents import read_documents
 from mmjax.text.language_rows import conversation_rows, packed, read_conversations
-from mmjax.training.experiment import Evaluation, ExperimentConfig, LoadWeights
+from mmjax.training.experiment import Evaluation, ExperimentConfig, LoadWeights, save_tokenizer
 from mmjax.training.lora import LoRA, LoRAConfig, adapted
 from mmjax.training.method import Method
 from mmjax.training.optimizer import Optimizer, adamw, warmup_cosine
@@ -148,6 +148,4 @@ class Config(ExperimentConfig):
 
     def save_assets(self, workdir: pathlib.Path) -> dict[str, Any]:
         """The tokenizer with its chat template."""
-        workdir.mkdir(parents=True, exist_ok=True)
-        self.start.tokenizer.save(workdir / "tokenizer.json")
-        return {"tokenizer": "tokenizer.json"}
+        return save_tokenizer(self.start.tokenizer, workdir)

@@ -29,7 +29,7 @@ from mmjax.models.transformer.network import TransformerConfig, TransformerDecod
 from mmjax.models.transformer.pretrain import IGNORED, Translation, adam, noam
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.text.tokenizer_files import put_around
-from mmjax.training.experiment import Evaluation, ExperimentConfig
+from mmjax.training.experiment import Evaluation, ExperimentConfig, save_tokenizer
 from mmjax.training.optimizer import Optimizer
 
 PAD, START, EOS = "<pad>", "<s>", "</s>"
@@ -140,5 +140,4 @@ class Config(ExperimentConfig):
         return "transformer", self.network
 
     def save_assets(self, workdir: pathlib.Path) -> dict[str, Any]:
-        self.tokenizer.save(workdir / "tokenizer.json")
-        return {"tokenizer": "tokenizer.json"}
+        return save_tokenizer(self.tokenizer, workdir)

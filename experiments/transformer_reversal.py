@@ -26,7 +26,7 @@ from mmjax.models.transformer.network import TransformerConfig, TransformerDecod
 from mmjax.models.transformer.pretrain import IGNORED, Translation, adam
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.text.tokenizer_files import put_around
-from mmjax.training.experiment import Evaluation, ExperimentConfig
+from mmjax.training.experiment import Evaluation, ExperimentConfig, save_tokenizer
 from mmjax.training.optimizer import Optimizer, warmup_cosine
 
 PAD, START, EOS = "<pad>", "<s>", "</s>"
@@ -131,5 +131,4 @@ class Config(ExperimentConfig):
         return "transformer", self.network
 
     def save_assets(self, workdir: pathlib.Path) -> dict[str, Any]:
-        self.tokenizer.save(workdir / "tokenizer.json")
-        return {"tokenizer": "tokenizer.json"}
+        return save_tokenizer(self.tokenizer, workdir)

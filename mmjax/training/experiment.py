@@ -128,6 +128,13 @@ class ExperimentConfig:
         return load(self.init_from)
 
 
+def save_tokenizer(tokenizer: Any, workdir: pathlib.Path) -> dict[str, Any]:
+    """What `save_assets` does and returns for a model that reads text and needs nothing else."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(workdir / "tokenizer.json")
+    return {"tokenizer": "tokenizer.json"}
+
+
 RECIPE = {
     "method": "the Method that is trained",
     "optimizer": "the Optimizer",

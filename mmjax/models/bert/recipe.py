@@ -20,7 +20,7 @@ from mmjax.models.bert.network import BertConfig
 from mmjax.models.bert.tasks import BertModel
 from mmjax.models.handle import Model
 from mmjax.text.wordpiece import WordPieceTokenizer
-from mmjax.training.experiment import ExperimentConfig, LoadWeights
+from mmjax.training.experiment import ExperimentConfig, LoadWeights, save_tokenizer
 from mmjax.training.optimizer import Optimizer, bert_adamw, warmup_linear
 
 Example = TypeVar("Example")
@@ -177,6 +177,4 @@ class FineTuningRecipe(ExperimentConfig, abc.ABC, Generic[Example]):
 
     def save_assets(self, workdir: pathlib.Path) -> dict[str, Any]:
         """The tokenizer."""
-        workdir.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(workdir / "tokenizer.json")
-        return {"tokenizer": "tokenizer.json"}
+        return save_tokenizer(self.tokenizer, workdir)
