@@ -12,6 +12,7 @@ import argparse
 import functools
 import pathlib
 import statistics
+import sys
 import tempfile
 from typing import Any
 
@@ -48,7 +49,10 @@ def main() -> None:
         source = flags.model or download(pathlib.Path(folder))
         models: dict[str, Any] = {name: mmjax.load(source, **how) for name, how in FORMS.items()}
     text = held_out(models["float32"].tokenizer, flags.tokens)
-    scores = {name: perplexity(judged(model), model.variables, text, length=512) for name, model in models.items()}
+    scores = {}
+    for name, model in models.items():
+        scores[name] = perplexity(judged(model), model.variables, text, length=512)
+        print(f"{name}: perplexity {scores[name].value:.3f}; speed comes last", file=sys.stderr, flush=True)
     sides = {name: functools.partial(run_ours, model, PROMPT, 1, NEW) for name, model in models.items()}
     ids = {name: side()[0] for name, side in sides.items()}
     seconds = alternate(sides, flags.rounds, warm=True)
