@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import rich
-from rich.table import Table
+from rich.console import Console
+from rich.table import Column, Table
 
 from mmjax import hub
 from mmjax.cli.evaluate import image_features, read_images, text_features
@@ -30,11 +30,11 @@ def classify(source: str, asked: Sequence[str], labels: str | None) -> None:
     if names is None and sees and hasattr(model, "encode_text"):
         raise MmjaxError("--labels A,B,C: there is no labels.json beside the model, so nothing to choose from")
     found = model.classify([read_image(file) for file in asked] if sees else list(asked), names)
-    table = Table(model.classified, "label", "probability")
+    table = Table(Column(model.classified, overflow="fold"), "label", "probability")
     for file, row in zip(asked, found):
         for place, (name, share) in enumerate(row):
             table.add_row("" if place else file, name, f"{100 * share:.1f} %")
-    rich.print(table)
+    Console().print(table)
 
 
 def _labels(source: str, given: str | None) -> list[str] | None:
@@ -76,10 +76,11 @@ def retrieve(source: str, image: str | None, text: str | None, folder: str | Non
         query = image_features(model, [asked])
     found = np.asarray(top_candidates(query, features, min(k, len(images))))[0]
     cosines = _unit(features[found]) @ _unit(query)[0]
-    table = Table("", "image", "cosine", title=f"nearest to {text or image}", title_justify="left")
+    title = f"nearest to {text or image}"
+    table = Table("", Column("image", overflow="fold"), "cosine", title=title, title_justify="left")
     for place, (row, cosine) in enumerate(zip(found, cosines), 1):
         table.add_row(str(place), index.record_name(int(rows[row])), f"{cosine:.3f}")
-    rich.print(table)
+    Console().print(table)
     _draw(picture, text or str(image), asked, [images[row] for row in found], cosines)
     print(picture)
 
