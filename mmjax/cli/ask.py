@@ -34,7 +34,12 @@ def classify(source: str, asked: Sequence[str], labels: str | None) -> None:
     for file, row in zip(asked, found):
         for place, (name, share) in enumerate(row):
             table.add_row("" if place else file, name, f"{100 * share:.1f} %")
-    Console().print(table)
+    _show(table)
+
+
+def _show(table: Table) -> None:
+    """As wide as the terminal is now, and letter by letter: brackets and colons of a name are no markup."""
+    Console(markup=False, emoji=False).print(table)
 
 
 def _labels(source: str, given: str | None) -> list[str] | None:
@@ -80,7 +85,7 @@ def retrieve(source: str, image: str | None, text: str | None, folder: str | Non
     table = Table("", Column("image", overflow="fold"), "cosine", title=title, title_justify="left")
     for place, (row, cosine) in enumerate(zip(found, cosines), 1):
         table.add_row(str(place), index.record_name(int(rows[row])), f"{cosine:.3f}")
-    Console().print(table)
+    _show(table)
     _draw(picture, text or str(image), asked, [images[row] for row in found], cosines)
     print(picture)
 
