@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import pathlib
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -155,6 +156,9 @@ class PipelineIterator:
             try:
                 return next(self._loaded)
             except RuntimeError as error:  # Grain's word for a worker process that is gone
+                # Grain's frame holds the error, whose traceback holds the frame: the semaphores in it would wait for
+                # the garbage collector, and Python's tracker of them warns where that comes while others are made.
+                traceback.clear_frames(error.__traceback__)
                 if "terminated unexpectedly" not in str(error) or attempt == RESTARTS:
                     raise
                 self.close()

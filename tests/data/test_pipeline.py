@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from multiprocessing import synchronize
 
 import grain
 import numpy as np
@@ -125,6 +126,24 @@ def test_a_killed_worker_is_replaced_and_the_order_goes_on(straight):
     iterator.close()
     assert_same(ours, straight[:10])
     assert not multiprocessing.active_children()
+
+
+def test_a_killed_workers_semaphores_do_not_wait_for_the_garbage_collector():
+    def count() -> int:
+        return sum(isinstance(thing, synchronize.SemLock) for thing in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        iterator = iter(pipeline(workers=2, prefetch=1))
+        next(iterator)
+        running = count()
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        take(iterator, 8)
+        assert count() == running > 2
+    finally:
+        gc.enable()
+        iterator.close()
 
 
 def test_workers_end_with_their_iterator():
