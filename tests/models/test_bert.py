@@ -109,7 +109,7 @@ def test_words_at_places_are_those_of_all_places():
 
 
 def test_dropout_is_where_the_original_has_it():
-    """Behind the embeddings and the feed-forward, and none behind the activation."""
+    """Behind the embeddings, the attention and the feed-forward, and none behind the activation."""
     config = dataclasses.replace(TINY, mlm=False, nsp=False, pooler=False, dropout=0.5, attention_dropout=0.0)
     network, ids, bert = Bert(config), batch()["input_ids"], model(config)
 
@@ -121,11 +121,13 @@ def test_dropout_is_where_the_original_has_it():
         )[1]["intermediates"]
 
     found = kept(bert.params)
-    mlp, down = found["encoder"]["block_0"]["mlp"], bert.params["encoder"]["block_0"]["mlp"]["down"]
-    hidden = np.asarray(jax.nn.gelu(mlp["up"]["__call__"][0], approximate=False))
-    out, expected = np.asarray(mlp["__call__"][0]), 2 * (hidden @ down["kernel"] + down["bias"])
-    np.testing.assert_allclose(out, np.where(out == 0, 0, expected), atol=1e-4)
-    for dropped in (out, np.asarray(found["embeddings"]["__call__"][0])):
+    block, down = found["encoder"]["block_0"], bert.params["encoder"]["block_0"]["mlp"]["down"]
+    hidden = np.asarray(jax.nn.gelu(block["mlp"]["up"]["__call__"][0], approximate=False))
+    branches = {"attention": block["attention"]["out"]["__call__"][0], "mlp": hidden @ down["kernel"] + down["bias"]}
+    np.testing.assert_allclose(block["mlp"]["__call__"][0], branches["mlp"], atol=1e-4)
+    for branch, dropped in zip(branches.values(), block["drop"]["__call__"], strict=True):
+        np.testing.assert_allclose(dropped, np.where(dropped == 0, 0, 2 * branch), atol=1e-4)
+    for dropped in (*block["drop"]["__call__"], np.asarray(found["embeddings"]["__call__"][0])):
         assert 0.4 < (dropped == 0).mean() < 0.6
 
 

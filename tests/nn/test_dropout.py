@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmjax.nn.dropout import Dropout, DropPath, kept
-from mmjax.nn.transformer import Encoder
+from mmjax.nn.stack import Stack
 
 RNG = jax.random.key(5)
 
@@ -36,20 +36,20 @@ def test_a_cut_batch_loses_the_same(devices: int):
 
 def test_a_cut_batch_goes_the_same_way_through_an_encoder():
     x = jax.random.normal(jax.random.key(0), (6, 5, 14))
-    fields = {"heads": 2, "hidden": 13, "dropout": 0.3, "attention_dropout": 0.2}
-    encoder: Any = Encoder(2, fields, drop_path=0.4)
+    fields = {"width": 14, "heads": 2, "hidden": 13, "dropout": 0.3, "attention_dropout": 0.2}
+    encoder: Any = Stack(2, fields, drop_path=0.4)
     variables = jax.jit(encoder.init)(jax.random.key(1), x)
     whole, plain = jax.jit(
         lambda x: (
-            encoder.apply(variables, x, None, True, rngs={"dropout": RNG})[-1],
+            encoder.apply(variables, x, train=True, rngs={"dropout": RNG})[-1],
             encoder.apply(variables, x)[-1],
         )
     )(x)
     assert np.abs(whole - plain).max() > 0.1
 
     def share(x: jax.Array) -> jax.Array:
-        mapped: Any = Encoder(2, fields | {"axis_name": "data"}, drop_path=0.4)
-        return mapped.apply(variables, x, None, True, rngs={"dropout": RNG})[-1]
+        mapped: Any = Stack(2, fields | {"axis_name": "data"}, drop_path=0.4)
+        return mapped.apply(variables, x, train=True, rngs={"dropout": RNG})[-1]
 
     cut = jax.jit(jax.vmap(share, axis_name="data"))(x.reshape(3, 2, 5, 14))
     np.testing.assert_allclose(cut.reshape(x.shape), whole, atol=2e-6)

@@ -12,7 +12,8 @@ from mmjax.nn.activation import activation
 from mmjax.nn.dropout import DropPath
 from mmjax.nn.embeddings import PatchEmbed
 from mmjax.nn.norm import LayerNorm
-from mmjax.nn.transformer import Dense, Encoder, Mlp, MultiHeadAttention, TransformerBlock
+from mmjax.nn.stack import Block, Stack
+from mmjax.nn.transformer import Dense, MultiHeadAttention
 
 B, N, H, D, HIDDEN = 2, 5, 3, 21, 13
 
@@ -84,7 +85,7 @@ def test_torch_has_the_same_layer(x, norm_first, act):
     layer = torch.nn.TransformerEncoderLayer(
         D, H, HIDDEN, 0.0, act, layer_norm_eps=1e-3, batch_first=True, norm_first=norm_first
     )
-    block = TransformerBlock(H, HIDDEN, act, norm_first=norm_first, epsilon=1e-3)
+    block = Block(D, H, HIDDEN, act, norm_first=norm_first, epsilon=1e-3)
     mask = jnp.arange(N) < jnp.array([[3], [5]])
     variables = initialised(block, x)
     p = variables["params"]
@@ -114,11 +115,13 @@ def test_torch_has_the_same_layer(x, norm_first, act):
 
 
 def test_layer_scale_and_gate_by_hand(x):
-    block = TransformerBlock(H, HIDDEN, gated=True, layer_scale=0.5)
+    block = Block(D, H, HIDDEN, gated=True, layer_scale=0.5)
     variables = block.init(jax.random.key(0), x)
     np.testing.assert_array_equal(variables["params"]["scale_2"], np.full(D, 0.5))
     p = randomised(variables)["params"]
-    attention = MultiHeadAttention(H).apply({"params": p["attention"]}, LayerNorm().apply({"params": p["norm_1"]}, x))
+    attention = MultiHeadAttention(H, D).apply(
+        {"params": p["attention"]}, LayerNorm().apply({"params": p["norm_1"]}, x)
+    )
     half = x + p["scale_1"] * attention
     y = LayerNorm().apply({"params": p["norm_2"]}, half)
     gate, up, down = (p["mlp"][name] for name in ("gate", "up", "down"))
@@ -129,7 +132,7 @@ def test_layer_scale_and_gate_by_hand(x):
 
 def test_cross_attention_reads_only_what_the_mask_shows(x):
     context = jax.random.normal(jax.random.key(31), (B, 7, 11))
-    attention = MultiHeadAttention(H, width=15)
+    attention = MultiHeadAttention(H, D, inner=15)
     variables = initialised(attention, x, context)
     assert variables["params"]["k"]["kernel"].shape == (11, 15)
     assert variables["params"]["out"]["kernel"].shape == (15, D)
@@ -140,7 +143,7 @@ def test_cross_attention_reads_only_what_the_mask_shows(x):
 
 
 def test_causal_blocks_do_not_see_the_future(x):
-    encoder = Encoder(2, {"heads": H, "hidden": HIDDEN, "causal": True})
+    encoder = Stack(2, {"width": D, "heads": H, "hidden": HIDDEN, "causal": True})
     variables = initialised(encoder, x)
     changed = x.at[:, 3:].add(1.0)
     first, second = encoder.apply(variables, x)[-1], encoder.apply(variables, changed)[-1]
@@ -149,7 +152,7 @@ def test_causal_blocks_do_not_see_the_future(x):
 
 
 def test_attention_weights_are_shown_when_asked_for(x):
-    encoder = Encoder(2, {"heads": H, "hidden": HIDDEN})
+    encoder = Stack(2, {"width": D, "heads": H, "hidden": HIDDEN})
     variables = initialised(encoder, x)
     _, seen = encoder.apply(variables, x, mutable=["intermediates"])
     paths = flax.traverse_util.flatten_dict(seen["intermediates"])
@@ -170,34 +173,38 @@ def test_drop_path_drops_whole_examples_and_keeps_the_mean():
 
 def test_depth_rates_rise_linearly(x):
     """At a rate of nearly one the last block is left out, the first, whose rate is zero, is not."""
-    encoder = Encoder(2, {"heads": H, "hidden": HIDDEN}, drop_path=1 - 1e-7)
+    encoder = Stack(2, {"width": D, "heads": H, "hidden": HIDDEN}, drop_path=1 - 1e-7)
     variables = initialised(encoder, x)
     plain = encoder.apply(variables, x)
-    states = encoder.apply(variables, x, None, True, rngs={"dropout": jax.random.key(41)})
+    states = encoder.apply(variables, x, train=True, rngs={"dropout": jax.random.key(41)})
     np.testing.assert_array_equal(states[1], plain[1])
     np.testing.assert_array_equal(states[2], states[1])
 
 
-def test_dropout_acts_after_attention_and_twice_in_the_mlp(x):
-    mlp = Mlp(HIDDEN, "relu", dropout=0.5)
-    variables = initialised(mlp, x)
-    out = mlp.apply(variables, x, True, rngs={"dropout": jax.random.key(43)})
-    assert 0.3 < float((out == 0).mean()) < 0.7
-    assert not np.any(np.asarray(mlp.apply(variables, x)) == 0)
+def test_branches_are_dropped_before_they_are_added(x):
+    """With all of a branch's numbers left out, or doubled, and nothing else random."""
+    block = Block(D, H, HIDDEN, dropout=0.5)
+    p = initialised(block, x)["params"]
+    p["mlp"] = jax.tree.map(jnp.zeros_like, p["mlp"])
+    branch = np.asarray(block.apply({"params": p}, x) - x)
+    found = np.asarray(block.apply({"params": p}, x, train=True, rngs={"dropout": jax.random.key(43)}) - x)
+    lost = np.abs(found) < 1e-6
+    assert 0.3 < lost.mean() < 0.7
+    np.testing.assert_allclose(found[~lost], 2 * branch[~lost], atol=1e-5)
 
 
 @pytest.mark.parametrize("train", [False, True])
 def test_remat_changes_no_number(x, train):
     """Dropout, stochastic depth and a mask included."""
-    fields = {"heads": H, "hidden": HIDDEN, "dropout": 0.2}
+    fields = {"width": D, "heads": H, "hidden": HIDDEN, "dropout": 0.2}
     mask = jnp.asarray([[1] * N, [1] * (N - 2) + [0] * 2], bool)[:, None, None]
     found = []
     for remat in (False, True):
-        encoder = Encoder(2, fields, drop_path=0.3, remat=remat)
+        encoder = Stack(2, fields, drop_path=0.3, remat=remat)
         variables = initialised(encoder, x)
 
         def total(variables, x, encoder=encoder):
-            states = encoder.apply(variables, x, mask, train, rngs={"dropout": jax.random.key(47)})
+            states = encoder.apply(variables, x, mask, train=train, rngs={"dropout": jax.random.key(47)})
             return (states[-1] ** 2).sum()
 
         found.append(jax.jit(jax.value_and_grad(total, (0, 1)))(variables, x))
@@ -209,7 +216,7 @@ def test_remat_keeps_the_inputs_of_blocks_alone(x):
     """What the backward pass keeps beside the parameters: one array of x's size a block, and the last output."""
 
     def kept(remat):
-        encoder = Encoder(3, {"heads": H, "hidden": HIDDEN}, remat=remat)
+        encoder = Stack(3, {"width": D, "heads": H, "hidden": HIDDEN}, remat=remat)
         variables = initialised(encoder, x)
         held = jax.tree.leaves(jax.vjp(lambda v: (encoder.apply(v, x)[-1] ** 2).sum(), variables)[1])
         own = {leaf.shape for leaf in jax.tree.leaves(variables)}
@@ -220,7 +227,7 @@ def test_remat_keeps_the_inputs_of_blocks_alone(x):
 
 def test_remat_finishes_a_block_before_it_begins_with_the_one_before(x):
     """The gradient of a block's input passes a barrier together with the gradients of all its weights."""
-    encoder = Encoder(2, {"heads": H, "hidden": HIDDEN}, remat=True)
+    encoder = Stack(2, {"width": D, "heads": H, "hidden": HIDDEN}, remat=True)
     variables = initialised(encoder, x)
     traced = jax.make_jaxpr(jax.grad(lambda v, x: encoder.apply(v, x)[-1].sum(), (0, 1)))(variables, x)
     weights = len(jax.tree.leaves(variables["params"]["block_0"]))
@@ -229,8 +236,8 @@ def test_remat_finishes_a_block_before_it_begins_with_the_one_before(x):
 
 
 def test_half_precision_blocks_stay_close(x):
-    exact = TransformerBlock(H, HIDDEN)
-    half = TransformerBlock(H, HIDDEN, dtype=jnp.bfloat16)
+    exact = Block(D, H, HIDDEN)
+    half = Block(D, H, HIDDEN, dtype=jnp.bfloat16)
     variables = initialised(exact, x)
     out = half.apply(variables, x.astype(jnp.bfloat16))
     assert out.dtype == jnp.bfloat16
@@ -252,4 +259,4 @@ def test_patches_are_a_convolution():
 
 def test_heads_that_do_not_divide_the_width_are_refused(x):
     with pytest.raises(MmjaxError, match="4 heads do not divide the width 21"):
-        MultiHeadAttention(4).init(jax.random.key(0), x)
+        MultiHeadAttention(4, D).init(jax.random.key(0), x)

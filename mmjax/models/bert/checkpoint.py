@@ -39,6 +39,11 @@ def _encoder(config: BertConfig, layer: str, dense: Dense, norm: Dense) -> list[
             entries += dense(f"{source}.attention.self.{name}", f"{target}/attention/{letter}")
         entries += dense(f"{source}.attention.output.dense", f"{target}/attention/out")
         entries += norm(f"{source}.attention.output.LayerNorm", f"{target}/norm_1")
+        if config.cross_from is not None and i >= config.cross_from:
+            for letter, name in zip("qkv", ("query", "key", "value")):
+                entries += dense(f"{source}.crossattention.self.{name}", f"{target}/cross_attention/{letter}")
+            entries += dense(f"{source}.crossattention.output.dense", f"{target}/cross_attention/out")
+            entries += norm(f"{source}.crossattention.output.LayerNorm", f"{target}/cross_norm")
         entries += dense(f"{source}.intermediate.dense", f"{target}/mlp/up")
         entries += dense(f"{source}.output.dense", f"{target}/mlp/down")
         entries += norm(f"{source}.output.LayerNorm", f"{target}/norm_2")
@@ -73,7 +78,9 @@ def _shapes_config(
 
 
 def _told(config: BertConfig, acts: Mapping[str, str]) -> dict[str, Any]:
-    """What config.json says of the sizes."""
+    """What config.json says of the sizes. Raises MmjaxError for what is no BERT by itself."""
+    if config.cross_from is not None or config.causal:
+        raise MmjaxError(f"cross_from={config.cross_from}, causal={config.causal}: BERT's layouts hold encoders alone")
     act = next((name for name, own in acts.items() if own == config.act), None)
     if act is None:
         raise MmjaxError(f"act={config.act!r}: this layout knows {', '.join(dict.fromkeys(acts.values()))}")

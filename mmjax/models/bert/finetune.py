@@ -41,7 +41,7 @@ class FineTuning(Method, abc.ABC):
     ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
         """The mean loss; metrics: what `judge` gives beside it."""
         inputs, rngs = (batch[name] for name in INPUTS), {"dropout": named(rng, "dropout")}
-        out: Any = Bert(self.config).apply({"params": params}, *inputs, train=True, axis_name=axis_name, rngs=rngs)
+        out: Any = Bert(self.config, axis_name).apply({"params": params}, *inputs, train=True, rngs=rngs)
         value, metrics = self.judge(self.logits(out), batch, axis_name)
         return value, (carry, metrics)
 

@@ -12,7 +12,8 @@ from mmjax.nn.activation import activation
 from mmjax.nn.dropout import Dropout
 from mmjax.nn.masks import padding_mask
 from mmjax.nn.norm import LayerNorm
-from mmjax.nn.transformer import Dense, Encoder, Init
+from mmjax.nn.stack import Stack
+from mmjax.nn.transformer import Dense, Init
 from mmjax.types import Array, Float, Int
 
 # Cut at two standard deviations and not scaled up again, as in TensorFlow: the spread is 0.88 of it.
@@ -36,6 +37,8 @@ class BertConfig:
         nsp: the head that tells whether the second sentence follows the first: class 0 if it does.
         classes: of whole texts. token_classes: of each token. 0: there is no such head.
         spans: the head that marks an answer's first and last token.
+        cross_from: the first block with attention to a context, and all after it (ALBEF, BLIP); None: there is none.
+        causal: a token attends to itself and to earlier ones: a decoder.
         labels: names of the classes, in their order; (): they have none.
         remat: blocks are computed again in the backward pass.
         dtype: compute dtype; norms' statistics, softmax and logits are float32.
@@ -58,6 +61,8 @@ class BertConfig:
     classes: int = 0
     token_classes: int = 0
     spans: bool = False
+    cross_from: int | None = None
+    causal: bool = False
     labels: tuple[str, ...] = ()
     remat: bool = False
     dtype: str = "float32"
@@ -146,11 +151,47 @@ class Transform(nn.Module):
 
 class Bert(nn.Module):
     """Params: embeddings, encoder/block_{i}, and as configured pooler, mlm_transform, mlm_bias [v], nsp, classifier,
-    token_classifier, spans."""
+    token_classifier, spans.
+
+    axis_name: the mapped axis that cuts the batch, for dropout.
+    """
 
     config: BertConfig
+    axis_name: str | None = None
 
-    @nn.compact
+    def setup(self) -> None:
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        self.embeddings = Embeddings(c, self.axis_name)
+        block = {
+            "width": c.width,
+            "heads": c.heads,
+            "hidden": c.hidden,
+            "act": c.act,
+            "causal": c.causal,
+            "norm_first": False,
+            "epsilon": c.epsilon,
+            "dropout": c.dropout,
+            "attention_dropout": c.attention_dropout,
+            "init_with": Init(DRAWN, DRAWN, DRAWN, DRAWN, ZEROS),
+            "dtype": dtype,
+            "axis_name": self.axis_name,
+        }
+        self.encoder = Stack(c.depth, block, cross_from=c.cross_from, remat=c.remat)
+        if c.pooler:
+            self.pooler = dense(c.width, dtype=dtype)
+        if c.mlm:
+            self.mlm_transform = Transform(c)
+            self.mlm_bias = self.param("mlm_bias", ZEROS, (c.vocab_size,))
+        if c.nsp:
+            self.nsp = dense(2)
+        if c.classes:
+            self.classifier = dense(c.classes)
+        if c.token_classes:
+            self.token_classifier = dense(c.token_classes)
+        if c.spans:
+            self.spans = dense(2)
+        self.drop = Dropout(c.dropout, self.axis_name)
+
     def __call__(
         self,
         ids: Int[Array, "b l"],
@@ -158,61 +199,69 @@ class Bert(nn.Module):
         token_types: Int[Array, "b l"] | None = None,
         masked_positions: Int[Array, "b m"] | None = None,
         train: bool = False,
-        axis_name: str | None = None,
     ) -> dict[str, Any]:
         """What the network and its heads give; logits are float32.
 
         attention_mask: 1 = a token, 0 = padding; None: all are tokens. token_types: None stands for zeros.
         masked_positions: the places whose words are asked for; None: all of them.
-        train: with dropout, which asks for the rng "dropout". axis_name: the mapped axis that cuts the batch.
+        train: with dropout, which asks for the rng "dropout".
 
         Returns "states": depth + 1 arrays [b, l, d], the embeddings first; "pooled" [b, d]; "mlm_logits" [b, l, v] or
         [b, m, v]; "nsp_logits" [b, 2]; "logits" [b, c]; "token_logits" [b, l, c]; "span_logits" [b, l, 2].
         """
-        c, dtype = self.config, jnp.dtype(self.config.dtype)
-        embeddings = Embeddings(c, axis_name, name="embeddings")
-        mask = None if attention_mask is None else padding_mask(attention_mask)
-        block = {
-            "heads": c.heads,
-            "hidden": c.hidden,
-            "act": c.act,
-            "norm_first": False,
-            "epsilon": c.epsilon,
-            "dropout": c.dropout,
-            "attention_dropout": c.attention_dropout,
-            "init_with": Init(DRAWN, DRAWN, DRAWN, DRAWN, ZEROS),
-            "dtype": dtype,
-            "axis_name": axis_name,
-            "inner_dropout": False,
-        }
-        encoder = Encoder(c.depth, block, remat=c.remat, name="encoder")
-        states = encoder(embeddings(ids, token_types, train), mask, train)
+        c = self.config
+        states = self.run(self.embeddings(ids, token_types, train), attention_mask, train=train)
         told: dict[str, Any] = {"states": states}
         if c.pooler:
-            told["pooled"] = jnp.tanh(dense(c.width, dtype=dtype, name="pooler")(states[-1][:, 0]))
+            told["pooled"] = jnp.tanh(self.pooler(states[-1][:, 0]))
         if c.mlm:
-            told["mlm_logits"] = self._words(embeddings, states[-1], masked_positions)
-        return told | self._classes(states[-1], told.get("pooled"), train, axis_name)
+            told["mlm_logits"] = self.words(states[-1], masked_positions)
+        return told | self._classes(states[-1], told.get("pooled"), train)
 
-    def _words(self, embeddings: Embeddings, x: Array, places: Array | None) -> Array:
+    def run(
+        self,
+        x: Float[Array, "b l d"],
+        attention_mask: Int[Array, "b l"] | None = None,
+        context: Float[Array, "b s e"] | None = None,
+        context_mask: Int[Array, "b s"] | None = None,
+        train: bool = False,
+        first: int = 0,
+        last: int | None = None,
+    ) -> list[Float[Array, "b l d"]]:
+        """Blocks `first` to before `last` over states, the embeddings' at first: what goes in, and what each gives.
+
+        context: what blocks from `cross_from` on look at; context_mask: of its tokens, 1 = a token.
+        """
+        masks = (None if mask is None else padding_mask(mask) for mask in (attention_mask, context_mask))
+        mask, context_mask = masks
+        return self.encoder(x, mask, context, context_mask, train, first, last)
+
+    def embed(
+        self, ids: Int[Array, "b l"], token_types: Int[Array, "b l"] | None = None, train: bool = False
+    ) -> Float[Array, "b l d"]:
+        """What goes into the first block."""
+        return self.embeddings(ids, token_types, train)
+
+    def words(
+        self, x: Float[Array, "b l d"], places: Int[Array, "b m"] | None = None
+    ) -> Float[Array, "b l v"] | Float[Array, "b m v"]:
+        """Of the last states, or of some places, the logits of words."""
         if places is not None:  # before the head, which is most of a small model's work
             x = jnp.take_along_axis(x, places[..., None], axis=1)
-        x = Transform(self.config, name="mlm_transform")(x)
-        return embeddings.logits(x) + self.param("mlm_bias", ZEROS, (self.config.vocab_size,))
+        return self.embeddings.logits(self.mlm_transform(x)) + self.mlm_bias
 
-    def _classes(self, x: Array, pooled: Any, train: bool, axis_name: str | None) -> dict[str, Array]:
+    def _classes(self, x: Array, pooled: Any, train: bool) -> dict[str, Array]:
         """Heads of a few outputs, float32; those of `classes` and `token_classes` with dropout before them.
 
         pooled: None where there is no pooler, and so no head that reads it.
         """
         c, told = self.config, {}
-        drop = Dropout(c.dropout, axis_name)
         if c.nsp:
-            told["nsp_logits"] = dense(2, name="nsp")(pooled)
+            told["nsp_logits"] = self.nsp(pooled)
         if c.classes:
-            told["logits"] = dense(c.classes, name="classifier")(drop(pooled, train))
+            told["logits"] = self.classifier(self.drop(pooled, train))
         if c.token_classes:
-            told["token_logits"] = dense(c.token_classes, name="token_classifier")(drop(x, train))
+            told["token_logits"] = self.token_classifier(self.drop(x, train))
         if c.spans:
-            told["span_logits"] = dense(2, name="spans")(x)
+            told["span_logits"] = self.spans(x)
         return told

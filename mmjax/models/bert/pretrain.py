@@ -66,7 +66,7 @@ class BERT(Method):
         self, params: Params, batch: Batch, train: bool, axis_name: str | None, rngs: dict[str, PRNGKeyArray]
     ) -> dict[str, Array]:
         inputs = (batch[name] for name in INPUTS)
-        out: Any = Network(self.config).apply({"params": params}, *inputs, train, axis_name, rngs=rngs)
+        out: Any = Network(self.config, axis_name).apply({"params": params}, *inputs, train, rngs=rngs)
         logits, labels = out["mlm_logits"].reshape(-1, self.config.vocab_size), batch["masked_ids"].reshape(-1)
         shape = batch["masked_ids"].shape
         told = {

@@ -16,7 +16,8 @@ from mmjax.nn.embeddings import PatchEmbed
 from mmjax.nn.masks import padding_mask
 from mmjax.nn.norm import LayerNorm
 from mmjax.nn.positions import interpolate
-from mmjax.nn.transformer import Dense, Encoder, Init
+from mmjax.nn.stack import Stack
+from mmjax.nn.transformer import Dense, Init
 from mmjax.types import Array, Float, Int, Params
 
 EPSILON = 1e-5
@@ -255,10 +256,10 @@ class TextTransformer(nn.Module):
 ZEROS = nn.initializers.zeros
 
 
-def _encoder(config: CLIPConfig, tower: CLIPVisionConfig | CLIPTextConfig, init: Init, causal: bool) -> Encoder:
-    block = {"heads": tower.heads, "hidden": tower.hidden, "act": config.act, "causal": causal, "epsilon": EPSILON}
-    block |= {"init_with": init, "dtype": jnp.dtype(config.dtype)}
-    return Encoder(tower.depth, block, remat=config.remat, name="encoder")
+def _encoder(config: CLIPConfig, tower: CLIPVisionConfig | CLIPTextConfig, init: Init, causal: bool) -> Stack:
+    block = {"width": tower.width, "heads": tower.heads, "hidden": tower.hidden, "act": config.act, "causal": causal}
+    block |= {"epsilon": EPSILON, "init_with": init, "dtype": jnp.dtype(config.dtype)}
+    return Stack(tower.depth, block, remat=config.remat, name="encoder")
 
 
 def _embeds(config: CLIPConfig, pooled: Array) -> dict[str, Array]:

@@ -17,6 +17,7 @@ from mmjax.models.resnet.checkpoint import backbone_table, torchvision_config
 from mmjax.models.resnet.network import ResNetConfig
 from mmjax.models.vit import checkpoint_timm as timm
 from mmjax.models.vit.network import ViTConfig
+from mmjax.weights.compose import moved
 from mmjax.weights.table import Entry, Layout, Op, Shape, Table, chain, int64, linear, reshape, transpose
 
 Shapes = Mapping[str, Shape]
@@ -51,24 +52,9 @@ def encoder_table(config: MoCoConfig) -> Table:
     """Backbone and projector, without a prefix."""
     backbone = config.backbone
     entries = backbone_table(backbone) if isinstance(backbone, ResNetConfig) else timm.table(backbone)
-    moved = [_moved(entry, "", "backbone") for entry in entries]
+    inside = [moved(entry, "", "backbone") for entry in entries]
     head = "fc" if isinstance(backbone, ResNetConfig) else "head"
-    return tuple(moved) + head_entries(head, "projector", config, config.layers, last_norm=True)
-
-
-def _moved(entry: Entry, prefix: str, part: str, params: str = "params", stats: str = "stats") -> Entry:
-    """An entry with `prefix` before its keys, and its targets under `part` of other collections."""
-
-    def target(path: str) -> str:
-        collection, rest = path.split("/", 1)
-        return "/".join(filter(None, ({"params": params, "stats": stats}[collection], part, rest)))
-
-    sources, targets = tuple(prefix + key for key in entry.sources), tuple(map(target, entry.targets))
-    return dataclasses.replace(
-        entry,
-        source=sources if isinstance(entry.source, tuple) else sources[0],
-        target=targets if isinstance(entry.target, tuple) else targets[0],
-    )
+    return tuple(inside) + head_entries(head, "projector", config, config.layers, last_norm=True)
 
 
 TWICE = Op("twice", lambda x: (x, x), lambda query, key: query, divides=True)
@@ -87,17 +73,17 @@ def table(config: MoCoConfig) -> Table:
     """Both encoders, the predictor, the queue. Without `holds_state` the query encoder and the predictor alone."""
     query, key = ("base_encoder.", "momentum_encoder.") if config.version == 3 else ("encoder_q.", "encoder_k.")
     encoder = encoder_table(config)
-    entries = [_moved(entry, query, "", stats="stats/query") for entry in encoder]
+    entries = [moved(entry, query, "", stats="stats/query") for entry in encoder]
     if not config.holds_state:
         entries = [_for_both(entry) for entry in entries]
     else:
-        entries += [_moved(entry, key, "", "stats/momentum", "stats/key") for entry in encoder]
+        entries += [moved(entry, key, "", "stats/momentum", "stats/key") for entry in encoder]
         if config.queue:
             entries.append(Entry("queue", "stats/queue/keys", transpose((1, 0))))
             entries.append(Entry("queue_ptr", "stats/queue/cursor", chain(int64, reshape((1,), ()))))
     if config.version == 3:
         predictor = head_entries("predictor", "predictor", config, 2, config.predictor_norm)
-        entries += [_moved(entry, "", "", stats="stats/query") for entry in predictor]
+        entries += [moved(entry, "", "", stats="stats/query") for entry in predictor]
     return tuple(entries)
 
 

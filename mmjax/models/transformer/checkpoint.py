@@ -53,15 +53,15 @@ def torch_table(config: TransformerConfig) -> Table:
 
 
 def _torch_block(source: str, target: str, decoder: bool) -> list[Entry]:
-    branches = [("self_attn", "attention")] + [("multihead_attn", "cross_attention")] * decoder
+    branches = [("self_attn", "attention", "norm_1")] + [("multihead_attn", "cross_attention", "cross_norm")] * decoder
     entries = _dense(f"{source}.linear1", f"{target}/mlp/up") + _dense(f"{source}.linear2", f"{target}/mlp/down")
-    for theirs, ours in branches:
+    for theirs, ours, _ in branches:
         kernels, biases = (tuple(f"params/{target}/{ours}/{x}/{y}" for x in "qkv") for y in ("kernel", "bias"))
         entries.append(Entry(f"{source}.{theirs}.in_proj_weight", kernels, chain(split(3), linear)))
         entries.append(Entry(f"{source}.{theirs}.in_proj_bias", biases, split(3)))
         entries += _dense(f"{source}.{theirs}.out_proj", f"{target}/{ours}/out")
-    for i, ours in enumerate([*(ours for _, ours in branches), "mlp"], 1):
-        entries += _norm(f"{source}.norm{i}", f"{target}/{ours}_norm")
+    for i, norm in enumerate([*(norm for _, _, norm in branches), "norm_2"], 1):
+        entries += _norm(f"{source}.norm{i}", f"{target}/{norm}")
     return entries
 
 
@@ -173,11 +173,11 @@ def _constant(table: np.ndarray) -> Op:
 
 
 def _marian_block(source: str, target: str, decoder: bool) -> list[Entry]:
-    branches = [("self_attn", "attention")] + [("encoder_attn", "cross_attention")] * decoder
+    branches = [("self_attn", "attention", "norm_1")] + [("encoder_attn", "cross_attention", "cross_norm")] * decoder
     entries = _dense(f"{source}.fc1", f"{target}/mlp/up") + _dense(f"{source}.fc2", f"{target}/mlp/down")
-    entries += _norm(f"{source}.final_layer_norm", f"{target}/mlp_norm")
-    for theirs, ours in branches:
-        entries += _norm(f"{source}.{theirs}_layer_norm", f"{target}/{ours}_norm")
+    entries += _norm(f"{source}.final_layer_norm", f"{target}/norm_2")
+    for theirs, ours, norm in branches:
+        entries += _norm(f"{source}.{theirs}_layer_norm", f"{target}/{norm}")
         for letter, name in ATTENTION.items():
             entries += _dense(f"{source}.{theirs}.{name}", f"{target}/{ours}/{letter}")
     return entries

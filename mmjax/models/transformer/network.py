@@ -20,10 +20,10 @@ from mmjax.errors import MmjaxError
 from mmjax.generation.decodable import DecodeState
 from mmjax.nn import kv_cache, sinusoids
 from mmjax.nn.dropout import Dropout
-from mmjax.nn.encoder_decoder import Kept, Stack
 from mmjax.nn.kv_cache import KeyValues
 from mmjax.nn.masks import padding_mask
 from mmjax.nn.norm import LayerNorm
+from mmjax.nn.stack import Kept, Stack
 from mmjax.nn.transformer import XAVIER, Init
 from mmjax.types import Array, Bool, Float, Int
 
@@ -124,7 +124,7 @@ class Transformer(nn.Module):
             self.source_embedding = self.param("source_embedding", drawn, (c.vocab_size, c.width))
             self.target_embedding = self.param("target_embedding", drawn, (c.outputs, c.width))
         self.encoder = Stack(c.encoder_depth, self._block(c.encoder_heads, c.encoder_hidden, decoder=False))
-        self.decoder = Stack(c.decoder_depth, self._block(c.decoder_heads, c.decoder_hidden, decoder=True))
+        self.decoder = Stack(c.decoder_depth, self._block(c.decoder_heads, c.decoder_hidden, decoder=True), 0)
         if c.final_norm:
             self.encoder_norm, self.decoder_norm = (LayerNorm(EPSILON, jnp.dtype(c.dtype)) for _ in range(2))
         if not c.tied_output:
@@ -137,7 +137,7 @@ class Transformer(nn.Module):
         c, zeros = self.config, nn.initializers.zeros
         # torch draws q, k and v as one matrix of three times the width, whence the half of Xavier's variance.
         init = Init(qkv=nn.initializers.variance_scaling(0.5, "fan_in", "uniform"), mlp_bias=zeros)
-        sizes = {"width": c.width, "heads": heads, "hidden": hidden, "causal": decoder, "cross": decoder}
+        sizes = {"width": c.width, "heads": heads, "hidden": hidden, "causal": decoder}
         rates = {"attention_dropout": c.attention_dropout, "activation_dropout": c.activation_dropout}
         return {
             **sizes,
@@ -171,7 +171,7 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Array, "b s d"], list[Float[Array, "b s d"]]]:
         """The encoder's result, and the states before and after each of its blocks. mask: True = a token."""
         x = self._embedded(ids, self._tables[0], train)
-        states, _ = self.encoder(x, None if mask is None else padding_mask(mask), train=train)
+        states = self.encoder(x, None if mask is None else padding_mask(mask), train=train)
         return (self.encoder_norm(states[-1]) if self.config.final_norm else states[-1]), states
 
     def decode(
@@ -182,12 +182,22 @@ class Transformer(nn.Module):
         mask: Bool[Array, "b l"] | None = None,
         train: bool = False,
     ) -> dict[str, Any]:
-        """{"logits": float32 [b, l, v], "last": the states that they are of, "decoder_states", "kept": see `Stack`}."""
+        """{"logits": float32 [b, l, v], "last": the states that they are of, "decoder_states": before and after each
+        block}."""
         x = self._embedded(ids, self._tables[1], train)
         own, seen = (None if m is None else padding_mask(m) for m in (mask, memory_mask))
-        states, kept = self.decoder(x, own, memory, seen, train)
+        states = self.decoder(x, own, memory, seen, train)
         last = self.decoder_norm(states[-1]) if self.config.final_norm else states[-1]
-        return {"logits": self._logits(last), "last": last, "decoder_states": states, "kept": kept}
+        return {"logits": self._logits(last), "last": last, "decoder_states": states}
+
+    def prefill(
+        self, ids: Int[Array, "b s"], start: Int[Array, "b l"], mask: Bool[Array, "b s"]
+    ) -> tuple[Float[Array, "b v"], list[Kept]]:
+        """The logits after the decoder's first tokens, and what it goes on from. ids, mask: of the encoder."""
+        memory, _ = self.encode(ids, mask)
+        x = self._embedded(start, self._tables[1], False)
+        x, kept = self.decoder.prefill(x, None, memory, padding_mask(mask))
+        return self._logits(self.decoder_norm(x[:, -1]) if self.config.final_norm else x[:, -1]), kept
 
     def step(
         self,
@@ -256,11 +266,11 @@ class TransformerDecodable:
         longest = start.shape[1] + capacity
         if c.max_length is not None and longest > c.max_length:
             raise MmjaxError(f"{longest} tokens, {capacity} of them new, are more than max_length={c.max_length}")
-        out: Any = Transformer(c).apply(variables, ids, start, mask)
+        out: Any = Transformer(c).apply(variables, ids, start, mask, method="prefill")
+        logits, kept = out
         heads, dtype = c.decoder_heads, jnp.dtype(c.dtype)
         new = [kv_cache.empty(b, rows, heads, capacity, c.width // heads, dtype) for _ in range(c.decoder_depth)]
-        items = {"kept": out["kept"], "mask": mask}
-        return out["logits"][:, -1], DecodeState(items, new, jnp.zeros((), jnp.int32))
+        return logits, DecodeState({"kept": kept, "mask": mask}, new, jnp.zeros((), jnp.int32))
 
     def step(
         self, variables: Mapping[str, Any], ids: Int[Array, "b r"], state: DecodeState

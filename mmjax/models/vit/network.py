@@ -14,7 +14,8 @@ from mmjax.nn.dropout import Dropout
 from mmjax.nn.embeddings import PatchEmbed
 from mmjax.nn.norm import LayerNorm
 from mmjax.nn.positions import Rule, interpolate, sincos_2d
-from mmjax.nn.transformer import Dense, Encoder, Init, Mlp, MultiHeadAttention
+from mmjax.nn.stack import Stack
+from mmjax.nn.transformer import Dense, Init, Mlp, MultiHeadAttention
 from mmjax.types import Array, Bool, Float
 
 
@@ -236,6 +237,7 @@ class ViT(nn.Module):
         x = self._embed(images, hidden_patches)
         x = Dropout(c.dropout, axis_name)(x, train)
         block = {
+            "width": c.width,
             "heads": c.heads,
             "hidden": c.hidden,
             "act": c.act,
@@ -244,11 +246,12 @@ class ViT(nn.Module):
             "layer_scale": c.layer_scale,
             "dropout": c.dropout,
             "attention_dropout": c.attention_dropout,
+            "activation_dropout": c.dropout,
             "init_with": _block_init(c),
             "dtype": c.dtype,
             "axis_name": axis_name,
         }
-        states = Encoder(c.depth, block, c.drop_path, c.remat, name="encoder")(x, train=train)
+        states = Stack(c.depth, block, None, c.drop_path, c.remat, name="encoder")(x, train=train)
         norm = LayerNorm(c.epsilon, c.dtype, name="norm")
         if c.norm_after_pool:
             tokens, normed = states[-1], states
@@ -353,6 +356,6 @@ class MapHead(nn.Module):
         c = self.config
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, c.width)).astype(tokens.dtype)
         query = repeat(probe, "1 1 d -> b 1 d", b=tokens.shape[0])
-        x = MultiHeadAttention(c.heads, dtype=c.dtype, name="attention")(query, tokens)
+        x = MultiHeadAttention(c.heads, c.width, dtype=c.dtype, name="attention")(query, tokens)
         y = LayerNorm(c.epsilon, c.dtype, name="norm")(x)
         return (x + Mlp(c.hidden, c.act, dtype=c.dtype, name="mlp")(y))[:, 0]

@@ -1,4 +1,4 @@
-"""The encoder-decoder block: torch's layers in both orders, and one token at a time as the whole sequence at once."""
+"""Blocks with cross attention: torch's layers in both orders; one token at a time as the whole sequence at once."""
 
 import functools
 import itertools
@@ -11,11 +11,19 @@ import pytest
 from mmjax import tree
 from mmjax.errors import MmjaxError
 from mmjax.nn import kv_cache
-from mmjax.nn.encoder_decoder import Block, CachedAttention, Stack
 from mmjax.nn.masks import causal_mask, padding_mask
+from mmjax.nn.stack import Block, Stack
 
 B, R, L, S, D, E, HEADS, HIDDEN = 3, 2, 5, 7, 21, 11, 3, 13
-FIELDS = {"width": D, "heads": HEADS, "hidden": HIDDEN, "causal": True, "cross": True}
+FIELDS = {
+    "width": D,
+    "heads": HEADS,
+    "hidden": HIDDEN,
+    "causal": True,
+    "cross": True,
+    "norm_first": False,
+    "epsilon": 1e-5,
+}
 
 
 def randomised(module, *inputs):
@@ -40,11 +48,12 @@ def test_a_step_is_a_column_of_the_full_pass(inputs, norm_first):
     """A prompt of two tokens, then three steps with r = 2 rows of different tokens, each against its own full pass."""
     x, context, mask = inputs
     prompt, rows = x[:, :2], drawn(3, B, R, 3, D)
-    stack = Stack(2, {**FIELDS, "norm_first": norm_first, "act": "silu"})
+    fields = {key: value for key, value in FIELDS.items() if key != "cross"}
+    stack = Stack(2, fields | {"norm_first": norm_first, "act": "silu"}, cross_from=0)
     variables = randomised(stack, x, None, context)
     key_mask = padding_mask(mask)
     full = jax.jit(stack.apply)
-    _, kept = full(variables, prompt, None, context, key_mask)
+    _, kept = jax.jit(functools.partial(stack.apply, method="prefill"))(variables, prompt, None, context, key_mask)
 
     @jax.jit
     def step(y, new, index):
@@ -57,7 +66,7 @@ def test_a_step_is_a_column_of_the_full_pass(inputs, norm_first):
         found.append(y)
     for row in range(R):
         whole = jnp.concatenate([prompt, rows[:, row]], 1)
-        states, _ = full(variables, whole, None, context, key_mask)
+        states = full(variables, whole, None, context, key_mask)
         for t in range(3):
             np.testing.assert_allclose(found[t][:, row], states[-1][:, 2 + t], atol=2e-5)
 
@@ -70,7 +79,7 @@ def test_a_prompts_padding_is_not_seen(inputs):
 
     @jax.jit
     def after(prompt, valid):
-        _, kept = block.apply(variables, prompt, padding_mask(valid), context)
+        _, kept = block.apply(variables, prompt, padding_mask(valid), context, method="prefill")
         new = kv_cache.empty(B, 1, HEADS, 1, D // HEADS, jnp.float32)
         return block.apply(variables, y, kept, new, jnp.asarray(0), valid, method="step")[0]
 
@@ -84,7 +93,7 @@ def test_names_do_not_depend_on_the_cross_attention(inputs):
         for cross, c in ((False, None), (True, context))
     ]
     assert shapes[0] < shapes[1]
-    assert {path.split("/")[0] for path in shapes[1] - shapes[0]} == {"cross_attention", "cross_attention_norm"}
+    assert {path.split("/")[0] for path in shapes[1] - shapes[0]} == {"cross_attention", "cross_norm"}
 
 
 def test_weights_are_kept_on_request(inputs):
@@ -105,7 +114,7 @@ def test_each_dropout_has_its_place(inputs):
     x, context, _ = inputs
     still = Block(**FIELDS)
     variables = randomised(still, x, None, context)
-    wanted = jax.jit(still.apply)(variables, x, None, context)[0]
+    wanted = jax.jit(still.apply)(variables, x, None, context)
     outs = [wanted]
     for name in ("dropout", "attention_dropout", "activation_dropout"):
         block = Block(**FIELDS, **{name: 0.4})
@@ -113,8 +122,8 @@ def test_each_dropout_has_its_place(inputs):
         @jax.jit
         def both(variables, block=block):
             rngs = {"dropout": jax.random.key(7)}
-            trained = block.apply(variables, x, None, context, train=True, rngs=rngs)[0]
-            return trained, block.apply(variables, x, None, context)[0]
+            trained = block.apply(variables, x, None, context, train=True, rngs=rngs)
+            return trained, block.apply(variables, x, None, context)
 
         trained, asked = both(variables)
         np.testing.assert_allclose(asked, wanted, atol=1e-6)
@@ -124,8 +133,6 @@ def test_each_dropout_has_its_place(inputs):
 
 def test_bad_blocks_are_told(inputs):
     x, context, _ = inputs
-    with pytest.raises(MmjaxError, match="5 heads do not divide the width 21"):
-        CachedAttention(5, D).init(jax.random.key(0), x)
     with pytest.raises(MmjaxError, match="cross=True was given no context"):
         Block(**FIELDS).init(jax.random.key(0), x)
     with pytest.raises(MmjaxError, match="cross=False was given a context"):
@@ -139,7 +146,7 @@ def test_decoder_block_is_torchs(inputs, norm_first):
 
     x, mask = inputs[0], inputs[2]
     context = drawn(4, B, S, D)
-    block = Block(**FIELDS, act="relu", norm_first=norm_first)
+    block = Block(**{**FIELDS, "act": "relu", "norm_first": norm_first})
     variables = randomised(block, x, None, context)
     params = jax.tree.map(np.array, variables["params"])
     theirs = torch.nn.TransformerDecoderLayer(D, HEADS, HIDDEN, 0.0, norm_first=norm_first, batch_first=True)
@@ -151,7 +158,7 @@ def test_decoder_block_is_torchs(inputs, norm_first):
         state |= {f"{name}.out_proj.weight": p["out"]["kernel"].T, f"{name}.out_proj.bias": p["out"]["bias"]}
     for name, ours in (("linear1", "up"), ("linear2", "down")):
         state |= {f"{name}.weight": params["mlp"][ours]["kernel"].T, f"{name}.bias": params["mlp"][ours]["bias"]}
-    for i, ours in enumerate(("attention_norm", "cross_attention_norm", "mlp_norm"), 1):
+    for i, ours in enumerate(("norm_1", "cross_norm", "norm_2"), 1):
         state |= {f"norm{i}.weight": params[ours]["scale"], f"norm{i}.bias": params[ours]["bias"]}
     theirs.load_state_dict({key: torch.tensor(value) for key, value in state.items()})
     inputs_of_theirs = (torch.tensor(np.array(value)) for value in (x, context))
@@ -161,6 +168,6 @@ def test_decoder_block_is_torchs(inputs, norm_first):
         memory_key_padding_mask=torch.tensor(~np.array(mask)),
         tgt_is_causal=True,
     )
-    ours, _ = jax.jit(block.apply)(variables, x, None, context, padding_mask(mask))
+    ours = jax.jit(block.apply)(variables, x, None, context, padding_mask(mask))
     wanted = told.detach().numpy()
     np.testing.assert_allclose(ours, wanted, atol=1e-5 * np.abs(wanted).max())

@@ -1,0 +1,232 @@
+"""The block that the lineage's encoders and decoders share, and a stack of them.
+
+A stack runs over whole sequences, and, as a decoder, one token at a time over what such a pass kept.
+
+Parameter paths within a `Stack`: block_{i}/norm_1, block_{i}/attention/{q,k,v,out}; with cross attention
+block_{i}/cross_norm, block_{i}/cross_attention/{q,k,v,out}; block_{i}/norm_2, block_{i}/mlp/{up,down} (gated:
+{gate,up,down}); with layer scale block_{i}/{scale_1,cross_scale,scale_2}.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mmjax.errors import MmjaxError
+from mmjax.nn.dropout import Dropout, DropPath
+from mmjax.nn.kv_cache import KeyValues
+from mmjax.nn.norm import LayerNorm
+from mmjax.nn.remat import rematerialised
+from mmjax.nn.transformer import Init, Mlp, MultiHeadAttention
+from mmjax.types import Array, Bool, Float, Int
+
+
+class Kept(NamedTuple):
+    """Keys and values of one layer after a full pass: of the sequence itself, and of what it looked at (None in an
+    encoder). They depend on the prompt and the context alone: an item's beams share them."""
+
+    own: KeyValues
+    cross: KeyValues | None = None
+
+
+class Block(nn.Module):
+    """Self attention, with `cross` attention to a context, and feed-forward, each around a residual with a norm.
+
+    Attributes:
+        width, heads, hidden: of the states, the attentions, the feed-forward's middle.
+        causal: of the self attention. cross: whether there is an attention to a context.
+        norm_first: x + f(norm(x)) (pre-norm), else norm(x + f(x)) (post-norm, as in BERT); a context is never normed.
+        layer_scale: the initial value of a learned factor on each branch [d] (DINOv2); None: there is none.
+        dropout: of each branch before it is added. attention_dropout, activation_dropout: of the attention's weights
+            and after the feed-forward's activation. drop_path: rate of stochastic depth.
+        axis_name: the mapped axis that cuts the batch: what an example loses depends on its place in the whole.
+    """
+
+    width: int
+    heads: int
+    hidden: int
+    act: str = "gelu"
+    gated: bool = False
+    causal: bool = False
+    cross: bool = False
+    norm_first: bool = True
+    epsilon: float = 1e-6
+    layer_scale: float | None = None
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    drop_path: float = 0.0
+    init_with: Init = Init()
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    def setup(self) -> None:
+        init, dtype, axis_name = self.init_with, self.dtype, self.axis_name
+
+        def attention(causal: bool) -> MultiHeadAttention:
+            return MultiHeadAttention(
+                self.heads, self.width, None, causal, self.attention_dropout, init, dtype, axis_name
+            )
+
+        self.norm_1, self.attention = LayerNorm(self.epsilon, dtype), attention(self.causal)
+        if self.cross:
+            self.cross_norm, self.cross_attention = LayerNorm(self.epsilon, dtype), attention(False)
+        self.norm_2 = LayerNorm(self.epsilon, dtype)
+        self.mlp = Mlp(self.hidden, self.act, self.gated, self.activation_dropout, init, dtype, axis_name)
+        if self.layer_scale is not None:
+            constant = nn.initializers.constant(self.layer_scale)
+            self.scale_1, self.scale_2 = (self.param(f"scale_{i}", constant, (self.width,)) for i in (1, 2))
+            if self.cross:
+                self.cross_scale = self.param("cross_scale", constant, (self.width,))
+        self.drop, self.depth_drop = Dropout(self.dropout, axis_name), DropPath(self.drop_path, axis_name)
+
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        mask: Bool[Array, "#b #h #l l"] | None = None,
+        context: Float[Array, "b s e"] | None = None,
+        context_mask: Bool[Array, "#b #h #l s"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "b l d"]:
+        """See `prefill`."""
+        return self.prefill(x, mask, context, context_mask, train)[0]
+
+    def prefill(
+        self,
+        x: Float[Array, "b l d"],
+        mask: Bool[Array, "#b #h #l l"] | None = None,
+        context: Float[Array, "b s e"] | None = None,
+        context_mask: Bool[Array, "#b #h #l s"] | None = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "b l d"], Kept]:
+        """The whole sequence. mask: of the self attention, besides `causal`. context: for cross attention.
+
+        Raises MmjaxError if a context is given to a block without cross attention, or none to one with it.
+        """
+        if self.cross != (context is not None):
+            raise MmjaxError(f"a block with cross={self.cross} was given {'no' if self.cross else 'a'} context")
+        y, own = self.attention.prefill(self._before(self.norm_1, x), None, mask, train)
+        x = self._joined(self.norm_1, x, y, "scale_1", train)
+        seen = None
+        if self.cross:
+            query = self._before(self.cross_norm, x)
+            y, seen = self.cross_attention.prefill(query, context, context_mask, train)
+            x = self._joined(self.cross_norm, x, y, "cross_scale", train)
+        y = self.mlp(self._before(self.norm_2, x), train)
+        return self._joined(self.norm_2, x, y, "scale_2", train), Kept(own, seen)
+
+    def step(
+        self,
+        x: Float[Array, "b r d"],
+        kept: Kept,
+        new: KeyValues,
+        index: Int[Array, ""],
+        prompt_mask: Bool[Array, "b l"] | None = None,
+        context_mask: Bool[Array, "b s"] | None = None,
+    ) -> tuple[Float[Array, "b r d"], KeyValues]:
+        """One token a row; returns `new` with its key and value in slot `index`.
+
+        kept: of the prompt and the context, as the full pass gave it; once an item, for all its rows. The masks are of
+        its keys, True = a token.
+        """
+        y, new = self.attention.step(self._before(self.norm_1, x), kept.own, prompt_mask, new, index)
+        x = self._joined(self.norm_1, x, y, "scale_1")
+        if kept.cross is not None:
+            y = self.cross_attention.look(self._before(self.cross_norm, x), kept.cross, context_mask)
+            x = self._joined(self.cross_norm, x, y, "cross_scale")
+        y = self.mlp(self._before(self.norm_2, x))
+        return self._joined(self.norm_2, x, y, "scale_2"), new
+
+    def _before(self, norm: LayerNorm, x: Array) -> Array:
+        return norm(x) if self.norm_first else x
+
+    def _joined(self, norm: LayerNorm, x: Array, y: Array, scale: str, train: bool = False) -> Array:
+        """The residual: x and its branch y."""
+        y = self.drop(y, train)
+        if self.layer_scale is not None:
+            y = y * getattr(self, scale).astype(self.dtype)
+        x = x + self.depth_drop(y, train)
+        return x if self.norm_first else norm(x)
+
+
+class Stack(nn.Module):
+    """Blocks one after the other: block_0, block_1, ...; unrolled, not scanned (on CPU a scan copies every weight).
+
+    Attributes:
+        block: what all blocks share, as a dict of `Block`'s fields.
+        cross_from: the first block with cross attention; all after it have it too. None: there is none.
+        drop_path: of the last block; from the first it rises linearly from 0.
+        remat: a block's activations are computed again in the backward pass instead of being kept.
+    """
+
+    depth: int
+    block: dict[str, Any]
+    cross_from: int | None = None
+    drop_path: float = 0.0
+    remat: bool = False
+
+    def setup(self) -> None:
+        last, cross_from = max(self.depth - 1, 1), self.depth if self.cross_from is None else self.cross_from
+        rates = [self.drop_path * i / last for i in range(self.depth)]
+        self.blocks = [
+            Block(**self.block, cross=i >= cross_from, drop_path=rate, name=f"block_{i}")
+            for i, rate in enumerate(rates)
+        ]
+
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        mask: Bool[Array, "#b #h #l l"] | None = None,
+        context: Float[Array, "b s e"] | None = None,
+        context_mask: Bool[Array, "#b #h #l s"] | None = None,
+        train: bool = False,
+        first: int = 0,
+        last: int | None = None,
+    ) -> list[Float[Array, "b l d"]]:
+        """The input, and the output of every block: depth + 1 arrays; what is not used is not kept by XLA.
+
+        context: what blocks with cross attention look at; the others do without. first, last: of the blocks, those from
+        `first` to before `last`, as a slice takes them.
+        """
+
+        def run(block: Block, x: Array, *others: Any) -> Array:
+            return block(x, *others, train)
+
+        states = [x]
+        for block in self.blocks[first:last]:
+            seen = (context, context_mask) if block.cross else (None, None)
+            others = (states[-1], mask, *seen)
+            states.append(rematerialised(run, block, *others) if self.remat else run(block, *others))
+        return states
+
+    def prefill(
+        self,
+        x: Float[Array, "b l d"],
+        mask: Bool[Array, "#b #h #l l"] | None = None,
+        context: Float[Array, "b s e"] | None = None,
+        context_mask: Bool[Array, "#b #h #l s"] | None = None,
+    ) -> tuple[Float[Array, "b l d"], list[Kept]]:
+        """The last block's output, and what each kept."""
+        kept = []
+        for block in self.blocks:
+            seen = (context, context_mask) if block.cross else (None, None)
+            x, layer = block.prefill(x, mask, *seen)
+            kept.append(layer)
+        return x, kept
+
+    def step(
+        self,
+        x: Float[Array, "b r d"],
+        kept: Sequence[Kept],
+        new: Sequence[KeyValues],
+        index: Int[Array, ""],
+        prompt_mask: Bool[Array, "b l"] | None = None,
+        context_mask: Bool[Array, "b s"] | None = None,
+    ) -> tuple[Float[Array, "b r d"], list[KeyValues]]:
+        """One token a row through every block: see `Block.step`."""
+        written = []
+        for block, layer, rows in zip(self.blocks, kept, new, strict=True):
+            x, rows = block.step(x, layer, rows, index, prompt_mask, context_mask)
+            written.append(rows)
+        return x, written
