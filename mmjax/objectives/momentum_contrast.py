@@ -37,7 +37,7 @@ def momentum_contrast(
     A row's candidates are the keys of its group of the batch, then the queue. Its target is alpha * softmax(momentum
     similarities / temperature) + (1 - alpha) * label. Gradients reach `image`, `text` and, through the logits alone,
     the temperature. Under `axis_name` the result is this device's share, whose mean over devices is the loss of the
-    global batch (ALBEF models/model_pretrain.py:107-133, model_retrieval.py:77-107).
+    global batch (ALBEF models/model_pretrain.py:88-214, models/model_retrieval.py).
 
     Args:
         image, text: unit vectors of the trained encoders; row i of one belongs to row i of the other.
