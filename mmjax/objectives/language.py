@@ -87,7 +87,7 @@ def distilled_token_cross_entropy(
 
     teacher: logits of the momentum model, of the same tokens; without a gradient.
     """
-    losses = distilled_cross_entropy(*_counted_pair(logits, teacher, labels), alpha)
+    losses = _distilled(logits, teacher, labels, alpha)
     _, nll = _from_logits(logits, labels, 0.0, 0.0)
     return _mean(losses, nll, labels, logits.shape[-1], None, 0.0, axis_name)
 
@@ -114,7 +114,7 @@ def distilled_text_cross_entropy(
 
     0 where none is counted; NaN where a counted label is outside the vocabulary. No gradient reaches the teacher.
     """
-    losses = distilled_cross_entropy(*_counted_pair(logits, teacher, labels), alpha)
+    losses = _distilled(logits, teacher, labels, alpha)
     return _sum(losses, labels, logits.shape[-1])
 
 
@@ -190,10 +190,10 @@ def _counted(values: Array, labels: Array) -> Array:
     return jnp.where((labels != IGNORED)[..., None], values, 0)
 
 
-def _counted_pair(logits: Array, teacher: Array, labels: Array) -> tuple[Array, Array, Array]:
-    """Student, teacher and labels with which a loss of each token is finite where nothing is counted."""
+def _distilled(logits: Array, teacher: Array, labels: Array, alpha: Array | float) -> Array:
+    """`distilled_cross_entropy` of each token; of what is ignored any number, without a slope."""
     kept = jnp.where(labels == IGNORED, 0, labels)
-    return _counted(logits.astype(jnp.float32), labels), _counted(teacher.astype(jnp.float32), labels), kept
+    return distilled_cross_entropy(_counted(logits, labels), teacher, kept, alpha)
 
 
 def _from_logits(
