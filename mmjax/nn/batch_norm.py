@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from mmjax.errors import MmjaxError
+from mmjax.nn.groups import cut
 from mmjax.types import Array, Float
 
 
@@ -77,16 +77,7 @@ def batch_normalise(
 
     Raises MmjaxError if the groups do not cut the global batch, or do not fit the devices.
     """
-    devices = 1 if axis_name is None else lax.axis_size(axis_name)
-    if groups < 1 or (groups % devices and devices % groups) or (x.shape[0] * devices) % groups:
-        raise MmjaxError(
-            f"groups={groups} does not cut a global batch of {x.shape[0] * devices} on {devices} devices: groups are "
-            "equal parts of the batch, and either whole parts of a device or made of whole devices"
-        )
-    local, together = max(groups // devices, 1), max(devices // groups, 1)
-    members = None
-    if 1 < together < devices:
-        members = tuple(tuple(range(first, first + together)) for first in range(0, devices, together))
+    local, together, members = cut(len(x), groups, axis_name)
     count = x.size // x.shape[-1] // local * together
     normalise = _normalise(epsilon, count, axis_name if together > 1 else None, members)
     c = x.shape[-1]

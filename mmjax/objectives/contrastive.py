@@ -41,7 +41,7 @@ def clip_loss(
         logits = rows @ texts.T
         return jnp.logaddexp(columns, _logsumexp(logits, 0)), _logsumexp(logits, 1)
 
-    columns, rows = _by_rows(run, jnp.full(texts.shape[0], -jnp.inf), queries, blocks)
+    columns, rows = by_rows(run, jnp.full(texts.shape[0], -jnp.inf), queries, blocks)
     if axis_name is not None:
         columns = _logsumexp(jax.lax.all_gather(columns, axis_name), 0)
     positive = jnp.mean(jnp.sum(queries * text.astype(jnp.float32), -1))
@@ -69,7 +69,7 @@ def sigmoid_loss(
         # -log sigmoid(-x) of every pair, as if all were negatives.
         return total + jnp.sum(jax.nn.softplus(rows @ texts.T + logit_bias)), jnp.zeros(rows.shape[0])
 
-    total, _ = _by_rows(run, jnp.zeros(()), queries, blocks)
+    total, _ = by_rows(run, jnp.zeros(()), queries, blocks)
     # A pair that matches gives -log sigmoid(x) = -log sigmoid(-x) - x.
     positive = jnp.sum(queries * text.astype(jnp.float32), -1) + logit_bias
     return total / image.shape[0] - jnp.mean(positive)
@@ -100,7 +100,7 @@ def info_nce(
     """
     query, key, queue = (x.astype(jnp.float32) for x in (query / temperature, key, queue))
     positive = jnp.sum(query * key, -1)
-    _, negative = _by_rows(lambda c, rows: (c, _logsumexp(rows @ queue.T, 1)), jnp.zeros(()), query, blocks)
+    _, negative = by_rows(lambda c, rows: (c, _logsumexp(rows @ queue.T, 1)), jnp.zeros(()), query, blocks)
     return jnp.mean(jnp.logaddexp(positive, negative) - positive)
 
 
@@ -117,7 +117,7 @@ def in_batch_nce(
     """
     query = query.astype(jnp.float32) / temperature
     keys = _gathered(key, axis_name)
-    _, rows = _by_rows(lambda c, rows: (c, _logsumexp(rows @ keys.T, 1)), jnp.zeros(()), query, blocks)
+    _, rows = by_rows(lambda c, rows: (c, _logsumexp(rows @ keys.T, 1)), jnp.zeros(()), query, blocks)
     return jnp.mean(rows - jnp.sum(query * key.astype(jnp.float32), -1))
 
 
@@ -145,7 +145,23 @@ def in_batch_accuracy(
         mine = jnp.take_along_axis(scores, own[:, None], 1)
         return carry, jnp.sum(scores >= mine, 1) == 1
 
-    return jnp.mean(_by_rows(run, jnp.zeros(()), (query, own), blocks)[1].astype(jnp.float32))
+    return jnp.mean(by_rows(run, jnp.zeros(()), (query, own), blocks)[1].astype(jnp.float32))
+
+
+def by_rows(run: Callable[[Any, Any], tuple[Any, Array]], carry: Any, rows: Any, blocks: int) -> tuple[Any, Array]:
+    """`run(carry, rows)` -> (carry, a value a row), a part of the rows after the other; nothing of a part is kept.
+
+    Values come out in the order of the rows. Raises MmjaxError if `blocks` does not divide the rows.
+    """
+    size = jax.tree.leaves(rows)[0].shape[0]
+    if blocks < 1 or size % blocks:
+        raise MmjaxError(f"blocks={blocks} does not divide a batch of {size} rows")
+    if blocks == 1:
+        return run(carry, rows)
+    # Every k-th row: rows that a mesh spreads over devices stay spread in each part.
+    parts = jax.tree.map(lambda x: rearrange(x, "(b k) ... -> k b ...", k=blocks), rows)
+    carry, values = jax.lax.scan(jax.checkpoint(run, prevent_cse=False), carry, parts)
+    return carry, rearrange(values, "k b ... -> (b k) ...")
 
 
 def _scaled(x: Array, logit_scale: Array) -> Array:
@@ -160,19 +176,3 @@ def _gathered(x: Array, axis_name: str | None) -> Array:
 
 def _logsumexp(x: Array, axis: int) -> Array:
     return jax.nn.logsumexp(x, axis=axis)
-
-
-def _by_rows(run: Callable[[Any, Any], tuple[Any, Array]], carry: Any, rows: Any, blocks: int) -> tuple[Any, Array]:
-    """`run(carry, rows)` -> (carry, a value a row), a part of the rows after the other; nothing of a part is kept.
-
-    Values come out in the order of the rows. Raises MmjaxError if `blocks` does not divide the rows.
-    """
-    size = jax.tree.leaves(rows)[0].shape[0]
-    if blocks < 1 or size % blocks:
-        raise MmjaxError(f"blocks={blocks} does not divide a batch of {size} rows")
-    if blocks == 1:
-        return run(carry, rows)
-    # Every k-th row: rows that a mesh spreads over devices stay spread in each part.
-    parts = jax.tree.map(lambda x: rearrange(x, "(b k) ... -> k b ...", k=blocks), rows)
-    carry, values = jax.lax.scan(jax.checkpoint(run, prevent_cse=False), carry, parts)
-    return carry, rearrange(values, "k b -> (b k)")

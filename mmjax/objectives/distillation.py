@@ -55,9 +55,28 @@ def distillation_loss(
         temperature: of both in the soft part. Its slopes shrink with 1 / temperature^2: hence the factor.
         alpha: share of the soft part: 0 learns from the labels alone, 1 from the teacher alone.
     """
-    log_p = jax.nn.log_softmax(student.astype(jnp.float32))
-    classes = log_p.shape[-1]
-    within = (labels >= 0) & (labels < classes)
-    told = jnp.take_along_axis(log_p, jnp.where(within, labels, 0)[..., None], axis=-1)[..., 0]
     soft = temperature**2 * soft_divergence(student, teacher, temperature)
-    return alpha * soft - (1 - alpha) * jnp.where(within, told, jnp.nan)
+    return alpha * soft + (1 - alpha) * _label_cross_entropy(student, labels)
+
+
+def distilled_cross_entropy(
+    student: Float[Array, "*b c"],
+    teacher: Float[Array, "*b c"],
+    labels: Int[Array, "*b"],
+    alpha: Float[Array, ""] | float,
+) -> Float[Array, "*b"]:
+    """(1 - alpha) * cross-entropy of the labels + alpha * `soft_cross_entropy`, at temperature 1.
+
+    ALBEF's momentum distillation (arXiv 2107.07651, section 3.3), of classes (models/model_ve.py, model_nlvr.py) and,
+    in `language`, of tokens. Has the slopes of `distillation_loss` at temperature 1, and is larger by alpha
+    times the teacher's entropy. A label outside [0, c) gives NaN.
+    """
+    return (1 - alpha) * _label_cross_entropy(student, labels) + alpha * soft_cross_entropy(student, teacher)
+
+
+def _label_cross_entropy(logits: Array, labels: Array) -> Array:
+    """-log softmax(logits) of the label; NaN where it is outside [0, c)."""
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    within = (labels >= 0) & (labels < log_p.shape[-1])
+    told = jnp.take_along_axis(log_p, jnp.where(within, labels, 0)[..., None], axis=-1)[..., 0]
+    return -jnp.where(within, told, jnp.nan)

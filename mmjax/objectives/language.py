@@ -1,8 +1,9 @@
 """Losses of language models: cross-entropy of tokens from logits, or from hidden states without ever holding logits.
 
-Both count the tokens whose label is not `IGNORED` and give the mean over them, as torch's `cross_entropy` does. Under
-`axis_name` the batch is cut over devices, which may count different numbers of tokens: all that is returned is then
-this device's share, whose mean over devices, in value and in gradient, is that of the global batch.
+All count the tokens whose label is not `IGNORED`. Some give the mean over them, as torch's `cross_entropy` does: under
+`axis_name` the batch is cut over devices, which may count different numbers of tokens, and all that is returned is then
+this device's share, whose mean over devices, in value and in gradient, is that of the global batch. Others give the sum
+over each text's tokens: what ranks answers, and trains models of answers.
 """
 
 import functools
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.errors import MmjaxError
+from mmjax.objectives.distillation import distilled_cross_entropy
 from mmjax.types import Array, Bool, Float, Int
 
 IGNORED = -100
@@ -69,13 +71,60 @@ def token_cross_entropy(
         z_loss: factor on log^2 of the softmax's normaliser, which keeps it near 1 (PaLM, arXiv 2204.02311, section 5).
         epsilon: added to the number of tokens: 1e-5 in Google's BERT (run_pretraining.py).
     """
-    v = logits.shape[-1]
-    logits = _counted(logits.astype(jnp.float32), labels)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    own = jnp.take_along_axis(logits, _within(labels, v)[..., None], axis=-1)[..., 0]
-    mean = None if _off(label_smoothing) else jnp.mean(logits, axis=-1)
-    losses = _losses(normaliser, own, mean, label_smoothing, z_loss)
-    return _mean(losses, normaliser - own, labels, v, weights, epsilon, axis_name)
+    losses, nll = _from_logits(logits, labels, label_smoothing, z_loss)
+    return _mean(losses, nll, labels, logits.shape[-1], weights, epsilon, axis_name)
+
+
+def distilled_token_cross_entropy(
+    logits: Float[Array, "*b v"],
+    teacher: Float[Array, "*b v"],
+    labels: Int[Array, "*b"],
+    alpha: Float[Array, ""] | float,
+    *,
+    axis_name: str | None = None,
+) -> TokenLoss:
+    """Mean over counted tokens of `distilled_cross_entropy`: ALBEF's masked language model (models/xbert.py:1423-1431).
+
+    teacher: logits of the momentum model, of the same tokens; without a gradient.
+    """
+    losses = _distilled(logits, teacher, labels, alpha)
+    _, nll = _from_logits(logits, labels, 0.0, 0.0)
+    return _mean(losses, nll, labels, logits.shape[-1], None, 0.0, axis_name)
+
+
+def text_cross_entropy(
+    logits: Float[Array, "*b l v"], labels: Int[Array, "*b l"], *, label_smoothing: Float[Array, ""] | float = 0.0
+) -> Float[Array, "*b"]:
+    """Each text's sum over its counted tokens of `token_cross_entropy`'s terms.
+
+    0 where none is counted; NaN where a counted label is outside the vocabulary. Without smoothing minus the text's
+    log-probability, by which ALBEF ranks answers; BLIP keeps its smoothing of 0.1 there too (models/med.py:914).
+    """
+    losses, _ = _from_logits(logits, labels, label_smoothing, 0.0)
+    return _sum(losses, labels, logits.shape[-1])
+
+
+def distilled_text_cross_entropy(
+    logits: Float[Array, "*b l v"],
+    teacher: Float[Array, "*b l v"],
+    labels: Int[Array, "*b l"],
+    alpha: Float[Array, ""] | float,
+) -> Float[Array, "*b"]:
+    """Each text's sum over its counted tokens of `distilled_cross_entropy` (ALBEF's VQA, models/xbert.py:1290-1302).
+
+    0 where none is counted; NaN where a counted label is outside the vocabulary. No gradient reaches the teacher.
+    """
+    losses = _distilled(logits, teacher, labels, alpha)
+    return _sum(losses, labels, logits.shape[-1])
+
+
+def answer_loss(losses: Float[Array, "answers"], weights: Float[Array, "answers"], questions: int) -> Float[Array, ""]:
+    """sum(weights * losses) / questions: a question may have several answers, weighted by how many people gave them.
+
+    An answer of weight 0 is a place that is not filled and has no say, whatever its loss. Where devices have as many
+    questions each, the mean of their values is that of all. (ALBEF models/model_vqa.py, BLIP models/blip_vqa.py)
+    """
+    return jnp.sum(jnp.where(weights > 0, weights * losses, 0.0)) / questions
 
 
 def linear_cross_entropy(
@@ -141,6 +190,23 @@ def _counted(values: Array, labels: Array) -> Array:
     return jnp.where((labels != IGNORED)[..., None], values, 0)
 
 
+def _distilled(logits: Array, teacher: Array, labels: Array, alpha: Array | float) -> Array:
+    """`distilled_cross_entropy` of each token; of what is ignored any number, without a slope."""
+    kept = jnp.where(labels == IGNORED, 0, labels)
+    return distilled_cross_entropy(_counted(logits, labels), teacher, kept, alpha)
+
+
+def _from_logits(
+    logits: Array, labels: Array, label_smoothing: Array | float, z_loss: Array | float
+) -> tuple[Array, Array]:
+    """(loss, negative log-likelihood) of each token."""
+    logits = _counted(logits.astype(jnp.float32), labels)
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    own = jnp.take_along_axis(logits, _within(labels, logits.shape[-1])[..., None], axis=-1)[..., 0]
+    mean = None if _off(label_smoothing) else jnp.mean(logits, axis=-1)
+    return _losses(normaliser, own, mean, label_smoothing, z_loss), normaliser - own
+
+
 def _off(factor: Array | float) -> bool:
     """Whether a term is known to be none before anything runs: 0 times a logit of -inf would be NaN, and cost time."""
     return isinstance(factor, int | float) and factor == 0
@@ -158,11 +224,21 @@ def _losses(
     return losses
 
 
+def _checked(values: Array, labels: Array, v: int) -> Array:
+    """Each token's value: 0 where it is not counted, NaN where its label is outside the vocabulary."""
+    counted = labels != IGNORED
+    wrong = counted & ((labels < 0) | (labels >= v))
+    return jnp.where(wrong, jnp.nan, jnp.where(counted, values, 0.0))
+
+
+def _sum(losses: Array, labels: Array, v: int) -> Array:
+    return jnp.sum(_checked(losses, labels, v), axis=-1)
+
+
 def _mean(
     losses: Array, nll: Array, labels: Array, v: int, weights: Array | None, epsilon: float, axis_name: str | None
 ) -> TokenLoss:
     counted = labels != IGNORED
-    wrong = counted & ((labels < 0) | (labels >= v))
     share = counted.astype(jnp.float32) if weights is None else jnp.where(counted, weights.astype(jnp.float32), 0.0)
     tokens, devices = jnp.sum(share), 1
     if axis_name is not None:
@@ -170,7 +246,7 @@ def _mean(
     share = share * devices / (tokens + epsilon)
 
     def total(values: Array) -> Array:
-        told = jnp.sum(jnp.where(wrong, jnp.nan, jnp.where(counted, values, 0.0)) * share)
+        told = jnp.sum(_checked(values, labels, v) * share)
         return jnp.where(tokens > 0, told, jnp.nan)  # said: compilers make 0 of 0 / 0
 
     return TokenLoss(total(losses), jax.lax.stop_gradient(total(nll)), tokens)

@@ -1,16 +1,24 @@
 """Distillation: by hand, against torch, and what its parts promise."""
 
 import doctest
+import json
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from mmjax.objectives import distillation
 from mmjax.objectives.classification import softmax_cross_entropy
-from mmjax.objectives.distillation import distillation_loss, soft_cross_entropy, soft_divergence, soft_labels_of
+from mmjax.objectives.distillation import (
+    distillation_loss,
+    distilled_cross_entropy,
+    soft_cross_entropy,
+    soft_divergence,
+    soft_labels_of,
+)
 
 B, C = 7, 11
 STUDENT, TEACHER = (3 * jax.random.normal(jax.random.key(seed), (B, C)) for seed in (0, 1))
@@ -35,6 +43,10 @@ def test_by_hand():
     divergence = math.log(2) + p * math.log(p) + (1 - p) * math.log(1 - p)
     value = distillation_loss(student, teacher, jnp.array([0]), temperature=2.0, alpha=0.25)[0]
     assert abs(float(value) - (0.75 * math.log(2) + 0.25 * 4 * divergence)) < 1e-6
+    # A student that says cat with q: its label is dog, its teacher says cat with p.
+    q, p = 0.8, 1 / (1 + math.exp(-1))
+    value = distilled_cross_entropy(jnp.log(jnp.array([q, 1 - q])), teacher[0], jnp.array(1), 0.4)
+    assert abs(float(value) + 0.6 * math.log(1 - q) + 0.4 * (p * math.log(q) + (1 - p) * math.log(1 - q))) < 1e-6
 
 
 def test_its_ends_are_the_labels_and_the_teacher():
@@ -59,8 +71,32 @@ def test_slopes():
 
 
 def test_a_wrong_label_is_not_a_number():
-    values = distillation_loss(STUDENT, TEACHER, LABELS.at[2].set(C).at[4].set(-1))
-    np.testing.assert_array_equal(np.isnan(values), [0, 0, 1, 0, 1, 0, 0])
+    labels = LABELS.at[2].set(C).at[4].set(-1)
+    for values in (distillation_loss(STUDENT, TEACHER, labels), distilled_cross_entropy(STUDENT, TEACHER, labels, 0.4)):
+        np.testing.assert_array_equal(np.isnan(values), [0, 0, 1, 0, 1, 0, 0])
+
+
+def test_the_two_mixtures_differ_by_the_teachers_entropy_alone():
+    def slopes(loss):
+        return jax.jit(jax.value_and_grad(lambda s, t, alpha: loss(s, t, alpha).sum(), (0, 1)))(STUDENT, TEACHER, 0.4)
+
+    value, grads = slopes(lambda s, t, alpha: distilled_cross_entropy(s, t, LABELS, alpha))
+    other, expected = slopes(lambda s, t, alpha: distillation_loss(s, t, LABELS, 1.0, alpha))
+    q = np.exp(np.asarray(jax.nn.log_softmax(TEACHER), np.float64))
+    assert abs(float(value - other) + 0.4 * float((q * np.log(q)).sum())) < 1e-5 * float(value)
+    wanted = jax.nn.softmax(STUDENT) - 0.6 * jax.nn.one_hot(LABELS, C) - 0.4 * jax.nn.softmax(TEACHER)
+    np.testing.assert_allclose(grads[0], expected[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(grads[0], wanted, rtol=0, atol=1e-6)
+    assert not np.any(grads[1])
+
+
+@pytest.mark.parametrize("name", ["albef_ve", "albef_nlvr"])
+def test_the_vaults_losses(golden_dir, name):
+    told = load_file(golden_dir / f"{name}.safetensors")
+    alpha = json.loads((golden_dir / f"{name}.json").read_text())["config"]["alpha"]
+    student, teacher = (jnp.asarray(told[f"outputs/{key}"]) for key in ("prediction", "prediction_m"))
+    value = distilled_cross_entropy(student, teacher, jnp.asarray(told["inputs/targets"]), alpha).mean()
+    assert abs(float(value - told["outputs/loss"])) < 1e-6 * float(told["outputs/loss"])
 
 
 def test_bfloat16_logits_of_tokens():
