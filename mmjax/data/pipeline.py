@@ -305,22 +305,37 @@ class _Loader(grain.transforms.Map):
         return None
 
     def _row(self, index: int, rng: np.random.Generator) -> Record:
-        record: Any = self.pipeline.source[index]
+        record = self.pipeline.source[index]
         for transform in self.pipeline.transforms:
-            if isinstance(transform, grain.transforms.RandomMap):
-                record = transform.random_map(record, rng)
-            elif isinstance(transform, grain.transforms.Map):
-                record = transform.map(record)
-            else:
-                record = transform(record)
+            record = transformed(transform, record, rng)
         return record | {"index": np.int64(index)}
+
+
+def transformed(transform: Transform, record: Record, rng: np.random.Generator) -> Record:
+    """What a transform of any kind makes of a record."""
+    made: Any
+    if isinstance(transform, grain.transforms.RandomMap):
+        made = transform.random_map(record, rng)
+    elif isinstance(transform, grain.transforms.Map):
+        made = transform.map(record)
+    else:
+        made = transform(record)
+    return made
 
 
 def _collate(rows: list[Record], source: Source) -> dict[str, np.ndarray]:
     """Records -> arrays [b, ...]; what is not a number or an array of numbers stays behind."""
-    keys = [key for key, value in sorted(rows[0].items()) if isinstance(value, np.ndarray | np.generic | int | float)]
+    numbers = np.ndarray | np.generic | int | float
+    keys = [key for key, value in sorted(rows[0].items()) if isinstance(value, numbers)]
     batch = {}
     for key in keys:
+        lacking = next((row for row in rows if not isinstance(row.get(key), numbers)), None)
+        if lacking is not None:
+            first, other = (source.record_name(int(row["index"])) for row in (rows[0], lacking))
+            raise MmjaxError(
+                f"{key!r} must be a number in every record of a batch, as in {first}: {other} has "
+                f"{lacking.get(key)!r:.40}; Keep among the transforms leaves out what is not needed"
+            )
         values = [_as_array(row[key]) for row in rows]
         shapes = collections.Counter((value.shape, value.dtype.name) for value in values)
         if len(shapes) > 1:

@@ -37,6 +37,16 @@ class Decode(transforms.Map):
 
 
 @dataclass(frozen=True)
+class Keep(transforms.Map):
+    """Only these fields go on. A list of several files has more of them in some rows, and a batch cannot hold those."""
+
+    fields: tuple[str, ...]
+
+    def map(self, element: Record) -> Record:
+        return {key: value for key, value in element.items() if key in self.fields}
+
+
+@dataclass(frozen=True)
 class Resize(transforms.Map):
     """`image`: bytes or uint8 -> uint8 in the one size of an evaluation transform, for normalising on the device."""
 
@@ -130,6 +140,15 @@ class RandomFlip(transforms.RandomMap):
         return element | {"image": np.ascontiguousarray(pixels[:, ::-1]).view(image.dtype)}
 
 
+def drawn_text(element: Record, several: bool, rng: np.random.Generator) -> str:
+    """`text`, or with `several` one of `texts` drawn at random where a record has them. Raises BadRecord."""
+    texts = element.get("texts") if several else None
+    text = texts[rng.integers(len(texts))] if texts else element.get("text")
+    if text is None:
+        raise BadRecord("caption: missing")
+    return clean_caption(text)
+
+
 @dataclass(frozen=True)
 class EncodeText(transforms.RandomMap):
     """`text` (or one of `texts`, drawn at random, where a record has several) -> int32 [l].
@@ -151,11 +170,7 @@ class EncodeText(transforms.RandomMap):
             raise MmjaxError(f"word_dropout={self.word_dropout} (from 0 to 1)")
 
     def random_map(self, element: Record, rng: np.random.Generator) -> Record:
-        texts = element.get("texts") if self.several else None
-        text = texts[rng.integers(len(texts))] if texts else element.get("text")
-        if text is None:
-            raise BadRecord("caption: missing")
-        caption = clean_caption(text)
+        caption = drawn_text(element, self.several, rng)
         if self.word_dropout:
             words = caption.split()
             stays = rng.random(len(words)) >= self.word_dropout

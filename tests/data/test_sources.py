@@ -10,7 +10,7 @@ import pytest
 
 from mmjax.data.decoding import BadRecord
 from mmjax.data.image_folder import ImageFolder
-from mmjax.data.image_text import ImageTextList
+from mmjax.data.image_text import ImageTextList, retrieval_texts
 from mmjax.data.sources import ArraySource, RandomAccess, read_idx
 from mmjax.errors import MmjaxError
 
@@ -98,7 +98,7 @@ def test_published_json_formats(tmp_path, images, told, expected):
     assert [(source[i]["image"].decode(), source[i]["texts"]) for i in range(len(source))] == expected
     assert all(source[i]["text"] == expected[i][1][0] for i in range(len(source)))
     again = pickle.loads(pickle.dumps(source))  # as a worker gets it
-    assert again._rows is None and again[0] == source[0] and again.fingerprint == source.fingerprint
+    assert again.files[0]._parsed is None and again[0] == source[0] and again.fingerprint == source.fingerprint
 
 
 def test_conversations_are_handed_on(tmp_path, images):
@@ -162,6 +162,49 @@ def test_lists_that_are_none(tmp_path):
             ImageTextList(tmp_path / name)
     with pytest.raises(MmjaxError, match="no such file"):
         ImageTextList(tmp_path / "gone.json")
+
+
+def test_several_files_are_one_list(tmp_path, images):
+    (tmp_path / "one.json").write_text(json.dumps(BLIP))
+    (tmp_path / "two.jsonl").write_text('{"image": "b.jpg", "text": "b"}\n{"text": "none"}\n')
+    files = [tmp_path / "one.json", tmp_path / "two.jsonl"]
+    source = ImageTextList(files, images)
+    assert [source[i]["text"] for i in range(3)] == ["One.", "u", "b"] and len(source) == 4
+    assert source.record_name(2) == f"{files[1]}[0]" and source.name == "one.json + two.jsonl"
+    with pytest.raises(BadRecord, match=r"two\.jsonl\[1\]: list: no image named"):
+        source[3]
+    assert source.fingerprint not in (ImageTextList(files[0]).fingerprint, ImageTextList(files[::-1]).fingerprint)
+    again = pickle.loads(pickle.dumps(source))
+    assert again[2] == source[2]
+    (images / "one.json").write_text(json.dumps(BLIP))
+    assert ImageTextList([images / "one.json"])[0]["image"] == b"a.jpg"  # without a folder, the file's own
+    for given, word in (([], "needs a file"), ([files[0], tmp_path / "gone.json"], "gone.json: no such file")):
+        with pytest.raises(MmjaxError, match=word):
+            ImageTextList(given)
+
+
+def test_images_are_numbered_in_the_order_of_their_first_coming(tmp_path, images):
+    told = [("a.jpg", "x9"), ("b.jpg", 7), ("a.jpg", "x9"), ("d.png", 7)]
+    rows = [{"image": name, "image_id": id, "caption": "c"} for name, id in told]
+    expressions = [{"image": name, "text": "t", "ref_id": 5} for name in ("d.png", "val/c.jpg", "d.png")]
+    (tmp_path / "train.json").write_text(json.dumps([*rows, *expressions]))
+    source = ImageTextList(tmp_path / "train.json", images, numbered=True)
+    assert [source[i]["image_id"] for i in range(7)] == [0, 1, 0, 1, 2, 3, 2]
+    assert source[4]["ref_id"] == 5 and source[4]["text"] == "t"
+    assert pickle.loads(pickle.dumps(source))[6]["image_id"] == 2
+    assert ImageTextList(tmp_path / "train.json", images)[0]["image_id"] == "x9"
+
+
+def test_the_texts_to_retrieve_and_whose_they_are(tmp_path, images):
+    rows = [{"image": "a.jpg", "caption": ["A!", "B"]}, {"image": "gone.jpg", "caption": ["C", "D", "E"]}]
+    (tmp_path / "test.json").write_text(json.dumps([*rows, {"image": "b.jpg", "caption": "F"}]))
+    texts, text_image = retrieval_texts(ImageTextList(tmp_path / "test.json", images))
+    assert texts == ("A!", "B", "C", "D", "E", "F")
+    assert text_image.tolist() == [0, 0, 1, 1, 1, 2] and text_image.dtype == np.int32
+    for row, word in (({"image": "a.jpg"}, "no text"), ({"image": "a.jpg", "caption": ["x", 3]}, "not text")):
+        (tmp_path / "test.json").write_text(json.dumps([rows[0], row]))
+        with pytest.raises(MmjaxError, match=r"test\.json\[1\]: .*" + word):
+            retrieval_texts(ImageTextList(tmp_path / "test.json", images))
 
 
 def test_idx_files(tmp_path):

@@ -1,0 +1,192 @@
+"""Files that list images and what is said of them, row by row: JSON, JSONL, CSV, TSV; several may make one list.
+
+What is wrong with a file is a MmjaxError at the start; what is wrong with one row is a BadRecord when it is asked for.
+"""
+
+import bisect
+import csv
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmjax.data.decoding import BadRecord, clean_caption
+from mmjax.data.image_folder import inside
+from mmjax.data.sources import read_bytes
+from mmjax.errors import MmjaxError
+
+File = str | os.PathLike[str]
+
+
+class AnnotationFile:
+    """One file. A JSONL file is read row by row when asked for; the others are parsed once in each process.
+
+    Raises MmjaxError, naming the file: not there, not of these formats, empty.
+    """
+
+    def __init__(self, file: File):
+        self.file = pathlib.Path(file)
+        self._parsed: list[Any] | None = None
+        self._offsets: np.ndarray | None = None
+        if self.file.suffix not in (".json", ".jsonl", ".csv", ".tsv"):
+            raise MmjaxError(f"{self.file}: an annotation file is a .json, .jsonl, .csv or .tsv file")
+        if not self.file.is_file():
+            raise MmjaxError(f"{self.file}: no such file")
+        if self.file.suffix == ".jsonl":
+            self._offsets, self.fingerprint = _line_offsets(self.file)
+            self._length = len(self._offsets) - 1
+        else:
+            self.fingerprint = hashlib.sha256(self.file.read_bytes()).hexdigest()
+            self._length = len(self._rows())
+        if not self._length:
+            raise MmjaxError(f"{self.file}: no rows")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Workers parse the file themselves: that is faster than sending a million dicts through a pipe.
+        return self.__dict__ | {"_parsed": None}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        if self._offsets is None:
+            row = self._rows()[index]
+        else:
+            start, end = (int(offset) for offset in self._offsets[index : index + 2])
+            with self.file.open("rb") as opened:
+                opened.seek(start)
+                row = _parse(opened.read(end - start), self.row_name(index))
+        if not isinstance(row, Mapping):
+            raise BadRecord("list: not an object", self.row_name(index), f"it is a {type(row).__name__}")
+        return row
+
+    def row_name(self, index: int) -> str:
+        return f"{self.file}[{index}]"
+
+    def _rows(self) -> list[Any]:
+        if self._parsed is None:
+            self._parsed = _csv_rows(self.file) if self.file.suffix in (".csv", ".tsv") else _json_rows(self.file)
+        return self._parsed
+
+
+class AnnotationList:
+    """The rows of one file, or of several one after another; what a row becomes is for the classes that inherit.
+
+    files: one or several. images: the folder that the rows' paths are below; by default each file's own.
+    name: for messages; by default the files'.
+    """
+
+    def __init__(self, files: File | Sequence[File], images: File | None = None, name: str | None = None):
+        """Raises MmjaxError, naming the file: see `AnnotationFile`; and for no file at all."""
+        given = [files] if isinstance(files, str | os.PathLike) else list(files)
+        if not given:
+            raise MmjaxError("a list of annotations needs a file")
+        self.files = tuple(AnnotationFile(file) for file in given)
+        self.images = None if images is None else pathlib.Path(images)
+        self.name = name or " + ".join(each.file.name for each in self.files)
+        self._ends = list(itertools.accumulate(map(len, self.files)))
+
+    @property
+    def fingerprint(self) -> str:
+        if len(self.files) == 1:
+            return self.files[0].fingerprint
+        return hashlib.sha256(" ".join(each.fingerprint for each in self.files).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def record_name(self, index: int) -> str:
+        file, place = self._place(index)
+        return file.row_name(place)
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        """A row as it stands in its file. Raises BadRecord "list: not an object", "list: not JSON"."""
+        file, place = self._place(index)
+        return file[place]
+
+    def rows(self) -> Iterator[Mapping[str, Any]]:
+        return (self.row(index) for index in range(len(self)))
+
+    def field(self, index: int, row: Mapping[str, Any], key: str, kind: type | tuple[type, ...]) -> Any:
+        """`row[key]`. Raises BadRecord "list: no KEY", naming the record, where it is missing or of another type."""
+        value = row.get(key)
+        if not isinstance(value, kind):
+            raise BadRecord(f"list: no {key}", self.record_name(index), f"it is {value!r:.40}; keys {sorted(row)[:8]}")
+        return value
+
+    def text(self, index: int, row: Mapping[str, Any], key: str) -> str:
+        """A text by the rules of `mmjax.data.decoding`. Raises BadRecord."""
+        return clean_caption(self.field(index, row, key, str), self.record_name(index))
+
+    def image(self, index: int, name: str, folder: pathlib.Path | None = None) -> bytes:
+        """An image's bytes, below `images` or the given folder. Raises BadRecord: "file: missing", ..."""
+        return read_bytes(inside(folder or self.images or self._place(index)[0].file.parent, name))
+
+    def _place(self, index: int) -> tuple[AnnotationFile, int]:
+        index = range(len(self))[index]
+        number = bisect.bisect_right(self._ends, index)
+        return self.files[number], index - (self._ends[number - 1] if number else 0)
+
+
+def _line_offsets(file: pathlib.Path) -> tuple[np.ndarray, str]:
+    """Where the lines begin (and the last one ends), without the empty ones; and the file's SHA-256."""
+    digest, offsets, position = hashlib.sha256(), [], 0
+    with file.open("rb") as opened:
+        for line in opened:
+            digest.update(line)
+            if line.strip():
+                offsets.append(position)
+            position += len(line)
+    return np.array([*offsets, position], np.int64), digest.hexdigest()
+
+
+def _parse(line: bytes, name: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadRecord("caption: not UTF-8", name, str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise BadRecord("list: not JSON", name, str(error)) from error
+
+
+def read_json(file: pathlib.Path) -> Any:
+    """What a JSON file tells. Raises MmjaxError naming it."""
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise MmjaxError(f"{file}: not JSON: {error}") from error
+
+
+def _json_rows(file: pathlib.Path) -> list[Any]:
+    told = read_json(file)
+    if isinstance(told, list):
+        return told
+    if isinstance(told, dict) and isinstance(told.get("images"), list):
+        return _coco_rows(told)
+    kind = f"an object with {sorted(told)[:8]}" if isinstance(told, dict) else type(told).__name__
+    raise MmjaxError(f"{file}: expected a list of rows or COCO's images and annotations, found {kind}")
+
+
+def _coco_rows(told: Mapping[str, Any]) -> list[Any]:
+    captions: dict[Any, list[str]] = {}
+    for annotation in told.get("annotations", ()):
+        captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    rows = []
+    for image in told["images"]:
+        texts = captions.get(image.get("id", image.get("cocoid")), image.get("sentences"))
+        # Karpathy's files tell the folder apart from the name.
+        name = os.path.join(image.get("filepath", ""), image.get("file_name") or image.get("filename", ""))
+        rows.append({"image": name, "captions": texts} | {k: image[k] for k in ("id", "cocoid", "split") if k in image})
+    return rows
+
+
+def _csv_rows(file: pathlib.Path) -> list[Any]:
+    # Undecodable bytes become lone surrogates, which `clean_caption` refuses row by row.
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
+        rows = list(csv.DictReader(opened, delimiter="\t" if file.suffix == ".tsv" else ","))
+    return [{key: value for key, value in row.items() if key is not None} for row in rows]
