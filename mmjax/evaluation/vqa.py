@@ -142,7 +142,9 @@ def _mean(
     # A question without an image is drawn alone.
     drawn = [str(questions[row].image) or f"question {questions[row].question}" for row in chosen]
     _, places = np.unique(drawn, return_inverse=True)
-    return clustered_proportion(np.bincount(places, values[chosen]), np.bincount(places), chance)
+    # Rounded, so that sums of thirds do not depend on the questions' order: images that are equal are drawn as one.
+    sums = np.round(np.bincount(places, values[chosen]), 12)
+    return clustered_proportion(sums, np.bincount(places), chance)
 
 
 def read_human_answers(file: str | os.PathLike[str]) -> list[HumanAnswers]:
@@ -166,11 +168,13 @@ def read_human_answers(file: str | os.PathLike[str]) -> list[HumanAnswers]:
 def _question(row: Any, place: str) -> HumanAnswers:
     row = row if isinstance(row, dict) else {}
     id, answers = row.get("question_id"), row.get("answers")
-    texts = [answer.get("answer") if isinstance(answer, dict) else None for answer in answers or ()]
-    if not isinstance(id, int) or not texts or not all(isinstance(text, str) for text in texts):
+    told = [answer.get("answer") if isinstance(answer, dict) else None for answer in answers or ()]
+    texts = tuple(text for text in told if isinstance(text, str))
+    if not isinstance(id, int) or not texts or len(texts) < len(told):
         raise MmjaxError(f"{place}: want 'question_id', a number, and 'answers', objects with a string 'answer'")
-    kinds = (row.get("answer_type", ""), row.get("question_type", ""))
-    return HumanAnswers(id, tuple(texts), row.get("image_id", ""), *kinds)
+    return HumanAnswers(
+        id, texts, row.get("image_id", ""), str(row.get("answer_type", "")), str(row.get("question_type", ""))
+    )
 
 
 def _once(name: str, ids: Sequence[int]) -> None:
