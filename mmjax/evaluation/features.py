@@ -17,6 +17,8 @@ Encode: TypeAlias = Callable[[Params, Any, Any], Array]
 """(params, state, inputs [b, ...]) -> features [b, d]: a pure function. `state` is the TrainState, or None."""
 Inputs: TypeAlias = ArrayLike | Mapping[str, ArrayLike] | Pipeline
 """An array [n, ...], a dict of arrays that share n, or a pipeline: of its batches the columns are the dict."""
+Advance: TypeAlias = Callable[[int], Any]
+"""Is told, batch by batch, how many rows more are done."""
 
 IN_FLIGHT = 2
 """Batches dispatched ahead of the one whose features are copied to the host."""
@@ -41,8 +43,10 @@ class Extractor:
     def _compiled(self) -> Callable[[Params, Any, Any], Array]:
         return jax.jit(lambda params, state, inputs: self.encode(params, state, inputs).astype(jnp.float32))
 
-    def __call__(self, params: Params, state: Any, inputs: Inputs, name: str = "inputs") -> Float[np.ndarray, "n ..."]:
-        """Features of every row, in order.
+    def __call__(
+        self, params: Params, state: Any, inputs: Inputs, name: str = "inputs", advance: Advance | None = None
+    ) -> Float[np.ndarray, "n ..."]:
+        """Features of every row, in order. advance: see `Advance`.
 
         Raises MmjaxError, with `name`: no rows, columns of different lengths, features that are not finite.
         """
@@ -51,7 +55,7 @@ class Extractor:
         rows = _length(inputs, name)
         size = min(self.batch_size, rows)
         batches = (_rows(inputs, start, size) for start in range(0, rows, size))
-        return finite(name, self._gather(params, state, batches, size))
+        return finite(name, self._gather(params, state, batches, size, advance))
 
     def from_pipeline(
         self, params: Params, state: Any, pipeline: Pipeline, key: str | tuple[str, ...] = "image"
@@ -95,17 +99,27 @@ class Extractor:
             raise MmjaxError(f"{name}: {inputs.source.name} has no column 'label', only {sorted(columns)}")
         return features, columns["label"] if labels is None else np.asarray(labels)[columns["index"]]
 
-    def _gather(self, params: Params, state: Any, batches: Iterator[Any], size: int) -> np.ndarray:
+    def _gather(
+        self, params: Params, state: Any, batches: Iterator[Any], size: int, advance: Advance | None = None
+    ) -> np.ndarray:
         waiting: collections.deque[tuple[Array, int]] = collections.deque()
         done: list[np.ndarray] = []
+
+        def take() -> None:
+            features, rows = waiting.popleft()
+            done.append(np.asarray(features)[:rows])
+            if advance is not None:
+                advance(rows)
+
         for batch in batches:
             rows = _length(batch, "inputs")
             features = self._compiled(params, state, batch if rows == size else _filled(batch, rows, size))
             features.copy_to_host_async()
             waiting.append((features, rows))
             if len(waiting) > IN_FLIGHT:
-                done.append(_taken(*waiting.popleft()))
-        done.extend(_taken(*item) for item in waiting)
+                take()
+        while waiting:
+            take()
         return np.concatenate(done)
 
 
@@ -163,7 +177,3 @@ def _filled(batch: Any, rows: int, size: int) -> Any:
     return jax.tree.map(
         lambda leaf: np.concatenate([leaf, np.broadcast_to(leaf[:1], (size - rows, *leaf.shape[1:]))]), batch
     )
-
-
-def _taken(features: Array, rows: int) -> np.ndarray:
-    return np.asarray(features)[:rows]

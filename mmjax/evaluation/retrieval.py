@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.data.pipeline import Pipeline
+from mmjax.evaluation.bootstrap import bootstrap_interval, ratio
 from mmjax.evaluation.features import (
     Encode,
     Extractor,
@@ -68,6 +69,28 @@ class Ranks:
         told["text_to_image_median_rank"] = Score(float(np.median(self.text)) + 1, m, chance=(n + 1) / 2, unit="rank")
         return told
 
+    def mean_recalls(self, ks: Sequence[int] = KS, resamples: int = 1000, seed: int = 0) -> dict[str, Score]:
+        """`image_to_text_R_mean` and `text_to_image_R_mean`, over `ks`, and `R_mean`, of these two, in percent.
+
+        ALBEF and BLIP choose their best epoch by the last (there `r_mean`). Intervals as in `scores`.
+        """
+        n, m = len(self.image), len(self.text)
+        right = np.sum([self.image < k for k in ks], 0)
+        found = np.bincount(self.text_image, np.sum([self.text < k for k in ks], 0), minlength=n)
+        of_images, of_texts = np.full(n, len(ks)), len(ks) * np.bincount(self.text_image, minlength=n)
+        told = {
+            "image_to_text_R_mean": clustered_proportion(right, of_images, None, resamples, seed),
+            "text_to_image_R_mean": clustered_proportion(found, of_texts, None, resamples, seed),
+        }
+        sums = np.stack([right, of_images, found, of_texts], 1)
+        low, high = bootstrap_interval(sums, _both_ways, resamples, seed)
+        told["R_mean"] = Score(float(_both_ways(sums.sum(0))), n + m, low, high)
+        return {name: dataclasses.replace(score, n=items) for (name, score), items in zip(told.items(), (n, m, n + m))}
+
+
+def _both_ways(sums: np.ndarray) -> np.ndarray:
+    return (ratio(sums[..., :2]) + ratio(sums[..., 2:])) / 2
+
 
 def _lucky(captions: np.ndarray, m: int, k: int) -> np.ndarray:
     """The chance that a random order of m texts has one of an image's `captions` among its first k."""
@@ -91,7 +114,7 @@ def ranks_of_features(
     """
     images = checked_features("image_features", image_features)
     texts = checked_features("text_features", text_features, images.shape[1])
-    owner = _owners(text_image, len(images), len(texts))
+    owner = owners(text_image, len(images), len(texts))
     own_image = jnp.arange(len(images), dtype=jnp.int32)
     image_ranks = _blockwise(images, own_image, texts, owner)
     text_ranks = _blockwise(texts, owner, images, own_image)
@@ -110,26 +133,28 @@ def ranks_of_scores(
 
     Raises MmjaxError as `ranks_of_features`.
     """
-    forward = _score_matrix("image_text_scores", image_text_scores)
+    forward = checked_scores("image_text_scores", image_text_scores)
     n, m = forward.shape
     backward = forward.T
     if text_image_scores is not None:
-        backward = _score_matrix("text_image_scores", text_image_scores)
+        backward = checked_scores("text_image_scores", text_image_scores)
         if backward.shape != (m, n):
             raise MmjaxError(f"text_image_scores: need [{m}, {n}], not {list(backward.shape)}")
-    owner = _owners(text_image, n, m)
+    owner = owners(text_image, n, m)
     own_image = jnp.arange(n, dtype=jnp.int32)
-    image_ranks, text_ranks = _ranks(forward, own_image, owner), _ranks(backward, owner, own_image)
+    image_ranks, text_ranks = ranks_among(forward, own_image, owner), ranks_among(backward, owner, own_image)
     return Ranks(np.asarray(image_ranks), np.asarray(text_ranks), owner)
 
 
-def _score_matrix(name: str, scores: ArrayLike) -> Float[Array, "n m"]:
+def checked_scores(name: str, scores: ArrayLike) -> Float[Array, "n m"]:
+    """A matrix of scores as a float32 device array. Raises MmjaxError for another rank, none, NaN."""
     if len(np.shape(scores)) != 2 or 0 in np.shape(scores):
         raise MmjaxError(f"{name}: need [images, texts] scores, not {list(np.shape(scores))}")
     return finite(name, jnp.asarray(scores, jnp.float32))
 
 
-def _owners(text_image: Int[ArrayLike, " m"] | None, n: int, m: int) -> Int[np.ndarray, " m"]:
+def owners(text_image: Int[ArrayLike, " m"] | None, n: int, m: int) -> Int[np.ndarray, " m"]:
+    """The image of each of m texts, checked: every one of n images has a text. None: text i belongs to image i."""
     if text_image is None:
         if n != m:
             raise MmjaxError(f"text_image: {n} images and {m} texts; which image is each text of?")
@@ -142,9 +167,14 @@ def _owners(text_image: Int[ArrayLike, " m"] | None, n: int, m: int) -> Int[np.n
 
 
 @jax.jit
-def _ranks(scores: Float[Array, "b s"], query: Int[Array, " b"], candidate: Int[Array, " s"]) -> Int[Array, " b"]:
-    """How many wrong candidates score at least as high as the best right one: those whose number is not the query's."""
-    right = query[:, None] == candidate[None, :]
+def ranks_among(
+    scores: Float[Array, "b s"], query: Int[Array, " b"], candidate: Int[Array, "*b s"]
+) -> Int[Array, " b"]:
+    """How many wrong candidates score at least as high as the best right one: those whose number is not the query's.
+
+    candidate: numbers, the same for all queries or of each query its own.
+    """
+    right = query[:, None] == candidate
     best = jnp.max(scores, axis=1, keepdims=True, where=right, initial=-jnp.inf)
     return jnp.sum(~right & (scores >= best), axis=1, dtype=jnp.int32)
 
@@ -153,7 +183,7 @@ def _ranks(scores: Float[Array, "b s"], query: Int[Array, " b"], candidate: Int[
 def _cosine_ranks(
     queries: Float[Array, "b d"], query: Int[Array, " b"], candidates: Float[Array, "s d"], candidate: Int[Array, " s"]
 ) -> Int[Array, " b"]:
-    return _ranks(_cosines(queries, candidates), query, candidate)
+    return ranks_among(_cosines(queries, candidates), query, candidate)
 
 
 @jax.jit
@@ -189,6 +219,12 @@ def top_candidates(
     queries = checked_features("query_features", query_features)
     candidates = checked_features("candidate_features", candidate_features, queries.shape[1])
     return np.asarray(_top(queries, candidates, min(k, len(candidates))))
+
+
+def shown_queries(n: int, text_image: Int[np.ndarray, " m"]) -> tuple[np.ndarray, np.ndarray]:
+    """A few images and a text of each, for a picture: the same every time, so that pictures can be compared."""
+    images = np.unique(np.linspace(0, n - 1, min(6, n)).astype(int))
+    return images, np.array([np.flatnonzero(text_image == image)[0] for image in images])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -238,7 +274,7 @@ class RetrievalEvaluation(ScoredEvaluation):
             return encode_images(params, state, self.images, "images"), texts, owner, 0
         images, columns = encode_images.from_pipeline(params, state, self.images)
         total = len(self.images.source)
-        owner = _owners(self.text_image, total, len(texts))
+        owner = owners(self.text_image, total, len(texts))
         place = np.full(total, -1, np.int32)
         place[columns["index"]] = np.arange(len(images))
         kept = place[owner] >= 0
@@ -261,9 +297,7 @@ class RetrievalEvaluation(ScoredEvaluation):
             shown = self.images
         if shown is None or self.captions is None:
             return None
-        # The same few queries every time, spread over the data, so that pictures of a run can be compared.
-        image_queries = np.unique(np.linspace(0, len(images) - 1, min(6, len(images))).astype(int))
-        text_queries = np.array([np.flatnonzero(owner == image)[0] for image in image_queries])
+        image_queries, text_queries = shown_queries(len(images), owner)
         return retrieval_picture(
             shown,
             self.captions,

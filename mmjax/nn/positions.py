@@ -37,14 +37,14 @@ def interpolate(
     if old == new:
         return table
     grid = rearrange(table[..., prefix:, :].astype(jnp.float32), "... (h w) d -> ... h w d", h=old[0])
-    rows, columns = (jnp.asarray(_matrix(o, n, rule)) for o, n in zip(old, new))
+    rows, columns = (jnp.asarray(resize_matrix(o, n, rule)) for o, n in zip(old, new))
     resized = jnp.einsum("rh,...hwd,cw->...rcd", rows, grid, columns, precision="highest")
     resized = rearrange(resized, "... r c d -> ... (r c) d").astype(table.dtype)
     return jnp.concatenate([table[..., :prefix, :], resized], axis=-2)
 
 
-def _matrix(old: int, new: int, rule: Rule) -> np.ndarray:
-    """float32 [new, old]: what each old point gives to each new one."""
+def resize_matrix(old: int, new: int, rule: Rule) -> np.ndarray:
+    """float32 [new, old]: what each old point of an axis gives to each new one."""
     if rule == "bicubic_antialias":
         return _antialiased(old, new)
     points = np.arange(new, dtype=np.float64)
