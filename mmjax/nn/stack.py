@@ -190,14 +190,14 @@ class Stack(nn.Module):
         `first` to before `last`, as a slice takes them.
         """
 
-        def run(block: Block, x: Array, *others: Any) -> Array:
-            return block(x, *others, train)
+        def run(block: Block, x: Array, mask: Array | None, context: Array | None, context_mask: Array | None) -> Array:
+            return block(x, mask, context, context_mask, train)
 
         states = [x]
         for block in self.blocks[first:last]:
             seen = (context, context_mask) if block.cross else (None, None)
-            others = (states[-1], mask, *seen)
-            states.append(rematerialised(run, block, *others) if self.remat else run(block, *others))
+            inputs = (states[-1], mask, *seen)
+            states.append(rematerialised(run, block, *inputs) if self.remat else run(block, *inputs))
         return states
 
     def prefill(

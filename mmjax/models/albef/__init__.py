@@ -1,0 +1,1 @@
+"""ALBEF: align before fuse (arXiv 2107.07651)."""

@@ -1,0 +1,147 @@
+"""ALBEF's public layout: what the scripts of salesforce/ALBEF save, before and after fine-tuning.
+
+Before it the text encoder's keys begin with `text_encoder.bert.`, after it with `text_encoder.`. Momentum encoders have
+names that end in `_m`; some published files are without them. The number of heads is in no file: all are 64 wide.
+"""
+
+import functools
+import re
+from collections.abc import Mapping, Set
+from dataclasses import replace
+from typing import Any
+
+from mmjax.models.albef.network import AlbefConfig, twins
+from mmjax.models.bert import checkpoint as bert
+from mmjax.models.bert.network import BertConfig
+from mmjax.models.vit import checkpoint_timm as timm
+from mmjax.models.vit.network import ViTConfig
+from mmjax.weights.compose import moved
+from mmjax.weights.table import Entry, Layout, Op, Shape, Table, chain, int64, reshape, transpose
+
+Shapes = Mapping[str, Shape]
+
+
+def _parts(config: AlbefConfig, momentum: bool) -> list[Entry]:
+    """The parts with a momentum copy: of the network, or of the copy."""
+    end, params = ("_m", "stats/momentum") if momentum else ("", "params")
+    put = functools.partial(moved, params=params)
+    entries = [put(entry, f"visual_encoder{end}.", "vision") for entry in timm.table(config.vision)]
+    entries += [put(entry, f"text_encoder{end}.", "text") for entry in _text_table(config)]
+    if config.embed_dim:
+        for source, target in (("vision_proj", "vision_proj"), ("text_proj", "text_proj")):
+            entries += [put(entry, "", "") for entry in timm.dense(f"{source}{end}", target)]
+    if config.classes:
+        for source, target in (("0", "cls_hidden"), ("2", "cls_head")):
+            entries += [put(entry, "", "") for entry in timm.dense(f"cls_head{end}.{source}", target)]
+    if config.decoder is not None:
+        entries += [put(entry, f"text_decoder{end}.", "decoder") for entry in bert.hf_table(config.decoder)]
+    return entries
+
+
+SHARED = Op("shared", lambda first, second: second, lambda both: (both, both), joins=True)
+"""Two arrays of the file that were one in the original <-> one of ours; the second is taken, as torch does."""
+
+
+def _text_table(config: AlbefConfig) -> Table:
+    """With the prefix `bert.` where there is a head of masked words beside it."""
+    entries = bert.hf_table(config.text)
+    if not config.text.mlm:
+        entries = tuple(replace(entry, source=entry.sources[0].removeprefix("bert.")) for entry in entries)
+    by_target = {entry.targets[0]: entry for entry in entries}
+    for first, second in twins(config):
+        for name in (f"cross_attention/{letter}/{array}" for letter in "kv" for array in ("kernel", "bias")):
+            one = by_target.pop(f"params/encoder/{first}/{name}")
+            other = by_target[f"params/encoder/{second}/{name}"]
+            both = replace(other, source=(*one.sources, *other.sources), op=chain(other.op, SHARED))
+            by_target[f"params/encoder/{second}/{name}"] = both
+    return tuple(by_target.values())
+
+
+def table(config: AlbefConfig) -> Table:
+    """The network; with `holds_state` also its momentum copy and the queues."""
+    entries = _parts(config, momentum=False)
+    entries += [Entry("temp", "params/temperature")] if config.embed_dim else []
+    entries += timm.dense("itm_head", "itm_head") if config.matching else []
+    if not config.holds_state:
+        return tuple(entries)
+    entries += _parts(config, momentum=True)
+    if config.queue:
+        for name in ("image", "text"):
+            entries.append(Entry(f"{name}_queue", f"stats/queue/{name}", transpose((1, 0))))
+        entries.append(Entry("queue_ptr", "stats/queue/cursor", chain(int64, reshape((1,), ()))))
+        if config.by_image:
+            entries.append(Entry("idx_queue", "stats/queue/ids", chain(int64, transpose((1, 0)))))
+    return tuple(entries)
+
+
+def config_of(shapes: Shapes, told: Mapping[str, Any] | None) -> AlbefConfig:
+    """From the arrays' shapes. A config.json, if there is one, may tell `vision_heads` and `text_heads`."""
+    told = told or {}
+    vision = {k.removeprefix("visual_encoder."): s for k, s in shapes.items() if k.startswith("visual_encoder.")}
+    args = {"model_args": {"num_heads": told["vision_heads"]}} if "vision_heads" in told else None
+    has_mlm = "text_encoder.cls.predictions.bias" in shapes
+    start = "text_encoder.bert." if has_mlm else "text_encoder."
+    text = text_config(shapes, start, has_mlm, told.get("text_heads"))
+    # Six layers that read and six that look, or six pairs of those.
+    pairs = text.depth == 3 * (text.cross_from or 0)
+    return AlbefConfig(
+        timm_config(vision, args),
+        text,
+        embed_dim=shapes.get("vision_proj.weight", (0,))[0],
+        matching="itm_head.weight" in shapes,
+        pairs=pairs,
+        classes=shapes.get("cls_head.2.weight", (0,))[0],
+        decoder=_decoder_config(shapes, told.get("text_heads")),
+        queue=shapes.get("image_queue", (0, 0))[1],
+        by_image="itm_head.weight" in shapes and not has_mlm,
+        holds_state=any(key.startswith("visual_encoder_m.") for key in shapes),
+    )
+
+
+def timm_config(shapes: Shapes, args: Mapping[str, Any] | None) -> ViTConfig:
+    """ALBEF's ViT is timm's; its positions are brought to other sizes by torch's bicubic rule."""
+    return replace(timm.config(shapes, args), rule="bicubic")
+
+
+def text_config(shapes: Shapes, start: str, mlm: bool, heads: int | None) -> BertConfig:
+    """start: what stands before `embeddings.` and `encoder.`."""
+    vocabulary, width = shapes[f"{start}embeddings.word_embeddings.weight"]
+    found = [re.fullmatch(re.escape(start) + r"encoder\.layer\.(\d+)\.(.+)", key) for key in shapes]
+    layers = {int(match[1]) for match in found if match}
+    crossed = {int(match[1]) for match in found if match and match[2] == "crossattention.self.query.weight"}
+    return BertConfig(
+        vocab_size=vocabulary,
+        width=width,
+        depth=len(layers),
+        heads=heads or max(width // 64, 1),
+        hidden=shapes[f"{start}encoder.layer.0.intermediate.dense.weight"][0],
+        positions=shapes[f"{start}embeddings.position_embeddings.weight"][0],
+        types=shapes[f"{start}embeddings.token_type_embeddings.weight"][0],
+        pooler=False,
+        mlm=mlm,
+        cross_from=min(crossed),
+    )
+
+
+def _decoder_config(shapes: Shapes, heads: int | None) -> BertConfig | None:
+    if "text_decoder.cls.predictions.bias" not in shapes:
+        return None
+    return replace(text_config(shapes, "text_decoder.bert.", True, heads), causal=True)
+
+
+def recognises(keys: Set[str], told: Mapping[str, Any] | None) -> bool:
+    """BLIP has no token types."""
+    types = {f"text_encoder.{bert}embeddings.token_type_embeddings.weight" for bert in ("bert.", "")}
+    return "visual_encoder.blocks.0.attn.qkv.weight" in keys and bool(types & keys)
+
+
+LAYOUTS = (
+    Layout(
+        "albef",
+        recognises,
+        config_of,
+        table,
+        wrappers=("model", "state_dict"),
+        ignored=("*.position_ids",),
+    ),
+)

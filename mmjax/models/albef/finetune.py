@@ -1,0 +1,134 @@
+"""ALBEF's fine-tuning: retrieval, entailment, pairs of images, answers to questions (arXiv 2107.07651, section 5)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from mmjax.errors import MmjaxError
+from mmjax.models.albef.method import Alignment, MomentumDistillation
+from mmjax.objectives.classification import hits
+from mmjax.objectives.distillation import distilled_cross_entropy
+from mmjax.objectives.language import IGNORED, answer_loss, distilled_text_cross_entropy
+from mmjax.training.rng import named
+from mmjax.training.state import Carry
+from mmjax.types import Array, Batch, Float, Metrics, Params, PRNGKeyArray
+
+
+@dataclass(frozen=True)
+class AlbefRetrieval(Alignment):
+    """Contrast and matching, in which all pairs of an image are right (model_retrieval.py). Batches: see `Alignment`.
+
+    Metrics: contrast_loss, matching_loss, matching_accuracy in [0, 1], temperature, which is not clamped.
+    """
+
+    def __post_init__(self) -> None:
+        """Raises MmjaxError for a network that compares or matches nothing, or does not tell images apart."""
+        c = self.config
+        if not (c.embed_dim and c.matching and c.by_image):
+            raise MmjaxError("albef: retrieval wants embed_dim, matching and by_image")
+
+    def loss(
+        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
+    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
+        told = self.encode(params, carry, batch, rng, axis_name)
+        negatives = self.negatives(params, batch, told, rng, axis_name)
+        contrast = self.contrast(params, carry, batch, told, axis_name)
+        matching, metrics, _ = self.match(params, batch, told, negatives, rng, axis_name)
+        metrics |= {"contrast_loss": contrast, "matching_loss": matching, "temperature": params["temperature"]}
+        return contrast + matching, (self.after(carry, self.enqueued(carry, batch, told, axis_name)), metrics)
+
+
+@dataclass(frozen=True)
+class AlbefClassification(MomentumDistillation):
+    """Classes of texts and images: SNLI-VE (model_ve.py) and, with `config.pairs`, NLVR2 (model_nlvr.py).
+
+    Batches: {"image": [b, h, w, 3]; of pairs also "other_image"; "ids", "attention_mask": [b, l]; "label": int32 [b]}.
+    Metric: accuracy in [0, 1].
+    """
+
+    def __post_init__(self) -> None:
+        """Raises MmjaxError for a network without classes."""
+        if not self.config.classes:
+            raise MmjaxError("albef: classification wants classes of 1 or more")
+
+    def example(self, batch: Batch) -> dict[str, Any]:
+        if not self.config.pairs:
+            return super().example(batch)
+        return super().example({**batch, "image": batch["image_0"]}) | {
+            "other_images": self.pixels(batch["image_1"][:1])
+        }
+
+    def loss(
+        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
+    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
+        own = self.logits(params, batch, named(rng, "student"), axis_name)
+        theirs = self.logits(self.teacher(params, carry), batch, named(rng, "teacher"), axis_name)
+        value = jnp.mean(distilled_cross_entropy(own, theirs, batch["label"], self.alpha(carry)))
+        return value, (self.after(carry), {"accuracy": jnp.mean(hits(own, batch["label"]))})
+
+    def logits(
+        self, params: Params, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
+    ) -> Float[Array, "b c"]:
+        """In training mode."""
+        how = {"axis_name": axis_name}
+        tokens = [
+            self.run(params, "image", self.pixels(batch[name]), rng=named(rng, name), **how)
+            for name in (("image_0", "image_1") if self.config.pairs else ("image",))
+        ]
+        states = self.run(params, "read", batch["input_ids"], batch["attention_mask"], rng=named(rng, "read"), **how)
+        states = self.run(params, "fuse", states, batch["attention_mask"], *tokens, rng=named(rng, "fuse"), **how)
+        return self.head(params, "classify", states)
+
+
+@dataclass(frozen=True)
+class AlbefAnswering(MomentumDistillation):
+    """Answers to questions about images, word by word (model_vqa.py).
+
+    Batches: {"image": [b, h, w, 3]; "input_ids", "attention_mask": questions [b, l]; "answer_ids": int32 [b, a, t],
+    [CLS] first, [SEP] last and padding after it; "answer_mask": [b, a, t], 1 = a token; "answer_weights": float32
+    [b, a], 0 where a question has fewer than a answers}.
+    """
+
+    def __post_init__(self) -> None:
+        """Raises MmjaxError for a network that writes nothing."""
+        if self.config.decoder is None:
+            raise MmjaxError("albef: answering wants a decoder")
+
+    def example(self, batch: Batch) -> dict[str, Any]:
+        return super().example(batch) | {"decoder_ids": batch["answer_ids"][:1, 0]}
+
+    def loss(
+        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
+    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
+        losses, _ = self.losses(params, carry, batch, rng, axis_name)
+        return answer_loss(losses, batch["answer_weights"], len(batch["input_ids"])), (self.after(carry), {})
+
+    def losses(
+        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
+    ) -> tuple[Float[Array, "b a"], tuple[Float[Array, "b a t v"], Float[Array, "b a t v"]]]:
+        """Of each answer, summed over its tokens; and the logits of the network and of its momentum copy."""
+        own = self.logits(params, batch, named(rng, "student"), axis_name)
+        theirs = self.logits(self.teacher(params, carry), batch, named(rng, "teacher"), axis_name)
+        after = jnp.where(batch["answer_mask"] == 1, batch["answer_ids"], IGNORED)[..., 1:]
+        told = distilled_text_cross_entropy(own[..., :-1, :], theirs[..., :-1, :], after, self.alpha(carry))
+        return told, (own, theirs)
+
+    def logits(
+        self, params: Params, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
+    ) -> Float[Array, "b a t v"]:
+        """In training mode: of the word after each token of each answer."""
+        how, mask = {"axis_name": axis_name}, batch["attention_mask"]
+        tokens = self.run(params, "image", self.pixels(batch["image"]), rng=named(rng, "image"), **how)
+        states = self.run(params, "read", batch["input_ids"], mask, rng=named(rng, "read"), **how)
+        states = self.run(params, "fuse", states, mask, tokens, rng=named(rng, "fuse"), **how)
+        b, a, t = batch["answer_ids"].shape
+
+        def rows(x: Array) -> Array:
+            """One for each answer of a question."""
+            return jnp.repeat(x, a, axis=0)
+
+        answers, answers_mask = (batch[name].reshape(b * a, t) for name in ("answer_ids", "answer_mask"))
+        inputs = answers, answers_mask, rows(states), rows(mask)
+        told = self.run(params, "write", *inputs, rng=named(rng, "write"), **how)
+        return told.reshape(b, a, t, -1)

@@ -1,0 +1,97 @@
+"""ALBEF's pre-training: contrast, matching, and words under an image (arXiv 2107.07651; model_pretrain.py:88-214)."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.errors import MmjaxError
+from mmjax.models.albef.method import Alignment, Encoded
+from mmjax.objectives.language import IGNORED, distilled_token_cross_entropy
+from mmjax.training.rng import example_keys, named
+from mmjax.training.state import Carry
+from mmjax.types import Array, Batch, Float, Int, Metrics, Params, PRNGKeyArray
+
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.001, 0.5
+"""Where pre-training keeps the temperature (model_pretrain.py:90)."""
+
+
+@dataclass(frozen=True)
+class AlbefPretraining(Alignment):
+    """The sum of three losses. Batches as `Alignment` says, without ids of images.
+
+    Metrics: contrast_loss, matching_loss, mlm_loss, matching_accuracy, mlm_accuracy in [0, 1], temperature.
+
+    Attributes:
+        mask_id: the id of [MASK].
+        special: ids that are never masked: [PAD] and [CLS].
+        mask_rate: each other token is masked with this probability, by itself.
+    """
+
+    mask_id: int = 103
+    special: tuple[int, ...] = (0, 101)
+    mask_rate: float = 0.15
+
+    def __post_init__(self) -> None:
+        """Raises MmjaxError for a network that names no words, or compares or matches nothing."""
+        c = self.config
+        if not (c.text.mlm and c.embed_dim and c.matching) or c.by_image:
+            raise MmjaxError("albef: pre-training wants text.mlm, embed_dim, matching, and no by_image")
+
+    def loss(
+        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
+    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
+        told = self.encode(params, carry, batch, rng, axis_name)
+        negatives = self.negatives(params, batch, told, rng, axis_name)
+        keys = example_keys(named(rng, "masks"), len(batch["input_ids"]), axis_name)
+        masked = jax.vmap(self.masked)(keys, batch["input_ids"])
+        contrast = self.contrast(params, carry, batch, told, axis_name)
+        matching, metrics, _ = self.match(params, batch, told, negatives, rng, axis_name)
+        words, more, _ = self.name_words(params, carry, batch, told, masked, rng, axis_name)
+        metrics |= {"contrast_loss": contrast, "matching_loss": matching, "mlm_loss": words} | more
+        metrics["temperature"] = params["temperature"]
+        after = self.after(carry, self.enqueued(carry, batch, told, axis_name))
+        return contrast + matching + words, (after, metrics)
+
+    def masked(self, key: PRNGKeyArray, ids: Int[Array, "l"]) -> tuple[Int[Array, "l"], Int[Array, "l"]]:
+        """(ids, labels) of one text: of the masked tokens 80 % are [MASK], 10 % any id of the vocabulary, 10 % stay;
+        labels are their ids, and IGNORED elsewhere (model_pretrain.py:253-276)."""
+        chosen, kind, other = jax.random.split(key, 3)
+        hidden = jax.random.bernoulli(chosen, self.mask_rate, ids.shape)
+        hidden &= ~jnp.isin(ids, jnp.asarray(self.special))
+        kind = jax.random.uniform(kind, ids.shape)
+        others = jax.random.randint(other, ids.shape, 0, self.config.text.vocab_size)
+        behind = jnp.where(kind < 0.8, self.mask_id, jnp.where(kind < 0.9, others, ids))
+        return jnp.where(hidden, behind, ids), jnp.where(hidden, ids, IGNORED)
+
+    def name_words(
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        told: Encoded,
+        masked: tuple[Int[Array, "b l"], Int[Array, "b l"]],
+        rng: PRNGKeyArray,
+        axis_name: str | None,
+    ) -> tuple[Float[Array, ""], Metrics, tuple[Float[Array, "b l v"], Float[Array, "b l v"]]]:
+        """The loss, its metrics, and the logits of the network and of its momentum copy, which sees its own image.
+
+        masked: ids and labels as `masked` makes them.
+        """
+        (ids, labels), teacher = masked, self.teacher(params, carry)
+
+        def logits(params: Params, image: Array, who: str) -> Array:
+            first, second = (named(rng, f"{who}/words/{part}") for part in ("read", "fuse"))
+            states = self.run(params, "read", ids, batch["attention_mask"], axis_name=axis_name, rng=first)
+            states = self.run(params, "fuse", states, batch["attention_mask"], image, axis_name=axis_name, rng=second)
+            return self.head(params, "words", states)
+
+        own, theirs = logits(params, told.image, "student"), logits(teacher, told.teacher_image, "teacher")
+        found = distilled_token_cross_entropy(own, theirs, labels, self.alpha(carry), axis_name=axis_name)
+        devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+        right = jnp.sum((jnp.argmax(own, -1) == labels).astype(jnp.float32))
+        return found.loss, {"mlm_accuracy": devices * right / jnp.maximum(found.tokens, 1)}, (own, theirs)
+
+    def constrain(self, params: Params) -> Params:
+        """The temperature stays within its bounds."""
+        return {**params, "temperature": jnp.clip(params["temperature"], LEAST_TEMPERATURE, MOST_TEMPERATURE)}
