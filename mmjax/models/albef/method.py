@@ -145,6 +145,14 @@ class Alignment(MomentumDistillation):
         teacher_image, _, image_keys, text_keys = both(teacher, "teacher")
         return Encoded(*both(params, "student"), teacher_image, image_keys, text_keys)
 
+    def encode_image(self, params: Params, state: Any, images: Array) -> Float[Array, "b e"]:
+        """Unit features of images, for evaluations beside training."""
+        return self.head(params, "image_embeds", self.head(params, "image", self.pixels(images)))
+
+    def encode_text(self, params: Params, state: Any, texts: Batch) -> Float[Array, "b e"]:
+        """Unit features of {"input_ids", "attention_mask"} [b, l]."""
+        return self.head(params, "text_embeds", self.head(params, "read", texts["input_ids"], texts["attention_mask"]))
+
     def contrast(
         self, params: Params, carry: Carry, batch: Batch, told: Encoded, axis_name: str | None
     ) -> Float[Array, ""]:

@@ -1,0 +1,160 @@
+"""ALBEF in small, on real pairs that pip brings: OpenMoji's drawings and their names; minutes on a laptop's CPU.
+
+    mmjax train experiments/albef_openmoji.py --workdir workdirs/albef_openmoji
+
+The whole of pre-training from random weights: contrast with momentum keys and queues, matching with hard negatives,
+words under an image, momentum distillation. Beside it, on drawings whose names no training text has
+(`mmjax.data.openmoji`): retrieval by the features alone, and with the matching head on the nearest of them.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax.data.caption_text import CleanText, EncodeCaption
+from mmjax.data.openmoji import ATTRIBUTION, OpenMoji, load_openmoji
+from mmjax.data.pipeline import Pipeline
+from mmjax.data.preprocess import ImagePreprocessing
+from mmjax.data.transforms import RandomFlip, RandomResizedCrop
+from mmjax.evaluation.rerank import RerankEvaluation
+from mmjax.evaluation.retrieval import RetrievalEvaluation
+from mmjax.models.albef.network import AlbefConfig
+from mmjax.models.albef.pretrain import AlbefPretraining
+from mmjax.models.albef.retrieval import TwoStages
+from mmjax.models.bert.network import BertConfig
+from mmjax.models.vit.network import ViTConfig
+from mmjax.text.captions import albef_caption, caption_columns
+from mmjax.text.training import train_wordpiece
+from mmjax.text.wordpiece import WordPieceTokenizer
+from mmjax.training.experiment import Evaluation, ExperimentConfig, save_tokenizer
+from mmjax.training.optimizer import Optimizer, adamw, warmup_cosine
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(ExperimentConfig):
+    """Of minutes on two cores.
+
+    Attributes:
+        hold_out: what no training text shares with a held-out one, see `mmjax.data.openmoji`.
+        image_size, patch: sides in pixels, of the drawings and of what becomes a token.
+        vocab_size: pieces that are learned from the training names.
+        length: tokens of a text, [CLS] included.
+        width, vision_depth, text_depth: of both encoders; the second half of the text's layers looks at the image.
+        queue: keys of earlier batches, a multiple of the batch.
+        momentum: of the momentum encoders; they are to follow within a shorter run than the paper's.
+        alpha: the momentum encoders' share of the targets; it rises over `alpha_steps` batches.
+        k: drawings or names that the matching head sees for each query.
+    """
+
+    steps: int = 400
+    batch_size: int = 64
+    eval_every: int = 100
+    checkpoint_every: int = 100
+    hold_out: Literal["name", "family"] = "name"
+    image_size: int = 64
+    patch: int = 8
+    vocab_size: int = 1500
+    length: int = 16
+    width: int = 192
+    vision_depth: int = 4
+    text_depth: int = 4
+    embed_dim: int = 128
+    queue: int = 1024
+    momentum: float = 0.99
+    alpha: float = 0.4
+    alpha_steps: int = 200
+    learning_rate: float = 1e-3
+    warmup: int = 50
+    weight_decay: float = 0.05
+    crop: float = 0.5
+    k: int = 32
+
+    @functools.cached_property
+    def pairs(self) -> OpenMoji:
+        return load_openmoji(self.image_size, hold_out=self.hold_out)
+
+    @functools.cached_property
+    def tokenizer(self) -> WordPieceTokenizer:
+        names = (albef_caption(text) for texts in self.pairs.train.columns["texts"] for text in texts)
+        return train_wordpiece(names, self.vocab_size)
+
+    @property
+    def network(self) -> AlbefConfig:
+        side, heads, hidden = (self.image_size, self.image_size), self.width // 64, 4 * self.width
+        vision = ViTConfig(self.width, self.vision_depth, heads, hidden, self.patch, side, init="normal")
+        text = BertConfig(self.tokenizer.vocab_size, self.width, self.text_depth, heads, hidden, self.length)
+        text = dataclasses.replace(text, pooler=False, mlm=True, cross_from=self.text_depth // 2)
+        own = {"embed_dim": self.embed_dim, "queue": self.queue, "momentum": self.momentum, "alpha": self.alpha}
+        return AlbefConfig(vision, text, **own)
+
+    def method(self) -> AlbefPretraining:
+        tokenizer = self.tokenizer
+        return AlbefPretraining(
+            self.network,
+            alpha_steps=self.alpha_steps,
+            mean=MEAN,
+            std=STD,
+            mask_id=tokenizer.mask,
+            special=(tokenizer.pad, tokenizer.cls),
+        )
+
+    def optimizer(self) -> Optimizer:
+        return Optimizer(adamw(warmup_cosine(self.learning_rate, self.steps, self.warmup), self.weight_decay))
+
+    def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the global batch."""
+        tokens = jax.ShapeDtypeStruct((self.batch_size, self.length), jnp.int32)
+        image = jax.ShapeDtypeStruct((self.batch_size, self.image_size, self.image_size, 3), jnp.uint8)
+        return {"image": image, "input_ids": tokens, "attention_mask": tokens}
+
+    def train_data(self) -> Pipeline:
+        crop = RandomResizedCrop(self.image_size, scale=(self.crop, 1.0))
+        encode = EncodeCaption(self.tokenizer, self.length, sep=False)
+        return Pipeline(
+            self.pairs.train,
+            self.batch_size,
+            seed=self.seed,
+            transforms=(crop, RandomFlip(), CleanText(albef_caption), encode),
+            workers=self.workers,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        method, held_out = self.method(), self.pairs.held_out.columns
+        images, names = np.asarray(held_out["image"]), list(held_out["text"])
+        texts = caption_columns(self.tokenizer, [albef_caption(name) for name in names], self.length, sep=False)
+        first = RetrievalEvaluation(
+            name="features",
+            encode_image=method.encode_image,
+            encode_text=method.encode_text,
+            images=images,
+            texts=texts,
+            final_step=self.steps,
+        )
+        stages = TwoStages(method, images, texts, self.k)
+        both = RerankEvaluation(
+            reranker=stages.reranker,
+            first=stages.first,
+            captions=names,
+            thumbnails=images,
+            attribution=ATTRIBUTION,
+            final_step=self.steps,
+        )
+        return first, both
+
+    def model(self) -> tuple[str, AlbefConfig]:
+        return "albef", self.network
+
+    def save_assets(self, workdir: pathlib.Path) -> dict[str, Any]:
+        """The tokenizer, and how images are made ready."""
+        size = (self.image_size, self.image_size)
+        preprocess = ImagePreprocessing(size, None, resample="bilinear", mean=MEAN, std=STD)
+        return save_tokenizer(self.tokenizer, workdir) | {"preprocess": dataclasses.asdict(preprocess)}
