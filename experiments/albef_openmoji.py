@@ -88,9 +88,11 @@ class Config(ExperimentConfig):
     @property
     def network(self) -> AlbefConfig:
         side, heads, hidden = (self.image_size, self.image_size), self.width // 64, 4 * self.width
-        vision = ViTConfig(self.width, self.vision_depth, heads, hidden, self.patch, side, init="normal")
+        # Both begin wider spread than the published sizes, whose 0.02 is for 768 channels.
+        vision = ViTConfig(self.width, self.vision_depth, heads, hidden, self.patch, side, init="vit")
         text = BertConfig(self.tokenizer.vocab_size, self.width, self.text_depth, heads, hidden, self.length)
-        text = dataclasses.replace(text, pooler=False, mlm=True, cross_from=self.text_depth // 2)
+        own = {"pooler": False, "mlm": True, "cross_from": self.text_depth // 2, "init_std": self.width**-0.5}
+        text = dataclasses.replace(text, **own)
         own = {"embed_dim": self.embed_dim, "queue": self.queue, "momentum": self.momentum, "alpha": self.alpha}
         return AlbefConfig(vision, text, **own)
 

@@ -74,6 +74,7 @@ def _shapes_config(
         "epsilon": told.get("layer_norm_eps", 1e-12),
         "dropout": told.get("hidden_dropout_prob", 0.1),
         "attention_dropout": told.get("attention_probs_dropout_prob", 0.1),
+        "init_std": told.get("initializer_range", 0.02),
     }
 
 
@@ -95,7 +96,7 @@ def _told(config: BertConfig, acts: Mapping[str, str]) -> dict[str, Any]:
         "hidden_act": act,
         "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": config.attention_dropout,
-        "initializer_range": 0.02,
+        "initializer_range": config.init_std,
     }
 
 
