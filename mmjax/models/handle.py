@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import jax
@@ -182,7 +182,7 @@ def batched(ask: Callable[..., Any], size: int, *arrays: ArrayLike) -> Any:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n], *told)
 
 
-def likeliest(scores: Array, names: Sequence[str], top: int) -> list[list[tuple[str, float]]]:
+def likeliest(scores: Array, names: list[str], top: int) -> list[list[tuple[str, float]]]:
     """Of each row of scores [b, c] the `top` highest with the names of their columns, the highest first."""
     values, indices = jax.lax.top_k(scores, min(top, scores.shape[1]))
     return [[(names[i], p) for i, p in zip(*row)] for row in zip(indices.tolist(), values.tolist())]
