@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden.albef import config_of
 from PIL import Image
 
 import mmjax
@@ -30,7 +31,7 @@ from mmjax.training.checkpoint import CheckpointWriter
 from mmjax.training.optimizer import Optimizer, adamw
 from mmjax.training.queue import enqueue
 from mmjax.training.state import create_state
-from mmjax.weights.files import write_safetensors
+from mmjax.weights.files import read_weights, write_safetensors
 from mmjax.weights.table import save_table
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -152,6 +153,28 @@ def test_files_of_the_original_scripts(wrapped: bool, tmp_path: pathlib.Path):
         same({"params": loaded.params, "stats": loaded.stats}, {"params": model.params, "stats": stats})
         assert loaded.config == model.config
         assert loaded.tokenizer.pieces(CAPTIONS) == TOKENIZER.pieces(CAPTIONS)
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "retrieval", "ve", "nlvr", "vqa"])
+def test_the_files_of_the_vaults_tell_their_own_config(kind: str, golden_dir: pathlib.Path, tmp_path: pathlib.Path):
+    """The keys are the original code's own. What no file tells is left out of the comparison."""
+    told = json.loads((golden_dir / f"albef_{kind}.json").read_text())["config"]
+    tensors = read_weights(golden_dir / f"albef_{kind}.safetensors").arrays
+    weights = {key.removeprefix("weights/"): tensors[key] for key in tensors if key.startswith("weights/")}
+    write_safetensors(tmp_path / "model.safetensors", weights)
+    heads = {"vision_heads": told["vision_heads"], "text_heads": told["bert_config"]["num_attention_heads"]}
+    (tmp_path / "config.json").write_text(json.dumps(heads))
+    model, want = mmjax.load(tmp_path), config_of(f"albef_{kind}", told)
+    bare = {"dropout": 0.1, "attention_dropout": 0.1, "epsilon": 1e-12}
+    parts = {
+        part: dataclasses.replace(getattr(want, part), **bare) for part in ("text", "decoder") if getattr(want, part)
+    }
+    parts["vision"] = dataclasses.replace(want.vision, epsilon=model.config.vision.epsilon)
+    free = {name: getattr(model.config, name) for name in ("labels", "temperature", "momentum", "alpha")}
+    assert model.config == dataclasses.replace(want, **parts, **free)
+    mmjax.export(model, tmp_path / "out", layout="albef")
+    again = read_weights(tmp_path / "out" / "model.safetensors").arrays
+    assert all(np.array_equal(again[key], weights[key]) for key in again) and len(again) > 50
 
 
 def test_of_two_layers_that_share_keys_the_odd_one_counts(tmp_path: pathlib.Path):
