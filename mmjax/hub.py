@@ -236,7 +236,9 @@ def _load_public(path: pathlib.Path, wanted: str | None) -> _Read:
     shapes = {name: weights.shapes[key] for name, key in names.items()}
     try:
         config = layout.config(shapes, told)
-    except (LookupError, TypeError, AttributeError) as error:
+    except MmjaxError as error:
+        raise WeightsError(f"{weights.file}: {error}") from error
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise WeightsError(
             f"{weights.file} looks like {system.name} in the {layout.name} layout, but its config cannot be told "
             f"from it: {type(error).__name__}: {error}"
@@ -330,7 +332,7 @@ def _load_same(
     """Arrays under our own paths, checked against the model; each keeps the dtype that it was stored in."""
     wanted = flatten(kind.shapes(config))
     shapes = {key: jax.ShapeDtypeStruct(leaf.shape, dtypes.get(key, leaf.dtype)) for key, leaf in wanted.items()}
-    return load_table(tuple(Entry(key, key) for key in wanted), arrays, shapes, file)
+    return load_table(tuple(Entry(key, key) for key in wanted), arrays, shapes, file, ignored=kind.of_runs)
 
 
 def _load_checkpoint(workdir: pathlib.Path, place: pathlib.Path) -> _Read:

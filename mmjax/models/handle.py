@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import jax
@@ -16,6 +16,9 @@ from flax import linen as nn
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
 from mmjax.types import Array, ArrayLike, Params
+
+LENGTHS = 16
+"""Texts are padded to multiples of so many tokens, so that few shapes are compiled."""
 
 
 @dataclasses.dataclass
@@ -38,6 +41,8 @@ class Model(abc.ABC):
     """What `classify` takes, where there is one."""
     int8_channels: ClassVar[Mapping[str, int]] = {}
     """Globs of the parameters that may be kept in int8 (see `mmjax.nn.int8`), and the axis of each one's channels."""
+    of_runs: ClassVar[tuple[str, ...]] = ()
+    """Globs of what a run's checkpoints hold beside the model: a method's counters."""
 
     config: Any
     params: Params
@@ -164,3 +169,20 @@ def unit(x: Array) -> Array:
     """Vectors of length one along the last axis."""
     x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def batched(ask: Callable[..., Any], size: int, *arrays: ArrayLike) -> Any:
+    """What `ask` tells of the rows of arrays, one array or a tree of them: batch by batch, the last filled up with
+    copies to the size of the others, so that one program serves them all."""
+    n = len(arrays[0])
+    if n <= size:
+        return ask(*arrays)
+    batches = (np.minimum(np.arange(start, start + size), n - 1) for start in range(0, n, size))
+    told = [ask(*(array[rows] for array in arrays)) for rows in batches]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n], *told)
+
+
+def likeliest(scores: Array, names: list[str], top: int) -> list[list[tuple[str, float]]]:
+    """Of each row of scores [b, c] the `top` highest with the names of their columns, the highest first."""
+    values, indices = jax.lax.top_k(scores, min(top, scores.shape[1]))
+    return [[(names[i], p) for i, p in zip(*row)] for row in zip(indices.tolist(), values.tolist())]

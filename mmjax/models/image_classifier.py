@@ -9,7 +9,7 @@ import jax
 
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
-from mmjax.models.handle import Model
+from mmjax.models.handle import Model, likeliest
 from mmjax.types import Array, Float, Params
 
 
@@ -68,5 +68,4 @@ class ImageClassifier(Model):
         if len(names) != classes:
             raise MmjaxError(f"labels: {len(names)} names for the {classes} classes of the head")
         logits = self.forward(pixel_values=self.pixels(images))["logits"]
-        values, indices = jax.lax.top_k(jax.nn.softmax(logits), min(top, classes))
-        return [[(names[i], p) for i, p in zip(*row)] for row in zip(indices.tolist(), values.tolist())]
+        return likeliest(jax.nn.softmax(logits), names, top)

@@ -158,6 +158,28 @@ class WordPieceTokenizer:
         except MmjaxError as error:
             raise MmjaxError(f"{file}: {error}") from error
 
+    @classmethod
+    def found(cls, file: pathlib.Path) -> "WordPieceTokenizer | None":
+        """A tokenizer.json, or vocab.txt beside where it would be; None where neither is."""
+        if file.is_file():
+            return cls.from_file(file)
+        vocab = file.with_name("vocab.txt")
+        return cls.from_vocab(vocab) if vocab.is_file() else None
+
+
+def fitting(tokenizer: WordPieceTokenizer | None, vocab_size: int, whose: str) -> WordPieceTokenizer:
+    """The tokenizer of a model that knows so many pieces. Raises MmjaxError: there is none, or it has more."""
+    if tokenizer is None:
+        raise MmjaxError(
+            f"this {whose} came without tokenizer.json or vocab.txt: pass ids, or set one: "
+            "model.replace(tokenizer=WordPieceTokenizer.from_vocab('vocab.txt'))"
+        )
+    if tokenizer.vocab_size > vocab_size:
+        raise MmjaxError(
+            f"the tokenizer's vocabulary of {tokenizer.vocab_size} does not fit the model's of {vocab_size}"
+        )
+    return tokenizer
+
 
 def cut(a: Sequence[int], b: Sequence[int] | None, room: int) -> tuple[Sequence[int], Sequence[int] | None]:
     """Both in `room` pieces together: the longer loses its last piece, the second where they are equal."""

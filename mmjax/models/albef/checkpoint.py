@@ -1,7 +1,8 @@
 """ALBEF's public layout: what the scripts of salesforce/ALBEF save, before and after fine-tuning.
 
 Before it the text encoder's keys begin with `text_encoder.bert.`, after it with `text_encoder.`. Momentum encoders have
-names that end in `_m`; some published files are without them. The number of heads is in no file: all are 64 wide.
+names that end in `_m`; some published files are without them and without queues. The number of heads is in no file of
+weights: all are 64 wide, unless a config.json, which an export writes, tells another one.
 """
 
 import functools
@@ -10,11 +11,13 @@ from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
 
+from mmjax.errors import MmjaxError
 from mmjax.models.albef.network import AlbefConfig, twins
 from mmjax.models.bert import checkpoint as bert
 from mmjax.models.bert.network import BertConfig
 from mmjax.models.vit import checkpoint_timm as timm
 from mmjax.models.vit.network import ViTConfig
+from mmjax.objectives.language import IGNORED
 from mmjax.weights.compose import moved
 from mmjax.weights.table import Entry, Layout, Op, Shape, Table, chain, int64, reshape, transpose
 
@@ -70,27 +73,40 @@ def table(config: AlbefConfig) -> Table:
             entries.append(Entry(f"{name}_queue", f"stats/queue/{name}", transpose((1, 0))))
         entries.append(Entry("queue_ptr", "stats/queue/cursor", chain(int64, reshape((1,), ()))))
         if config.by_image:
-            entries.append(Entry("idx_queue", "stats/queue/ids", chain(int64, transpose((1, 0)))))
+            ids = chain(int64, transpose((1, 0)))
+            entries.append(Entry("idx_queue", "stats/queue/ids", ids, optional=True, default=IGNORED))
     return tuple(entries)
 
 
 def config_of(shapes: Shapes, told: Mapping[str, Any] | None) -> AlbefConfig:
-    """From the arrays' shapes. A config.json, if there is one, may tell `vision_heads` and `text_heads`."""
+    """From the arrays' shapes. A config.json, if there is one, may tell what `told_of` writes.
+
+    Raises MmjaxError for the file of text assignment, or parts that do not fit each other.
+    """
+    if "ta_head.weight" in shapes:
+        raise MmjaxError(
+            "ta_head: this is a file of text assignment (pretrain_model_nlvr.pth), and no network here has such a "
+            "head; NLVR2 can begin with a pre-trained file (ALBEF.pth)"
+        )
     told = told or {}
     vision = {k.removeprefix("visual_encoder."): s for k, s in shapes.items() if k.startswith("visual_encoder.")}
     args = {"model_args": {"num_heads": told["vision_heads"]}} if "vision_heads" in told else None
     has_mlm = "text_encoder.cls.predictions.bias" in shapes
     start = "text_encoder.bert." if has_mlm else "text_encoder."
     text = text_config(shapes, start, has_mlm, told.get("text_heads"))
+    classes = shapes.get("cls_head.2.weight", (0,))[0]
     # Six layers that read and six that look, or six pairs of those.
-    pairs = text.depth == 3 * (text.cross_from or 0)
+    pairs = bool(classes) and text.depth == 3 * (text.cross_from or 0)
+    published = AlbefConfig.nlvr() if pairs else AlbefConfig.entailment()
+    labels = published.labels if classes == published.classes else ()
     return AlbefConfig(
         timm_config(vision, args),
         text,
         embed_dim=shapes.get("vision_proj.weight", (0,))[0],
         matching="itm_head.weight" in shapes,
         pairs=pairs,
-        classes=shapes.get("cls_head.2.weight", (0,))[0],
+        classes=classes,
+        labels=tuple(told.get("labels", labels)),
         decoder=_decoder_config(shapes, told.get("text_heads")),
         queue=shapes.get("image_queue", (0, 0))[1],
         by_image="itm_head.weight" in shapes and not has_mlm,
@@ -98,9 +114,15 @@ def config_of(shapes: Shapes, told: Mapping[str, Any] | None) -> AlbefConfig:
     )
 
 
+def told_of(config: AlbefConfig) -> dict[str, Any]:
+    """What no shape tells: the numbers of heads, and what the classes are called."""
+    told: dict[str, Any] = {"vision_heads": config.vision.heads, "text_heads": config.text.heads}
+    return told | ({"labels": list(config.labels)} if config.classes else {})
+
+
 def timm_config(shapes: Shapes, args: Mapping[str, Any] | None) -> ViTConfig:
     """ALBEF's ViT is timm's; its positions are brought to other sizes by torch's bicubic rule."""
-    return replace(timm.config(shapes, args), rule="bicubic")
+    return replace(timm.config(shapes, args), rule="bicubic", init="normal")
 
 
 def text_config(shapes: Shapes, start: str, mlm: bool, heads: int | None) -> BertConfig:
@@ -119,7 +141,7 @@ def text_config(shapes: Shapes, start: str, mlm: bool, heads: int | None) -> Ber
         types=shapes[f"{start}embeddings.token_type_embeddings.weight"][0],
         pooler=False,
         mlm=mlm,
-        cross_from=min(crossed),
+        cross_from=min(crossed, default=None),
     )
 
 
@@ -141,6 +163,7 @@ LAYOUTS = (
         recognises,
         config_of,
         table,
+        told_of,
         wrappers=("model", "state_dict"),
         ignored=("*.position_ids",),
     ),

@@ -2,7 +2,7 @@
 whose upper half looks at the image."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import jax
@@ -40,7 +40,7 @@ class AlbefConfig:
         momentum: the share of the old value that the momentum encoders keep at a step.
         alpha: the share of the momentum encoders' word in the targets.
         holds_state: the file had momentum encoders (and queues): they come in, and an export writes them.
-        dtype: compute dtype of all parts.
+        dtype: compute dtype of the encoders and the decoder; the heads are float32.
     """
 
     vision: ViTConfig
@@ -57,6 +57,7 @@ class AlbefConfig:
     momentum: float = 0.995
     alpha: float = 0.4
     holds_state: bool = False
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         """Raises MmjaxError for parts that do not fit each other."""
@@ -66,6 +67,8 @@ class AlbefConfig:
             raise MmjaxError("albef: pairs: an odd number of layers looks at the two images")
         if self.decoder is not None and (self.decoder.cross_from != 0 or not self.decoder.causal):
             raise MmjaxError("albef: every layer of the decoder looks at the question, and none ahead: cross_from=0")
+        if len(self.labels) not in (0, self.classes):
+            raise MmjaxError(f"albef: {len(self.labels)} labels for classes={self.classes}")
 
     @classmethod
     def base(cls, side: int = 256, **fields: Any) -> Self:
@@ -121,7 +124,9 @@ class Albef(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.vision, self.text = ViT(c.vision), Bert(c.text, self.axis_name)
+        dtype: Any = {"dtype": c.dtype}
+        self.vision = ViT(replace(c.vision, **dtype))
+        self.text = Bert(replace(c.text, **dtype), self.axis_name)
         if c.embed_dim:
             self.vision_proj, self.text_proj = _linear(c.embed_dim, c.vision.width), _linear(c.embed_dim, c.text.width)
             self.temperature = self.param("temperature", nn.initializers.constant(c.temperature), ())
@@ -130,7 +135,7 @@ class Albef(nn.Module):
         if c.classes:
             self.cls_hidden, self.cls_head = _linear(c.text.width, c.text.width), _linear(c.classes, c.text.width)
         if c.decoder is not None:
-            self.decoder = Bert(c.decoder, self.axis_name)
+            self.decoder = Bert(replace(c.decoder, **dtype), self.axis_name)
 
     def __call__(
         self,

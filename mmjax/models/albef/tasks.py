@@ -1,19 +1,24 @@
 """The handle of ALBEF: features, matching, classes of texts with images, and answers out of a list."""
 
 import functools
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
 from mmjax.models.albef.network import MOMENTUM, Albef, AlbefConfig, tied, untied
-from mmjax.models.handle import Model
+from mmjax.models.handle import LENGTHS, batched, likeliest
+from mmjax.models.image_text import ImageTextModel, are_features, are_texts, ranked
 from mmjax.objectives.language import IGNORED, text_cross_entropy
+from mmjax.text.captions import albef_caption, albef_question, caption_columns
+from mmjax.text.wordpiece import WordPieceTokenizer, fitting
 from mmjax.types import Array, ArrayLike, Float, Int
 
 
@@ -33,8 +38,12 @@ class Ranking(NamedTuple):
 
 
 @dataclass
-class AlbefModel(Model):
-    """An ALBEF with its weights.
+class AlbefModel(ImageTextModel):
+    """An ALBEF with its weights; `tokenizer` is a `mmjax.text.wordpiece.WordPieceTokenizer`. Its files hold none: put
+    bert-base-uncased's vocab.txt beside them.
+
+    Texts are cleaned as the original does (`mmjax.text.captions`) and read as [CLS] text, without [SEP]; ids [b, l] in
+    their place are taken as they are, all of them tokens.
 
     stats: with `config.holds_state` "momentum" (parameters) and "queue" {"image", "text" [q, e], "cursor", of retrieval
     also "ids" [q, 1]}, so that an export writes back what was read.
@@ -42,6 +51,7 @@ class AlbefModel(Model):
 
     system: ClassVar[str] = "albef"
     config_class: ClassVar[type] = AlbefConfig
+    of_runs: ClassVar[tuple[str, ...]] = ("stats/steps",)
     config: AlbefConfig
 
     @classmethod
@@ -93,6 +103,11 @@ class AlbefModel(Model):
         """Stretched to the square, bicubic; CLIP's means and deviations (dataset/__init__.py)."""
         return ImagePreprocessing.albef(config.vision.image_size[0])
 
+    @classmethod
+    def load_tokenizer(cls, file: pathlib.Path) -> WordPieceTokenizer | None:
+        """tokenizer.json, or vocab.txt beside where it would be."""
+        return WordPieceTokenizer.found(file)
+
     # ----------------------------------------------------------------------------------------------------------- arrays
 
     def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
@@ -137,7 +152,179 @@ class AlbefModel(Model):
             told["logits"] = ask("write", *answers, states, mask)
         return told
 
+    @functools.cached_property
+    def _asked(self) -> Callable[..., Any]:
+        """(variables, names, *arrays) -> what methods of the network with these names make of arrays, in turn."""
+
+        def ask(variables: Any, names: tuple[str, ...], *arrays: Array) -> Any:
+            for name in names:
+                arrays = (self.module.apply(variables, *arrays, method=name),)  # type: ignore[assignment]
+            return arrays[0]
+
+        return jax.jit(ask, static_argnums=1)
+
+    @functools.cached_property
+    def _judged(self) -> Callable[..., Array]:
+        """(variables, head, ids, mask, *images) -> logits of "match" or "classify", of the i-th text and its image."""
+
+        def judge(variables: Any, head: str, ids: Array, mask: Array, *images: Array) -> Any:
+            def ask(name: str, *given: Any) -> Any:
+                return self.module.apply(variables, *given, method=name)
+
+            states = ask("read", ids, mask)
+            return ask(head, ask("fuse", states, mask, *(ask("image", one) for one in images)))
+
+        return jax.jit(judge, static_argnums=1)
+
+    # ------------------------------------------------------------------------------------------------ images and texts
+
+    def encode_image(self, images: Any, batch_size: int = 32) -> Float[Array, "b e"]:
+        """Unit-norm features of images as `preprocess` takes them, or of pixel values [b, height, width, 3].
+
+        Raises MmjaxError for a network that compares nothing.
+        """
+        self._check_compares()
+        ask = functools.partial(self._asked, self.variables, ("image", "image_embeds"))
+        return batched(ask, batch_size, self.pixels(images))
+
+    def encode_text(
+        self, texts: str | Sequence[str] | ArrayLike, batch_size: int = 64, length: int = 30
+    ) -> Float[Array, "b e"]:
+        """Unit-norm features of strings, or of ids. length: tokens of a string; the rest is cut.
+
+        Raises MmjaxError for a network that compares nothing, or strings without a tokenizer.
+        """
+        self._check_compares()
+        ask = functools.partial(self._asked, self.variables, ("read", "text_embeds"))
+        return batched(ask, batch_size, *self._columns(texts, albef_caption, length))
+
+    def match(self, images: Any, texts: str | Sequence[str] | ArrayLike, batch_size: int = 32) -> Float[Array, "b"]:
+        """The probability that the i-th text belongs to the i-th image, by the head that matches.
+
+        Raises MmjaxError: no such head, or not a text for each image.
+        """
+        self._check_matches()
+        return jax.nn.softmax(self._logits("match", texts, batch_size, images))[:, 1]
+
+    def entails(
+        self,
+        images: Any,
+        texts: str | Sequence[str] | ArrayLike,
+        other_images: Any = None,
+        top: int = 3,
+        batch_size: int = 32,
+    ) -> list[list[tuple[str, float]]]:
+        """The most probable classes of the i-th image with the i-th text, with their probabilities, the best first: of
+        SNLI-VE whether the image entails the text, of NLVR2 whether the text is true of two images.
+
+        other_images: the second ones, of a network for pairs. Classes without names have their numbers.
+        Raises MmjaxError: no such head, not a text for each image, or second images where there should be none.
+        """
+        c = self.config
+        if not c.classes:
+            raise MmjaxError("this ALBEF has no head of classes (classes=0): those fine-tuned on SNLI-VE or NLVR2 have")
+        if c.pairs != (other_images is not None):
+            raise MmjaxError(f"other_images: this ALBEF reads texts of {'two images' if c.pairs else 'one image'}")
+        logits = self._logits("classify", texts, batch_size, images, *([other_images] if c.pairs else []))
+        return likeliest(jax.nn.softmax(logits), list(c.labels) or [str(i) for i in range(c.classes)], top)
+
+    def retrieve(
+        self, queries: Any, candidates: Any, k: int = 5, rerank: int = 0, batch_size: int = 32
+    ) -> list[list[tuple[int, float]]]:
+        """As `ImageTextModel.retrieve`: for each query the k nearest candidates as (index, cosine), the best first.
+
+        rerank: so many of the nearest, at least k, are read again together with the query and ranked by the head that
+        matches: (index, its logit of class 1), which is the order of ALBEF's own evaluation (128 of Flickr30k, 256 of
+        COCO). The tokens of all images are kept for it: 1.8 MB each at 384 pixels.
+        Raises MmjaxError: nothing compares or matches, or rerank of other than images with texts.
+        """
+        if not rerank:
+            return super().retrieve(queries, candidates, k)
+        self._check_compares()
+        self._check_matches()
+        of_texts = are_texts(queries)
+        if of_texts == are_texts(candidates) or are_features(queries) or are_features(candidates):
+            raise MmjaxError("rerank: queries and candidates should be images and texts, or texts and images")
+        images, texts = (candidates, queries) if of_texts else (queries, candidates)
+        ask, (ids, mask) = functools.partial(self._asked, self.variables), self._columns(texts, albef_caption, 30)
+        tokens = batched(functools.partial(ask, ("image",)), batch_size, self.pixels(images))
+        states = batched(functools.partial(ask, ("read",)), batch_size, ids, mask)
+        cosines = ask(("text_embeds",), states) @ ask(("image_embeds",), tokens).T
+        cosines = cosines if of_texts else cosines.T
+        near = np.asarray(jax.lax.top_k(cosines, min(max(rerank, k), cosines.shape[1]))[1])
+        rows = np.broadcast_to(np.arange(len(near))[:, None], near.shape)
+        image, text = (near, rows) if of_texts else (rows, near)
+
+        def fuse(image: np.ndarray, text: np.ndarray) -> Array:
+            return ask(("fuse", "match"), states[text], mask[text], tokens[image])[:, 1]
+
+        logits = batched(fuse, batch_size, image.ravel(), text.ravel()).reshape(near.shape)
+        return [[(int(near[i, j]), score) for j, score in row] for i, row in enumerate(ranked(logits, k))]
+
+    def _check_compares(self) -> None:
+        if not self.config.embed_dim:
+            raise MmjaxError("this ALBEF has no features (embed_dim=0): pre-trained ones and those of retrieval have")
+
+    def _check_matches(self) -> None:
+        if not self.config.matching:
+            raise MmjaxError("this ALBEF has no head that matches: pre-trained ones and those of retrieval have")
+
+    def _columns(
+        self, texts: Any, clean: Callable[[str], str], length: int | None = None
+    ) -> tuple[Int[np.ndarray, "b l"], Int[np.ndarray, "b l"]]:
+        """(ids, mask) of strings, or of ids. length: of all; None: that of the longest, or the network's positions."""
+        if are_texts(texts) and isinstance(texts, np.ndarray | jax.Array):
+            ids = np.asarray(texts, np.int32)
+            return ids, np.ones_like(ids)
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise MmjaxError("texts: there is none")
+        tokenizer, most = fitting(self.tokenizer, self.config.text.vocab_size, "ALBEF"), self.config.text.positions
+        most, multiple = (most, LENGTHS) if length is None else (min(length, most), None)
+        columns = caption_columns(tokenizer, [clean(text) for text in texts], most, False, multiple)
+        return columns["input_ids"], columns["attention_mask"]
+
+    def _logits(self, head: str, texts: Any, batch_size: int, *images: Any) -> Float[Array, "b c"]:
+        """Of the i-th text with the i-th images."""
+        columns, pixels = self._columns(texts, albef_caption), [self.pixels(one) for one in images]
+        counts = [len(one) for one in pixels]
+        if any(count != len(columns[0]) for count in counts):
+            raise MmjaxError(f"{' and '.join(map(str, counts))} images for {len(columns[0])} texts")
+        return batched(functools.partial(self._judged, self.variables, head), batch_size, *columns, *pixels)
+
     # --------------------------------------------------------------------------------------------------------- answers
+
+    def answer(
+        self,
+        images: Any,
+        questions: str | Sequence[str] | ArrayLike,
+        answers: Sequence[str],
+        top: int = 1,
+        k: int = 128,
+        batch_size: int = 4,
+    ) -> list[list[tuple[str, float]]]:
+        """For each question about its image the best of some answers with their probabilities, the best first.
+
+        answers: all that can be said (VQA: the 3,128 of answer_list.json). k: see `rank`.
+        Raises MmjaxError: a network that writes nothing, no tokenizer, no answers, or not an image for each question.
+        """
+        self._check_writes()
+        if isinstance(answers, str) or not len(answers):
+            raise MmjaxError(f"answers: {answers!r} should be a list of strings to choose from")
+        names = list(answers)
+        columns = self._columns(questions, lambda text: albef_question(text, 50))
+        pixels = self.pixels(images)
+        if len(pixels) != len(columns[0]):
+            raise MmjaxError(f"{len(pixels)} images for {len(columns[0])} questions")
+        tokenizer, most = fitting(self.tokenizer, self.config.text.vocab_size, "ALBEF"), self.config.text.positions
+        choices = caption_columns(tokenizer, names, most, sep=True, multiple=1)
+
+        def rank(pixels: Array, ids: Array, mask: Array) -> tuple[Array, Array]:
+            told = self.rank(pixels, ids, mask, choices["input_ids"], choices["attention_mask"], k)
+            return told.places, told.probabilities
+
+        places, shares = (x.tolist() for x in batched(rank, batch_size, pixels, *columns))
+        return [[(names[i], p) for i, p in zip(*row)][:top] for row in zip(places, shares)]
 
     def rank(
         self,
@@ -153,10 +340,13 @@ class AlbefModel(Model):
         The k answers with the most probable first word are told apart by log p(first word) + log p(all words): as in
         the original the first word counts twice. Raises MmjaxError for a network that writes nothing.
         """
-        if self.config.decoder is None:
-            raise MmjaxError("this ALBEF has no decoder: answers are those of one fine-tuned for VQA")
+        self._check_writes()
         given = (jnp.asarray(x) for x in (pixel_values, input_ids, attention_mask, answer_ids, answer_mask))
         return self._ranked(self.variables, *given, min(k, len(answer_ids)))
+
+    def _check_writes(self) -> None:
+        if self.config.decoder is None:
+            raise MmjaxError("this ALBEF has no decoder: answers are those of one fine-tuned for VQA")
 
     @functools.cached_property
     def _ranked(self) -> Any:

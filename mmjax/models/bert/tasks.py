@@ -12,14 +12,11 @@ import numpy as np
 
 from mmjax.errors import MmjaxError
 from mmjax.models.bert.network import Bert, BertConfig
-from mmjax.models.handle import Model, unit
+from mmjax.models.handle import LENGTHS, Model, batched, likeliest, unit
 from mmjax.text.answer_spans import best_answers, windows
 from mmjax.text.tagged_words import word_rows, words_of
-from mmjax.text.wordpiece import WordPieceTokenizer
+from mmjax.text.wordpiece import WordPieceTokenizer, fitting
 from mmjax.types import Array, ArrayLike, Float, Int
-
-LENGTHS = 16
-"""Texts are padded to multiples of so many tokens, so that few shapes are compiled."""
 
 
 @dataclass
@@ -41,10 +38,7 @@ class BertModel(Model):
     @classmethod
     def load_tokenizer(cls, file: pathlib.Path) -> WordPieceTokenizer | None:
         """tokenizer.json, or vocab.txt beside where it would be."""
-        if file.is_file():
-            return WordPieceTokenizer.from_file(file)
-        vocab = file.with_name("vocab.txt")
-        return WordPieceTokenizer.from_vocab(vocab) if vocab.is_file() else None
+        return WordPieceTokenizer.found(file)
 
     # ----------------------------------------------------------------------------------------------------------- arrays
 
@@ -112,7 +106,7 @@ class BertModel(Model):
             given |= {"token_type_ids": np.zeros_like(given["input_ids"])}
         else:
             given = self._encoded(texts, None, length)
-        return jnp.concatenate(self._batched(lambda *arrays: self._mean(self.variables, *arrays), given, batch_size))
+        return batched(functools.partial(self._mean, self.variables), batch_size, *given.values())
 
     def fill_mask(self, texts: str | Sequence[str], top: int = 5) -> list[list[tuple[str, float]]]:
         """For each [MASK], in the order of the texts, the likeliest pieces with their probabilities, the best first.
@@ -153,8 +147,7 @@ class BertModel(Model):
         names = self._names(labels, classes)
         logits = self.forward(**self._encoded(texts, pairs))["logits"]
         shares = logits if classes == 1 else jax.nn.softmax(logits)
-        values, indices = jax.lax.top_k(shares, min(top, classes))
-        return [[(names[i], p) for i, p in zip(*row)] for row in zip(indices.tolist(), values.tolist())]
+        return likeliest(shares, names, top)
 
     def tag(
         self, sentences: Sequence[str] | Sequence[Sequence[str]], labels: Sequence[str] | None = None, length: int = 128
@@ -216,26 +209,8 @@ class BertModel(Model):
 
     @property
     def _tokenizer(self) -> WordPieceTokenizer:
-        if self.tokenizer is None:
-            raise MmjaxError(
-                "this BERT came without tokenizer.json or vocab.txt: pass ids, or set one: "
-                "model.replace(tokenizer=WordPieceTokenizer.from_vocab('vocab.txt'))"
-            )
-        if self.tokenizer.vocab_size > self.config.vocab_size:
-            known, size = self.tokenizer.vocab_size, self.config.vocab_size
-            raise MmjaxError(f"the tokenizer's vocabulary of {known} does not fit the model's of {size}")
-        return self.tokenizer
+        return fitting(self.tokenizer, self.config.vocab_size, "BERT")
 
     def _encoded(self, texts: Any, pairs: Any = None, length: int | None = None) -> dict[str, Int[np.ndarray, "b l"]]:
         limit = min(length or self.config.positions, self.config.positions)
         return self._tokenizer(texts, pairs, limit, LENGTHS)
-
-    @staticmethod
-    def _batched(ask: Callable[..., Array], given: Mapping[str, np.ndarray], size: int) -> list[Array]:
-        """Batch by batch, the last filled up to the size of the others, so that one program serves them all."""
-        n = len(given["input_ids"])
-        size, told = min(size, n), []
-        for start in range(0, n, size):
-            rows = np.minimum(np.arange(start, start + size), n - 1)
-            told.append(ask(*(array[rows] for array in given.values()))[: n - start])
-        return told

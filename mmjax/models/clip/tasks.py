@@ -17,14 +17,15 @@ from mmjax.evaluation.zero_shot import TEMPLATES, class_embeddings, prompts
 from mmjax.models.clip.modified_resnet import ModifiedResNetConfig
 from mmjax.models.clip.network import CLIP, CLIPConfig, at_side
 from mmjax.models.clip_classifier.network import CLIPClassifierConfig
-from mmjax.models.handle import Model, unit
+from mmjax.models.handle import batched, likeliest, unit
 from mmjax.models.image_classifier import Headless, at_size
+from mmjax.models.image_text import ImageTextModel
 from mmjax.text.clip_tokenizer import CLIPTokenizer
 from mmjax.types import Array, ArrayLike, Float
 
 
 @dataclass
-class CLIPModel(Model):
+class CLIPModel(ImageTextModel):
     """A CLIP with its weights; `tokenizer` is a `mmjax.text.clip_tokenizer.CLIPTokenizer`."""
 
     system: ClassVar[str] = "clip"
@@ -116,11 +117,11 @@ class CLIPModel(Model):
 
     def encode_image(self, images: Any, batch_size: int = 256) -> Float[Array, "b e"]:
         """Unit-norm features of images as `preprocess` takes them, or of pixel values [b, height, width, 3]."""
-        return _batched(self._encoders[0], self.variables, self.pixels(images), batch_size)
+        return batched(functools.partial(self._encoders[0], self.variables), batch_size, self.pixels(images))
 
     def encode_text(self, texts: str | Sequence[str] | ArrayLike, batch_size: int = 256) -> Float[Array, "b e"]:
         """Unit-norm features of strings, or of ids [b, l]. Raises MmjaxError for strings without a tokenizer."""
-        return _batched(self._encoders[1], self.variables, self._ids(texts), batch_size)
+        return batched(functools.partial(self._encoders[1], self.variables), batch_size, self._ids(texts))
 
     def _ids(self, texts: Any) -> Array:
         if isinstance(texts, np.ndarray | jax.Array) and texts.dtype.kind in "iu":
@@ -154,26 +155,8 @@ class CLIPModel(Model):
         texts, owners = prompts(labels, templates)
         classes = class_embeddings(self.encode_text(texts), owners, len(labels))
         logits = self._logits(self.params, self.encode_image(images), classes)
-        values, indices = jax.lax.top_k(jax.nn.softmax(logits), min(top, len(labels)))
         names = [label if isinstance(label, str) else label[0] for label in labels]
-        return [[(names[i], p) for i, p in zip(*row)] for row in zip(indices.tolist(), values.tolist())]
-
-    def retrieve(self, queries: Any, candidates: Any, k: int = 5) -> list[list[tuple[int, float]]]:
-        """For each query the k nearest candidates as (index, cosine), the best first.
-
-        Each of the two: strings or ids (texts), or anything else (images), or features [n, embed_dim] from before.
-        Strings are always texts: open image files first.
-        """
-        queries, candidates = self._features(queries), self._features(candidates)
-        values, indices = jax.lax.top_k(queries @ candidates.T, min(k, candidates.shape[0]))
-        return [list(zip(*row)) for row in zip(indices.tolist(), values.tolist())]
-
-    def _features(self, items: Any) -> Array:
-        if isinstance(items, str) or (isinstance(items, Sequence) and items and isinstance(items[0], str)):
-            return self.encode_text(items)
-        if isinstance(items, np.ndarray | jax.Array) and items.ndim == 2 and items.dtype != np.uint8:
-            return self.encode_text(items) if items.dtype.kind in "iu" else unit(jnp.asarray(items))
-        return self.encode_image(items)
+        return likeliest(jax.nn.softmax(logits), names, top)
 
 
 def _vision_output(out: Any) -> dict[str, Any]:
@@ -181,13 +164,3 @@ def _vision_output(out: Any) -> dict[str, Any]:
         states = tuple(out["states"])
         return {"last_hidden_state": states[-1], "pooler_output": out["embeds"], "hidden_states": states}
     return {"last_hidden_state": out.get("layer4", out.get("C5")), "pooler_output": out["embeds"]}
-
-
-def _batched(encode: Any, variables: Any, inputs: Array, size: int) -> Array:
-    """Batch by batch, the last padded to the size of the others, so that one program serves them all."""
-    if inputs.shape[0] <= size:
-        return encode(variables, inputs)
-    rest = -inputs.shape[0] % size
-    padded = jnp.concatenate([inputs, jnp.zeros((rest, *inputs.shape[1:]), inputs.dtype)])
-    parts = [encode(variables, padded[i : i + size]) for i in range(0, padded.shape[0], size)]
-    return jnp.concatenate(parts)[: inputs.shape[0]]

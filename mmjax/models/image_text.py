@@ -1,0 +1,56 @@
+"""What the handles share that bring images and texts into one space."""
+
+import abc
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax.models.handle import Model, unit
+from mmjax.types import Array, Float
+
+
+class ImageTextModel(Model):
+    """Features of images and of texts, all of unit length, whose products tell how near they are."""
+
+    @abc.abstractmethod
+    def encode_image(self, images: Any) -> Float[Array, "b e"]:
+        """Of images as `preprocess` takes them, or of pixel values [b, height, width, 3]."""
+
+    @abc.abstractmethod
+    def encode_text(self, texts: Any) -> Float[Array, "b e"]:
+        """Of strings, or of ids [b, l]."""
+
+    def retrieve(self, queries: Any, candidates: Any, k: int = 5) -> list[list[tuple[int, float]]]:
+        """For each query the k nearest candidates as (index, cosine), the best first.
+
+        Each of the two: strings or ids (texts), or anything else (images), or features [n, embed_dim] from before.
+        Strings are always texts: open image files first.
+        """
+        queries, candidates = self._features(queries), self._features(candidates)
+        return ranked(queries @ candidates.T, k)
+
+    def _features(self, items: Any) -> Array:
+        if are_texts(items):
+            return self.encode_text(items)
+        return unit(jnp.asarray(items)) if are_features(items) else self.encode_image(items)
+
+
+def are_texts(items: Any) -> bool:
+    """Strings, or ids [b, l]."""
+    if isinstance(items, np.ndarray | jax.Array):
+        return items.ndim == 2 and items.dtype != np.uint8 and items.dtype.kind in "iu"
+    return isinstance(items, str) or (isinstance(items, Sequence) and bool(items) and isinstance(items[0], str))
+
+
+def are_features(items: Any) -> bool:
+    """Floats [n, e]."""
+    return isinstance(items, np.ndarray | jax.Array) and items.ndim == 2 and jnp.issubdtype(items.dtype, jnp.floating)
+
+
+def ranked(scores: Float[Array, "n m"], k: int) -> list[list[tuple[int, float]]]:
+    """Of each row the k highest as (column, score), the highest first."""
+    values, indices = jax.lax.top_k(scores, min(k, scores.shape[1]))
+    return [list(zip(*row)) for row in zip(indices.tolist(), values.tolist())]
