@@ -47,28 +47,29 @@ class Config(ExperimentConfig):
         vocab_size: pieces that are learned from the training names.
         length: tokens of a text, [CLS] included.
         width, vision_depth, text_depth: of both encoders; the second half of the text's layers looks at the image.
-        queue: keys of earlier batches, a multiple of the batch.
+        queue: keys of earlier batches, a multiple of the batch. Of so few drawings a longer one holds most of them, and
+            with them what a drawing is to be told from: itself, as of the epoch before.
         momentum: of the momentum encoders; they are to follow within a shorter run than the paper's.
         alpha: the momentum encoders' share of the targets; it rises over `alpha_steps` batches.
         k: drawings or names that the matching head sees for each query.
     """
 
     steps: int = 400
-    batch_size: int = 64
+    batch_size: int = 128
     eval_every: int = 100
     checkpoint_every: int = 100
     hold_out: Literal["name", "family"] = "name"
-    image_size: int = 64
+    image_size: int = 48
     patch: int = 8
     vocab_size: int = 1500
     length: int = 16
-    width: int = 192
-    vision_depth: int = 4
+    width: int = 128
+    vision_depth: int = 3
     text_depth: int = 4
     embed_dim: int = 128
-    queue: int = 1024
+    queue: int = 128
     momentum: float = 0.99
-    alpha: float = 0.4
+    alpha: float = 0.2
     alpha_steps: int = 200
     learning_rate: float = 1e-3
     warmup: int = 50
