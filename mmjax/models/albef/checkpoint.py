@@ -62,6 +62,7 @@ def table(config: AlbefConfig) -> Table:
     entries = _parts(config, momentum=False)
     entries += [Entry("temp", "params/temperature")] if config.embed_dim else []
     entries += timm.dense("itm_head", "itm_head") if config.matching else []
+    entries += timm.dense("ta_head", "ta_head") if config.assigning else []
     if not config.holds_state:
         return tuple(entries)
     entries += _parts(config, momentum=True)
@@ -90,6 +91,7 @@ def config_of(shapes: Shapes, told: Mapping[str, Any] | None) -> AlbefConfig:
         embed_dim=shapes.get("vision_proj.weight", (0,))[0],
         matching="itm_head.weight" in shapes,
         pairs=pairs,
+        assigning="ta_head.weight" in shapes,
         classes=shapes.get("cls_head.2.weight", (0,))[0],
         decoder=_decoder_config(shapes, told.get("text_heads")),
         queue=shapes.get("image_queue", (0, 0))[1],
