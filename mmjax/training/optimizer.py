@@ -107,6 +107,29 @@ def per_epoch(schedule: Schedule, steps_per_epoch: int) -> Schedule:
     return lambda step: schedule(jnp.asarray(step) // steps_per_epoch)
 
 
+def blockwise_warmup_cosine(
+    peak: float, epochs: int, steps_per_epoch: int, warmup: int = 0, start: float = 0.0, end: float = 0.0
+) -> Schedule:
+    """From `start` to `peak` in `warmup` stairs of 100 steps in the first epoch; then each epoch has one rate, which
+    follows half a cosine from `peak` to `end` (ALBEF scheduler/cosine_lr.py, Pretrain.py:53-79).
+
+    A block's rate is set behind its first step: step 0 and the next hundred take `start`, the hundred after them the
+    first stair. A first epoch that is shorter than the stairs cuts them off. The last epoch's rate is above `end`,
+    which is reached at `epochs`.
+    """
+    if warmup < 0 or epochs < 1 or steps_per_epoch < 1:
+        raise MmjaxError(f"warmup={warmup}, epochs={epochs}, steps_per_epoch={steps_per_epoch}: 0, 1 and 1 at least")
+
+    def schedule(step: Any) -> Any:
+        step = jnp.asarray(step)
+        epoch, block = step // steps_per_epoch, jnp.maximum(step - 1, 0) // 100
+        rising = start + (peak - start) * block / max(warmup, 1)
+        falling = end + 0.5 * (peak - end) * (1 + jnp.cos(jnp.pi * jnp.minimum(epoch / epochs, 1)))
+        return jnp.where((epoch == 0) & (block < warmup), rising, falling)
+
+    return schedule
+
+
 def staircase(base: float, boundaries: tuple[int, ...], factor: float = 0.1) -> Schedule:
     """`base`, multiplied by `factor` at each boundary."""
     return optax.piecewise_constant_schedule(base, dict.fromkeys(boundaries, factor))
@@ -115,6 +138,11 @@ def staircase(base: float, boundaries: tuple[int, ...], factor: float = 0.1) -> 
 def matrices_only(params: Params) -> Any:
     """Weight-decay mask: leaves with two axes or more (no bias, no norm, no scalar)."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def all_but_vectors(params: Params) -> Any:
+    """Weight-decay mask: all leaves but those of one axis: no bias, no norm, but scalars (ALBEF's temperature)."""
+    return jax.tree.map(lambda leaf: leaf.ndim != 1, params)
 
 
 def excluding(*globs: str) -> Callable[[Params], Any]:

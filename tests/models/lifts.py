@@ -24,7 +24,8 @@ Batches = Sequence[Mapping[str, np.ndarray]]
 
 
 def run_lifts(cases: Mapping[str, tuple[Method, Optimizer, Batches]], names: Sequence[str]) -> dict[str, Any]:
-    """ "case/lift" -> metrics of every step, and the leaves and the number of programs at the end.
+    """ "case/lift" -> metrics of every step; at the end the parameters' leaves, those of momentum parameters, queues
+    and statistics ("carry"), and the number of programs.
 
     Every leaf begins with noise: of a bias that starts at zero nothing but sums of gradients would be left, and
     rounding is relative to the terms of a sum.
@@ -42,9 +43,17 @@ def run_lifts(cases: Mapping[str, tuple[Method, Optimizer, Batches]], names: Seq
             for batch in batches:
                 placed, told = lift.step(placed, lift.place_batch(batch))
                 metrics.append(lift.fetch_metrics(told))
-            leaves = tree.flatten(lift.fetch(placed).params)
-            kept = {path: np.asarray(leaf, np.float64).tolist() for path, leaf in leaves.items()}
-            found[f"{case}/{name}"] = {"metrics": metrics, "leaves": kept, "compiles": lift.compiles}
+            end = lift.fetch(placed)
+            carry, _ = jax.tree.flatten_with_path({"ema": end.ema, "queues": end.queues, "stats": end.stats})
+            held = {
+                "leaves": tree.flatten(end.params),
+                "carry": {jax.tree_util.keystr(path): leaf for path, leaf in carry},
+            }
+            kept = {
+                part: {path: np.asarray(leaf, np.float64).tolist() for path, leaf in leaves.items()}
+                for part, leaves in held.items()
+            }
+            found[f"{case}/{name}"] = {"metrics": metrics, "compiles": lift.compiles, **kept}
     return found
 
 

@@ -60,6 +60,7 @@ FORMS = {
     "retrieval": AlbefConfig(VISION, text(), by_image=True, **COMPARED),
     "entailment": AlbefConfig(VISION, text(), classes=3, labels=AlbefConfig.entailment().labels, **ALONE),
     "nlvr": AlbefConfig(VISION, text(depth=3), classes=2, labels=("False", "True"), pairs=True, **ALONE),
+    "assignment": AlbefConfig(VISION, text(depth=3), embed_dim=7, matching=False, queue=0, pairs=True, assigning=True),
     "vqa": AlbefConfig(VISION, text(), decoder=text(depth=1, cross_from=0, causal=True, mlm=True), **ALONE),
 }
 
@@ -207,7 +208,7 @@ def _nan(array: np.ndarray) -> np.ndarray:
         (lambda a: a.update(extra=np.zeros(3)), "unexpected (1):\n    extra"),
         (lambda a: a.update({TABLE: a[TABLE].reshape(-1)}), "its config cannot be told from it: ValueError"),
         (lambda a: [a.pop(key) for key in list(a) if "crossattention" in key], "which of its layers see the image?"),
-        (lambda a: a.update({"ta_head.weight": np.zeros((3, 12))}), "a file of text assignment"),
+        (lambda a: a.update({"ta_head.weight": np.zeros((3, 12))}), "assigning wants pairs"),
         (lambda a: a.pop("itm_head.bias"), "missing (1):\n    itm_head.bias"),
         (lambda a: [a.pop(key) for key in list(a) if "token_type" in key], "unknown architecture"),  # BLIP has none
     ],
@@ -489,6 +490,14 @@ def test_fine_tuning_goes_on_from_its_own_kind(form: str):
     classes = dataclasses.replace(FORMS["entailment"], classes=5, labels=())
     left = starting_weights(model_of("entailment").weights(), classes)["params"]
     assert left.keys() == {"vision", "text"}  # a head of other classes
+
+
+def test_pairs_of_images_go_on_from_text_assignment():
+    """What NLVR2's fine-tuning starts from (pretrain_model_nlvr.pth): all but the heads and what compared."""
+    model = model_of("assignment")
+    told = starting_weights(model.weights(), FORMS["nlvr"])
+    kept = {name: tree for name, tree in model.params.items() if name in ("vision", "text")}
+    same(told, {"params": kept})
 
 
 def test_weights_of_another_network_do_not_start_an_albef():

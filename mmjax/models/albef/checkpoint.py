@@ -11,7 +11,6 @@ from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
 
-from mmjax.errors import MmjaxError
 from mmjax.models.albef.network import AlbefConfig, twins
 from mmjax.models.bert import checkpoint as bert
 from mmjax.models.bert.network import BertConfig
@@ -65,6 +64,7 @@ def table(config: AlbefConfig) -> Table:
     entries = _parts(config, momentum=False)
     entries += [Entry("temp", "params/temperature")] if config.embed_dim else []
     entries += timm.dense("itm_head", "itm_head") if config.matching else []
+    entries += timm.dense("ta_head", "ta_head") if config.assigning else []
     if not config.holds_state:
         return tuple(entries)
     entries += _parts(config, momentum=True)
@@ -81,13 +81,8 @@ def table(config: AlbefConfig) -> Table:
 def config_of(shapes: Shapes, told: Mapping[str, Any] | None) -> AlbefConfig:
     """From the arrays' shapes. A config.json, if there is one, may tell what `told_of` writes.
 
-    Raises MmjaxError for the file of text assignment, or parts that do not fit each other.
+    Raises MmjaxError for parts that do not fit each other.
     """
-    if "ta_head.weight" in shapes:
-        raise MmjaxError(
-            "ta_head: this is a file of text assignment (pretrain_model_nlvr.pth), and no network here has such a "
-            "head; NLVR2 can begin with a pre-trained file (ALBEF.pth)"
-        )
     told = told or {}
     vision = {k.removeprefix("visual_encoder."): s for k, s in shapes.items() if k.startswith("visual_encoder.")}
     args = {"model_args": {"num_heads": told["vision_heads"]}} if "vision_heads" in told else None
@@ -95,8 +90,9 @@ def config_of(shapes: Shapes, told: Mapping[str, Any] | None) -> AlbefConfig:
     start = "text_encoder.bert." if has_mlm else "text_encoder."
     text = text_config(shapes, start, has_mlm, told.get("text_heads"))
     classes = shapes.get("cls_head.2.weight", (0,))[0]
+    assigning = "ta_head.weight" in shapes
     # Six layers that read and six that look, or six pairs of those.
-    pairs = bool(classes) and text.depth == 3 * (text.cross_from or 0)
+    pairs = (bool(classes) or assigning) and text.depth == 3 * (text.cross_from or 0)
     published = AlbefConfig.nlvr() if pairs else AlbefConfig.entailment()
     labels = published.labels if classes == published.classes else ()
     return AlbefConfig(
@@ -105,6 +101,7 @@ def config_of(shapes: Shapes, told: Mapping[str, Any] | None) -> AlbefConfig:
         embed_dim=shapes.get("vision_proj.weight", (0,))[0],
         matching="itm_head.weight" in shapes,
         pairs=pairs,
+        assigning=assigning,
         classes=classes,
         labels=tuple(told.get("labels", labels)),
         decoder=_decoder_config(shapes, told.get("text_heads")),

@@ -43,7 +43,8 @@ class AlbefRetrieval(Alignment):
 class AlbefClassification(MomentumDistillation):
     """Classes of texts and images: SNLI-VE (model_ve.py) and, with `config.pairs`, NLVR2 (model_nlvr.py).
 
-    Batches: {"image": [b, h, w, 3]; of pairs also "other_image"; "ids", "attention_mask": [b, l]; "label": int32 [b]}.
+    Batches: {"image": [b, h, w, 3], of pairs "image_0" and "image_1"; "input_ids", "attention_mask": [b, l];
+    "label": int32 [b]}.
     Metric: accuracy in [0, 1].
     """
 

@@ -22,19 +22,14 @@ from mmjax.types import Array, Batch, Float, Int, Metrics, Params, PRNGKeyArray
 
 
 @dataclass(frozen=True)
-class MomentumDistillation(Method):
-    """The networks' passes, and the state beside them.
-
-    hparams: momentum, alpha. carry.stats["steps"]: batches seen, by which alpha rises.
+class Passes(Method):
+    """The network's passes over batches; no state beside the parameters.
 
     Attributes:
-        alpha_steps: batches over which the momentum encoders' share of the targets rises to alpha: an epoch in the
-            original (Pretrain.py:61-64); 0: it is alpha from the start.
         mean, std: of the channels in [0, 1], for images that come as uint8.
     """
 
     config: AlbefConfig
-    alpha_steps: int = 0
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
 
@@ -47,9 +42,43 @@ class MomentumDistillation(Method):
         }
 
     def init(self, rng: PRNGKeyArray, batch: Batch) -> tuple[Params, Carry]:
-        """Raises MmjaxError if the queue's length is not a multiple of the batch."""
         variables: Any = Albef(self.config).init(named(rng, "params"), **self.example(batch))
-        params = tied(variables["params"], self.config)
+        return tied(variables["params"], self.config), Carry({}, {}, {}, {})
+
+    def run(self, params: Params, name: str, *inputs: Any, axis_name: str | None, rng: PRNGKeyArray) -> Any:
+        """A method of the network in training. rng: of its dropout, another for each pass."""
+        network = Albef(self.config, axis_name)
+        variables = {"params": untied(params, self.config)}
+        return network.apply(variables, *inputs, train=True, method=name, rngs={"dropout": rng})
+
+    def head(self, params: Params, name: str, *inputs: Any) -> Any:
+        """A method of the network that draws nothing."""
+        return Albef(self.config).apply({"params": untied(params, self.config)}, *inputs, method=name)
+
+    def pixels(self, image: Array) -> Float[Array, "*b h w 3"]:
+        """Normalised floats of uint8; floats are normalised already."""
+        if image.dtype != jnp.uint8:
+            return image
+        mean, std = (jnp.asarray(value, jnp.float32) for value in (self.mean, self.std))
+        return (image.astype(jnp.float32) / 255 - mean) / std
+
+
+@dataclass(frozen=True)
+class MomentumDistillation(Passes):
+    """Momentum encoders beside the network, and the state that they are.
+
+    hparams: momentum, alpha. carry.stats["steps"]: batches seen, by which alpha rises.
+
+    Attributes:
+        alpha_steps: batches over which the momentum encoders' share of the targets rises to alpha: an epoch in the
+            original (Pretrain.py:61-64); 0: it is alpha from the start.
+    """
+
+    alpha_steps: int = 0
+
+    def init(self, rng: PRNGKeyArray, batch: Batch) -> tuple[Params, Carry]:
+        """Raises MmjaxError if the queue's length is not a multiple of the batch."""
+        params, _ = super().init(rng, batch)
         ema = {part: params[part] for part in MOMENTUM if part in params}
         hparams = {"momentum": jnp.float32(self.config.momentum), "alpha": jnp.float32(self.config.alpha)}
         return params, Carry(ema, self.queues(rng, batch), {"steps": jnp.zeros((), jnp.int32)}, hparams)
@@ -66,18 +95,6 @@ class MomentumDistillation(Method):
             found["ids"] = Queue(jnp.full((c.queue, 1), IGNORED, jnp.int32), jnp.zeros((), jnp.int32))
         return found
 
-    # --------------------------------------------------------------------------------------------------------- passes
-
-    def run(self, params: Params, name: str, *inputs: Any, axis_name: str | None, rng: PRNGKeyArray) -> Any:
-        """A method of the network in training. rng: of its dropout, another for each pass."""
-        network = Albef(self.config, axis_name)
-        variables = {"params": untied(params, self.config)}
-        return network.apply(variables, *inputs, train=True, method=name, rngs={"dropout": rng})
-
-    def head(self, params: Params, name: str, *inputs: Any) -> Any:
-        """A method of the network that draws nothing."""
-        return Albef(self.config).apply({"params": untied(params, self.config)}, *inputs, method=name)
-
     def teacher(self, params: Params, carry: Carry) -> Params:
         """The network with its momentum parts; no gradient passes."""
         return jax.lax.stop_gradient({**params, **carry.ema})
@@ -92,13 +109,6 @@ class MomentumDistillation(Method):
         """The carry after a batch."""
         stats = {**carry.stats, "steps": carry.stats["steps"] + 1}
         return dataclasses.replace(carry, stats=stats, queues={**carry.queues, **(queues or {})})
-
-    def pixels(self, image: Array) -> Float[Array, "*b h w 3"]:
-        """Normalised floats of uint8; floats are normalised already."""
-        if image.dtype != jnp.uint8:
-            return image
-        mean, std = (jnp.asarray(value, jnp.float32) for value in (self.mean, self.std))
-        return (image.astype(jnp.float32) / 255 - mean) / std
 
 
 @struct.dataclass
@@ -222,15 +232,35 @@ class Alignment(MomentumDistillation):
         def other(x: Array, places: Array) -> Array:
             return take_in_group(x, places, self.groups, axis_name)
 
-        states = jnp.concatenate([told.text, other(told.text, texts)])
-        mask = jnp.concatenate([batch["attention_mask"], other(batch["attention_mask"], texts)])
-        seen = jnp.concatenate([other(told.image, images), told.image])
-        right = self.run(
-            params, "fuse", told.text, batch["attention_mask"], told.image, axis_name=axis_name, rng=named(rng, "fuse")
-        )
-        wrong = self.run(params, "fuse", states, mask, seen, axis_name=axis_name, rng=named(rng, "fuse/negatives"))
+        mask, how = batch["attention_mask"], {"axis_name": axis_name}
+        states = _in_turn(told.text, other(told.text, texts))
+        seen, masks = _in_turn(other(told.image, images), told.image), _in_turn(mask, other(mask, texts))
+        right = self.run(params, "fuse", told.text, mask, told.image, rng=named(rng, "fuse"), **how)
+        wrong = self.run(params, "fuse", states, masks, seen, rng=named(rng, "fuse/negatives"), **how)
         # As one product of [3 b, d]: the head sees the first token alone.
-        logits = self.head(params, "match", jnp.concatenate([right[:, :1], wrong[:, :1]]))
-        value = matching_loss(logits, jnp.concatenate(negatives), axis_name)
-        labels = jnp.concatenate([jnp.ones(len(right), jnp.int32), jnp.zeros(len(wrong), jnp.int32)])
-        return value, {"matching_accuracy": jnp.mean(jnp.argmax(logits, -1) == labels)}, logits
+        logits = self.head(params, "match", jnp.concatenate([right[:, :1], wrong[::2, :1], wrong[1::2, :1]]))
+        drawn = jnp.concatenate(negatives)
+        labels = jnp.concatenate([jnp.ones(len(right), jnp.int32), jnp.where(drawn < 0, IGNORED, 0)])
+        return (
+            matching_loss(logits, drawn, axis_name),
+            {"matching_accuracy": share_right(logits, labels, axis_name)},
+            logits,
+        )
+
+
+def _in_turn(first: Array, second: Array) -> Array:
+    """[b, ...] twice -> [2 b, ...], of each example the one and then the other: dropout goes by the place in the batch,
+    and one run behind the other would have other places on every cut of it."""
+    return jnp.stack([first, second], 1).reshape(-1, *first.shape[1:])
+
+
+def share_right(logits: Float[Array, "*b c"], labels: Int[Array, "*b"], axis_name: str | None) -> Float[Array, ""]:
+    """Of the labels that are not `IGNORED`, the share that has the largest logit.
+
+    Under `axis_name` this device's part, whose mean over devices is the share in the global batch.
+    """
+    found = jnp.sum((jnp.argmax(logits, -1) == labels).astype(jnp.float32))
+    counted = jnp.sum(labels != IGNORED)
+    if axis_name is not None:
+        counted, found = jax.lax.psum(counted, axis_name), found * jax.lax.axis_size(axis_name)
+    return found / jnp.maximum(counted, 1)

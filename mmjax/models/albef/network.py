@@ -32,6 +32,7 @@ class AlbefConfig:
         classes: of image and text together (SNLI-VE: 3); 0: there is no such head.
         pairs: texts are of two images (NLVR2): the layers that look at an image look at the first one and at the second
             one in turn. Each two such layers share the matrices of keys and values.
+        assigning: the head that tells which of two images a text is of, if any: pre-training for pairs.
         decoder: writes answers, looking at the question's states (VQA); None: there is none.
         labels: names of the classes, in their order; (): they have none.
         temperature: of the contrast at the start.
@@ -49,6 +50,7 @@ class AlbefConfig:
     matching: bool = True
     classes: int = 0
     pairs: bool = False
+    assigning: bool = False
     decoder: BertConfig | None = None
     labels: tuple[str, ...] = ()
     temperature: float = 0.07
@@ -65,6 +67,8 @@ class AlbefConfig:
             raise MmjaxError(f"albef: cross_from={self.text.cross_from} in text: which of its layers see the image?")
         if self.pairs and (self.text.depth - self.text.cross_from) % 2:
             raise MmjaxError("albef: pairs: an odd number of layers looks at the two images")
+        if self.assigning and not (self.pairs and self.embed_dim):
+            raise MmjaxError("albef: assigning wants pairs, and embed_dim by which it draws the other images")
         if self.decoder is not None and (self.decoder.cross_from != 0 or not self.decoder.causal):
             raise MmjaxError("albef: every layer of the decoder looks at the question, and none ahead: cross_from=0")
         if len(self.labels) not in (0, self.classes):
@@ -91,6 +95,12 @@ class AlbefConfig:
         return cls._of(side, _text(depth=18), fields, **ALONE, classes=2, labels=("False", "True"), pairs=True)
 
     @classmethod
+    def assignment(cls, side: int = 256, **fields: Any) -> Self:
+        """Text assignment, on the way to NLVR2; 258.9 M parameters."""
+        own: dict[str, Any] = {"matching": False, "queue": 0, "pairs": True, "assigning": True}
+        return cls._of(side, _text(depth=18), fields, **own)
+
+    @classmethod
     def vqa(cls, side: int = 384, **fields: Any) -> Self:
         decoder = _text(depth=6, cross_from=0, causal=True, mlm=True)
         return cls._of(side, _text(), fields, **ALONE, decoder=decoder)
@@ -114,7 +124,7 @@ def _text(**fields: Any) -> BertConfig:
 
 class Albef(nn.Module):
     """Params: vision, text, and as configured vision_proj, text_proj, temperature, itm_head, cls_hidden and cls_head,
-    decoder.
+    ta_head, decoder.
 
     axis_name: the mapped axis that cuts the batch, for dropout.
     """
@@ -134,6 +144,8 @@ class Albef(nn.Module):
             self.itm_head = _linear(2, c.text.width)
         if c.classes:
             self.cls_hidden, self.cls_head = _linear(c.text.width, c.text.width), _linear(c.classes, c.text.width)
+        if c.assigning:
+            self.ta_head = _linear(3, c.text.width)
         if c.decoder is not None:
             self.decoder = Bert(replace(c.decoder, **dtype), self.axis_name)
 
@@ -153,7 +165,7 @@ class Albef(nn.Module):
 
         Returns "image_tokens" [b, n, d]; "text_states" [b, l, d], before the layers that look at the image; "states"
         [b, l, d], after them; "image_embeds" and "text_embeds" [b, e], of unit length; "mlm_logits" [b, l, v];
-        "itm_logits" [b, 2]; "logits" [b, c]; "answer_logits" [b, t, v].
+        "itm_logits" [b, 2]; "logits" [b, c]; "assignment_logits" [b, 3]; "answer_logits" [b, t, v].
         """
         c = self.config
         image_tokens = self.image(images, train)
@@ -169,6 +181,8 @@ class Albef(nn.Module):
             told["itm_logits"] = self.match(states)
         if c.classes:
             told["logits"] = self.classify(states)
+        if c.assigning:
+            told["assignment_logits"] = self.assign(states)
         if c.decoder is not None:
             decoder_ids = ids[:, :1] if decoder_ids is None else decoder_ids
             told["answer_logits"] = self.write(decoder_ids, None, states, mask, train)
@@ -225,6 +239,10 @@ class Albef(nn.Module):
 
     def classify(self, states: Float[Array, "b l d"]) -> Float[Array, "b c"]:
         return self.cls_head(jax.nn.relu(self.cls_hidden(states[:, 0]))).astype(jnp.float32)
+
+    def assign(self, states: Float[Array, "b l d"]) -> Float[Array, "b 3"]:
+        """Of the first token: 0, 1: the text is of the first, of the second image; 2: of neither."""
+        return self.ta_head(states[:, 0]).astype(jnp.float32)
 
     def write(
         self,

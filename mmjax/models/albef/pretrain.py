@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.errors import MmjaxError
-from mmjax.models.albef.method import Alignment, Encoded
+from mmjax.models.albef.method import Alignment, Encoded, share_right
 from mmjax.objectives.language import IGNORED, distilled_token_cross_entropy
 from mmjax.training.rng import example_keys, named
 from mmjax.training.state import Carry
@@ -43,8 +43,7 @@ class AlbefPretraining(Alignment):
     ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
         told = self.encode(params, carry, batch, rng, axis_name)
         negatives = self.negatives(params, batch, told, rng, axis_name)
-        keys = example_keys(named(rng, "masks"), len(batch["input_ids"]), axis_name)
-        masked = jax.vmap(self.masked)(keys, batch["input_ids"])
+        masked = self.masks(batch, rng, axis_name)
         contrast = self.contrast(params, carry, batch, told, axis_name)
         matching, metrics, _ = self.match(params, batch, told, negatives, rng, axis_name)
         words, more, _ = self.name_words(params, carry, batch, told, masked, rng, axis_name)
@@ -52,6 +51,13 @@ class AlbefPretraining(Alignment):
         metrics["temperature"] = params["temperature"]
         after = self.after(carry, self.enqueued(carry, batch, told, axis_name))
         return contrast + matching + words, (after, metrics)
+
+    def masks(
+        self, batch: Batch, rng: PRNGKeyArray, axis_name: str | None
+    ) -> tuple[Int[Array, "b l"], Int[Array, "b l"]]:
+        """`masked` of each text."""
+        keys = example_keys(named(rng, "masks"), len(batch["input_ids"]), axis_name)
+        return jax.vmap(self.masked)(keys, batch["input_ids"])
 
     def masked(self, key: PRNGKeyArray, ids: Int[Array, "l"]) -> tuple[Int[Array, "l"], Int[Array, "l"]]:
         """(ids, labels) of one text: of the masked tokens 80 % are [MASK], 10 % any id of the vocabulary, 10 % stay;
@@ -88,9 +94,7 @@ class AlbefPretraining(Alignment):
 
         own, theirs = logits(params, told.image, "student"), logits(teacher, told.teacher_image, "teacher")
         found = distilled_token_cross_entropy(own, theirs, labels, self.alpha(carry), axis_name=axis_name)
-        devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-        right = jnp.sum((jnp.argmax(own, -1) == labels).astype(jnp.float32))
-        return found.loss, {"mlm_accuracy": devices * right / jnp.maximum(found.tokens, 1)}, (own, theirs)
+        return found.loss, {"mlm_accuracy": share_right(own, labels, axis_name)}, (own, theirs)
 
     def constrain(self, params: Params) -> Params:
         """The temperature stays within its bounds."""

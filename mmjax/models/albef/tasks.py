@@ -114,7 +114,8 @@ class AlbefModel(ImageTextModel):
         """Of images alone vision_model_output and, where texts are compared with images, image_embeds; of texts alone
         text_model_output and text_embeds; of both besides logits_per_image and logits_per_text, and of the i-th image
         with the i-th text last_hidden_state [b, l, d] and what the heads say of it: itm_score [b, 2],
-        prediction_logits [b, l, v] of words, logits [b, c] of classes or, of decoder_input_ids, [b, t, v] of words.
+        prediction_logits [b, l, v] of words, assignment_logits [b, 3]: the first image's, the second's or neither's,
+        logits [b, c] of classes or, of decoder_input_ids, [b, t, v] of words.
 
         pixel_values of pairs: [2 b, height, width, 3], the first images of all, then the second ones.
         """
@@ -146,6 +147,7 @@ class AlbefModel(ImageTextModel):
         told["last_hidden_state"] = states
         told |= {"itm_score": ask("match", states)} if c.matching else {}
         told |= {"prediction_logits": ask("words", states)} if c.text.mlm else {}
+        told |= {"assignment_logits": ask("assign", states)} if c.assigning else {}
         told |= {"logits": ask("classify", states)} if c.classes else {}
         if c.decoder is not None and "decoder_input_ids" in inputs:
             answers = inputs["decoder_input_ids"], inputs.get("decoder_attention_mask")

@@ -1,0 +1,84 @@
+"""ALBEF's text assignment, the pre-training for pairs of images (arXiv 2107.07651, section 5; Pretrain_nlvr.py): which
+of two images is a text of, if any?"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.errors import MmjaxError
+from mmjax.models.albef.method import Passes
+from mmjax.nn.groups import group_places, take_in_group
+from mmjax.objectives.classification import hits, softmax_cross_entropy
+from mmjax.objectives.matching import draw_negatives, negative_log_weights
+from mmjax.training.partition import FROZEN
+from mmjax.training.rng import example_keys, named
+from mmjax.training.state import Carry
+from mmjax.types import Array, Batch, Float, Int, Metrics, Params, PRNGKeyArray
+
+TEMPERATURE = 0.07
+"""Of the likeness of images by which others are drawn (model_pretrain_nlvr.py)."""
+UNTRAINED: Mapping[str, str] = dict.fromkeys(("vision_proj/**", "text_proj/**", "temperature"), FROZEN)
+"""A partition's rules: what no loss reaches. In the original it has no gradient, and so does not decay either."""
+
+
+@dataclass(frozen=True)
+class TextAssignment(Passes):
+    """Each text is read with two images: its own one and another in either order, or two others.
+
+    Batches: {"image": [b, h, w, 3], uint8 or normalised floats; "input_ids": int32 [b, l], [CLS] first;
+    "attention_mask": [b, l], 1 = a token}. Metric: accuracy in [0, 1]. The partition should have the rules `UNTRAINED`.
+
+    Attributes:
+        groups: parts of the global batch, of which a text's other images are: one a process in the original (8).
+    """
+
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        """Raises MmjaxError for a network without the head."""
+        if not self.config.assigning:
+            raise MmjaxError("albef: text assignment wants assigning")
+
+    def example(self, batch: Batch) -> dict[str, Any]:
+        return super().example(batch) | {"other_images": self.pixels(batch["image"][:1])}
+
+    def loss(
+        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
+    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
+        """Raises MmjaxError for groups of fewer than 3 pairs."""
+        mask, how = batch["attention_mask"], {"axis_name": axis_name}
+        image = self.run(params, "image", self.pixels(batch["image"]), rng=named(rng, "image"), **how)
+        first, second, labels = self.draw(self.head(params, "image_embeds", image), rng, axis_name)
+        images = [take_in_group(image, places, self.groups, axis_name) for places in (first, second)]
+        states = self.run(params, "read", batch["input_ids"], mask, rng=named(rng, "read"), **how)
+        states = self.run(params, "fuse", states, mask, *images, rng=named(rng, "fuse"), **how)
+        logits = self.head(params, "assign", states)
+        value = jnp.mean(softmax_cross_entropy(logits, labels))
+        return value, (carry, {"accuracy": jnp.mean(hits(logits, labels))})
+
+    def draw(
+        self, image_embeds: Float[Array, "b e"], rng: PRNGKeyArray, axis_name: str | None
+    ) -> tuple[Int[Array, "b"], Int[Array, "b"], Int[Array, "b"]]:
+        """(place in the group of each text's first image, and of its second, label).
+
+        The label is, with probability 1/3 each, 0: the first image is the text's own, 1: the
+        second one is, 2: neither is, and they differ. Other images are the likelier, the more like the own one.
+        """
+        weights = negative_log_weights(image_embeds, image_embeds, TEMPERATURE, groups=self.groups, axis_name=axis_name)
+        if weights.shape[1] < 3:
+            raise MmjaxError(
+                f"albef: groups={self.groups}: text assignment draws of 3 images or more, not of a group's "
+                f"{weights.shape[1]}"
+            )
+        keys = [example_keys(named(rng, name), len(weights), axis_name) for name in ("label", "other", "further")]
+        labels = jax.vmap(lambda key: jax.random.randint(key, (), 0, 3))(keys[0])
+        own = group_places(len(weights), self.groups, axis_name)
+        other = draw_negatives(keys[1], weights)
+        rest = jnp.where(other[:, None] == jnp.arange(weights.shape[1]), -jnp.inf, weights)
+        further = draw_negatives(keys[2], rest)
+        first = jnp.where(labels == 0, own, other)
+        second = jnp.where(labels == 0, other, jnp.where(labels == 1, own, further))
+        return first, second, labels

@@ -1,0 +1,280 @@
+"""ALBEF's methods: masks, negatives, momentum, queues, gradients, and a loss that falls."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_albef as tiny
+
+from mmjax import tree
+from mmjax.errors import MmjaxError
+from mmjax.models.albef.finetune import AlbefAnswering, AlbefClassification, AlbefRetrieval
+from mmjax.models.albef.network import Albef, untied
+from mmjax.objectives.language import IGNORED
+from mmjax.training.ema import update_ema
+from mmjax.training.method import Method
+from mmjax.training.optimizer import Optimizer, adamw, all_but_vectors, sgd
+from mmjax.training.partition import Partition
+from mmjax.training.state import create_state
+from mmjax.training.step import train_step
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+RNG = jax.random.key(4)
+STILL = Optimizer(sgd(0.0, 0.0))
+
+
+def started(method: Method, optimizer: Optimizer, size: int = 24) -> Any:
+    return jax.jit(lambda: create_state(method, optimizer, jax.random.key(0), tiny.batch(size=size)))()
+
+
+def stepped(method: Method, optimizer: Optimizer) -> Any:
+    return jax.jit(functools.partial(train_step, method, optimizer))
+
+
+# --------------------------------------------------------------------------------------------------------------- draws
+
+
+def test_masks_are_drawn_as_said():
+    """Of 40,000 texts: the rate, 80/10/10 and the random words by chi-square, at odds of a thousand to one."""
+    method, (ids, mask) = tiny.pretraining(), tiny.texts(np.random.default_rng(0), 40_000)
+    found, labels = jax.jit(lambda ids: method.masks({"input_ids": ids}, RNG, None))(ids)
+    found, labels, hidden = np.asarray(found), np.asarray(labels), np.asarray(labels) != IGNORED
+    words = (mask == 1) & (np.arange(7) > 0)
+    assert not hidden[~words].any()
+    np.testing.assert_array_equal(found[~hidden], ids[~hidden])
+    np.testing.assert_array_equal(labels[hidden], ids[hidden])
+    for place in range(1, 7):
+        own, n = hidden[:, place].sum(), words[:, place].sum()
+        assert abs(own - 0.15 * n) < 3.3 * np.sqrt(n * 0.15 * 0.85), place
+    # Neighbours know nothing of each other.
+    both, n = (hidden[:, 1] & hidden[:, 2]).sum(), len(ids)
+    assert abs(both - 0.0225 * n) < 3.3 * np.sqrt(n * 0.0225 * 0.9775)
+
+    put, was, n = found[hidden], labels[hidden], hidden.sum()
+    kinds = np.array([(put == tiny.MASK).sum(), (put == was).sum()])
+    shares = np.array([0.8 + 0.1 / tiny.VOCAB, 0.1 + 0.1 / tiny.VOCAB])  # a random word may be either
+    counts, expected = np.append(kinds, n - kinds.sum()), n * np.append(shares, 1 - shares.sum())
+    assert ((counts - expected) ** 2 / expected).sum() < 13.8  # two degrees of freedom
+    others = np.bincount(put[(put != tiny.MASK) & (put != was)], minlength=tiny.VOCAB)
+    assert others[tiny.MASK] == 0
+    # Words never hidden are drawn a little oftener: no label takes a part of theirs.
+    own = np.bincount(was, minlength=tiny.VOCAB)
+    expected = np.delete(0.1 / tiny.VOCAB * (n - own), tiny.MASK)
+    assert ((np.delete(others, tiny.MASK) - expected) ** 2 / expected).sum() < 88  # of 52
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_any_cut_draws_the_same_masks_and_negatives(groups: int):
+    """Of retrieval, no negative has the image's own id; a row that has none is told by -1."""
+    method, rows = tiny.pretraining(groups=groups), tiny.batch()
+    rows["image_id"] = np.repeat(np.arange(4), 6)[np.random.default_rng(0).permutation(24)].astype(np.int32)
+    rows["image_id"][:6] = 7
+    retrieval = AlbefRetrieval(tiny.RETRIEVAL, groups=groups)
+    state = started(method, STILL)
+
+    def draws(part: Any, axis_name: str | None = None) -> Any:
+        told = method.encode(state.params, state.carry, part, RNG, axis_name)
+        masks = method.masks(part, RNG, axis_name)
+        how = (part, told, RNG, axis_name)
+        return masks, method.negatives(state.params, *how), retrieval.negatives(state.params, *how)
+
+    whole = jax.jit(draws)(rows)
+    parts = {name: leaf.reshape(4, 6, *leaf.shape[1:]) for name, leaf in rows.items()}
+    cut = jax.jit(jax.vmap(lambda part: draws(part, "data"), axis_name="data"))(parts)
+    jax.tree.map(lambda one, many: np.testing.assert_array_equal(many.reshape(one.shape), one), whole, cut)
+    size = 24 // groups
+    ids, places = rows["image_id"].reshape(groups, size), np.arange(24) % size
+    for drawn in whole[1]:
+        assert (np.asarray(drawn) != places).all() and np.asarray(drawn).max() < size
+    assert len(set(np.asarray(whole[1][0]).tolist())) > size // 2
+    for drawn in map(np.asarray, whole[2]):
+        theirs = np.take_along_axis(ids, np.maximum(drawn, 0).reshape(groups, size), 1).reshape(-1)
+        assert ((drawn == -1) == (groups == 4) * (np.arange(24) < 6)).all()
+        assert (theirs != rows["image_id"])[drawn >= 0].all()
+
+
+# ------------------------------------------------------------------------------------------------- momentum and queues
+
+
+def test_two_steps_of_momentum_alpha_and_queues_by_hand():
+    """The momentum parameters move before their pass, after the parameters of before the step; the queues keep what
+    that pass says; alpha rises with the batches."""
+    config, optimizer = tiny.still(tiny.RETRIEVAL), Optimizer(sgd(0.5, 0.0))
+    method = AlbefRetrieval(config, alpha_steps=4)
+    first = started(method, optimizer)
+    step, leaf = stepped(method, optimizer), "text/encoder/block_1/cross_attention/v/kernel"
+    batches = [tiny.batch(seed) for seed in range(3)]
+    states = [first]
+    for rows in batches:
+        states.append(step(states[-1], rows)[0])
+    own, average = ([np.asarray(tree.flatten(getattr(s, name))[leaf]) for s in states] for name in ("params", "ema"))
+    np.testing.assert_array_equal(average[0], own[0])
+    np.testing.assert_allclose(average[1], own[0], rtol=1e-6)
+    np.testing.assert_allclose(average[2], 0.9 * own[0] + 0.1 * own[1], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(average[3], 0.81 * own[0] + 0.09 * own[1] + 0.1 * own[2], rtol=1e-5, atol=1e-7)
+    assert np.abs(own[1] - own[0]).max() > 1e-4
+    assert states[1].ema.keys() == {"vision", "text", "vision_proj", "text_proj"}
+
+    assert [int(s.queues["image"].cursor) for s in states] == [0, 24, 0, 24]
+    ids = np.asarray(states[3].queues["ids"].keys)[:, 0]
+    np.testing.assert_array_equal(ids, np.concatenate([batches[2]["image_id"], batches[1]["image_id"]]))
+    assert (np.asarray(first.queues["ids"].keys) == IGNORED).all()
+    for before, end, rows in zip(states[1:], states[2:], batches[1:]):
+        params = {**before.params, **update_ema(before.ema, before.params, 0.9)}
+        told = jax.jit(Albef(config).apply)(
+            {"params": params}, rows["image"], rows["input_ids"], rows["attention_mask"]
+        )
+        at = int(before.queues["image"].cursor)
+        for name in ("image", "text"):
+            np.testing.assert_allclose(
+                end.queues[name].keys[at : at + 24], told[f"{name}_embeds"], rtol=1e-4, atol=1e-6
+            )
+
+    np.testing.assert_allclose([method.alpha(s.carry) for s in states], [0, 0.1, 0.2, 0.3], rtol=1e-6)
+    late = dataclasses.replace(first.carry, stats={"steps": jnp.int32(9)})
+    np.testing.assert_allclose(method.alpha(late), 0.4, rtol=1e-6)
+    np.testing.assert_allclose(AlbefRetrieval(config).alpha(first.carry), 0.4, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("given", "kept"), [(0.7, 0.5), (0.0004, 0.001), (0.2, 0.2)])
+def test_pretraining_alone_keeps_the_temperature_within_bounds(given: float, kept: float):
+    params = {"temperature": jnp.float32(given), "vision": {"x": jnp.float32(3)}}
+    told = tiny.pretraining().constrain(params)
+    assert told == {"temperature": np.float32(kept), "vision": {"x": 3}}
+    assert AlbefRetrieval(tiny.RETRIEVAL).constrain(params) == params
+
+
+def test_methods_refuse_networks_that_lack_what_they_read():
+    for make, named in (
+        (lambda: tiny.pretraining(tiny.RETRIEVAL), "pre-training wants text.mlm"),
+        (lambda: AlbefRetrieval(tiny.PRETRAINING), "retrieval wants"),
+        (lambda: AlbefClassification(tiny.RETRIEVAL), "wants classes"),
+        (lambda: AlbefAnswering(tiny.RETRIEVAL), "wants a decoder"),
+    ):
+        with pytest.raises(MmjaxError, match=named):
+            make()
+    with pytest.raises(MmjaxError, match="queue length 48 is not a multiple of the batch size 20"):
+        jax.eval_shape(lambda: create_state(tiny.pretraining(), STILL, RNG, tiny.batch(size=20)))
+
+
+# ----------------------------------------------------------------------------------------------------------- gradients
+
+
+def is_blind(path: str) -> bool:
+    """A key's bias adds the same to all of a query's scores, which a softmax does not see."""
+    return path.endswith("attention/k/bias")
+
+
+def test_every_parameter_has_a_gradient_and_no_momentum_part_has():
+    method, rows = tiny.pretraining(), tiny.batch()
+    state = started(method, STILL)
+    moved = jax.tree.map(lambda leaf: leaf + 0.05, state.ema)
+
+    def loss(params: Any, ema: Any) -> Any:
+        return method.loss(params, dataclasses.replace(state.carry, ema=ema), rows, RNG)[0]
+
+    own, theirs = (tree.flatten(grads) for grads in jax.jit(jax.grad(loss, (0, 1)))(state.params, moved))
+    assert all((np.abs(np.asarray(leaf)).max() > 1e-7) != is_blind(path) for path, leaf in own.items())
+    assert not any(np.asarray(leaf).any() for leaf in theirs.values())
+
+
+def test_the_encoders_of_negatives_learn():
+    method, rows = tiny.pretraining(tiny.still(tiny.PRETRAINING)), tiny.batch(size=6)
+    state = started(method, STILL)
+    images, texts = jnp.array([4, 2, 4, 2, 2, 4]), jnp.array([1, 3, 1, 1, 1, 3])
+
+    def scores(image: Any, text: Any, run: int) -> Any:
+        told = dataclasses.replace(method.encode(state.params, state.carry, rows, RNG, None), image=image, text=text)
+        logits = method.match(state.params, rows, told, (images, texts), RNG, None)[2]
+        return jnp.sum(logits[6 * run : 6 * (run + 1), 1])
+
+    told = method.encode(state.params, state.carry, rows, RNG, None)
+    slopes = [jax.jit(jax.grad(functools.partial(scores, run=run), (0, 1)))(told.image, told.text) for run in (1, 2)]
+    reached = [[set(np.flatnonzero(np.abs(np.asarray(x)).max((1, 2)) > 1e-8)) for x in pair] for pair in slopes]
+    everyone = set(range(6))
+    assert reached == [[{2, 4}, everyone], [everyone, {1, 3}]]
+
+
+def test_what_pairs_share_is_one_array_with_the_sum_of_both_gradients():
+    still, rows = tiny.still(tiny.PAIRS), tiny.batch()
+    config = dataclasses.replace(still, text=dataclasses.replace(still.text, depth=6, cross_from=2), alpha=0.0)
+    method = AlbefClassification(config)
+    state = started(method, STILL)
+    places = [f"text/encoder/block_{i}/cross_attention" for i in range(2, 6)]
+    paths = tree.flatten(state.params)
+    for i, place in enumerate(places):
+        for letter in "kv":
+            assert (f"{place}/{letter}/kernel" in paths) == (i % 2 == 1)
+
+    def apart(params: Any) -> Any:
+        logits = Albef(config).apply(
+            {"params": params}, rows["image_0"], rows["input_ids"], rows["attention_mask"], None, rows["image_1"]
+        )["logits"]  # type: ignore[index]
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), rows["label"][:, None], 1))
+
+    value, both = jax.jit(jax.value_and_grad(apart))(untied(state.params, config))
+    own, grads = jax.jit(jax.value_and_grad(lambda p: method.loss(p, state.carry, rows, RNG)[0]))(state.params)
+    np.testing.assert_allclose(own, value, rtol=1e-6)
+    both, grads = ({path: np.asarray(leaf) for path, leaf in tree.flatten(x).items()} for x in (both, grads))
+    for first, second in (places[:2], places[2:]):
+        for name in ("k/kernel", "v/kernel", "v/bias"):
+            one, other = both[f"{first}/{name}"], both[f"{second}/{name}"]
+            assert min(np.abs(one).max(), np.abs(other).max()) > 1e-7
+            scale = np.abs(one + other).max()
+            np.testing.assert_allclose(grads[f"{second}/{name}"], one + other, atol=1e-5 * scale, rtol=0)
+
+
+def test_places_without_an_answer_have_no_say():
+    method, rows = AlbefAnswering(tiny.still(tiny.ANSWERS)), tiny.batch()
+    state, empty = started(method, STILL), tiny.batch()["answer_weights"] == 0
+    assert 5 < empty.sum() < 60
+    gradient = jax.jit(jax.value_and_grad(lambda p, rows: method.loss(p, state.carry, rows, RNG)[0]))
+    value, grads = gradient(state.params, rows)
+    other = tiny.texts(np.random.default_rng(9), 24, 3, longest=5)
+    written = {
+        name: np.where(empty[..., None], new, rows[name]) for name, new in zip(("answer_ids", "answer_mask"), other)
+    }
+    again, same = gradient(state.params, rows | written)
+    np.testing.assert_allclose(again, value, rtol=1e-6)
+    for path, leaf in tree.flatten(grads).items():
+        scale = np.abs(leaf).max()
+        assert np.isfinite(scale)
+        np.testing.assert_allclose(tree.flatten(same)[path], leaf, atol=1e-5 * scale + 1e-8, rtol=0, err_msg=path)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def test_pretraining_learns_which_pairs_belong_together_beside_a_frozen_vision_tower():
+    """The tower stays bit-identical, with no state of the optimizer, and all else moves. To answer "no" always gives
+    two thirds of right matches."""
+    config = dataclasses.replace(tiny.still(tiny.PRETRAINING), queue=64, temperature=0.1)
+    method, rows = tiny.pretraining(config, alpha_steps=1000), tiny.batch(size=64)
+    optimizer = Optimizer(adamw(1e-2, 0.02, mask=all_but_vectors), Partition({"vision/**": "frozen"}))
+    state, rng = started(method, optimizer, 64), np.random.default_rng(5)
+
+    def grown(leaf: Any) -> Any:
+        """At 16 features a deviation of 0.02 is next to nothing."""
+        return leaf + 0.25 * rng.normal(size=leaf.shape).astype(np.float32) if leaf.ndim > 1 else leaf
+
+    params = jax.tree.map(grown, state.params)
+    state = first = state.replace(params=params, ema={part: params[part] for part in state.ema})
+    step, told = stepped(method, optimizer), []
+    for _ in range(280):
+        state, metrics = step(state, rows)
+        told.append({name: float(value) for name, value in metrics.items()})
+    begin, soon, end = (
+        {n: np.mean([m[n] for m in part]) for n in told[0]} for part in (told[:5], told[50:60], told[-9:])
+    )
+    assert soon["contrast_loss"] < 0.6 * begin["contrast_loss"] and soon["loss"] < 0.7 * begin["loss"]
+    assert begin["matching_accuracy"] < 0.7 and end["matching_accuracy"] > 0.9
+    assert end["mlm_loss"] < 0.6 * begin["mlm_loss"] and end["mlm_accuracy"] > 0.4
+    before, after = tree.flatten(first.params), tree.flatten(state.params)
+    still = {path for path in before if np.array_equal(before[path], after[path])}
+    assert still == {path for path in before if path.startswith("vision/")}
+    assert not any("'vision'" in jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state.opt_state))
