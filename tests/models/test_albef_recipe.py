@@ -1,0 +1,78 @@
+"""ALBEF's small recipe from data to a loaded model: cut and gone on with, judged, asked."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mmjax
+from mmjax.data.openmoji import OpenMoji
+from mmjax.data.sources import ArraySource
+from mmjax.training.experiment import load_experiment
+from mmjax.training.loop import train
+
+FILE = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "albef_openmoji.py"
+NAMES = [f"{colour} {thing}" for colour in ("red", "blue", "green", "dark") for thing in ("hen", "boat", "sun", "hat")]
+SMALL: dict[str, Any] = {
+    "batch_size": 4,
+    "image_size": 12,
+    "patch": 6,
+    "vocab_size": 60,
+    "length": 6,
+    "width": 64,
+    "vision_depth": 1,
+    "text_depth": 2,
+    "embed_dim": 8,
+    "queue": 8,
+    "k": 3,
+    "warmup": 1,
+    "tensorboard": False,
+}
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch, quick_compilation) -> Any:
+    """On 16 squares of noise instead of drawings; every fourth is held out."""
+    config = load_experiment(FILE)
+    images = np.random.default_rng(0).integers(0, 256, (16, 12, 12, 3)).astype(np.uint8)
+
+    def pairs(_: Any) -> OpenMoji:
+        def part(name: str, rows: list[int]) -> ArraySource:
+            texts = [NAMES[i] for i in rows]
+            return ArraySource(name=name, image=images[rows], text=texts, texts=[(text,) for text in texts])
+
+        held = list(range(0, 16, 4))
+        return OpenMoji(part("train", [i for i in range(16) if i not in held]), part("held out", held), (), {})
+
+    monkeypatch.setattr(config, "pairs", property(pairs))
+    return config
+
+
+def test_a_run_that_was_cut_goes_on_to_the_same_bits_and_is_loaded(recipe: Any, tmp_path: pathlib.Path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    config = recipe(**SMALL, steps=6, checkpoint_every=3)
+    last = train(config, whole, experiment_file=str(FILE))
+    assert last["val/features_n"] == last["val/retrieval_n"] == 4 and np.isfinite(last["train/loss"])
+    train(config, parts)
+    newest = parts / "checkpoints" / "6"
+    for file in sorted(newest.rglob("*"), reverse=True):
+        file.rmdir() if file.is_dir() else file.unlink()
+    newest.rmdir()
+    train(config, parts)
+    # Momentum encoders and queues are in it.
+    manifests = [(run / "checkpoints" / "6" / "manifest.json").read_text() for run in (whole, parts)]
+    assert manifests[0] == manifests[1] and "queues/image/keys" in manifests[0] and "ema/text" in manifests[0]
+
+    # What is loaded gives what was measured beside training.
+    model: Any = mmjax.load(whole)
+    held = config.pairs.held_out.columns
+    images, names = list(held["image"]), list(held["text"])
+    cosines = np.asarray(model.encode_image(images) @ model.encode_text(names, length=SMALL["length"]).T)
+    ranks = (cosines >= np.diag(cosines)[:, None]).sum(1) - 1
+    assert last["val/features_image_to_text_R@1"] == 100 * np.mean(ranks == 0)
+    assert last["val/features_image_to_text_median_rank"] == 1 + np.median(ranks)
+    reranked = model.retrieve(images, names, k=1, rerank=3)
+    assert last["val/image_to_text_R@1"] == 100 * np.mean([row[0][0] == i for i, row in enumerate(reranked)])
+    chances = np.asarray(model.match(images, names))
+    assert chances.shape == (4,) and np.all((chances > 0) & (chances < 1))
