@@ -5,6 +5,10 @@
 The whole of pre-training from random weights: contrast with momentum keys and queues, matching with hard negatives,
 words under an image, momentum distillation. Beside it, on drawings whose names no training text has
 (`mmjax.data.openmoji`): retrieval by the features alone, and with the matching head on the nearest of them.
+
+On two cores (Python 3.11, 400 steps in 5 minutes) the features find the right one of 370 names among their first ten
+for 15.7 % of the drawings (95 % interval 11.9 to 19.5), and of the drawings for 15.4 % of the names; chance is 2.7 %.
+The matching head needs more than so short a run: with it 10.5 and 10.0 %.
 """
 
 import dataclasses

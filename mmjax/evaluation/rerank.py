@@ -188,7 +188,9 @@ class RerankEvaluation(ScoredEvaluation):
         found = self.shortlists(params, state)
         ranks = found.ranks()
         prefix = "" if self.name == "retrieval" else f"{self.name}_"
-        scores = ranks.scores(self.ks) | ranks.mean_recalls(self.ks)
+        # No median rank: of what is on no list only the least rank is known.
+        scores = {name: score for name, score in ranks.scores(self.ks).items() if not name.endswith("median_rank")}
+        scores |= ranks.mean_recalls(self.ks)
         counts = {f"{self.name}_n": len(ranks.image), f"{self.name}_n_texts": len(ranks.text)}
         picture = self._picture(found) if pictures else None
         drawn = {} if picture is None else {f"{self.name}_picture": picture}
