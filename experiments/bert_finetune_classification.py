@@ -23,7 +23,7 @@ from mmjax.data.stdlib_tasks import package_texts
 from mmjax.evaluation.classification import ClassificationEvaluation
 from mmjax.evaluation.regression import RegressionEvaluation
 from mmjax.models.bert.finetune import TextClassification
-from mmjax.models.bert.recipe import FineTuningRecipe
+from mmjax.recipes.bert import FineTuningRecipe
 from mmjax.text.labelled_texts import LabelledText, class_names, classified_columns, read_labelled
 from mmjax.training.experiment import Evaluation
 

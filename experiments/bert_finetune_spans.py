@@ -23,7 +23,7 @@ import mmjax
 from mmjax.data.stdlib_tasks import return_questions
 from mmjax.evaluation.answers import AnswersEvaluation
 from mmjax.models.bert.finetune import SpanExtraction
-from mmjax.models.bert.recipe import FineTuningRecipe
+from mmjax.recipes.bert import FineTuningRecipe
 from mmjax.text.answer_spans import AskedWindows, answer_columns
 from mmjax.text.squad import Question, read_squad
 from mmjax.training.experiment import Evaluation

@@ -22,7 +22,7 @@ import mmjax
 from mmjax.data.stdlib_tasks import parameter_words
 from mmjax.evaluation.entities import TagsEvaluation, lexicon_tags
 from mmjax.models.bert.finetune import TokenClassification
-from mmjax.models.bert.recipe import FineTuningRecipe
+from mmjax.recipes.bert import FineTuningRecipe
 from mmjax.text.tagged_words import TaggedWords, read_columns, tag_names, tagged_columns
 from mmjax.training.experiment import Evaluation
 

@@ -33,8 +33,8 @@ from mmjax.errors import MmjaxError
 from mmjax.evaluation.classification import ClassificationEvaluation
 from mmjax.evaluation.feature_cache import kept
 from mmjax.evaluation.features import Extractor
+from mmjax.interface.image_classifier import Headless, ImageClassifier
 from mmjax.models import SYSTEMS
-from mmjax.models.image_classifier import Headless, ImageClassifier
 from mmjax.training.classification import Classification
 from mmjax.training.experiment import Evaluation, ExperimentConfig, LoadWeights
 from mmjax.training.finetune import HeadOnFeatures, StoredStatistics, partition, tuning_optimizer

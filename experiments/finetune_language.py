@@ -8,7 +8,7 @@ what the assistant says is learned. A folder of .txt files: all of it is learned
 strings of Python's own standard library. A tenth is held out, and its perplexity told beside training: of SmolLM2-135M
 on those strings (Python 3.11, 32 rows of 128 tokens) 19.7 before and 15.1 after the default 60 steps.
 
-`mmjax.load` gives the workdir with its adapters merged; `export_lora` of `mmjax.models.lora_checkpoint` writes PEFT's
+`mmjax.load` gives the workdir with its adapters merged; `export_lora` of `mmjax.adapters` writes PEFT's
 files.
 """
 

@@ -13,7 +13,7 @@ import dataclasses
 
 from mmjax.models.moco.network import MoCoConfig
 from mmjax.models.moco.pretrain import MoCoMethod
-from mmjax.models.moco.recipe import MoCoRecipe, on_device
+from mmjax.recipes.moco import MoCoRecipe, on_device
 from mmjax.training.augment import View
 from mmjax.training.method import Augmented
 from mmjax.training.optimizer import Optimizer, per_epoch, sgd, warmup_cosine

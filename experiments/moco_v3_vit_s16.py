@@ -13,7 +13,7 @@ from typing import Literal
 
 from mmjax.models.moco.network import FROZEN_STEM, MoCoConfig
 from mmjax.models.moco.pretrain import MoCoMethod
-from mmjax.models.moco.recipe import MoCoRecipe, on_device
+from mmjax.recipes.moco import MoCoRecipe, on_device
 from mmjax.training.augment import View
 from mmjax.training.method import Augmented
 from mmjax.training.optimizer import Optimizer, adamw, linear_warmup_cosine

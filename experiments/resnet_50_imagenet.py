@@ -25,9 +25,9 @@ from mmjax.data.pipeline import Transform
 from mmjax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing
 from mmjax.data.randaugment import TrivialAugmentWide
 from mmjax.data.transforms import RandomFlip
-from mmjax.models.imagenet import ImageNetRecipe
 from mmjax.models.resnet.network import ResNetConfig
 from mmjax.models.resnet.supervised import ResNetClassifier
+from mmjax.recipes.imagenet import ImageNetRecipe
 from mmjax.training.classification import Classification
 from mmjax.training.erasing import RandomErasing
 from mmjax.training.method import Augmented, Method

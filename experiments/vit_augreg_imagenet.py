@@ -17,9 +17,9 @@ from mmjax.data.pipeline import Transform
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.data.randaugment import RandAugment
 from mmjax.data.transforms import RandomFlip
-from mmjax.models.imagenet import ImageNetRecipe
 from mmjax.models.vit.network import ViTConfig
 from mmjax.models.vit.supervised import ViTClassifier
+from mmjax.recipes.imagenet import ImageNetRecipe
 from mmjax.training.classification import Classification
 from mmjax.training.mixing import Mixing
 from mmjax.training.optimizer import Optimizer, adamw, excluding, linear_warmup_cosine

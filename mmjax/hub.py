@@ -24,9 +24,9 @@ import numpy as np
 
 from mmjax.data.preprocess import ImagePreprocessing, from_hf
 from mmjax.errors import MmjaxError
+from mmjax.interface.config import config_from_json
+from mmjax.interface.model import Model
 from mmjax.models import SYSTEMS, System
-from mmjax.models.config import config_from_json
-from mmjax.models.handle import Model
 from mmjax.nn import int8
 from mmjax.tree import flatten, map_with_path, matches
 from mmjax.weights.files import Weights, parse_json, read_weights, write_atomically, write_safetensors

@@ -20,8 +20,9 @@ import mmjax
 from mmjax import hub
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
+from mmjax.interface.model import Model
 from mmjax.models import SYSTEMS, System
-from mmjax.models.handle import Model, unit
+from mmjax.nn.norm import l2_normalize
 from mmjax.training.checkpoint import CheckpointWriter
 from mmjax.tree import flatten, tree_hash
 from mmjax.weights.files import read_weights, write_safetensors
@@ -337,7 +338,7 @@ def test_images_of_every_kind_become_the_same_pixels(tmp_path, toy):
 
 
 def test_unit_vectors_have_length_one():
-    np.testing.assert_allclose(jnp.linalg.norm(unit(jnp.arange(1.0, 11).reshape(2, 5)), axis=-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(jnp.linalg.norm(l2_normalize(jnp.arange(1.0, 11).reshape(2, 5)), axis=-1), 1, rtol=1e-6)
 
 
 def test_importing_mmjax_imports_neither_jax_nor_numpy():

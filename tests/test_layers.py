@@ -23,14 +23,16 @@ FLOORS = (
     {"data", "text"},
     {"generation"},
     {"evaluation"},
+    {"interface"},
     {"models"},
-    {"hub"},
+    {"hub", "adapters"},
+    {"recipes"},
     {"cli", "__init__", "__main__"},
 )
 """Lowest first. Rooms of one set are neighbours."""
 APART = ({"nn", "weights"},)
 """Neighbours with a wall between them."""
-ABOVE_WEIGHTS = {"models", "hub"}
+ABOVE_WEIGHTS = {"models", "hub", "adapters"}
 """weights/ is the floor of these alone: training, evaluation and data know no public layout."""
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 

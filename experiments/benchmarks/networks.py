@@ -32,11 +32,11 @@ from mmjax.models.bert.pretrain import BERT
 from mmjax.models.clip.network import CLIP as CLIPNetwork
 from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from mmjax.models.clip.pretrain import CLIP
-from mmjax.models.handle import unit
 from mmjax.models.resnet.network import ResNetConfig
 from mmjax.models.resnet.supervised import ResNetClassifier
 from mmjax.models.vit.network import ViTConfig
 from mmjax.models.vit.supervised import ViTClassifier
+from mmjax.nn.norm import l2_normalize
 from mmjax.training.classification import Classification
 from mmjax.training.lift import JitLift
 from mmjax.training.optimizer import Optimizer, adamw, sgd
@@ -86,7 +86,7 @@ def recipe(name: str, sizes: Sizes, dtype: Any) -> tuple[Any, Optimizer, Callabl
 
         def logits(params: Any, stats: Any, batch: Any) -> Any:
             told: Any = CLIPNetwork(method.config).apply({"params": params}, batch["image"], batch["text"])
-            image, words = (unit(told[tower]["embeds"]) for tower in ("vision", "text"))
+            image, words = (l2_normalize(told[tower]["embeds"]) for tower in ("vision", "text"))
             return jnp.exp(params["logit_scale"]) * image @ words.T
 
         return method, Optimizer(adamw(**ADAMW)), logits

@@ -18,7 +18,7 @@ from mmjax.errors import MmjaxError
 from mmjax.evaluation import knn, linear_probe, report, zero_shot
 from mmjax.evaluation.classification import classification_scores
 from mmjax.evaluation.report import Score
-from mmjax.models.config import config_from_json
+from mmjax.interface.config import config_from_json
 from mmjax.training import checkpoint
 from mmjax.training.experiment import load_experiment
 from mmjax.training.state import create_state

@@ -8,7 +8,7 @@ import rich
 
 from mmjax import hub
 from mmjax.errors import MmjaxError
-from mmjax.models.generating import GeneratingModel
+from mmjax.interface.generation import GeneratingModel
 
 
 def generate(source: str, prompts: Sequence[str], loading: dict[str, Any], options: dict[str, Any]) -> None:

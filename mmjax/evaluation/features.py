@@ -156,12 +156,6 @@ def checked_integers(name: str, values: ArrayLike, length: int, below: int | Non
     return array.astype(np.int32)
 
 
-def unit(features: Float[Array, "n d"]) -> Float[Array, "n d"]:
-    """Rows of length one; a row of zeros stays zero."""
-    norm = jnp.linalg.norm(features, axis=-1, keepdims=True)
-    return features / jnp.where(norm == 0, 1, norm)
-
-
 def _length(inputs: Any, name: str) -> int:
     lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(inputs)}
     if len(lengths) != 1 or 0 in lengths:

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.evaluation.classification import accuracy
-from mmjax.evaluation.features import Encode, Extractor, Inputs, checked_features, checked_integers, unit
+from mmjax.evaluation.features import Encode, Extractor, Inputs, checked_features, checked_integers
 from mmjax.evaluation.protocol import Outcome, ScoredEvaluation
 from mmjax.evaluation.report import Score
+from mmjax.nn.norm import l2_normalize
 from mmjax.types import Array, ArrayLike, Float, Int, MmjaxError, Params
 
 BLOCK = 2**24
@@ -26,7 +27,7 @@ BLOCK = 2**24
 def _nearest(
     bank: Float[Array, "q d"], queries: Float[Array, "b d"], own: Int[Array, " b"], k: int
 ) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
-    similarity = jnp.matmul(unit(queries), unit(bank).T, precision="highest")
+    similarity = jnp.matmul(l2_normalize(queries), l2_normalize(bank).T, precision="highest")
     # A row is not its own neighbour; own = -1 (outside the bank) leaves all.
     similarity = jnp.where(own[:, None] == jnp.arange(len(bank))[None], -jnp.inf, similarity)
     nearest_first, index = jax.lax.top_k(similarity, k)

@@ -24,11 +24,11 @@ from mmjax.evaluation.features import (
     checked_features,
     checked_integers,
     finite,
-    unit,
 )
 from mmjax.evaluation.pictures import retrieval_picture
 from mmjax.evaluation.protocol import Outcome, ScoredEvaluation
 from mmjax.evaluation.report import Score, clustered_proportion
+from mmjax.nn.norm import l2_normalize
 from mmjax.types import Array, ArrayLike, Float, Int, MmjaxError, Params
 
 BLOCK = 2**24
@@ -189,7 +189,7 @@ def _cosine_ranks(
 @jax.jit
 def _cosines(queries: Float[Array, "b d"], candidates: Float[Array, "s d"]) -> Float[Array, "b s"]:
     # The right answer's score is read off the same product: computed apart it could differ in the last bit.
-    return jnp.matmul(unit(queries), unit(candidates).T, precision="highest")
+    return jnp.matmul(l2_normalize(queries), l2_normalize(candidates).T, precision="highest")
 
 
 def _blockwise(queries: Any, query: Any, candidates: Any, candidate: Any) -> Int[np.ndarray, " b"]:

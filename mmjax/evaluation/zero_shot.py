@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.evaluation.classification import confusion, mean_per_class, top_k
-from mmjax.evaluation.features import Encode, Extractor, Inputs, checked_features, checked_integers, unit
+from mmjax.evaluation.features import Encode, Extractor, Inputs, checked_features, checked_integers
 from mmjax.evaluation.pictures import confusion_picture
 from mmjax.evaluation.protocol import Outcome, ScoredEvaluation
 from mmjax.evaluation.report import Score
+from mmjax.nn.norm import l2_normalize
 from mmjax.types import Array, ArrayLike, Float, Int, MmjaxError, Params
 
 TEMPLATES = ("a photo of a {}.",)
@@ -50,7 +51,7 @@ def prompts(
 
 @functools.partial(jax.jit, static_argnames="classes")
 def _class_means(features: Float[Array, "m d"], text_class: Int[Array, " m"], classes: int) -> Float[Array, "c d"]:
-    return unit(jax.ops.segment_sum(unit(features), text_class, classes))
+    return l2_normalize(jax.ops.segment_sum(l2_normalize(features), text_class, classes))
 
 
 def class_embeddings(
@@ -71,7 +72,7 @@ def class_embeddings(
 
 @jax.jit
 def _cosines(images: Float[Array, "n d"], embeddings: Float[Array, "c d"]) -> Float[Array, "n c"]:
-    return jnp.matmul(unit(images), unit(embeddings).T, precision="highest")
+    return jnp.matmul(l2_normalize(images), l2_normalize(embeddings).T, precision="highest")
 
 
 def zero_shot_logits(

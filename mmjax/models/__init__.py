@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mmjax.models.handle import Model
+    from mmjax.interface.model import Model
     from mmjax.weights.table import Layout
 
 

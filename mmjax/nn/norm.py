@@ -1,4 +1,4 @@
-"""Layer normalisation, with and without a mean."""
+"""Normalisation over the last axis: layer norms, with and without a mean, and unit length."""
 
 from typing import Any
 
@@ -52,3 +52,13 @@ class RMSNorm(nn.Module):
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
         return x.astype(self.dtype) * scale.astype(self.dtype)
+
+
+def l2_normalize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """Vectors of length one along the last axis, float32; zeros stay zeros, with a gradient of zero.
+
+    As torch.nn.functional.normalize: the norm has a lower bound of 1e-12.
+    """
+    x = x.astype(jnp.float32)
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))

@@ -26,10 +26,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mmjax.errors import MmjaxError
 from mmjax.training import ablation_report, checkpoint
-from mmjax.training.adopt import adopt
 from mmjax.training.arms import How, choose, over_arms, stack, stacked_shapes, take
 from mmjax.training.checkpoint_format import encode
 from mmjax.training.experiment import ExperimentConfig, LoadWeights, parse_overrides
+from mmjax.training.initialize import initialize_from
 from mmjax.training.interrupts import Interrupts
 from mmjax.training.lift import Lift, create_lift, initialise
 from mmjax.training.loop import IN_FLIGHT
@@ -315,7 +315,9 @@ class _Ablation:
         for arm in group.arms:
             state = initialise(create, jax.random.key(arm.seed))
             if group.config.init_from is not None:
-                state, told = adopt(state, group.config.initial_weights(self.load_weights), group.config.init_from)
+                state, told = initialize_from(
+                    state, group.config.initial_weights(self.load_weights), group.config.init_from
+                )
                 if arm is group.arms[0]:
                     self._say(told)
             chosen = {name: np.float32(value) for name, value in arm.hparams.items()}

@@ -1,7 +1,7 @@
 """Fine-tuning a loaded network as a classifier: which layers move, how fast, and how what is frozen is run.
 
 Layers are lists of globs over parameter paths, by depth: what is before the blocks, each block, and all behind them
-with the head, as `mmjax.models.image_classifier.ImageClassifier.layers` gives them.
+with the head, as `mmjax.interface.image_classifier.ImageClassifier.layers` gives them.
 """
 
 import dataclasses

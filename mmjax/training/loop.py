@@ -23,9 +23,9 @@ from rich.table import Table
 from mmjax import tree
 from mmjax.errors import MmjaxError
 from mmjax.training import checkpoint
-from mmjax.training.adopt import adopt
 from mmjax.training.checkpoint_format import CheckpointError, encode
 from mmjax.training.experiment import ExperimentConfig, LoadWeights
+from mmjax.training.initialize import initialize_from
 from mmjax.training.interrupts import Interrupts
 from mmjax.training.lift import create_lift, gather_json, initialise
 from mmjax.training.metrics import MetricsWriter
@@ -152,7 +152,7 @@ class _Run:
             return restored.state, restored.step
         host = initialise(create, rng)
         if self.config.init_from is not None:
-            host, told = adopt(host, self.config.initial_weights(self.load_weights), self.config.init_from)
+            host, told = initialize_from(host, self.config.initial_weights(self.load_weights), self.config.init_from)
             self._say(told)
         return host, 0
 

@@ -8,7 +8,8 @@ from mmjax.data.decoding import BadRecord
 from mmjax.data.pipeline import Pipeline
 from mmjax.data.sources import ArraySource
 from mmjax.errors import MmjaxError
-from mmjax.evaluation.features import Extractor, unit
+from mmjax.evaluation.features import Extractor
+from mmjax.nn.norm import l2_normalize
 
 
 def counting(calls):
@@ -80,4 +81,4 @@ def test_bad_input_is_named():
 
 
 def test_unit_rows_and_zero():
-    np.testing.assert_allclose(unit(jnp.array([[3.0, 4.0], [0.0, 0.0]])), [[0.6, 0.8], [0.0, 0.0]], atol=1e-6)
+    np.testing.assert_allclose(l2_normalize(jnp.array([[3.0, 4.0], [0.0, 0.0]])), [[0.6, 0.8], [0.0, 0.0]], atol=1e-6)

@@ -10,7 +10,7 @@ from mmjax.models.clip.checkpoint import OPEN_CLIP_CUSTOM_TEXT, OPENAI
 from mmjax.models.clip.modified_resnet import ModifiedResNetConfig
 from mmjax.models.clip.network import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from mmjax.models.clip.tasks import CLIPModel
-from mmjax.models.handle import unit
+from mmjax.nn.norm import l2_normalize
 from mmjax.objectives.contrastive import clip_loss
 from mmjax.weights.table import load_table, save_table
 
@@ -58,7 +58,7 @@ def check(meta, tensors):
     def loss(params):
         out = CLIP(config).apply({"params": params, **stats}, pixels, ids)
         image, text = out["vision"]["embeds"], out["text"]["embeds"]
-        return clip_loss(unit(image), unit(text), params["logit_scale"]), out
+        return clip_loss(l2_normalize(image), l2_normalize(text), params["logit_scale"]), out
 
     (value, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
     found = outputs(out, jnp.exp(variables["params"]["logit_scale"]), open_clip="vision_cfg" in told)
@@ -68,7 +68,7 @@ def check(meta, tensors):
 
 def outputs(out, scale, open_clip):
     vision, text = out["vision"], out["text"]
-    image, words = unit(vision["embeds"]), unit(text["embeds"])
+    image, words = l2_normalize(vision["embeds"]), l2_normalize(text["embeds"])
     logits = scale * image @ words.T
     raw = {"image_features": vision["embeds"], "text_features": text["embeds"]}
     found = {f"raw_{name}": value for name, value in raw.items()}

@@ -26,8 +26,8 @@ from mmjax.models.bert.network import BertConfig
 from mmjax.models.vit.network import ViTConfig
 from mmjax.nn.positions import interpolate
 from mmjax.text.wordpiece import SPECIAL, WordPieceTokenizer, wordpiece
-from mmjax.training.adopt import adopt
 from mmjax.training.checkpoint import CheckpointWriter
+from mmjax.training.initialize import initialize_from
 from mmjax.training.optimizer import Optimizer, adamw
 from mmjax.training.queue import enqueue
 from mmjax.training.state import create_state
@@ -422,7 +422,7 @@ def fresh(config: AlbefConfig, form: str, rows: int = 8) -> Any:
 def test_pretraining_goes_on_from_a_file(holds_state: bool):
     """With its momentum encoders and queues; where it has none, with copies and fresh queues."""
     model, before = model_of("pretraining", holds_state), fresh(FORMS["pretraining"], "pretraining")
-    state, said = adopt(before, model.weights(), "ALBEF.pth")
+    state, said = initialize_from(before, model.weights(), "ALBEF.pth")
     assert said == f"initialised from ALBEF.pth: {len(tree.flatten(model.params))} arrays"
     same(state.params, model.params)
     same(state.ema, model.stats["momentum"] if holds_state else {part: model.params[part] for part in before.ema})
@@ -438,7 +438,7 @@ def test_fine_tuning_starts_from_a_pretrained_file(form: str, holds_state: bool)
     """Every leaf of the new network and of its momentum copy: where it comes from, or that it is fresh in both."""
     model, config = model_of("pretraining", holds_state), target(form)
     before = fresh(config, form)
-    state, _ = adopt(before, starting_weights(model.weights(), config), "ALBEF.pth")
+    state, _ = initialize_from(before, starting_weights(model.weights(), config), "ALBEF.pth")
     sources = {"params": model.params, "ema": model.stats["momentum"] if holds_state else model.params}
     for kind, got in (("params", untied(state.params, config)), ("ema", untied(state.ema, config))):
         source, begun = tree.flatten(sources[kind]), tree.flatten(untied(getattr(before, kind), config))
@@ -465,7 +465,7 @@ def test_fine_tuning_starts_from_a_pretrained_file(form: str, holds_state: bool)
 def test_retrieval_knows_no_image_of_a_pretrained_queue():
     """Ids and keys of a batch go to the same rows: the queues have one cursor."""
     model, config = model_of("pretraining", True), target("retrieval")
-    state, _ = adopt(fresh(config, "retrieval"), starting_weights(model.weights(), config), "ALBEF.pth")
+    state, _ = initialize_from(fresh(config, "retrieval"), starting_weights(model.weights(), config), "ALBEF.pth")
     np.testing.assert_array_equal(state.queues["image"].keys, model.stats["queue"]["image"])
     np.testing.assert_array_equal(state.queues["ids"].keys, np.full((24, 1), -100))
     batch = {"image": jnp.full((8, 7), 0.5), "ids": jnp.arange(8)[:, None] + 5}
@@ -474,11 +474,11 @@ def test_retrieval_knows_no_image_of_a_pretrained_queue():
     np.testing.assert_array_equal(after["ids"].keys[:, 0], [-100] * 8 + list(range(5, 13)) + [-100] * 8)
     # A queue of another length begins afresh, ids too.
     other = dataclasses.replace(config, queue=16)
-    state, _ = adopt(fresh(other, "retrieval"), starting_weights(model.weights(), other), "ALBEF.pth")
+    state, _ = initialize_from(fresh(other, "retrieval"), starting_weights(model.weights(), other), "ALBEF.pth")
     assert all(int(queue.cursor) == 0 and len(queue.keys) == 16 for queue in state.queues.values())
     # Those of a retrieval's own file are known.
     model = model_of("retrieval", True)
-    state, _ = adopt(fresh(config, "retrieval"), starting_weights(model.weights(), config), "mscoco.pth")
+    state, _ = initialize_from(fresh(config, "retrieval"), starting_weights(model.weights(), config), "mscoco.pth")
     np.testing.assert_array_equal(state.queues["ids"].keys, model.stats["queue"]["ids"])
 
 

@@ -11,7 +11,7 @@ from mmjax.errors import MmjaxError
 from mmjax.models.bert.finetune import SpanExtraction, TextClassification, TokenClassification
 from mmjax.models.bert.network import BertConfig
 from mmjax.models.bert.tasks import BertModel
-from mmjax.training.adopt import adopt
+from mmjax.training.initialize import initialize_from
 from mmjax.training.optimizer import Optimizer, bert_adamw, warmup_linear
 from mmjax.training.state import Carry, create_state
 from mmjax.training.step import train_step
@@ -62,7 +62,7 @@ def test_it_learns_from_the_weights_of_pretraining():
     method = TextClassification(BertConfig(**SIZES, classes=3))
     optimizer = Optimizer(bert_adamw(warmup_linear(4e-3, 80, 8)), clip_norm=1.0)
     state = jax.jit(lambda rng: create_state(method, optimizer, rng, given))(jax.random.key(0))
-    state, told = adopt(state, {"params": tree.unflatten(pretrained)}, "a run")
+    state, told = initialize_from(state, {"params": tree.unflatten(pretrained)}, "a run")
     assert "fresh: classifier/bias, classifier/kernel" in told
     np.testing.assert_array_equal(state.params["pooler"]["kernel"], pretrained["pooler/kernel"])
     step = jax.jit(lambda state: train_step(method, optimizer, state, given))

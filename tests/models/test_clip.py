@@ -14,13 +14,13 @@ import mmjax
 from mmjax import hub, tree
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
+from mmjax.interface.config import config_from_json
 from mmjax.models.clip.checkpoint import LAYOUTS
 from mmjax.models.clip.modified_resnet import ModifiedResNetConfig
 from mmjax.models.clip.network import CLIP as Network
 from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from mmjax.models.clip.pretrain import CLIP
 from mmjax.models.clip.tasks import CLIPModel
-from mmjax.models.config import config_from_json
 from mmjax.models.resnet.network import ResNetConfig
 from mmjax.text.clip_tokenizer import train_clip_tokenizer
 from mmjax.training.optimizer import Optimizer, adamw

@@ -12,7 +12,7 @@ import mmjax
 from mmjax.errors import MmjaxError
 from mmjax.generation.engine import generate
 from mmjax.generation.options import GenerationOptions
-from mmjax.models.config import config_from_json
+from mmjax.interface.config import config_from_json
 from mmjax.models.language.checkpoint import HF, config_of, hf_config
 from mmjax.models.language.config import Alibi, DecoderConfig, Learned
 from mmjax.models.language.decode import remember

@@ -25,7 +25,7 @@ from mmjax.models.resnet.network import ResNetConfig
 from mmjax.models.vit.checkpoint_timm import table as timm_table
 from mmjax.models.vit.network import ViTConfig
 from mmjax.models.vit.tasks import ViTModel
-from mmjax.training.adopt import adopt
+from mmjax.training.initialize import initialize_from
 from mmjax.training.lift import create_lift
 from mmjax.training.optimizer import Optimizer, adamw
 from mmjax.training.partition import Partition
@@ -403,7 +403,7 @@ def test_training_goes_on_from_a_released_checkpoint(length: int):
     method = MoCoMethod(dataclasses.replace(config, queue=length, holds_state=False))
     model = MoCoModel(config, **drawn(config))
     fresh = started(method, SGD, batch(12))
-    state, said = adopt(fresh, model.weights(), "moco.pth")
+    state, said = initialize_from(fresh, model.weights(), "moco.pth")
     assert said == f"initialised from moco.pth: {len(tree.flatten(model.params))} arrays"
     near(state.params, model.params, 0)
     near(state.ema, model.stats["momentum"], 0)

@@ -16,7 +16,7 @@ from mmjax.data.pipeline import Pipeline
 from mmjax.data.transforms import RandomResizedCrop
 from mmjax.data.two_crops import TwoCrops
 from mmjax.errors import MmjaxError
-from mmjax.models.moco.recipe import on_device
+from mmjax.recipes.moco import on_device
 from mmjax.training.augment import View
 from mmjax.training.experiment import load_experiment
 from mmjax.training.state import create_state

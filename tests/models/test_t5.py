@@ -14,7 +14,7 @@ from flax import linen as nn
 import mmjax
 from mmjax import tree
 from mmjax.errors import MmjaxError
-from mmjax.models.config import config_from_json
+from mmjax.interface.config import config_from_json
 from mmjax.models.t5.checkpoint import LAYOUTS
 from mmjax.models.t5.network import FLAN, T5Config
 from mmjax.models.t5.pretrain import T5Seq2Seq, shift_right

@@ -13,7 +13,7 @@ import pytest
 import mmjax
 from mmjax import hub, tree
 from mmjax.errors import MmjaxError
-from mmjax.models.config import config_from_json
+from mmjax.interface.config import config_from_json
 from mmjax.models.transformer.network import Transformer, TransformerConfig, TransformerDecodable
 from mmjax.models.transformer.pretrain import Translation, adam, noam, shifted_right, translation_loss
 from mmjax.models.transformer.tasks import TransformerModel

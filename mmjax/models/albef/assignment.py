@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.errors import MmjaxError
-from mmjax.models.albef.method import Passes
+from mmjax.models.albef.method import ForwardPasses
 from mmjax.nn.groups import group_places, take_in_group
 from mmjax.objectives.classification import hits, softmax_cross_entropy
 from mmjax.objectives.matching import draw_negatives, negative_log_weights
@@ -25,7 +25,7 @@ UNTRAINED: Mapping[str, str] = dict.fromkeys(("vision_proj/**", "text_proj/**", 
 
 
 @dataclass(frozen=True)
-class TextAssignment(Passes):
+class TextAssignment(ForwardPasses):
     """Each text is read with two images: its own one and another in either order, or two others.
 
     Batches: {"image": [b, h, w, 3], uint8 or normalised floats; "input_ids": int32 [b, l], [CLS] first;

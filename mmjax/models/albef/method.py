@@ -22,7 +22,7 @@ from mmjax.types import Array, Batch, Float, Int, Metrics, Params, PRNGKeyArray
 
 
 @dataclass(frozen=True)
-class Passes(Method):
+class ForwardPasses(Method):
     """The network's passes over batches; no state beside the parameters.
 
     Attributes:
@@ -64,7 +64,7 @@ class Passes(Method):
 
 
 @dataclass(frozen=True)
-class MomentumDistillation(Passes):
+class MomentumDistillation(ForwardPasses):
     """Momentum encoders beside the network, and the state that they are.
 
     hparams: momentum, alpha. carry.stats["steps"]: batches seen, by which alpha rises.

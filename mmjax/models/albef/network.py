@@ -11,8 +11,8 @@ from flax import linen as nn
 
 from mmjax.errors import MmjaxError
 from mmjax.models.bert.network import Bert, BertConfig
-from mmjax.models.handle import unit
 from mmjax.models.vit.network import ViT, ViTConfig
+from mmjax.nn.norm import l2_normalize
 from mmjax.nn.transformer import Dense
 from mmjax.types import Array, Float, Int, Params
 
@@ -222,11 +222,11 @@ class Albef(nn.Module):
 
     def image_embeds(self, image_tokens: Float[Array, "b n d"]) -> Float[Array, "b e"]:
         """Of unit length, from the class token."""
-        return unit(self.vision_proj(image_tokens[:, 0]))
+        return l2_normalize(self.vision_proj(image_tokens[:, 0]))
 
     def text_embeds(self, text_states: Float[Array, "b l d"]) -> Float[Array, "b e"]:
         """Of unit length, from the first token ([CLS]) of what `read` gave."""
-        return unit(self.text_proj(text_states[:, 0]))
+        return l2_normalize(self.text_proj(text_states[:, 0]))
 
     def words(
         self, states: Float[Array, "b l d"], places: Int[Array, "b m"] | None = None

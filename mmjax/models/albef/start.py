@@ -11,8 +11,8 @@ As the original's scripts do it (VQA.py:146-183, Pretrain_nlvr.py:116-136; Retri
     pairs of images    each layer that looks at the image becomes two, the second beside the first
     queues             taken along; keys from before are of no known image
 
-Momentum encoders go the same way. What is left, such as new heads, begins afresh: `mmjax.training.adopt` sees to it,
-and to momentum encoders of files without them, which are copies of the network.
+Momentum encoders go the same way. `mmjax.training.initialize` draws what is left, such as new heads, and copies the
+network where a file has no momentum encoders.
 """
 
 import math

@@ -13,9 +13,9 @@ from flax import linen as nn
 
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
+from mmjax.interface.image_text import ImageTextModel, are_features, are_texts, ranked
+from mmjax.interface.model import LENGTHS, batched, top_k_labels
 from mmjax.models.albef.network import MOMENTUM, Albef, AlbefConfig, tied, untied
-from mmjax.models.handle import LENGTHS, batched, likeliest
-from mmjax.models.image_text import ImageTextModel, are_features, are_texts, ranked
 from mmjax.objectives.language import IGNORED, text_cross_entropy
 from mmjax.text.captions import albef_caption, albef_question, caption_columns
 from mmjax.text.wordpiece import WordPieceTokenizer, fitting
@@ -228,7 +228,7 @@ class AlbefModel(ImageTextModel):
         if c.pairs != (other_images is not None):
             raise MmjaxError(f"other_images: this ALBEF reads texts of {'two images' if c.pairs else 'one image'}")
         logits = self._logits("classify", texts, batch_size, images, *([other_images] if c.pairs else []))
-        return likeliest(jax.nn.softmax(logits), list(c.labels) or [str(i) for i in range(c.classes)], top)
+        return top_k_labels(jax.nn.softmax(logits), list(c.labels) or [str(i) for i in range(c.classes)], top)
 
     def retrieve(
         self, queries: Any, candidates: Any, k: int = 5, rerank: int = 0, batch_size: int = 32

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.errors import MmjaxError
+from mmjax.interface.model import LENGTHS, Model, batched, top_k_labels
 from mmjax.models.bert.network import Bert, BertConfig
-from mmjax.models.handle import LENGTHS, Model, batched, likeliest, unit
+from mmjax.nn.norm import l2_normalize
 from mmjax.text.answer_spans import best_answers, windows
 from mmjax.text.tagged_words import word_rows, words_of
 from mmjax.text.wordpiece import WordPieceTokenizer, fitting
@@ -77,7 +78,7 @@ class BertModel(Model):
             out: Any = self.module.apply(variables, ids, mask, types)
             weights = mask.astype(jnp.float32)[..., None]
             total = jnp.sum(out["states"][-1].astype(jnp.float32) * weights, axis=1)
-            return unit(total / jnp.maximum(weights.sum(1), 1e-9))
+            return l2_normalize(total / jnp.maximum(weights.sum(1), 1e-9))
 
         return jax.jit(encode)
 
@@ -109,7 +110,7 @@ class BertModel(Model):
         return batched(functools.partial(self._mean, self.variables), batch_size, *given.values())
 
     def fill_mask(self, texts: str | Sequence[str], top: int = 5) -> list[list[tuple[str, float]]]:
-        """For each [MASK], in the order of the texts, the likeliest pieces with their probabilities, the best first.
+        """For each [MASK], in the order of the texts, the top_k_labels pieces with their probabilities, the best first.
 
         Raises MmjaxError: no head for it, no tokenizer, or a text without a [MASK].
         """
@@ -147,12 +148,12 @@ class BertModel(Model):
         names = self._names(labels, classes)
         logits = self.forward(**self._encoded(texts, pairs))["logits"]
         shares = logits if classes == 1 else jax.nn.softmax(logits)
-        return likeliest(shares, names, top)
+        return top_k_labels(shares, names, top)
 
     def tag(
         self, sentences: Sequence[str] | Sequence[Sequence[str]], labels: Sequence[str] | None = None, length: int = 128
     ) -> list[list[tuple[str, str, float]]]:
-        """Each word of each sentence with its likeliest tag and that one's probability, read at its first piece.
+        """Each word of each sentence with its top_k_labels tag and that one's probability, read at its first piece.
 
         sentences: words each; a string is cut at blanks and punctuation, as BERT's tokenizer does it.
         labels: as of `classify`. length: tokens that are read together at most.

@@ -13,7 +13,7 @@ from mmjax.channels import CLIP_MEAN, CLIP_STD
 from mmjax.errors import MmjaxError
 from mmjax.models.clip.network import CLIP as Network
 from mmjax.models.clip.network import CLIPConfig, CLIPVisionConfig
-from mmjax.models.handle import unit
+from mmjax.nn.norm import l2_normalize
 from mmjax.objectives.contrastive import clip_loss, in_batch_accuracy, mutual_information_bound, sigmoid_loss
 from mmjax.training.method import Method
 from mmjax.training.state import Carry
@@ -95,12 +95,12 @@ class CLIP(Method):
         """Unit features of a batch's images, for evaluations beside training; `state` has the batch statistics."""
         variables = {"params": params} | ({"batch_stats": state.stats} if state.stats else {})
         out: Any = Network(self.config).apply(variables, self._pixels(images), method="encode_image")
-        return unit(out["embeds"])
+        return l2_normalize(out["embeds"])
 
     def encode_text(self, params: Params, state: Any, texts: Array) -> Float[Array, "b e"]:
         """Unit features of ids [b, l]."""
         out: Any = Network(self.config).apply({"params": params}, texts, method="encode_text")
-        return unit(out["embeds"])
+        return l2_normalize(out["embeds"])
 
     def _pixels(self, image: Array) -> Array:
         if image.dtype != jnp.uint8:
@@ -118,7 +118,11 @@ class CLIP(Method):
             variables, pixels, batch["text"], None, True, self.bn_groups, axis_name, mutable=["batch_stats"]
         )
         out, moved = result
-        return unit(out["vision"]["embeds"]), unit(out["text"]["embeds"]), moved.get("batch_stats", stats)
+        return (
+            l2_normalize(out["vision"]["embeds"]),
+            l2_normalize(out["text"]["embeds"]),
+            moved.get("batch_stats", stats),
+        )
 
     def _chunked(self, params: Params, carry: Carry, batch: Batch) -> tuple[Array, Array]:
         """The same features, a chunk after the other; its activations are computed again when its gradient is due."""

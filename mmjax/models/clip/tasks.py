@@ -14,12 +14,13 @@ from flax import linen as nn
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.zero_shot import TEMPLATES, class_embeddings, prompts
+from mmjax.interface.image_classifier import Headless, at_size
+from mmjax.interface.image_text import ImageTextModel
+from mmjax.interface.model import batched, top_k_labels
 from mmjax.models.clip.modified_resnet import ModifiedResNetConfig
 from mmjax.models.clip.network import CLIP, CLIPConfig, at_side
 from mmjax.models.clip_classifier.network import CLIPClassifierConfig
-from mmjax.models.handle import batched, likeliest, unit
-from mmjax.models.image_classifier import Headless, at_size
-from mmjax.models.image_text import ImageTextModel
+from mmjax.nn.norm import l2_normalize
 from mmjax.text.clip_tokenizer import CLIPTokenizer
 from mmjax.types import Array, ArrayLike, Float
 
@@ -79,11 +80,11 @@ class CLIPModel(ImageTextModel):
         told: dict[str, Any] = {}
         if "pixel_values" in inputs:
             out = self.module.apply(variables, inputs["pixel_values"], method="encode_image")
-            told["image_embeds"], told["vision_model_output"] = unit(out["embeds"]), _vision_output(out)  # type: ignore[index]
+            told["image_embeds"], told["vision_model_output"] = l2_normalize(out["embeds"]), _vision_output(out)  # type: ignore[index]
         if "input_ids" in inputs:
             mask = inputs.get("attention_mask")
             out: Any = self.module.apply(variables, inputs["input_ids"], mask, method="encode_text")
-            told["text_embeds"] = unit(out["embeds"])
+            told["text_embeds"] = l2_normalize(out["embeds"])
             told["text_model_output"] = {"last_hidden_state": out["tokens"], "pooler_output": out["embeds"]}
             told["text_model_output"]["hidden_states"] = tuple(out["states"])
         if not told:
@@ -106,10 +107,10 @@ class CLIPModel(ImageTextModel):
     @functools.cached_property
     def _encoders(self) -> tuple[Any, Any]:
         def image(variables: Any, pixels: Array) -> Array:
-            return unit(self.module.apply(variables, pixels, method="encode_image")["embeds"])  # type: ignore[index]
+            return l2_normalize(self.module.apply(variables, pixels, method="encode_image")["embeds"])  # type: ignore[index]
 
         def text(variables: Any, ids: Array) -> Array:
-            return unit(self.module.apply(variables, ids, method="encode_text")["embeds"])  # type: ignore[index]
+            return l2_normalize(self.module.apply(variables, ids, method="encode_text")["embeds"])  # type: ignore[index]
 
         return jax.jit(image), jax.jit(text)
 
@@ -156,7 +157,7 @@ class CLIPModel(ImageTextModel):
         classes = class_embeddings(self.encode_text(texts), owners, len(labels))
         logits = self._logits(self.params, self.encode_image(images), classes)
         names = [label if isinstance(label, str) else label[0] for label in labels]
-        return likeliest(jax.nn.softmax(logits), names, top)
+        return top_k_labels(jax.nn.softmax(logits), names, top)
 
 
 def _vision_output(out: Any) -> dict[str, Any]:

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
+from mmjax.interface.image_classifier import Headless, ImageClassifier, at_size
 from mmjax.models.clip.modified_resnet import ModifiedResNetConfig
 from mmjax.models.clip.network import CLIPVisionConfig, at_side
 from mmjax.models.clip_classifier.network import CLIPClassifier, CLIPClassifierConfig
 from mmjax.models.clip_classifier.supervised import CLIPImageClassifier
-from mmjax.models.handle import unit
-from mmjax.models.image_classifier import Headless, ImageClassifier, at_size
+from mmjax.nn.norm import l2_normalize
 from mmjax.training.finetune import HEAD
 from mmjax.types import Array, Float
 
@@ -49,7 +49,7 @@ class CLIPClassifierModel(ImageClassifier):
 
     def encode_image(self, images: Any) -> Float[Array, "b d"]:
         """What the head sees, of unit length. images: as `preprocess` takes them, or ready pixel values."""
-        return unit(self.forward(pixel_values=self.pixels(images))["pooler_output"])
+        return l2_normalize(self.forward(pixel_values=self.pixels(images))["pooler_output"])
 
     def headless(self, classes: int, size: int | None = None) -> Headless:
         """Without the head that there may be; see `mmjax.models.clip.network.at_side` for another size."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from mmjax.errors import MmjaxError
 from mmjax.generation.engine import stream
-from mmjax.models.generating import BUCKETS
+from mmjax.interface.generation import BUCKETS
 from mmjax.models.language.decode import Past, nothing, remember
 from mmjax.models.language.tasks import LanguageModel
 from mmjax.nn.rotary import Rotary

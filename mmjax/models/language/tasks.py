@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mmjax.errors import MmjaxError
-from mmjax.models.generating import GeneratingModel
+from mmjax.interface.generation import GeneratingModel
 from mmjax.models.language.config import DecoderConfig, Learned
 from mmjax.models.language.decode import DecoderSteps
 from mmjax.models.language.network import Decoder

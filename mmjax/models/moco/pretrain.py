@@ -18,6 +18,7 @@ from flax import struct
 
 from mmjax.errors import MmjaxError
 from mmjax.models.moco.network import MoCo, MoCoConfig
+from mmjax.nn.norm import l2_normalize
 from mmjax.objectives.contrastive import in_batch_accuracy, in_batch_nce, info_nce, info_nce_logits
 from mmjax.training.method import Method
 from mmjax.training.queue import create_queue, enqueue
@@ -106,7 +107,7 @@ class MoCoMethod(Method):
             variables, images, True, self.bn_groups, axis_name, query, mutable=["batch_stats"]
         )
         name = "prediction" if query and self.config.version == 3 else "embedding"
-        return unit(told[name]), new.get("batch_stats") or {}
+        return l2_normalize(told[name]), new.get("batch_stats") or {}
 
     # ------------------------------------------------------------------------------------------------------- v1, v2
 
@@ -164,17 +165,11 @@ class MoCoMethod(Method):
 
         def keys(images: Array) -> Array:
             told, _ = self.module.apply({"params": ema} | stats, images, True, predict=False, mutable=["batch_stats"])
-            return jax.lax.stop_gradient(unit(told["embedding"]))
+            return jax.lax.stop_gradient(l2_normalize(told["embedding"]))
 
         known = jnp.any(old.keys != 0)
         drift = jnp.where(known, 1 - jnp.mean(jnp.sum(keys(old.images) * old.keys, -1)), 0.0)
         return Probe(images[:rows], keys(images[:rows])), drift
-
-
-def unit(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
-    """Rows of length one; torch's normalize, with its lower bound of 1e-12 for the norm."""
-    square = jnp.sum(jnp.square(x.astype(jnp.float32)), -1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
 def feature_std(unit_features: Float[Array, "b d"], axis_name: str | None = None) -> Float[Array, ""]:

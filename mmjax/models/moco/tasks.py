@@ -9,10 +9,11 @@ import jax.numpy as jnp
 
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
-from mmjax.models.handle import Model, unit
-from mmjax.models.image_classifier import Headless, at_size
+from mmjax.interface.image_classifier import Headless, at_size
+from mmjax.interface.model import Model
 from mmjax.models.moco.network import MoCo, MoCoConfig
 from mmjax.models.resnet.network import ResNetConfig
+from mmjax.nn.norm import l2_normalize
 from mmjax.types import Array, Float
 
 
@@ -87,8 +88,8 @@ class MoCoModel(Model):
         if "pixel_values" not in inputs:
             raise MmjaxError("MoCo's forward takes pixel_values")
         told: Any = self.module.apply(variables, inputs["pixel_values"], predict=False)
-        return {"pooler_output": told["features"], "image_embeds": unit(told["embedding"])}
+        return {"pooler_output": told["features"], "image_embeds": l2_normalize(told["embedding"])}
 
     def encode_image(self, images: Any) -> Float[Array, "b d"]:
         """The backbone's features, of unit length. images: as `preprocess` takes them, or ready pixel values."""
-        return unit(self.forward(pixel_values=self.pixels(images))["pooler_output"])
+        return l2_normalize(self.forward(pixel_values=self.pixels(images))["pooler_output"])

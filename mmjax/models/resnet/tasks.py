@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
-from mmjax.models.handle import unit
-from mmjax.models.image_classifier import Headless, ImageClassifier, at_size
+from mmjax.interface.image_classifier import Headless, ImageClassifier, at_size
 from mmjax.models.resnet.network import ResNet, ResNetConfig
 from mmjax.models.resnet.supervised import ResNetClassifier
+from mmjax.nn.norm import l2_normalize
 from mmjax.training.finetune import HEAD
 from mmjax.types import Array, Float
 
@@ -56,7 +56,7 @@ class ResNetModel(ImageClassifier):
 
     def encode_image(self, images: Any) -> Float[Array, "b d"]:
         """Pooled features of unit length. images: as `preprocess` takes them, or ready pixel values."""
-        return unit(self.forward(pixel_values=self.pixels(images))["pooler_output"][:, 0, 0])
+        return l2_normalize(self.forward(pixel_values=self.pixels(images))["pooler_output"][:, 0, 0])
 
     def headless(self, classes: int, size: int | None = None) -> Headless:
         """Without the head that there may be; images of any size."""

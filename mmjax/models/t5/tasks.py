@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mmjax.models.generating import GeneratingModel
+from mmjax.interface.generation import GeneratingModel
 from mmjax.models.t5.decoding import T5Decodable
 from mmjax.models.t5.network import T5, T5Config
 from mmjax.text.batches import Side

@@ -12,7 +12,7 @@ import numpy as np
 from flax import linen as nn
 
 from mmjax.errors import MmjaxError
-from mmjax.models.generating import GeneratingModel
+from mmjax.interface.generation import GeneratingModel
 from mmjax.models.transformer.network import Transformer, TransformerConfig, TransformerDecodable
 from mmjax.text.batches import Batches, Side
 from mmjax.text.marian import SOURCE, MarianTokenizer

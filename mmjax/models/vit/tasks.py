@@ -13,10 +13,10 @@ from flax import linen as nn
 
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
-from mmjax.models.handle import unit
-from mmjax.models.image_classifier import Headless, ImageClassifier, at_size
+from mmjax.interface.image_classifier import Headless, ImageClassifier, at_size
 from mmjax.models.vit.network import ViT, ViTConfig, ViTOutput
 from mmjax.models.vit.supervised import ViTClassifier
+from mmjax.nn.norm import l2_normalize
 from mmjax.training.finetune import HEAD
 from mmjax.types import Array, ArrayLike, Float
 
@@ -70,7 +70,7 @@ class ViTModel(ImageClassifier):
 
     @functools.cached_property
     def _features(self) -> Any:
-        return jax.jit(lambda variables, pixels: unit(self._apply(variables, pixels).pooled))
+        return jax.jit(lambda variables, pixels: l2_normalize(self._apply(variables, pixels).pooled))
 
     def headless(self, classes: int, size: int | None = None) -> Headless:
         """Without the heads that there may be and without the tanh layer before them, as the original fine-tunes.

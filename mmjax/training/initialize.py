@@ -12,7 +12,7 @@ from mmjax.errors import MmjaxError
 from mmjax.training.state import TrainState
 
 
-def adopt(state: TrainState, weights: Mapping[str, Any], source: str) -> tuple[TrainState, str]:
+def initialize_from(state: TrainState, weights: Mapping[str, Any], source: str) -> tuple[TrainState, str]:
     """A fresh host state with the parameters and statistics of `init_from`, and a sentence on what was not there.
 
     weights: see `LoadWeights`. Raises MmjaxError, naming the source: shapes differ, or nothing has a name in common.

@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backbones import BACKBONES, backbone
+from models.backbones import BACKBONES, backbone
 
 import mmjax
 from mmjax import tree
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
+from mmjax.interface.image_classifier import Headless
+from mmjax.interface.model import Model
 from mmjax.models import SYSTEMS
-from mmjax.models.handle import Model, unit
-from mmjax.models.image_classifier import Headless
+from mmjax.nn.norm import l2_normalize
 from mmjax.nn.positions import interpolate
 
 CLASSES = 3
@@ -65,7 +66,7 @@ def test_the_encoder_is_the_same_and_the_head_is_on_top(name):
         features = told["pooler_output"][:, 0, 0]
     elif name.startswith("clip"):
         features = pooled if name == "clip_resnet" else pooled @ model.params["vision"]["projection"]["kernel"]
-        features, told = unit(features), {"pooler_output": told["image_embeds"]}
+        features, told = l2_normalize(features), {"pooler_output": told["image_embeds"]}
     else:
         features = told["pooler_output"]
     ours = features if name.startswith("clip") else pooled

@@ -12,8 +12,8 @@ from mmjax.data.pipeline import Pipeline
 from mmjax.data.transforms import RandomResizedCrop
 from mmjax.data.two_crops import TwoCrops
 from mmjax.errors import MmjaxError
-from mmjax.models.folder_recipe import FolderRecipe
 from mmjax.models.moco.network import MoCoConfig
+from mmjax.recipes.image_folder import FolderRecipe
 from mmjax.training.augment import View
 from mmjax.training.method import Augment
 from mmjax.types import Array, Batch

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax.models.handle import Model, unit
+from mmjax.interface.model import Model
+from mmjax.nn.norm import l2_normalize
 from mmjax.types import Array, Float
 
 
@@ -35,7 +36,7 @@ class ImageTextModel(Model):
     def _features(self, items: Any) -> Array:
         if are_texts(items):
             return self.encode_text(items)
-        return unit(jnp.asarray(items)) if are_features(items) else self.encode_image(items)
+        return l2_normalize(jnp.asarray(items)) if are_features(items) else self.encode_image(items)
 
 
 def are_texts(items: Any) -> bool:

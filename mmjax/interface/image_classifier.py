@@ -9,7 +9,7 @@ import jax
 
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
-from mmjax.models.handle import Model, likeliest
+from mmjax.interface.model import Model, top_k_labels
 from mmjax.types import Array, Float, Params
 
 
@@ -68,4 +68,4 @@ class ImageClassifier(Model):
         if len(names) != classes:
             raise MmjaxError(f"labels: {len(names)} names for the {classes} classes of the head")
         logits = self.forward(pixel_values=self.pixels(images))["logits"]
-        return likeliest(jax.nn.softmax(logits), names, top)
+        return top_k_labels(jax.nn.softmax(logits), names, top)

@@ -16,7 +16,7 @@ from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.data.transforms import RandomResizedCrop, Resize
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.classification import ClassificationEvaluation
-from mmjax.models.folder_recipe import FolderRecipe
+from mmjax.recipes.image_folder import FolderRecipe
 from mmjax.training.classification import Classification
 from mmjax.training.experiment import Evaluation
 

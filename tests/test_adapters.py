@@ -11,10 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 import mmjax
 from mmjax import tree
+from mmjax.adapters import export_lora, load_lora
 from mmjax.errors import MmjaxError
 from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from mmjax.models.clip.tasks import CLIPModel
-from mmjax.models.lora_checkpoint import export_lora, load_lora
 from mmjax.training.lora import LoRAConfig, adapted, init_lora, merge_lora, split_lora
 
 IDS = jnp.array([[51, 3, 5, 52, 52, 52, 52], [51, 7, 11, 13, 17, 52, 52]])

@@ -19,8 +19,8 @@ import numpy as np
 
 from mmjax import tree
 from mmjax.errors import MmjaxError
+from mmjax.interface.model import Model
 from mmjax.models import SYSTEMS
-from mmjax.models.handle import Model
 from mmjax.training.lora import SCALE, A, B, split_lora
 from mmjax.weights.files import parse_json, read_weights, write_atomically, write_safetensors
 from mmjax.weights.table import Layout, WeightsError, linear

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from mmjax.errors import MmjaxError
-from mmjax.models.config import config_from_json
+from mmjax.interface.config import config_from_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,7 +109,7 @@ class Model(abc.ABC):
         return {"params": self.params, "stats": self.stats}
 
     def headless(self, classes: int, size: int | None = None) -> Any:
-        """An `mmjax.models.image_classifier.Headless`: this image encoder before a head of so many classes.
+        """An `mmjax.interface.image_classifier.Headless`: this image encoder before a head of so many classes.
 
         size: side of the images that it will see; None: that of `preprocess`.
         Raises MmjaxError: no image encoder, or one that cannot see images of that size.
@@ -165,12 +165,6 @@ class Model(abc.ABC):
         return jnp.asarray(self.preprocess(images))
 
 
-def unit(x: Array) -> Array:
-    """Vectors of length one along the last axis."""
-    x = x.astype(jnp.float32)
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-
-
 def batched(ask: Callable[..., Any], size: int, *arrays: ArrayLike) -> Any:
     """What `ask` tells of the rows of arrays, one array or a tree of them: batch by batch, the last filled up with
     copies to the size of the others, so that one program serves them all."""
@@ -182,7 +176,7 @@ def batched(ask: Callable[..., Any], size: int, *arrays: ArrayLike) -> Any:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n], *told)
 
 
-def likeliest(scores: Array, names: list[str], top: int) -> list[list[tuple[str, float]]]:
+def top_k_labels(scores: Array, names: list[str], top: int) -> list[list[tuple[str, float]]]:
     """Of each row of scores [b, c] the `top` highest with the names of their columns, the highest first."""
     values, indices = jax.lax.top_k(scores, min(top, scores.shape[1]))
     return [[(names[i], p) for i, p in zip(*row)] for row in zip(indices.tolist(), values.tolist())]

@@ -16,7 +16,7 @@ from mmjax.generation.decodable import Decodable
 from mmjax.generation.engine import generate, stream
 from mmjax.generation.options import GenerationOptions
 from mmjax.generation.stopping import Stops
-from mmjax.models.handle import Model
+from mmjax.interface.model import Model
 from mmjax.text.batches import Batches, Side
 from mmjax.text.stop_strings import stop_automaton
 from mmjax.text.tokenizer import Tokenizer

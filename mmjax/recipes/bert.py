@@ -15,10 +15,10 @@ from mmjax.data.pipeline import Pipeline
 from mmjax.data.sources import ArraySource
 from mmjax.data.splits import is_held_out
 from mmjax.errors import MmjaxError
+from mmjax.interface.model import Model
 from mmjax.models.bert.finetune import FineTuning
 from mmjax.models.bert.network import BertConfig
 from mmjax.models.bert.tasks import BertModel
-from mmjax.models.handle import Model
 from mmjax.text.wordpiece import WordPieceTokenizer
 from mmjax.training.experiment import ExperimentConfig, LoadWeights, save_tokenizer
 from mmjax.training.optimizer import Optimizer, bert_adamw, warmup_linear

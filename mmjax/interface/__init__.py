@@ -1,0 +1,1 @@
+"""What a loaded model offers, whatever its system: forward, generate, classify, retrieve."""

@@ -1,0 +1,1 @@
+"""What experiments of one kind share: their fields, data and schedules."""
