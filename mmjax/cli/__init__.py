@@ -204,8 +204,8 @@ def _generate(verbs: argparse._SubParsersAction) -> None:
 def _generation_flags(verb: argparse.ArgumentParser) -> None:
     """Flags left out are left to the model."""
     verb.add_argument("--max_new_tokens", type=int, metavar="N", help="default: 64")
-    verb.add_argument("--temperature", type=float, metavar="T", help="draw; default: the top_k_labels token")
-    verb.add_argument("--top_k", type=int, metavar="K", help="draw among the K top_k_labels")
+    verb.add_argument("--temperature", type=float, metavar="T", help="draw; default: the most probable token")
+    verb.add_argument("--top_k", type=int, metavar="K", help="draw among the K most probable")
     verb.add_argument("--top_p", type=float, metavar="P", help="draw among the fewest that hold P")
     verb.add_argument("--repetition_penalty", type=float, metavar="R")
     verb.add_argument("--stop", action="append", metavar="TEXT", help="end there; may be given more than once")

@@ -18,7 +18,7 @@ from mmjax.evaluation.retrieval import top_candidates
 
 
 def classify(source: str, asked: Sequence[str], labels: str | None) -> None:
-    """A table: the top_k_labels labels of each image, or of each text, with the model's probabilities.
+    """A table: the most probable labels of each image, or of each text, with the model's probabilities.
 
     asked: files of images; of a BERT, texts.
     labels: what a model with a text tower chooses from, or names for a head's classes.

@@ -70,8 +70,8 @@ class GenerationOptions:
         min_new_tokens: before so many no row ends.
         num_beams: 1: greedy, or sampling where `temperature` is above 0; more: beam search.
         num_return_sequences: samples an item, or the best so many of its beams.
-        temperature: logits are divided by it before a draw; 0: no draw, the top_k_labels token.
-        top_k: draws are among the k top_k_labels (and what ties with the last); 0: among all.
+        temperature: logits are divided by it before a draw; 0: no draw, the most probable token.
+        top_k: draws are among the k most probable (and what ties with the last); 0: among all.
         top_p: draws are among the fewest tokens that hold at least this probability together, after temperature and
             top_k (Holtzman et al. 2020).
         repetition_penalty: the score of every id that the row or its prompt holds is divided by it, or multiplied
@@ -128,7 +128,7 @@ class GenerationOptions:
         if self.min_new_tokens > self.max_new_tokens:
             raise MmjaxError(f"min_new_tokens={self.min_new_tokens} is more than {self.max_new_tokens=}")
         if self.num_beams > 1 and self.temperature > 0:
-            raise MmjaxError("num_beams > 1 searches for the top_k_labels texts: temperature has no place in it")
+            raise MmjaxError("num_beams > 1 searches for the most probable texts: temperature has no place in it")
         if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
             raise MmjaxError(f"num_return_sequences={self.num_return_sequences} of num_beams={self.num_beams}")
         if self.num_beams % self.num_beam_groups:
@@ -140,7 +140,7 @@ class GenerationOptions:
             )
         if self.num_beams == 1 and self.temperature == 0 and self.num_return_sequences > 1:
             raise MmjaxError(
-                "the top_k_labels token gives one text: num_return_sequences needs temperature or num_beams"
+                "the most probable token gives one text: num_return_sequences needs temperature or num_beams"
             )
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
             raise MmjaxError("top_k and top_p are of draws: they need a temperature above 0")

@@ -103,7 +103,7 @@ def nucleus(logits: Float[Array, "*b v"], options: GenerationOptions) -> Float[A
     if options.top_p < 1:
         order = jnp.argsort(logits, axis=-1, descending=True)
         shares = jax.nn.softmax(jnp.take_along_axis(logits, order, -1), axis=-1)
-        # A token stays if what is likelier does not hold top_p yet; the top_k_labels always does.
+        # A token stays if what is likelier does not hold top_p yet; the most probable always does.
         before = jnp.cumsum(shares, axis=-1) - shares
         stay = jnp.put_along_axis(jnp.zeros(logits.shape, bool), order, before < options.top_p, -1, inplace=False)
         logits = jnp.where(stay, logits, NEVER)

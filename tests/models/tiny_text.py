@@ -38,7 +38,7 @@ def tiny_decoder(seed: int = 0) -> LanguageModel:
     size = {"vocab_size": tokenizer.vocab_size + 16, "kv_heads": 1, "head_width": 6, "eos": tokenizer.eos}
     config = DecoderConfig.llama(12, 2, 2, 20, **size, pad=tokenizer.pad)
     params = random_params(LanguageModel, config, seed)
-    # What is no plain text is never the top_k_labels: every text decodes to what encodes to it, or nearly.
+    # What is no plain text is never the most probable: every text decodes to what encodes to it, or nearly.
     plain = [tokenizer.decode([i]).isascii() and tokenizer.decode([i]).isprintable() for i in range(size["vocab_size"])]
     kernel = jnp.where(jnp.asarray(plain), params["head"]["kernel"], 0)
     return LanguageModel(config, {**params, "head": {"kernel": kernel}}, tokenizer=tokenizer)

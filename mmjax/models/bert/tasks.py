@@ -110,7 +110,7 @@ class BertModel(Model):
         return batched(functools.partial(self._mean, self.variables), batch_size, *given.values())
 
     def fill_mask(self, texts: str | Sequence[str], top: int = 5) -> list[list[tuple[str, float]]]:
-        """For each [MASK], in the order of the texts, the top_k_labels pieces with their probabilities, the best first.
+        """For each [MASK], in the order of the texts, the most probable pieces with their probabilities, the best first.
 
         Raises MmjaxError: no head for it, no tokenizer, or a text without a [MASK].
         """
@@ -153,7 +153,7 @@ class BertModel(Model):
     def tag(
         self, sentences: Sequence[str] | Sequence[Sequence[str]], labels: Sequence[str] | None = None, length: int = 128
     ) -> list[list[tuple[str, str, float]]]:
-        """Each word of each sentence with its top_k_labels tag and that one's probability, read at its first piece.
+        """Each word of each sentence with its most probable tag and that one's probability, read at its first piece.
 
         sentences: words each; a string is cut at blanks and punctuation, as BERT's tokenizer does it.
         labels: as of `classify`. length: tokens that are read together at most.
