@@ -110,7 +110,7 @@ class BertModel(Model):
         return batched(functools.partial(self._mean, self.variables), batch_size, *given.values())
 
     def fill_mask(self, texts: str | Sequence[str], top: int = 5) -> list[list[tuple[str, float]]]:
-        """For each [MASK], in the order of the texts, the most probable pieces with their probabilities, the best first.
+        """For each [MASK], in the order of the texts, the most probable pieces and their probabilities, best first.
 
         Raises MmjaxError: no head for it, no tokenizer, or a text without a [MASK].
         """
