@@ -29,7 +29,8 @@ from mmjax.interface.model import Model
 from mmjax.models import SYSTEMS, System
 from mmjax.nn import int8
 from mmjax.tree import flatten, map_with_path, matches
-from mmjax.weights.files import Weights, parse_json, read_weights, write_atomically, write_safetensors
+from mmjax.weights.files import parse_json, read_weights, write_atomically, write_safetensors
+from mmjax.weights.records import Weights
 from mmjax.weights.table import Entry, Layout, WeightsError, load_table, save_table
 
 NAMES = (

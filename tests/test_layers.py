@@ -128,6 +128,21 @@ def test_arrows_point_down(module):
     assert not wrong, f"{module} ({here}) imports upwards: {', '.join(wrong)}"
 
 
+def test_no_module_imports_itself_through_others():
+    imported = {module: own_imports(module) - {module} for module in MODULES}
+    cyclic = []
+    for module in MODULES:
+        reachable: set[str] = set()
+        waiting = [module]
+        while waiting:
+            new = imported[waiting.pop()] - reachable
+            reachable |= new
+            waiting += new
+        if module in reachable:
+            cyclic.append(module)
+    assert not cyclic, f"they import each other: {', '.join(cyclic)}"
+
+
 @pytest.mark.parametrize("module", [name for name in MODULES if room(name) in ("data", "text")])
 def test_data_and_text_reach_no_jax(module):
     for name in reached(module):

@@ -11,32 +11,19 @@ import math
 import os
 import pathlib
 import secrets
-import struct
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from mmjax.weights.records import ZIP_ERRORS, Arrays, Record, Weights
 from mmjax.weights.table import Shape, WeightsError
+from mmjax.weights.torch_file import read_torch
 
 # The format's own cap is 100 MB. 8 MiB is room for 60,000 tensors, and keeps a hostile header cheap in memory.
 MAX_HEADER = 2**23
-
-ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    OSError,
-    EOFError,
-    UnicodeDecodeError,
-    NotImplementedError,
-    RuntimeError,
-)
-"""All that `zipfile` raises at a damaged archive."""
 
 SAFETENSORS_DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
@@ -55,51 +42,6 @@ SAFETENSORS_DTYPES: dict[str, np.dtype] = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-
-
-@dataclass(frozen=True)
-class Record:
-    """One array of a file: its form, known from the header, and how to read it."""
-
-    shape: Shape
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
-
-
-class Arrays(Mapping[str, np.ndarray]):
-    """key -> array, read when asked for; NaN and infinity are refused unless `allow_nan`."""
-
-    def __init__(self, records: Mapping[str, Record], file: str, allow_nan: bool = False):
-        self._records, self._file, self._allow_nan = records, file, allow_nan
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        array = self._records[key].read()
-        if not self._allow_nan and array.dtype.kind in "fV" and not np.isfinite(array).all():
-            bad = int(np.size(array) - np.count_nonzero(np.isfinite(array)))
-            raise WeightsError(
-                f"{self._file}: {key} holds {bad} values that are NaN or infinite (allow_nan admits them)"
-            )
-        return array
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._records)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._records
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The contents of a weight file. `arrays` reads lazily; `shapes` and `dtypes` cost nothing."""
-
-    arrays: Mapping[str, np.ndarray]
-    shapes: Mapping[str, Shape]
-    dtypes: Mapping[str, np.dtype]
-    file: str
-    metadata: Mapping[str, str]
 
 
 def read_weights(path: str | os.PathLike[str], *, allow_nan: bool = False) -> Weights:
@@ -122,7 +64,7 @@ def read_weights(path: str | os.PathLike[str], *, allow_nan: bool = False) -> We
     elif path.suffix == ".npz":
         records = _read_npz(path)
     elif path.suffix in (".pt", ".pth", ".bin", ".tar"):
-        records = _read_torch(path)
+        records = read_torch(path)
     else:
         raise WeightsError(
             f"{path}: weights are read from .safetensors, .index.json, .npz, .pt, .pth, .bin and .tar files, "
@@ -131,13 +73,6 @@ def read_weights(path: str | os.PathLike[str], *, allow_nan: bool = False) -> We
     shapes = {key: record.shape for key, record in records.items()}
     dtypes = {key: record.dtype for key, record in records.items()}
     return Weights(Arrays(records, str(path), allow_nan), shapes, dtypes, str(path), metadata)
-
-
-def _read_torch(path: pathlib.Path) -> dict[str, Record]:
-    # Imported here: most files are safetensors, and the restricted pickle machine need not be there to read them.
-    from mmjax.weights.torch_file import read_torch
-
-    return read_torch(path)
 
 
 # ---------------------------------------------------------------------------------------------------------- safetensors
@@ -292,7 +227,7 @@ def _read_index(path: pathlib.Path) -> dict[str, Record]:
         shard = path.with_name(name)
         if not shard.is_file():
             raise WeightsError(f"{path}: the shard {name} is not there")
-        inside = _read_safetensors(shard)[0] if name.endswith(".safetensors") else _read_torch(shard)
+        inside = _read_safetensors(shard)[0] if name.endswith(".safetensors") else read_torch(shard)
         expected = {key for key, place in places.items() if place == name}
         if expected != inside.keys():
             told = [f"{key} is missing" for key in sorted(expected - inside.keys())]

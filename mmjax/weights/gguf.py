@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.weights.files import Arrays, Record, Weights
+from mmjax.weights.records import Arrays, Record, Weights
 from mmjax.weights.table import Op, Shape, WeightsError
 
 MAGIC = b"GGUF"

@@ -23,7 +23,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mmjax.weights.files import ZIP_ERRORS, Record
+from mmjax.weights.records import ZIP_ERRORS, Record
 from mmjax.weights.table import Shape, WeightsError
 
 STORAGES: Mapping[str, np.dtype] = {
