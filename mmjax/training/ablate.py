@@ -37,6 +37,7 @@ from mmjax.training.metrics import MetricsWriter, read_metrics
 from mmjax.training.optimizer import LEARNING_RATE_SCALE
 from mmjax.training.state import create_state
 from mmjax.training.step import train_step
+from mmjax.training.storage import write_changed
 from mmjax.training.workdir import Lock, write_config
 
 LEARNING_RATE = "learning_rate"
@@ -203,8 +204,7 @@ class _Ablation:
     ) -> None:
         base: Any = parse_overrides(kind, arguments, prog="mmjax ablate")
         self.base, self.over, self.seeds = base, {name: list(values) for name, values in over.items()}, seeds
-        shapes = base.example_batch() if hasattr(base, "example_batch") else next(iter(base.train_data()))
-        create = _creation(base, shapes)
+        create = _creation(base, _example_batch(base))
         hparams = sorted(jax.eval_shape(create, jax.random.key(0)).hparams)
         self.groups = plan_groups(kind, arguments, over, seeds, hparams)
         if sequential:
@@ -213,11 +213,12 @@ class _Ablation:
 
     def run(self, experiment_file: str | None) -> dict[str, Any] | None:
         self.experiment_file = experiment_file
-        self._describe(experiment_file)
+        self._check_workdir()
+        self._write_description(experiment_file)
         results: list[dict[str, Any]] = []
         for index, group in enumerate(self.groups):
             self._say_group(index, group)
-            done = self._run_group(group, self.workdir / "groups" / str(index))
+            done = self._run_group(group, self._group_folder(index))
             if done is None:
                 return None
             results += done
@@ -236,16 +237,32 @@ class _Ablation:
     def _arm(self, arm: Arm) -> epath.Path:
         return self.workdir / "arms" / arm.name
 
-    def _describe(self, experiment_file: str | None) -> None:
-        """Writes what this workdir is for; refuses one that is for something else."""
-        arms = [[arm.name for arm in group.arms] for group in self.groups]
+    def _check_workdir(self) -> None:
+        """Raises MmjaxError for a workdir that is for something else, or whose checkpoints do not fit these groups."""
+        arms = self._arm_names()
         path = self.workdir / "config.json"
         before = json.loads(path.read_text()).get("ablation") if path.exists() else {"arms": arms}
         if before is None or before["arms"] != arms:
-            told = "a run of `mmjax train`" if before is None else f"the arms {before['arms']}"
-            raise MmjaxError(f"{self.workdir} holds {told}, not {arms}: choose another --workdir")
-        told = {"ablation": {"over": self.over, "arms": arms}, "experiment": dataclasses.asdict(self.base)}
-        path.write_text(json.dumps(told | {"experiment_file": experiment_file}, indent=2, default=str) + "\n")
+            other = "a run of `mmjax train`" if before is None else f"the arms {before['arms']}"
+            raise MmjaxError(f"{self.workdir} holds {other}, not {arms}: choose another --workdir")
+        for index, group in enumerate(self.groups):
+            folder = self._group_folder(index)
+            if checkpoint.latest(folder) is not None:
+                create = _creation(group.config, _example_batch(group.config), group.arms[0].hparams)
+                shapes = jax.eval_shape(create, jax.random.key(0))
+                checkpoint.check_fits(folder, stacked_shapes(shapes, len(group.arms)))
+
+    def _write_description(self, experiment_file: str | None) -> None:
+        """Writes config.json: what this workdir is for."""
+        contents = {"ablation": {"over": self.over, "arms": self._arm_names()}}
+        contents |= {"experiment": dataclasses.asdict(self.base), "experiment_file": experiment_file}
+        write_changed(self.workdir / "config.json", (json.dumps(contents, indent=2, default=str) + "\n").encode())
+
+    def _arm_names(self) -> list[list[str]]:
+        return [[arm.name for arm in group.arms] for group in self.groups]
+
+    def _group_folder(self, index: int) -> epath.Path:
+        return self.workdir / "groups" / str(index)
 
     def _say_group(self, index: int, group: Group) -> None:
         names = "; ".join(arm.name for arm in group.arms)
@@ -326,6 +343,11 @@ class _Ablation:
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
+
+
+def _example_batch(config: Any) -> Mapping[str, Any]:
+    """Arrays, or their shapes, of the global batch."""
+    return config.example_batch() if hasattr(config, "example_batch") else next(iter(config.train_data()))
 
 
 def _creation(config: Any, batch: Mapping[str, Any], hparams: Mapping[str, float] | None = None) -> Any:

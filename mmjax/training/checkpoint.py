@@ -15,7 +15,6 @@ import dataclasses
 import errno
 import json
 import os
-import shutil
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -38,13 +37,13 @@ from mmjax.training.checkpoint_format import (
     file_digests,
     host_copy,
     is_key,
-    is_local,
     make_manifest,
     read_arrays,
     read_manifest,
     state_leaves,
     write_arrays,
 )
+from mmjax.training.storage import is_local, remove_folder, sync_folder, sync_path
 
 FOLDER = "checkpoints"
 TEMPORARY = "tmp-"
@@ -62,24 +61,6 @@ class Restored:
 
 
 # ------------------------------------------------------------------------------------------------------------ storage
-
-
-def _sync(folder: epath.Path) -> None:
-    """Flushes every file and folder below to the disk: a rename must not become durable before what it names."""
-    for place, _, names in os.walk(folder):
-        for path in [*(os.path.join(place, name) for name in names), place]:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-
-
-def _remove(folder: epath.Path) -> None:
-    if is_local(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-    elif folder.exists():
-        folder.rmtree()
 
 
 def steps(workdir: Any) -> list[int]:
@@ -155,6 +136,17 @@ def _check_fits(folder: epath.Path, manifest: Mapping[str, Any], template: Any) 
             wrong.append(f"{key}: want {want['dtype']}{want['shape']}, got {got['dtype']}{got['shape']}")
     if wrong:
         raise CheckpointError(f"{folder} does not fit this experiment:\n  " + "\n  ".join(wrong))
+
+
+def check_fits(workdir: Any, template: Any) -> None:
+    """Raises CheckpointError if the newest whole manifest of a workdir does not fit; no array is read."""
+    for step in reversed(steps(workdir)):
+        folder = step_folder(workdir, step)
+        try:
+            manifest = read_manifest(folder)
+        except DamagedCheckpoint:
+            continue
+        return _check_fits(folder, manifest, template)
 
 
 def restore(workdir: Any, template: Any, warn: Callable[[str], None] = warnings.warn) -> Restored | None:
@@ -233,7 +225,7 @@ class CheckpointWriter:
             raise CheckpointError(f"{self._folder} cannot be written: {error.strerror or error}") from error
         for path in self._folder.iterdir():
             if path.name.startswith(TEMPORARY) or (path.name.isdecimal() and not (path / MANIFEST).exists()):
-                _remove(path)
+                remove_folder(path)
 
     def save(self, state: Any, step: int, data: Any = None, counters: Mapping[str, Any] | None = None) -> None:
         """Starts writing a state of host arrays; waits for the save before, and raises what that one met."""
@@ -261,7 +253,7 @@ class CheckpointWriter:
             self._prune(step)
         except Exception as error:
             if temporary != final or not (final / MANIFEST).exists():
-                _remove(temporary)
+                remove_folder(temporary)
             wanted = sum(array.nbytes for array in arrays.values())
             # TensorStore tells the system's error in words alone.
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or "No space" in str(
@@ -273,7 +265,7 @@ class CheckpointWriter:
             )
 
     def _write(self, temporary: epath.Path, final: epath.Path, arrays: dict[str, np.ndarray], manifest: Any) -> None:
-        _remove(temporary)
+        remove_folder(temporary)
         temporary.mkdir(parents=True)
         write_arrays(temporary / "arrays", arrays)
         local = is_local(final)
@@ -283,7 +275,7 @@ class CheckpointWriter:
         # Read back before it counts: what the older steps are given up for must be whole.
         read_arrays(temporary / "arrays", manifest["leaves"])
         if local:
-            _sync(temporary)
+            sync_folder(temporary)
         with (temporary / MANIFEST).open("w") as file:
             file.write(json.dumps(manifest, indent=1, sort_keys=True))
             if local:
@@ -292,17 +284,13 @@ class CheckpointWriter:
         if not local:
             return
         if final.exists():  # the same step once more, after a fall-back passed over a damaged one
-            _remove(final)
+            remove_folder(final)
         os.rename(temporary, final)
-        handle = os.open(final.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync_path(final.parent)
 
     def _prune(self, newest: int) -> None:
         """Removes all but the `keep` newest steps up to the one just verified, and those of a future given up."""
         found = steps(self.workdir)
         past = [step for step in found if step <= newest]
         for step in [*past[: -self.keep], *(step for step in found if step > newest)]:
-            _remove(step_folder(self.workdir, step))
+            remove_folder(step_folder(self.workdir, step))

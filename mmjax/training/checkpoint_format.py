@@ -23,6 +23,7 @@ from etils import epath
 
 from mmjax import tree
 from mmjax.errors import MmjaxError
+from mmjax.training.storage import is_local
 
 MANIFEST = "manifest.json"
 FILES = "files.json"
@@ -37,10 +38,6 @@ class CheckpointError(MmjaxError):
 
 class DamagedCheckpoint(CheckpointError):
     """The files of a checkpoint are not what was written."""
-
-
-def is_local(path: epath.Path) -> bool:
-    return "://" not in os.fspath(path)
 
 
 # ------------------------------------------------------------------------------------------------------------ leaves

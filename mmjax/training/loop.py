@@ -104,20 +104,20 @@ class _Run:
             raise MmjaxError(
                 f"batch_size={config.batch_size} is not a multiple of the {self.lift.shards} shards of {config.lift}"
             )
-        if self.primary:
-            changed = write_config(config, self.workdir, self.experiment_file)
-            if changed:
-                self._say(f"config.json: {', '.join(changed)}")
         self.writer = (
             checkpoint.CheckpointWriter(self.workdir, config.keep, self._environment()) if self.primary else None
         )
         self.data = iter(recipe.train_data())
         host, start = self._initial_state(recipe.method())
-        self.metrics = MetricsWriter(self.workdir, config.tensorboard, start) if self.primary else None
         self.refused, self.total_refused = int(host.skipped.consecutive), int(host.skipped.total)
         self._overview(host.params)
         state = self.lift.place(host)
         del host
+        if self.primary:  # only now: a run that is refused leaves the workdir as it was
+            changed = write_config(config, self.workdir, self.experiment_file)
+            if changed:
+                self._say(f"config.json: {', '.join(changed)}")
+        self.metrics = MetricsWriter(self.workdir, config.tensorboard, start) if self.primary else None
         try:
             return self._finish(self._steps(state, start), start)
         finally:

@@ -6,12 +6,14 @@ import json
 import os
 import pathlib
 import socket
+import tempfile
 from typing import Any
 
 from etils import epath
 
-from mmjax.training.checkpoint_format import CheckpointError, is_local
+from mmjax.training.checkpoint_format import CheckpointError
 from mmjax.training.experiment import ExperimentConfig
+from mmjax.training.storage import is_local, write_changed
 
 
 class Lock:
@@ -48,20 +50,25 @@ class Lock:
 def write_config(
     config: ExperimentConfig, workdir: str | os.PathLike[str], experiment_file: str | None = None
 ) -> list[str]:
-    """Writes config.json: what `mmjax.load` needs of the model, and the experiment's fields.
+    """Writes config.json, and before it the files of `save_assets`: what `mmjax.load` needs beside the weights.
+
+    Call it once the run is certain: its checkpoint was accepted, or there is none. Each file is replaced as a whole,
+    and only where it changes.
 
     Returns the fields that a config.json already there had otherwise: "steps 100 -> 200".
     """
     recipe: Any = config
     system, model = recipe.model()
-    told = {"system": system, "model": dataclasses.asdict(model), "layout": "mmjax"}
-    told |= recipe.save_assets(pathlib.Path(workdir))
-    told |= {"experiment": dataclasses.asdict(config), "experiment_file": experiment_file}
-    path = epath.Path(workdir) / "config.json"
-    text = json.dumps(told, indent=2, default=str) + "\n"
+    workdir = epath.Path(workdir)
+    contents = {"system": system, "model": dataclasses.asdict(model), "layout": "mmjax"}
+    with tempfile.TemporaryDirectory() as local:  # recipes write with pathlib; the workdir may be in an object store
+        contents |= recipe.save_assets(pathlib.Path(local))
+        for file in sorted(path for path in pathlib.Path(local).rglob("*") if path.is_file()):
+            write_changed(workdir / file.relative_to(local).as_posix(), file.read_bytes())
+    contents |= {"experiment": dataclasses.asdict(config), "experiment_file": experiment_file}
+    text = json.dumps(contents, indent=2, default=str) + "\n"
+    path = workdir / "config.json"
     before = json.loads(path.read_text()).get("experiment", {}) if path.exists() else {}
     now = json.loads(text)["experiment"]
-    temporary = path.parent / "config.json.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_changed(path, text.encode())
     return [f"{name} {before.get(name)} -> {now[name]}" for name in now if before and before.get(name) != now[name]]

@@ -184,7 +184,9 @@ def test_failed_save_frees_its_space_and_is_reported_once(tmp_path, monkeypatch)
     writer.save(toy.init(), 3)
     writer.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_sync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(
+            checkpoint, "sync_folder", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
         writer.save(toy.init(), 5)
         with pytest.raises(CheckpointError, match=r"step 5 .*disk full.* bytes wanted"):
             writer.wait()
@@ -268,7 +270,7 @@ def test_objects_stores_commit_by_the_manifest_alone(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["5"]
 
 
-@pytest.mark.parametrize("point", ["write_arrays", "file_digests", "read_arrays", "_sync", "os.rename", "_prune"])
+@pytest.mark.parametrize("point", ["write_arrays", "file_digests", "read_arrays", "sync_folder", "os.rename", "_prune"])
 def test_killed_at_every_point_of_a_save(tmp_path, repository, point):
     """The step before is whole, the step itself is whole or absent, and the next start leaves nothing behind."""
     code = f"""
