@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
+from mmjax.interface.inputs import Input, check_inputs
 from mmjax.types import Array, ArrayLike, Params
 
 LENGTHS = 16
@@ -57,6 +58,11 @@ class Model(abc.ABC):
     @abc.abstractmethod
     def build(cls, config: Any) -> nn.Module:
         """The module of a config."""
+
+    @classmethod
+    @abc.abstractmethod
+    def inputs(cls, config: Any) -> Mapping[str, Input]:
+        """What `forward` takes, by transformers' names."""
 
     @classmethod
     @abc.abstractmethod
@@ -129,31 +135,18 @@ class Model(abc.ABC):
         pixel_values: ArrayLike | None = None,
         input_ids: ArrayLike | None = None,
         attention_mask: ArrayLike | None = None,
-        token_type_ids: ArrayLike | None = None,
-        decoder_input_ids: ArrayLike | None = None,
-        decoder_attention_mask: ArrayLike | None = None,
+        **others: ArrayLike | None,
     ) -> dict[str, Array]:
-        """The network on preprocessed arrays; compiled once a shape.
+        """The network on preprocessed arrays; compiled once for each shape.
 
-        pixel_values: float32 [b, height, width, 3]. input_ids: int [b, l]. attention_mask: [b, l], 1 = a token.
-        token_type_ids: int [b, l], of BERT: which half of a pair. decoder_input_ids: int [b, l], of an encoder-decoder:
-        the start token first; decoder_attention_mask: of them, as attention_mask.
+        Which inputs a system takes, and their axes, `inputs` declares; all of them have transformers' names.
+        pixel_values: float32, channels last. input_ids: int [b, l]. attention_mask: int or bool [b, l], 1 = a token.
+        others: token_type_ids, decoder_input_ids (the start token first), decoder_attention_mask, ...
         Returns transformers' names and shapes; feature maps are [b, height, width, c].
+        Raises MmjaxError for an input that the system does not take, a missing one, and wrong ranks or dtypes.
         """
-        given = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
-        given |= {"token_type_ids": token_type_ids, "decoder_input_ids": decoder_input_ids}
-        given |= {"decoder_attention_mask": decoder_attention_mask}
-        inputs = {name: jnp.asarray(value) for name, value in given.items() if value is not None}
-        if "pixel_values" in inputs:
-            pixels = inputs["pixel_values"]
-            if pixels.ndim != 4 or pixels.shape[-1] != 3 or not jnp.issubdtype(pixels.dtype, jnp.floating):
-                told = f"{pixels.dtype} {list(pixels.shape)}"
-                raise MmjaxError(
-                    f"pixel_values should be floats [b, height, width, 3], not {told}; preprocess(images) makes them"
-                )
-        for name, value in inputs.items():
-            if name != "pixel_values" and value.ndim != 2:
-                raise MmjaxError(f"{name} should be [b, l], they are {list(value.shape)}")
+        values = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask, **others}
+        inputs = check_inputs(self.inputs(self.config), values, self.system)
         return dict(self._compiled(self.variables, inputs))
 
     def pixels(self, images: Any) -> Array:

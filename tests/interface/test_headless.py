@@ -157,7 +157,7 @@ def test_a_dinov2_with_a_head_is_hugging_faces(tmp_path):
 def test_what_has_no_image_encoder_says_so():
     class Texts(Model):
         system = "texts"
-        build = example = outputs = None  # type: ignore[assignment]
+        build = example = inputs = outputs = None  # type: ignore[assignment]
 
     with pytest.raises(MmjaxError, match="texts has no image encoder"):
         Texts({}, {}).headless(3)

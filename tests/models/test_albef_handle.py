@@ -350,7 +350,7 @@ def test_what_a_network_or_a_folder_lacks_is_told():
         (lambda: retrieval.answer(images(1), ["a"], ["b"]), "no decoder"),
         (lambda: retrieval.match(images(1), []), "texts: there is none"),
         (lambda: retrieval.replace(tokenizer=None).encode_text("a"), r"from_vocab\('vocab.txt'\)"),
-        (lambda: retrieval.forward(), "pixel_values, input_ids or both"),
+        (lambda: retrieval.forward(), "needs one of pixel_values, input_ids"),
     ):
         with pytest.raises(MmjaxError, match=told):
             ask()

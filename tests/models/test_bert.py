@@ -95,7 +95,7 @@ def test_padding_says_nothing_and_order_does():
     np.testing.assert_array_equal(bert.forward(**without)["pooler_output"], zeros["pooler_output"])
     with pytest.raises(MmjaxError, match="20 tokens are longer than positions=19"):
         bert.forward(input_ids=np.ones((1, 20), np.int32))
-    with pytest.raises(MmjaxError, match=r"not \['decoder_input_ids', 'input_ids'\]"):
+    with pytest.raises(MmjaxError, match="does not take decoder_input_ids"):
         bert.forward(input_ids=np.ones((1, 2), np.int32), decoder_input_ids=np.ones((1, 2), np.int32))
 
 

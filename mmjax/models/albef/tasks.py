@@ -14,6 +14,7 @@ from flax import linen as nn
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
 from mmjax.interface.image_text import ImageTextModel, are_features, are_texts, ranked
+from mmjax.interface.inputs import IMAGES_AND_TEXTS, Input
 from mmjax.interface.model import LENGTHS, batched, top_k_labels
 from mmjax.models.albef.network import MOMENTUM, Albef, AlbefConfig, tied, untied
 from mmjax.objectives.language import IGNORED, text_cross_entropy
@@ -57,6 +58,11 @@ class AlbefModel(ImageTextModel):
     @classmethod
     def build(cls, config: AlbefConfig) -> nn.Module:
         return Albef(config)
+
+    @classmethod
+    def inputs(cls, config: AlbefConfig) -> Mapping[str, Input]:
+        decoder = {"decoder_input_ids": Input("texts t"), "decoder_attention_mask": Input("texts t")}
+        return IMAGES_AND_TEXTS | (decoder if config.decoder else {})
 
     @classmethod
     def example(cls, config: AlbefConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -134,8 +140,6 @@ class AlbefModel(ImageTextModel):
             states = ask("read", inputs["input_ids"], mask)
             told["text_model_output"] = {"last_hidden_state": states}
             told |= {"text_embeds": ask("text_embeds", states)} if c.embed_dim else {}
-        if not told:
-            raise MmjaxError("ALBEF's forward needs pixel_values, input_ids or both")
         if not tokens or "input_ids" not in inputs:
             return told
         if c.embed_dim:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.errors import MmjaxError
+from mmjax.interface.inputs import TEXTS, Input
 from mmjax.interface.model import LENGTHS, Model, batched, top_k_labels
 from mmjax.models.bert.network import Bert, BertConfig
 from mmjax.nn.norm import l2_normalize
@@ -33,6 +34,10 @@ class BertModel(Model):
         return Bert(config)
 
     @classmethod
+    def inputs(cls, config: BertConfig) -> Mapping[str, Input]:
+        return TEXTS | {"token_type_ids": Input("b l")}
+
+    @classmethod
     def example(cls, config: BertConfig) -> dict[str, jax.ShapeDtypeStruct]:
         return {"input_ids": jax.ShapeDtypeStruct((1, min(config.positions, 8)), jnp.int32)}
 
@@ -50,11 +55,6 @@ class BertModel(Model):
         start_logits and end_logits [b, l]; of masked words and next sentences prediction_logits [b, l, v] and
         seq_relationship_logits [b, 2], called logits where no other head has logits.
         """
-        unknown = inputs.keys() - {"input_ids", "attention_mask", "token_type_ids"}
-        if "input_ids" not in inputs or unknown:
-            raise MmjaxError(
-                f"a BERT's forward takes input_ids, attention_mask and token_type_ids, not {sorted(inputs)}"
-            )
         given = (inputs.get(name) for name in ("input_ids", "attention_mask", "token_type_ids"))
         out: Any = self.module.apply(variables, *given)
         told = {"last_hidden_state": out["states"][-1], "hidden_states": tuple(out["states"])}

@@ -16,6 +16,7 @@ from mmjax.errors import MmjaxError
 from mmjax.evaluation.zero_shot import TEMPLATES, class_embeddings, prompts
 from mmjax.interface.image_classifier import Headless, at_size
 from mmjax.interface.image_text import ImageTextModel
+from mmjax.interface.inputs import IMAGES_AND_TEXTS, Input
 from mmjax.interface.model import batched, top_k_labels
 from mmjax.models.clip.modified_resnet import ModifiedResNetConfig
 from mmjax.models.clip.network import CLIP, CLIPConfig, at_side
@@ -35,6 +36,10 @@ class CLIPModel(ImageTextModel):
     @classmethod
     def build(cls, config: CLIPConfig) -> nn.Module:
         return CLIP(config)
+
+    @classmethod
+    def inputs(cls, config: CLIPConfig) -> Mapping[str, Input]:
+        return IMAGES_AND_TEXTS
 
     @classmethod
     def example(cls, config: CLIPConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -87,8 +92,6 @@ class CLIPModel(ImageTextModel):
             told["text_embeds"] = l2_normalize(out["embeds"])
             told["text_model_output"] = {"last_hidden_state": out["tokens"], "pooler_output": out["embeds"]}
             told["text_model_output"]["hidden_states"] = tuple(out["states"])
-        if not told:
-            raise MmjaxError("CLIP's forward needs pixel_values, input_ids or both")
         if len(told) == 4:
             logits = self._logits(variables["params"], told["image_embeds"], told["text_embeds"])
             told |= {"logits_per_image": logits, "logits_per_text": logits.T}

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.data.preprocess import ImagePreprocessing
-from mmjax.errors import MmjaxError
 from mmjax.interface.image_classifier import Headless, ImageClassifier, at_size
+from mmjax.interface.inputs import PIXELS, Input
 from mmjax.models.clip.modified_resnet import ModifiedResNetConfig
 from mmjax.models.clip.network import CLIPVisionConfig, at_side
 from mmjax.models.clip_classifier.network import CLIPClassifier, CLIPClassifierConfig
@@ -31,6 +31,10 @@ class CLIPClassifierModel(ImageClassifier):
         return CLIPClassifier(config)
 
     @classmethod
+    def inputs(cls, config: CLIPClassifierConfig) -> Mapping[str, Input]:
+        return PIXELS
+
+    @classmethod
     def example(cls, config: CLIPClassifierConfig) -> dict[str, jax.ShapeDtypeStruct]:
         side = config.image_size or 64
         return {"pixel_values": jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)}
@@ -41,8 +45,6 @@ class CLIPClassifierModel(ImageClassifier):
 
     def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
         """pooler_output [b, d]: what the head sees; logits [b, classes] where there is a head."""
-        if "pixel_values" not in inputs:
-            raise MmjaxError("a CLIP classifier's forward takes pixel_values")
         told: Any = self.module.apply(variables, inputs["pixel_values"])
         names = {"pooler_output": "pooled", "logits": "logits"}
         return {name: told[own] for name, own in names.items() if own in told}

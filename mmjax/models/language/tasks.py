@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from mmjax.errors import MmjaxError
 from mmjax.interface.generation import GeneratingModel
+from mmjax.interface.inputs import TEXTS, Input
 from mmjax.models.language.config import DecoderConfig, Learned
 from mmjax.models.language.decode import DecoderSteps
 from mmjax.models.language.network import Decoder
@@ -31,13 +32,15 @@ class LanguageModel(GeneratingModel):
         return Decoder(config)
 
     @classmethod
+    def inputs(cls, config: DecoderConfig) -> Mapping[str, Input]:
+        return TEXTS
+
+    @classmethod
     def example(cls, config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
         return {"input_ids": jax.ShapeDtypeStruct((1, 8), jnp.int32)}
 
     def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
         """logits float32 [b, l, v]; last_hidden_state [b, l, d], after the last norm; hidden_states: all depth + 1."""
-        if "input_ids" not in inputs:
-            raise MmjaxError("a language model's forward needs input_ids")
         self.check_room(inputs["input_ids"].shape[1], 0)
         told: Any = self.module.apply(variables, inputs["input_ids"], inputs.get("attention_mask"))
         states = tuple(told["states"])

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.data.preprocess import ImagePreprocessing
-from mmjax.errors import MmjaxError
 from mmjax.interface.image_classifier import Headless, at_size
+from mmjax.interface.inputs import PIXELS, Input
 from mmjax.interface.model import Model
 from mmjax.models.moco.network import MoCo, MoCoConfig
 from mmjax.models.resnet.network import ResNetConfig
@@ -31,6 +31,10 @@ class MoCoModel(Model):
     @classmethod
     def build(cls, config: MoCoConfig) -> MoCo:
         return MoCo(config)
+
+    @classmethod
+    def inputs(cls, config: MoCoConfig) -> Mapping[str, Input]:
+        return PIXELS
 
     @classmethod
     def example(cls, config: MoCoConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -85,8 +89,6 @@ class MoCoModel(Model):
 
     def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
         """pooler_output [b, d]: the backbone's features; image_embeds [b, dim]: the projector's, of unit length."""
-        if "pixel_values" not in inputs:
-            raise MmjaxError("MoCo's forward takes pixel_values")
         told: Any = self.module.apply(variables, inputs["pixel_values"], predict=False)
         return {"pooler_output": told["features"], "image_embeds": l2_normalize(told["embedding"])}
 

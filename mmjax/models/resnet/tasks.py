@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.data.preprocess import ImagePreprocessing
-from mmjax.errors import MmjaxError
 from mmjax.interface.image_classifier import Headless, ImageClassifier, at_size
+from mmjax.interface.inputs import PIXELS, Input
 from mmjax.models.resnet.network import ResNet, ResNetConfig
 from mmjax.models.resnet.supervised import ResNetClassifier
 from mmjax.nn.norm import l2_normalize
@@ -29,6 +29,10 @@ class ResNetModel(ImageClassifier):
         return ResNet(config)
 
     @classmethod
+    def inputs(cls, config: ResNetConfig) -> Mapping[str, Input]:
+        return PIXELS
+
+    @classmethod
     def example(cls, config: ResNetConfig) -> dict[str, jax.ShapeDtypeStruct]:
         side = 224 if config.stem == "imagenet" else 32
         return {"pixel_values": jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)}
@@ -46,8 +50,6 @@ class ResNetModel(ImageClassifier):
     def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
         """last_hidden_state and hidden_states (stem, then each stage) [b, height, width, c];
         pooler_output [b, 1, 1, c]; logits [b, classes] where there is a head."""
-        if "pixel_values" not in inputs:
-            raise MmjaxError("a ResNet's forward takes pixel_values")
         given = self.module.apply(variables, inputs["pixel_values"])
         assert isinstance(given, dict)
         maps = (given["stem"], *(given[f"C{stage + 2}"] for stage in range(len(self.config.layers))))

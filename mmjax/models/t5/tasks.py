@@ -11,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from mmjax.interface.generation import GeneratingModel
+from mmjax.interface.inputs import Input
 from mmjax.models.t5.decoding import T5Decodable
 from mmjax.models.t5.network import T5, T5Config
 from mmjax.text.batches import Side
@@ -32,6 +33,11 @@ class T5Model(GeneratingModel):
         return T5(config)
 
     @classmethod
+    def inputs(cls, config: T5Config) -> Mapping[str, Input]:
+        texts = {"input_ids": Input("b l"), "attention_mask": Input("b l"), "inputs_embeds": Input("b l d", "float")}
+        return texts | ({"decoder_input_ids": Input("b t")} if config.decoder_depth else {})
+
+    @classmethod
     def example(cls, config: T5Config) -> dict[str, jax.ShapeDtypeStruct]:
         names = ("input_ids", "decoder_input_ids") if config.decoder_depth else ("input_ids",)
         return {name: jax.ShapeDtypeStruct((1, 3), jnp.int32) for name in names}
@@ -49,7 +55,6 @@ class T5Model(GeneratingModel):
         decoder_hidden_states, encoder_hidden_states (depth + 1 arrays), encoder_last_hidden_state.
 
         Without decoder_input_ids the encoder's alone; of an encoder alone last_hidden_state and hidden_states.
-        Raises MmjaxError without input_ids.
         """
         names = ("input_ids", "decoder_input_ids", "attention_mask", "inputs_embeds")
         out: Any = self.module.apply(variables, *(inputs.get(name) for name in names))

@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from mmjax.errors import MmjaxError
 from mmjax.interface.generation import GeneratingModel
+from mmjax.interface.inputs import TEXTS, Input
 from mmjax.models.transformer.network import Transformer, TransformerConfig, TransformerDecodable
 from mmjax.text.batches import Batches, Side
 from mmjax.text.marian import SOURCE, MarianTokenizer
@@ -44,6 +45,10 @@ class TransformerModel(GeneratingModel):
         return super().load_tokenizer(file)
 
     @classmethod
+    def inputs(cls, config: TransformerConfig) -> Mapping[str, Input]:
+        return TEXTS | {"decoder_input_ids": Input("b t"), "decoder_attention_mask": Input("b t")}
+
+    @classmethod
     def example(cls, config: TransformerConfig) -> dict[str, jax.ShapeDtypeStruct]:
         return {name: jax.ShapeDtypeStruct((1, 2), jnp.int32) for name in ("input_ids", "decoder_input_ids")}
 
@@ -51,13 +56,8 @@ class TransformerModel(GeneratingModel):
         """encoder_last_hidden_state and encoder_hidden_states; with decoder_input_ids also logits [b, l, v] and
         decoder_hidden_states. The hidden states are those before and after each block.
 
-        Without masks nothing is padding: the decoder may begin with the id that pads.
-        Raises MmjaxError for pixel_values, which a Transformer does not see, and without input_ids."""
-        if "pixel_values" in inputs:
-            raise MmjaxError("a Transformer sees no pixel_values")
-        ids, decoder_ids = inputs.get("input_ids"), inputs.get("decoder_input_ids")
-        if ids is None:
-            raise MmjaxError("the Transformer's forward needs input_ids")
+        Without masks nothing is padding: the decoder may begin with the id that pads."""
+        ids, decoder_ids = inputs["input_ids"], inputs.get("decoder_input_ids")
         mask, decoder_mask = (
             None if name not in inputs else inputs[name].astype(bool)
             for name in ("attention_mask", "decoder_attention_mask")

@@ -14,6 +14,7 @@ from flax import linen as nn
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
 from mmjax.interface.image_classifier import Headless, ImageClassifier, at_size
+from mmjax.interface.inputs import PIXELS, Input
 from mmjax.models.vit.network import ViT, ViTConfig, ViTOutput
 from mmjax.models.vit.supervised import ViTClassifier
 from mmjax.nn.norm import l2_normalize
@@ -31,6 +32,10 @@ class ViTModel(ImageClassifier):
     @classmethod
     def build(cls, config: ViTConfig) -> nn.Module:
         return ViT(config)
+
+    @classmethod
+    def inputs(cls, config: ViTConfig) -> Mapping[str, Input]:
+        return PIXELS
 
     @classmethod
     def example(cls, config: ViTConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -52,8 +57,6 @@ class ViTModel(ImageClassifier):
         pooler_output is what the head would see: after tanh where the weights have that layer, in DINOv2 the class
         token after the norm.
         """
-        if "pixel_values" not in inputs:
-            raise MmjaxError("a ViT's forward needs pixel_values")
         out = self._apply(variables, inputs["pixel_values"])
         pooled = out.tokens[:, 0] if self.config.pool == "token_and_mean" else out.pooled
         told = {"last_hidden_state": out.tokens, "pooler_output": pooled, "hidden_states": tuple(out.states)}
