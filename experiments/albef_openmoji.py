@@ -14,7 +14,7 @@ The matching head needs more than so short a run: with it 10.5 and 10.0 %.
 import dataclasses
 import functools
 import pathlib
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,8 @@ class Config(ExperimentConfig):
         alpha: the momentum encoders' share of the targets; it rises over `alpha_steps` batches.
         k: drawings or names that the matching head sees for each query.
     """
+
+    ramps: ClassVar[tuple[str, ...]] = ("warmup", "alpha_steps")
 
     steps: int = 400
     batch_size: int = 128

@@ -109,7 +109,7 @@ class Config(ExperimentConfig):
 
     def optimizer(self) -> Optimizer:
         peak = self.learning_rate or (1e-3 if self.tune == "lora" else 2e-5)
-        rate = adamw(warmup_cosine(peak, self.steps, max(self.steps // 10, 1)), self.weight_decay)
+        rate = adamw(warmup_cosine(peak, self.steps, self.steps // 10), self.weight_decay)
         if self.tune == "lora":
             return Optimizer(rate, self.lora.partition(), clip_norm=1.0)
         return Optimizer(rate, clip_norm=1.0)

@@ -35,7 +35,7 @@ def train(experiment: str, workdir: str | None, fields: Sequence[str], distribut
         import jax
 
         jax.distributed.initialize()
-    config = parse_overrides(load_experiment(experiment), fields, prog=f"mmjax train {experiment}")
+    config = parse_overrides(load_experiment(experiment), fields, f"mmjax train {experiment}", print)
     from mmjax.training import loop
 
     loop.train(config, workdir or workdir_of(experiment), load_weights, os.path.abspath(experiment))
@@ -46,7 +46,7 @@ def ablate(flags: argparse.Namespace, fields: Sequence[str]) -> None:
     from mmjax.training.experiment import load_experiment, parse_overrides
 
     kind = load_experiment(flags.experiment)
-    parse_overrides(kind, fields, prog=f"mmjax ablate {flags.experiment}")
+    parse_overrides(kind, fields, f"mmjax ablate {flags.experiment}", print)
     run(
         kind,
         parse_over(flags.over),

@@ -2,10 +2,11 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import tyro
@@ -76,6 +77,7 @@ class ExperimentConfig:
 
     Of the class:
         unit: what a step's examples are called, in `perf/images_per_second` and on the bar.
+        ramps: fields with the length of a ramp, in steps or epochs, which a run shortened by `--steps` shortens too.
 
     Of the class, for `mmjax ablate`:
         published: name -> {value: a paper's figure or a word}, to stand beside ours.
@@ -83,6 +85,7 @@ class ExperimentConfig:
     """
 
     unit: ClassVar[str] = "images"
+    ramps: ClassVar[tuple[str, ...]] = ("warmup",)
     published: ClassVar[Mapping[str, Mapping[float, float | str]]] = {}
     courses: ClassVar[tuple[str, ...]] = ()
 
@@ -178,13 +181,54 @@ def load_experiment(path: str | os.PathLike[str]) -> type[ExperimentConfig]:
     return config
 
 
-def parse_overrides(config: type[C], arguments: Sequence[str], prog: str = "mmjax train EXPERIMENT.py") -> C:
+INTERVALS = {"log_every": 20, "eval_every": 4, "checkpoint_every": 4}
+"""Fields that count the steps between two events, with the number of events that a shortened run has room for."""
+
+
+def parse_overrides(
+    config: type[C],
+    arguments: Sequence[str],
+    prog: str = "mmjax train EXPERIMENT.py",
+    report: Callable[[str], None] | None = None,
+) -> C:
     """The config with `--seed 3 --optimizer.learning_rate 1e-3` applied.
 
-    A flag that does not exist, or a value of the wrong type, is told on stderr and exits with code 2.
+    `--steps` below the recipe's shortens the recipe's warmup and its intervals too (`shorten`). `report` receives one
+    line that says which; a flag of its own keeps a field as it is.
+
+    A flag that does not exist, or a value of the wrong type, is printed on stderr and exits with code 2.
     """
     try:
-        return tyro.cli(config, args=list(arguments), prog=prog)
+        parsed = tyro.cli(config, args=list(arguments), prog=prog)
+        explicit = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in arguments if flag[:2] == "--"}
+        if "steps" not in explicit:
+            return parsed
+        shorter = shorten(parsed, explicit)
+        if shorter and report is not None:
+            changes = ", ".join(f"{name} {getattr(parsed, name)} -> {value}" for name, value in shorter.items())
+            report(f"--steps {parsed.steps} shortens the recipe: {changes}")
+        return dataclasses.replace(parsed, **shorter) if shorter else parsed
     except MmjaxError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def shorten(config: ExperimentConfig, explicit: Collection[str]) -> dict[str, int]:
+    """The fields that shrink where `config.steps` is below its default, but for the explicit ones: name -> new value.
+
+    Ramps keep their share of the run. Intervals keep their number in the run, up to that of `INTERVALS`: a recipe with
+    a hundred evaluations is evaluated four times in a run of a thousandth of its length.
+    """
+    default: Any = {field.name: field.default for field in dataclasses.fields(config)}
+    share = config.steps / default["steps"]
+    if share >= 1:
+        return {}
+    values = {name: getattr(config, name) for name in (*config.ramps, *INTERVALS) if hasattr(config, name)}
+    values = {name: value for name, value in values.items() if name not in explicit and isinstance(value, int)}
+    shorter = {
+        name: min(value, math.ceil(max(value * share, config.steps / INTERVALS[name])))
+        if name in INTERVALS
+        else math.floor(value * share)
+        for name, value in values.items()
+    }
+    return {name: value for name, value in shorter.items() if value != values[name]}

@@ -71,7 +71,7 @@ def warmup_cosine(peak: float, steps: int, warmup: int = 0, end: float = 0.0) ->
     `delayed(warmup_cosine(...))`.
     """
     if steps <= warmup:
-        raise MmjaxError(f"steps={steps} leaves nothing after warmup={warmup}")
+        raise MmjaxError(f"--steps {steps} leaves nothing after a --warmup of {warmup} steps")
 
     def schedule(step: Any) -> Any:
         step = jnp.asarray(step, jnp.float32)
@@ -93,7 +93,7 @@ def warmup_linear(peak: float, steps: int, warmup: int = 0) -> Schedule:
     """From exactly 0 linearly to `peak` over `warmup` steps, then down the line from `peak` at step 0 to 0 at `steps`
     (google-research/bert optimization.py:25-60): at step `warmup` a small jump, to peak * (1 - warmup / steps)."""
     if steps <= warmup:
-        raise MmjaxError(f"steps={steps} leaves nothing after warmup={warmup}")
+        raise MmjaxError(f"--steps {steps} leaves nothing after a --warmup of {warmup} steps")
 
     def schedule(step: Any) -> Any:
         step = jnp.asarray(step, jnp.float32)

@@ -150,8 +150,9 @@ def test_stopped_by_a_signal_it_saves_and_exits_zero(clean, runner, tmp_path, nu
 
 
 def test_resume_on_other_devices_and_another_lift(clean, runner, tmp_path):
-    runner.run(tmp_path, "--nan-from", 10**8, "--steps", 30)
-    told = runner.run(tmp_path, "--lift", "pmap", "--steps", 40, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    runner.run(tmp_path, "--nan-from", 10**8, "--steps", 30, "--log-every", 10)
+    flags = ("--lift", "pmap", "--steps", 40, "--log-every", 10)
+    told = runner.run(tmp_path, *flags, XLA_FLAGS="--xla_force_host_platform_device_count=4")
     assert "devices was 1 cpu, is 4 cpu; lift was jit, is pmap" in told
     told = runner.run(tmp_path, "--lift", "mesh", XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert "lift was pmap, is mesh" in told

@@ -12,7 +12,7 @@ def test_the_schedule_starts_at_zero_and_jumps_down_at_the_end_of_warmup():
     rate = warmup_linear(2e-3, steps=50, warmup=10)
     found = [float(rate(step)) for step in (0, 1, 9, 10, 49, 50, 60)]
     np.testing.assert_allclose(found, [0, 2e-4, 1.8e-3, 1.6e-3, 4e-5, 0, 0], rtol=1e-5, atol=1e-12)
-    with pytest.raises(MmjaxError, match="leaves nothing after warmup=10"):
+    with pytest.raises(MmjaxError, match="--steps 10 leaves nothing after a --warmup of 10 steps"):
         warmup_linear(1.0, 10, 10)
 
 

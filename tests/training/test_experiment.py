@@ -1,11 +1,14 @@
 """Experiment files and command-line overrides: right values in, clear errors out."""
 
 import dataclasses
+import pathlib
 
 import pytest
 
 from mmjax.errors import MmjaxError
 from mmjax.training.experiment import ExperimentConfig, load_experiment, parse_overrides
+
+EXPERIMENTS = sorted((pathlib.Path(__file__).parents[2] / "experiments").glob("*.py"))
 
 METHODS = "".join(
     f"    def {name}(self): return None\n" for name in ("method", "optimizer", "train_data", "evaluations", "model")
@@ -85,3 +88,51 @@ def test_every_field_out_of_range_is_in_one_message():
 def test_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ExperimentConfig().seed = 3  # type: ignore[misc]
+
+
+LONG = f"""{HEAD}
+from mmjax.training.optimizer import warmup_cosine
+@dataclasses.dataclass(frozen=True)
+class Config(ExperimentConfig):
+    steps: int = 420
+    eval_every: int = 105
+    checkpoint_every: int = 2
+    warmup: int = 30
+{METHODS}
+    def optimizer(self): return warmup_cosine(1.0, self.steps, self.warmup)
+"""
+
+
+def test_fewer_steps_alone_shorten_warmup_and_intervals_in_one_line(tmp_path):
+    kind, lines = load_experiment(write(tmp_path, LONG)), []
+    config = parse_overrides(kind, ["--steps", "42"], report=lines.append)
+    assert (config.steps, config.warmup, config.eval_every, config.log_every) == (42, 3, 11, 3)
+    assert lines == ["--steps 42 shortens the recipe: warmup 30 -> 3, log_every 10 -> 3, eval_every 105 -> 11"]
+    assert config.checkpoint_every == 2  # 21 checkpoints were 210
+    config.optimizer()
+    assert parse_overrides(kind, ["--steps", "12"]).optimizer() is not None
+    for longer in (["--steps", "420"], ["--steps", "900"], []):
+        same = parse_overrides(kind, longer, report=lines.append)
+        assert (same.warmup, same.eval_every, same.log_every, len(lines)) == (30, 105, 10, 1)
+
+
+def test_an_explicit_warmup_is_kept_and_one_that_leaves_nothing_names_both_flags(tmp_path):
+    kind = load_experiment(write(tmp_path, LONG))
+    for flags in (["--warmup", "12"], ["--warmup=12", "--eval-every=5"], ["--warmup", "12", "--log_every", "10"]):
+        config = parse_overrides(kind, ["--steps", "12", *flags])
+        assert config.warmup == 12
+        assert config.eval_every == (5 if len(flags) == 2 and "=" in flags[1] else 3)
+        with pytest.raises(MmjaxError, match="--steps 12 leaves nothing after a --warmup of 12 steps"):
+            config.optimizer()
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_recipe_is_shortened_to_twelve_steps_and_to_one(path):
+    if "class Config" not in path.read_text():
+        pytest.skip("a script")
+    for steps in (12, 1):
+        config = parse_overrides(load_experiment(path), ["--steps", str(steps)])
+        assert config.steps == steps
+        assert all(getattr(config, name) <= steps for name in ("log_every", "eval_every", "checkpoint_every"))
+        if path.stem != "finetune_classifier":  # its optimizer needs the loaded model
+            assert config.optimizer() is not None
