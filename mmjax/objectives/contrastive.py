@@ -148,8 +148,8 @@ def in_batch_accuracy(
     return jnp.mean(by_rows(run, jnp.zeros(()), (query, own), blocks)[1].astype(jnp.float32))
 
 
-def by_rows(run: Callable[[Any, Any], tuple[Any, Array]], carry: Any, rows: Any, blocks: int) -> tuple[Any, Array]:
-    """`run(carry, rows)` -> (carry, a value a row), a part of the rows after the other; nothing of a part is kept.
+def by_rows(run: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any, blocks: int) -> tuple[Any, Any]:
+    """`run(carry, rows)` -> (carry, values of each row), one block of the rows after the other, recomputed in reverse.
 
     Values come out in the order of the rows. Raises MmjaxError if `blocks` does not divide the rows.
     """
@@ -161,7 +161,7 @@ def by_rows(run: Callable[[Any, Any], tuple[Any, Array]], carry: Any, rows: Any,
     # Every k-th row: rows that a mesh spreads over devices stay spread in each part.
     parts = jax.tree.map(lambda x: rearrange(x, "(b k) ... -> k b ...", k=blocks), rows)
     carry, values = jax.lax.scan(jax.checkpoint(run, prevent_cse=False), carry, parts)
-    return carry, rearrange(values, "k b ... -> (b k) ...")
+    return carry, jax.tree.map(lambda x: rearrange(x, "k b ... -> (b k) ..."), values)
 
 
 def _scaled(x: Array, logit_scale: Array) -> Array:
