@@ -8,7 +8,6 @@ A workdir holds `ablation.json`, `ablation.png`, `groups/<index>/checkpoints` (s
 resumes from them) and `arms/<arm>`, each at the end as a single run leaves its workdir: load it, evaluate it, train on.
 """
 
-import collections
 import dataclasses
 import functools
 import itertools
@@ -29,10 +28,10 @@ from mmjax.training import ablation_report, checkpoint
 from mmjax.training.arms import How, choose, over_arms, stack, stacked_shapes, take
 from mmjax.training.checkpoint_format import encode
 from mmjax.training.experiment import ExperimentConfig, LoadWeights, parse_overrides
+from mmjax.training.in_flight import InFlight, Received
 from mmjax.training.initialize import initialize_from
 from mmjax.training.interrupts import Interrupts
 from mmjax.training.lift import Lift, create_lift, initialise
-from mmjax.training.loop import IN_FLIGHT
 from mmjax.training.metrics import MetricsWriter, read_metrics
 from mmjax.training.optimizer import LEARNING_RATE_SCALE
 from mmjax.training.state import create_state
@@ -371,7 +370,7 @@ class _Loop:
         self.ablation, self.group, self.config = ablation, group, group.config
         self.lift, self.writer, self.evaluations = lift, writer, evaluations
         self.last: list[dict[str, float]] = [{} for _ in group.arms]
-        self.waiting: collections.deque[tuple[int, Any]] = collections.deque()
+        self.in_flight = InFlight(group.config.log_every)
 
     def steps(self, state: Any, start: int, data: Any, first: Any) -> Any | None:
         """From step `start` to the end; None if a signal stopped it (its state is saved)."""
@@ -384,15 +383,12 @@ class _Loop:
                 batch = first if first is not None else next(data)
                 first = None
                 state, metrics = self.lift.step(state, self.lift.place_batch(batch))
-                self.waiting.append((step, metrics))
-                if len(self.waiting) > IN_FLIGHT:
-                    jax.block_until_ready(self.waiting[-1 - IN_FLIGHT][1])
-                    self.drain(IN_FLIGHT)
+                self.receive(self.in_flight.add(step, metrics))
                 progress.update(task, completed=step)
                 stop = self.ablation.interrupts.requested(step)
                 periodic = config.checkpoint_every and step % config.checkpoint_every == 0
                 if stop is not None or step == config.steps or periodic:
-                    self.drain()
+                    self.receive(self.in_flight.flush())
                     self.writer.save(self.lift.fetch(state), step, encode(data.get_state()))
                 if stop is not None and step < config.steps:
                     self.writer.wait()
@@ -401,17 +397,15 @@ class _Loop:
                 due = [e for e in self.evaluations if (e.every or config.eval_every)]
                 due = [e for e in due if step % (e.every or config.eval_every) == 0 and step < config.steps]
                 if due:
-                    self.drain()
+                    self.receive(self.in_flight.flush())
                     self.evaluate(state, step, due)
         return state
 
-    def drain(self, keep: int = 0) -> None:
-        """Logs the waiting metrics but the last `keep`; an arm whose updates are refused goes on beside the others."""
-        while len(self.waiting) > keep:
-            step, metrics = self.waiting.popleft()
+    def receive(self, received: Received) -> None:
+        """Logs the steps due; an arm whose updates are refused goes on beside the others."""
+        for step, arms in received:
             if step % self.config.log_every and step != self.config.steps:
                 continue
-            arms = self.lift.fetch_arms(metrics)
             rate = (step - self.since_step) / max(time.perf_counter() - self.since, 1e-9)
             self.since, self.since_step = time.perf_counter(), step
             for arm, values in enumerate(arms):

@@ -13,7 +13,7 @@ import abc
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
@@ -90,15 +90,13 @@ class Lift(abc.ABC):
         """An unreplicated NumPy copy (typed keys stay keys). With several processes every one must call it."""
         return jax.tree.map(_fetch, state)
 
-    def fetch_metrics(self, metrics: Any) -> dict[str, float]:
+    def fetch_metrics(self, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
         """Scalars on the host; waits for the step that made them."""
-        return {name: float(_shard(value)) for name, value in metrics.items()}
+        return self.fetch_arms(metrics)[0]
 
-    def fetch_arms(self, metrics: Any) -> list[dict[str, float]]:
+    def fetch_arms(self, metrics: Mapping[str, jax.Array]) -> list[dict[str, float]]:
         """The same for a stacked step: the metrics of each arm."""
-        values = {name: _shard(value).reshape(-1) for name, value in metrics.items()}
-        arms = len(next(iter(values.values())))
-        return [{name: float(value[arm]) for name, value in values.items()} for arm in range(arms)]
+        return pack_metrics([metrics]).fetch()[0]
 
     @abc.abstractmethod
     def lower(self, state: Any, batch: Any) -> Any:
@@ -174,9 +172,6 @@ class PmapLift(Lift):
 
     def fetch(self, state: Any) -> Any:
         return jax.tree.map(_fetch_replica, state)
-
-    def fetch_metrics(self, metrics: Any) -> dict[str, float]:
-        return {name: float(_shard(value).reshape(())) for name, value in metrics.items()}
 
     def lower(self, state: Any, batch: Any) -> Any:
         return self._mapped.lower(state, batch)
@@ -279,6 +274,41 @@ def create_lift(
     if name == "mesh":
         return MeshLift(step, mesh, stacked=stacked)
     raise MmjaxError(f"lift={name!r}: choose jit, pmap or mesh")
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedMetrics:
+    """The metrics of several steps as one array on the device.
+
+    Attributes:
+        names: of the metrics.
+        values: float32 [steps * metrics * arms].
+        steps: in the group.
+    """
+
+    names: tuple[str, ...]
+    values: jax.Array
+    steps: int
+
+    def fetch(self) -> list[list[dict[str, float]]]:
+        """One transfer: for each step the metrics of each arm. A step that is not stacked has one arm."""
+        values = np.asarray(self.values).reshape(self.steps, len(self.names), -1)
+        return [[dict(zip(self.names, map(float, arm))) for arm in step.T] for step in values]
+
+
+def pack_metrics(steps: Sequence[Mapping[str, jax.Array]]) -> PackedMetrics:
+    """Metrics of one step or more -> one array, computed behind the last of them; nothing waits, nothing is fetched.
+
+    Of replicated metrics this process packs its first device's copy.
+    """
+    names = tuple(steps[0])
+    local = [[step[name].addressable_shards[0].data for name in names] for step in steps]
+    return PackedMetrics(names, _concatenate(local), len(steps))
+
+
+@jax.jit
+def _concatenate(steps: list[list[jax.Array]]) -> jax.Array:
+    return jnp.concatenate([value.astype(jnp.float32).reshape(-1) for step in steps for value in step])
 
 
 def initialise(create: Callable[[Any], Any], rng: Any) -> Any:

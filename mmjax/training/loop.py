@@ -4,7 +4,6 @@ A workdir holds `config.json`, `metrics.jsonl`, `curves.png`, `checkpoints/<step
 and `artifacts/`. Running the same command again resumes it.
 """
 
-import collections
 import functools
 import os
 import sys
@@ -25,6 +24,7 @@ from mmjax.errors import MmjaxError
 from mmjax.training import checkpoint
 from mmjax.training.checkpoint_format import CheckpointError, encode
 from mmjax.training.experiment import ExperimentConfig, LoadWeights
+from mmjax.training.in_flight import InFlight, Received
 from mmjax.training.initialize import initialize_from
 from mmjax.training.interrupts import Interrupts
 from mmjax.training.lift import create_lift, gather_json, initialise
@@ -33,11 +33,6 @@ from mmjax.training.partition import FROZEN
 from mmjax.training.state import TrainState, create_state
 from mmjax.training.step import train_step
 from mmjax.training.workdir import Lock, write_config
-
-IN_FLIGHT = 2
-"""Steps dispatched ahead of the device: enough to keep it busy, few enough to bound the memory of their batches."""
-CONVERT_EVERY = 32
-"""At most so many steps of metrics wait on the device: refused updates are noticed within them."""
 
 
 def train(
@@ -85,7 +80,7 @@ class _Run:
         self.primary = jax.process_index() == 0
         self.console = Console(file=sys.stdout if self.primary else open(os.devnull, "w"), highlight=False)  # noqa: SIM115
         self.last: dict[str, float] = {}
-        self.waiting: collections.deque[tuple[int, Any]] = collections.deque()
+        self.in_flight = InFlight(config.log_every)
         self.saved_step = -1
         self.idle = 0.0
         self.data: Any = None
@@ -190,7 +185,7 @@ class _Run:
                 if step == start + 1:  # what compiled does not count as speed
                     jax.block_until_ready(metrics)
                     self.since, self.since_step, self.idle = time.perf_counter(), step, 0.0
-                self._keep(step, metrics)
+                self._receive(self.in_flight.add(step, metrics))
                 advance(step, self.last)
                 stop = self.interrupts.requested(step)
                 if stop is not None:
@@ -249,20 +244,9 @@ class _Run:
 
     # ----------------------------------------------------------------------------------------------------- metrics
 
-    def _keep(self, step: int, metrics: Any) -> None:
-        """Holds a step's metrics on the device, and waits for an older step's, so that few batches are in flight."""
-        self.waiting.append((step, metrics))
-        if len(self.waiting) > IN_FLIGHT:
-            jax.block_until_ready(self.waiting[-1 - IN_FLIGHT][1])
-        ready = self.waiting[0][0] // self.config.log_every < (step - IN_FLIGHT + 1) // self.config.log_every
-        if ready or len(self.waiting) >= CONVERT_EVERY + IN_FLIGHT:
-            self._drain(keep=IN_FLIGHT - 1)
-
-    def _drain(self, keep: int = 0) -> None:
-        """Converts the waiting metrics but the last `keep`, logs those due; stops after too many refused updates."""
-        while len(self.waiting) > keep:
-            step, metrics = self.waiting.popleft()
-            values = self.lift.fetch_metrics(metrics)
+    def _receive(self, received: Received) -> None:
+        """Logs the steps due; stops after too many refused updates."""
+        for step, (values,) in received:
             total = int(values.get("skipped_updates", 0))
             self.refused = self.refused + 1 if total > self.total_refused else 0
             self.total_refused = total
@@ -274,6 +258,10 @@ class _Run:
                 )
             if step % self.config.log_every == 0 or step == self.config.steps:
                 self._log(step, {f"train/{name}": value for name, value in values.items()} | self._speed(step))
+
+    def _drain(self) -> None:
+        """Waits for the dispatched steps and logs them."""
+        self._receive(self.in_flight.flush())
 
     def _speed(self, step: int) -> dict[str, float]:
         now = time.perf_counter()
