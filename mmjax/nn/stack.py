@@ -4,7 +4,8 @@ A stack runs over whole sequences, and, as a decoder, one token at a time over w
 
 Parameter paths within a `Stack`: block_{i}/norm_1, block_{i}/attention/{q,k,v,out}; with cross attention
 block_{i}/cross_norm, block_{i}/cross_attention/{q,k,v,out}; block_{i}/norm_2, block_{i}/mlp/{up,down} (gated:
-{gate,up,down}); with layer scale block_{i}/{scale_1,cross_scale,scale_2}.
+{gate,up,down}); with a feed-forward for queries block_{i}/query_norm, block_{i}/query_mlp/{up,down}; with layer scale
+block_{i}/{scale_1,cross_scale,scale_2}.
 """
 
 from collections.abc import Sequence
@@ -22,12 +23,12 @@ from mmjax.nn.transformer import Init, Mlp, MultiHeadAttention
 from mmjax.types import Array, Bool, Float, Int
 
 
-class Kept(NamedTuple):
-    """Keys and values of one layer after a full pass: of the sequence itself, and of what it looked at (None in an
-    encoder). They depend on the prompt and the context alone: an item's beams share them."""
+class LayerCache(NamedTuple):
+    """Keys and values of one layer after a full pass: of the sequence itself, and of the context (None where the layer
+    does not attend to one). They depend on the prompt and the context alone: an item's beams share them."""
 
-    own: KeyValues
-    cross: KeyValues | None = None
+    prompt: KeyValues
+    context: KeyValues | None = None
 
 
 class Block(nn.Module):
@@ -36,6 +37,8 @@ class Block(nn.Module):
     Attributes:
         width, heads, hidden: of the states, the attentions, the feed-forward's middle.
         causal: of the self attention. cross: whether there is an attention to a context.
+        query_feed_forward: the first tokens may be queries (BLIP-2's Q-Former). They have a norm and a feed-forward of
+            their own, and they alone attend to the context.
         norm_first: x + f(norm(x)) (pre-norm), else norm(x + f(x)) (post-norm, as in BERT); a context is never normed.
         layer_scale: the initial value of a learned factor on each branch [d] (DINOv2); None: there is none.
         dropout: of each branch before it is added. attention_dropout, activation_dropout: of the attention's weights
@@ -50,6 +53,7 @@ class Block(nn.Module):
     gated: bool = False
     causal: bool = False
     cross: bool = False
+    query_feed_forward: bool = False
     norm_first: bool = True
     epsilon: float = 1e-6
     layer_scale: float | None = None
@@ -72,8 +76,13 @@ class Block(nn.Module):
         self.norm_1, self.attention = LayerNorm(self.epsilon, dtype), attention(self.causal)
         if self.cross:
             self.cross_norm, self.cross_attention = LayerNorm(self.epsilon, dtype), attention(False)
-        self.norm_2 = LayerNorm(self.epsilon, dtype)
-        self.mlp = Mlp(self.hidden, self.act, self.gated, self.activation_dropout, init, dtype, axis_name)
+
+        def mlp() -> Mlp:
+            return Mlp(self.hidden, self.act, self.gated, self.activation_dropout, init, dtype, axis_name)
+
+        self.norm_2, self.mlp = LayerNorm(self.epsilon, dtype), mlp()
+        if self.query_feed_forward:
+            self.query_norm, self.query_mlp = LayerNorm(self.epsilon, dtype), mlp()
         if self.layer_scale is not None:
             constant = nn.initializers.constant(self.layer_scale)
             self.scale_1, self.scale_2 = (self.param(f"scale_{i}", constant, (self.width,)) for i in (1, 2))
@@ -88,9 +97,10 @@ class Block(nn.Module):
         context: Float[Array, "b s e"] | None = None,
         context_mask: Bool[Array, "#b #h #l s"] | None = None,
         train: bool = False,
+        queries: int = 0,
     ) -> Float[Array, "b l d"]:
         """See `prefill`."""
-        return self.prefill(x, mask, context, context_mask, train)[0]
+        return self.prefill(x, mask, context, context_mask, train, queries)[0]
 
     def prefill(
         self,
@@ -99,27 +109,34 @@ class Block(nn.Module):
         context: Float[Array, "b s e"] | None = None,
         context_mask: Bool[Array, "#b #h #l s"] | None = None,
         train: bool = False,
-    ) -> tuple[Float[Array, "b l d"], Kept]:
-        """The whole sequence. mask: of the self attention, besides `causal`. context: for cross attention.
+        queries: int = 0,
+    ) -> tuple[Float[Array, "b l d"], LayerCache]:
+        """The whole sequence. mask: of the self attention, besides `causal`. queries: how many of the first tokens are.
 
-        Raises MmjaxError if a context is given to a block without cross attention, or none to one with it.
+        context: for cross attention; a block that has one skips it without a context (BLIP's text mode).
+        Raises MmjaxError for a context or queries in a block without what they need.
         """
-        if self.cross != (context is not None):
-            raise MmjaxError(f"a block with cross={self.cross} was given {'no' if self.cross else 'a'} context")
-        y, own = self.attention.prefill(self._before(self.norm_1, x), None, mask, train)
+        if context is not None and not self.cross:
+            raise MmjaxError("a block with cross=False was given a context")
+        if queries and not self.query_feed_forward:
+            raise MmjaxError(f"a block with query_feed_forward=False was given {queries} queries")
+        y, prompt = self.attention.prefill(self._before(self.norm_1, x), None, mask, train)
         x = self._joined(self.norm_1, x, y, "scale_1", train)
-        seen = None
-        if self.cross:
-            query = self._before(self.cross_norm, x)
-            y, seen = self.cross_attention.prefill(query, context, context_mask, train)
-            x = self._joined(self.cross_norm, x, y, "cross_scale", train)
-        y = self.mlp(self._before(self.norm_2, x), train)
-        return self._joined(self.norm_2, x, y, "scale_2", train), Kept(own, seen)
+        if not self.query_feed_forward:
+            x, seen = self._cross(x, context, context_mask, train)
+            return self._feed_forward(x, self.norm_2, self.mlp, train), LayerCache(prompt, seen)
+        parts = []
+        if queries:
+            first, _ = self._cross(x[:, :queries], context, context_mask, train)
+            parts.append(self._feed_forward(first, self.query_norm, self.query_mlp, train))
+        if queries < x.shape[1]:
+            parts.append(self._feed_forward(x[:, queries:], self.norm_2, self.mlp, train))
+        return jnp.concatenate(parts, axis=1), LayerCache(prompt)
 
     def step(
         self,
         x: Float[Array, "b r d"],
-        kept: Kept,
+        cache: LayerCache,
         new: KeyValues,
         index: Int[Array, ""],
         prompt_mask: Bool[Array, "b l"] | None = None,
@@ -127,16 +144,26 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "b r d"], KeyValues]:
         """One token a row; returns `new` with its key and value in slot `index`.
 
-        kept: of the prompt and the context, as the full pass gave it; once an item, for all its rows. The masks are of
-        its keys, True = a token.
+        cache: of the prompt and the context, as the full pass returned it; once an item, for all its rows. The masks
+        are of its keys, True = a token.
         """
-        y, new = self.attention.step(self._before(self.norm_1, x), kept.own, prompt_mask, new, index)
+        y, new = self.attention.step(self._before(self.norm_1, x), cache.prompt, prompt_mask, new, index)
         x = self._joined(self.norm_1, x, y, "scale_1")
-        if kept.cross is not None:
-            y = self.cross_attention.look(self._before(self.cross_norm, x), kept.cross, context_mask)
+        if cache.context is not None:
+            y = self.cross_attention.look(self._before(self.cross_norm, x), cache.context, context_mask)
             x = self._joined(self.cross_norm, x, y, "cross_scale")
-        y = self.mlp(self._before(self.norm_2, x))
-        return self._joined(self.norm_2, x, y, "scale_2"), new
+        return self._feed_forward(x, self.norm_2, self.mlp), new
+
+    def _cross(
+        self, x: Array, context: Array | None, mask: Array | None, train: bool
+    ) -> tuple[Array, KeyValues | None]:
+        if context is None:
+            return x, None
+        y, seen = self.cross_attention.prefill(self._before(self.cross_norm, x), context, mask, train)
+        return self._joined(self.cross_norm, x, y, "cross_scale", train), seen
+
+    def _feed_forward(self, x: Array, norm: LayerNorm, mlp: Mlp, train: bool = False) -> Array:
+        return self._joined(norm, x, mlp(self._before(norm, x), train), "scale_2", train)
 
     def _before(self, norm: LayerNorm, x: Array) -> Array:
         return norm(x) if self.norm_first else x
@@ -155,7 +182,8 @@ class Stack(nn.Module):
 
     Attributes:
         block: what all blocks share, as a dict of `Block`'s fields.
-        cross_from: the first block with cross attention; all after it have it too. None: there is none.
+        cross_from: the first block with cross attention; of those after it every `cross_every`-th has it too. None:
+            there is none.
         drop_path: of the last block; from the first it rises linearly from 0.
         remat: a block's activations are computed again in the backward pass instead of being kept.
     """
@@ -165,13 +193,14 @@ class Stack(nn.Module):
     cross_from: int | None = None
     drop_path: float = 0.0
     remat: bool = False
+    cross_every: int = 1
 
     def setup(self) -> None:
-        last, cross_from = max(self.depth - 1, 1), self.depth if self.cross_from is None else self.cross_from
-        rates = [self.drop_path * i / last for i in range(self.depth)]
+        last = max(self.depth - 1, 1)
+        crossed = () if self.cross_from is None else range(self.cross_from, self.depth, self.cross_every)
         self.blocks = [
-            Block(**self.block, cross=i >= cross_from, drop_path=rate, name=f"block_{i}")
-            for i, rate in enumerate(rates)
+            Block(**self.block, cross=i in crossed, drop_path=self.drop_path * i / last, name=f"block_{i}")
+            for i in range(self.depth)
         ]
 
     def __call__(
@@ -183,15 +212,16 @@ class Stack(nn.Module):
         train: bool = False,
         first: int = 0,
         last: int | None = None,
+        queries: int = 0,
     ) -> list[Float[Array, "b l d"]]:
         """The input, and the output of every block: depth + 1 arrays; what is not used is not kept by XLA.
 
-        context: what blocks with cross attention look at; the others do without. first, last: of the blocks, those from
-        `first` to before `last`, as a slice takes them.
+        context: of the blocks with cross attention, which skip it without one. first, last: of the blocks, those from
+        `first` to before `last`, as a slice takes them. queries: see `Block.prefill`.
         """
 
         def run(block: Block, x: Array, mask: Array | None, context: Array | None, context_mask: Array | None) -> Array:
-            return block(x, mask, context, context_mask, train)
+            return block(x, mask, context, context_mask, train, queries)
 
         states = [x]
         for block in self.blocks[first:last]:
@@ -206,19 +236,20 @@ class Stack(nn.Module):
         mask: Bool[Array, "#b #h #l l"] | None = None,
         context: Float[Array, "b s e"] | None = None,
         context_mask: Bool[Array, "#b #h #l s"] | None = None,
-    ) -> tuple[Float[Array, "b l d"], list[Kept]]:
-        """The last block's output, and what each kept."""
-        kept = []
+        queries: int = 0,
+    ) -> tuple[Float[Array, "b l d"], list[LayerCache]]:
+        """The last block's output, and each block's keys and values."""
+        caches = []
         for block in self.blocks:
             seen = (context, context_mask) if block.cross else (None, None)
-            x, layer = block.prefill(x, mask, *seen)
-            kept.append(layer)
-        return x, kept
+            x, cache = block.prefill(x, mask, *seen, queries=queries)
+            caches.append(cache)
+        return x, caches
 
     def step(
         self,
         x: Float[Array, "b r d"],
-        kept: Sequence[Kept],
+        caches: Sequence[LayerCache],
         new: Sequence[KeyValues],
         index: Int[Array, ""],
         prompt_mask: Bool[Array, "b l"] | None = None,
@@ -226,7 +257,7 @@ class Stack(nn.Module):
     ) -> tuple[Float[Array, "b r d"], list[KeyValues]]:
         """One token a row through every block: see `Block.step`."""
         written = []
-        for block, layer, rows in zip(self.blocks, kept, new, strict=True):
-            x, rows = block.step(x, layer, rows, index, prompt_mask, context_mask)
+        for block, cache, rows in zip(self.blocks, caches, new, strict=True):
+            x, rows = block.step(x, cache, rows, index, prompt_mask, context_mask)
             written.append(rows)
         return x, written

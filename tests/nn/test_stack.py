@@ -86,6 +86,22 @@ def test_a_prompts_padding_is_not_seen(inputs):
     np.testing.assert_allclose(after(x, valid), after(short, valid[:, 2:]), atol=1e-5)
 
 
+def test_without_a_context_cross_attention_is_skipped(inputs):
+    """BLIP's text mode: the block is that without cross attention, over the same parameters."""
+    x, context, _ = inputs
+    block = Block(**FIELDS)
+    variables = randomised(block, x, None, context)
+    plain = Block(**{**FIELDS, "cross": False})
+    np.testing.assert_array_equal(jax.jit(block.apply)(variables, x), jax.jit(plain.apply)(variables, x))
+
+
+def test_cross_attention_in_every_second_block(inputs):
+    x, context, _ = inputs
+    fields = {key: value for key, value in FIELDS.items() if key != "cross"}
+    params = randomised(Stack(5, fields, cross_from=1, cross_every=2), x, None, context)["params"]
+    assert [f"block_{i}" for i in range(5) if "cross_attention" in params[f"block_{i}"]] == ["block_1", "block_3"]
+
+
 def test_names_do_not_depend_on_the_cross_attention(inputs):
     x, context, _ = inputs
     shapes = [
@@ -133,8 +149,6 @@ def test_each_dropout_has_its_place(inputs):
 
 def test_bad_blocks_are_told(inputs):
     x, context, _ = inputs
-    with pytest.raises(MmjaxError, match="cross=True was given no context"):
-        Block(**FIELDS).init(jax.random.key(0), x)
     with pytest.raises(MmjaxError, match="cross=False was given a context"):
         Block(**{**FIELDS, "cross": False}).init(jax.random.key(0), x, None, context)
 

@@ -39,7 +39,7 @@ def _encoder(config: BertConfig, layer: str, dense: Dense, norm: Dense) -> list[
             entries += dense(f"{source}.attention.self.{name}", f"{target}/attention/{letter}")
         entries += dense(f"{source}.attention.output.dense", f"{target}/attention/out")
         entries += norm(f"{source}.attention.output.LayerNorm", f"{target}/norm_1")
-        if config.cross_from is not None and i >= config.cross_from:
+        if config.cross_from is not None and i in range(config.cross_from, config.depth, config.cross_every):
             for letter, name in zip("qkv", ("query", "key", "value")):
                 entries += dense(f"{source}.crossattention.self.{name}", f"{target}/cross_attention/{letter}")
             entries += dense(f"{source}.crossattention.output.dense", f"{target}/cross_attention/out")
@@ -121,7 +121,7 @@ def hf_table(config: BertConfig) -> Table:
     entries = [
         Entry(f"{embeddings}word_embeddings.weight", "params/embeddings/words", copies=tied),
         Entry(f"{embeddings}position_embeddings.weight", "params/embeddings/positions"),
-        Entry(f"{embeddings}token_type_embeddings.weight", "params/embeddings/types"),
+        *([Entry(f"{embeddings}token_type_embeddings.weight", "params/embeddings/types")] if config.types else []),
         *_norm(f"{embeddings}LayerNorm", "embeddings/norm"),
         *_encoder(config, "bert.encoder.layer.{}", _dense, _norm),
     ]

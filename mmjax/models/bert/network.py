@@ -4,17 +4,20 @@ import functools
 from dataclasses import dataclass
 from typing import Any, Self
 
+import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 
 from mmjax.errors import MmjaxError
 from mmjax.nn.activation import activation
 from mmjax.nn.dropout import Dropout
+from mmjax.nn.kv_cache import KeyValues
 from mmjax.nn.masks import padding_mask
 from mmjax.nn.norm import LayerNorm
-from mmjax.nn.stack import Stack
+from mmjax.nn.stack import LayerCache, Stack
 from mmjax.nn.transformer import Dense, Init, Initializer
-from mmjax.types import Array, Float, Int
+from mmjax.types import Array, Bool, Float, Int
 
 ZEROS = nn.initializers.zeros
 
@@ -25,7 +28,7 @@ class BertConfig:
 
     Attributes:
         width, hidden: of the tokens and of the feed-forward.
-        positions, types: rows of the tables of positions and of token types.
+        positions, types: rows of the tables of positions and of token types; types=0: there is no such table.
         act: "gelu" (erf) in Hugging Face's BERTs, "gelu_tanh" in Google's code: 5e-4 apart.
         dropout: after the embeddings, each attention, each feed-forward, and before a head of classes.
         attention_dropout: of the attention weights.
@@ -34,7 +37,9 @@ class BertConfig:
         nsp: the head that tells whether the second sentence follows the first: class 0 if it does.
         classes: of whole texts. token_classes: of each token. 0: there is no such head.
         spans: the head that marks an answer's first and last token.
-        cross_from: the first block with attention to a context, and all after it (ALBEF, BLIP); None: there is none.
+        cross_from, cross_every: the first block with attention to a context (None: there is none); of those after it
+            every `cross_every`-th has it too (ALBEF and BLIP: 1, BLIP-2: 2).
+        query_feed_forward: the first tokens may be queries, with feed-forwards of their own (BLIP-2's Q-Former).
         causal: a token attends to itself and to earlier ones: a decoder.
         init_std: of matrices and tables at the start (Hugging Face's initializer_range); draws are cut at twice it and
             not scaled up again, as in TensorFlow: they spread 0.88 of it. 0.02 is for hundreds of channels.
@@ -61,6 +66,8 @@ class BertConfig:
     token_classes: int = 0
     spans: bool = False
     cross_from: int | None = None
+    cross_every: int = 1
+    query_feed_forward: bool = False
     causal: bool = False
     init_std: float = 0.02
     labels: tuple[str, ...] = ()
@@ -121,25 +128,48 @@ class Embeddings(nn.Module):
         c = self.config
         self.words = self.param("words", c.drawn, (c.vocab_size, c.width))
         self.positions = self.param("positions", c.drawn, (c.positions, c.width))
-        self.types = self.param("types", c.drawn, (c.types, c.width))
+        if c.types:
+            self.types = self.param("types", c.drawn, (c.types, c.width))
         self.norm = LayerNorm(c.epsilon, jnp.dtype(c.dtype))
         self.dropout = Dropout(c.dropout, self.axis_name)
 
     def __call__(
-        self, ids: Int[Array, "b l"], types: Int[Array, "b l"] | None = None, train: bool = False
-    ) -> Float[Array, "b l d"]:
-        """Padding takes up positions as tokens do. types: None stands for zeros."""
-        c = self.config
-        if ids.shape[1] > c.positions:
-            raise MmjaxError(f"texts of {ids.shape[1]} tokens are longer than positions={c.positions}")
-        told = self.types[0] if types is None else self.types[types]
-        x = self.norm(self.words[ids] + told + self.positions[: ids.shape[1]])
-        return self.dropout(x, train)
+        self,
+        ids: Int[Array, "b l"] | None = None,
+        types: Int[Array, "b l"] | None = None,
+        train: bool = False,
+        inputs_embeds: Float[Array, "b l d"] | None = None,
+        queries: Float[Array, "b n d"] | None = None,
+        start: int | Int[Array, ""] = 0,
+    ) -> Float[Array, "b n_l d"]:
+        """Padding takes up positions as tokens do. types: None stands for zeros. start: the first token's position.
+
+        inputs_embeds: in place of the rows of `words`. queries: stand before the tokens, without position or type; then
+        there may be no token. Raises MmjaxError for more tokens than positions.
+        """
+        x = self.words[ids] if ids is not None else inputs_embeds
+        if x is not None:
+            x = self._add_types_and_positions(x, types, start)
+        parts = [part for part in (queries, x) if part is not None]
+        return self.dropout(self.norm(jnp.concatenate(parts, axis=1)), train)
+
+    def _add_types_and_positions(self, x: Float[Array, "b l d"], types: Array | None, start: Any) -> Array:
+        c, length = self.config, x.shape[1]
+        if length > c.positions:
+            raise MmjaxError(f"texts of {length} tokens are longer than positions={c.positions}")
+        if c.types:
+            x = x + (self.types[0] if types is None else self.types[types])
+        return x + jax.lax.dynamic_slice_in_dim(self.positions, start, length)
 
     def logits(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """x E^T, float32: the words as an output matrix."""
         words = self.words.astype(x.dtype)
         return jnp.einsum("...d,vd->...v", x, words, preferred_element_type=jnp.float32)
+
+
+def _mask(mask: Array | None) -> Array | None:
+    """As blocks take it."""
+    return mask if mask is None or mask.ndim == 4 else padding_mask(mask)
 
 
 class Transform(nn.Module):
@@ -174,6 +204,7 @@ class Bert(nn.Module):
             "hidden": c.hidden,
             "act": c.act,
             "causal": c.causal,
+            "query_feed_forward": c.query_feed_forward,
             "norm_first": False,
             "epsilon": c.epsilon,
             "dropout": c.dropout,
@@ -182,7 +213,7 @@ class Bert(nn.Module):
             "dtype": dtype,
             "axis_name": self.axis_name,
         }
-        self.encoder = Stack(c.depth, block, cross_from=c.cross_from, remat=c.remat)
+        self.encoder = Stack(c.depth, block, c.cross_from, remat=c.remat, cross_every=c.cross_every)
         if c.pooler:
             self.pooler = dense(c.width, dtype=dtype)
         if c.mlm:
@@ -227,26 +258,62 @@ class Bert(nn.Module):
     def run(
         self,
         x: Float[Array, "b l d"],
-        attention_mask: Int[Array, "b l"] | None = None,
+        attention_mask: Int[Array, "b l"] | Bool[Array, "#b 1 l l"] | None = None,
         context: Float[Array, "b s e"] | None = None,
         context_mask: Int[Array, "b s"] | None = None,
         train: bool = False,
         first: int = 0,
         last: int | None = None,
+        queries: int = 0,
     ) -> list[Float[Array, "b l d"]]:
-        """Blocks `first` to before `last` over states, the embeddings' at first: what goes in, and what each gives.
+        """Blocks `first` to before `last` over states, the embeddings' at first: the input, and each block's output.
 
-        context: what blocks from `cross_from` on look at; context_mask: of its tokens, 1 = a token.
+        attention_mask: 1 = a token, or who may attend to whom [b, 1, l, l], True = may (`mmjax.nn.masks`).
+        context: of cross attention, which is skipped without one; context_mask: of its tokens, 1 = a token.
+        queries: how many of the first tokens are queries.
         """
-        masks = (None if mask is None else padding_mask(mask) for mask in (attention_mask, context_mask))
-        mask, context_mask = masks
-        return self.encoder(x, mask, context, context_mask, train, first, last)
+        masks = (_mask(attention_mask), _mask(context_mask))
+        return self.encoder(x, masks[0], context, masks[1], train, first, last, queries)
 
     def embed(
-        self, ids: Int[Array, "b l"], token_types: Int[Array, "b l"] | None = None, train: bool = False
-    ) -> Float[Array, "b l d"]:
-        """What goes into the first block."""
-        return self.embeddings(ids, token_types, train)
+        self,
+        ids: Int[Array, "b l"] | None = None,
+        token_types: Int[Array, "b l"] | None = None,
+        train: bool = False,
+        inputs_embeds: Float[Array, "b l d"] | None = None,
+        queries: Float[Array, "b n d"] | None = None,
+    ) -> Float[Array, "b n_l d"]:
+        """The first block's input; see `Embeddings`."""
+        return self.embeddings(ids, token_types, train, inputs_embeds, queries)
+
+    # -------------------------------------------------------------------------------------------------- token by token
+
+    def prefill(
+        self,
+        ids: Int[Array, "b l"],
+        attention_mask: Bool[Array, "b l"],
+        context: Float[Array, "b s e"] | None = None,
+        context_mask: Bool[Array, "b s"] | None = None,
+    ) -> tuple[Float[Array, "b v"], list[LayerCache]]:
+        """The logits of the token after each prompt's last, and the keys and values that `step` continues from."""
+        x, caches = self.encoder.prefill(self.embed(ids), _mask(attention_mask), context, _mask(context_mask))
+        last = ids.shape[1] - 1 - jnp.argmax(attention_mask[:, ::-1], axis=1)
+        return self.words(jnp.take_along_axis(x, last[:, None, None], axis=1))[:, 0], caches
+
+    def step(
+        self,
+        ids: Int[Array, "b r"],
+        caches: list[LayerCache],
+        new: list[KeyValues],
+        index: Int[Array, ""],
+        prompt_mask: Bool[Array, "b l"],
+        context_mask: Bool[Array, "b s"] | None = None,
+    ) -> tuple[Float[Array, "b r v"], list[KeyValues]]:
+        """The logits after one more token a row, and the rows' keys and values with that token's in slot `index`."""
+        start = prompt_mask.shape[1] + index
+        x = rearrange(self.embeddings(rearrange(ids, "b r -> (b r) 1"), start=start), "(b r) 1 d -> b r d", b=len(ids))
+        x, new = self.encoder.step(x, caches, new, index, prompt_mask, context_mask)
+        return self.words(x), new
 
     def words(
         self, x: Float[Array, "b l d"], places: Int[Array, "b m"] | None = None

@@ -23,7 +23,7 @@ from mmjax.nn.dropout import Dropout
 from mmjax.nn.kv_cache import KeyValues
 from mmjax.nn.masks import padding_mask
 from mmjax.nn.norm import LayerNorm
-from mmjax.nn.stack import Kept, Stack
+from mmjax.nn.stack import LayerCache, Stack
 from mmjax.nn.transformer import XAVIER, Init
 from mmjax.types import Array, Bool, Float, Int
 
@@ -192,7 +192,7 @@ class Transformer(nn.Module):
 
     def prefill(
         self, ids: Int[Array, "b s"], start: Int[Array, "b l"], mask: Bool[Array, "b s"]
-    ) -> tuple[Float[Array, "b v"], list[Kept]]:
+    ) -> tuple[Float[Array, "b v"], list[LayerCache]]:
         """The logits after the decoder's first tokens, and what it goes on from. ids, mask: of the encoder."""
         memory, _ = self.encode(ids, mask)
         x = self._embedded(start, self._tables[1], False)
@@ -202,13 +202,13 @@ class Transformer(nn.Module):
     def step(
         self,
         ids: Int[Array, "b r"],
-        kept: list[Kept],
+        kept: list[LayerCache],
         new: list[KeyValues],
         index: Int[Array, ""],
         memory_mask: Bool[Array, "b s"] | None = None,
     ) -> tuple[Float[Array, "b r v"], list[KeyValues]]:
         """The logits after one more token a row, and the rows' keys and values with it."""
-        before, room = kept[0].own.k.shape[2], new[0].k.shape[1]
+        before, room = kept[0].prompt.k.shape[2], new[0].k.shape[1]
         place = jax.lax.dynamic_slice_in_dim(self._positions(before + room), before + index, 1)
         x = self._looked_up(ids, self._tables[1]) + place
         x, new = self.decoder.step(x, kept, new, index, context_mask=memory_mask)
