@@ -36,7 +36,7 @@ from mmjax.training.metrics import MetricsWriter, read_metrics
 from mmjax.training.optimizer import LEARNING_RATE_SCALE
 from mmjax.training.state import create_state
 from mmjax.training.step import train_step
-from mmjax.training.storage import write_changed
+from mmjax.training.storage import BestEffort, write_changed, write_file
 from mmjax.training.workdir import Lock, write_config
 
 LEARNING_RATE = "learning_rate"
@@ -227,8 +227,11 @@ class _Ablation:
         for result in results:
             result["metrics"] |= ablation_report.course_means(curves[result["arm"]], self.base.courses)
         told = facts | {"steps": self.base.steps} | ablation_report.summary(self.over, results, self.base.published)
-        (self.workdir / "ablation.json").write_text(json.dumps(told, indent=2) + "\n")
-        ablation_report.plot(self.workdir / "ablation.png", told, curves)
+        attempt = BestEffort(self._say)
+        with attempt(self.workdir / "ablation.json"):
+            write_file(self.workdir / "ablation.json", (json.dumps(told, indent=2) + "\n").encode())
+        with attempt(self.workdir / "ablation.png"):
+            ablation_report.plot(self.workdir / "ablation.png", told, curves)
         self.console.print(ablation_report.table(told))
         self.console.print(f"{self.workdir}/ablation.json, ablation.png", markup=False, soft_wrap=True)
         return told
@@ -295,7 +298,7 @@ class _Ablation:
         evaluations = tuple(recipe.evaluations())
         for arm in group.arms:
             self._arm(arm).mkdir(parents=True, exist_ok=True)
-        self.writers = [MetricsWriter(self._arm(arm), group.config.tensorboard, start) for arm in group.arms]
+        self.writers = [MetricsWriter(self._arm(arm), group.config.tensorboard, start, self._say) for arm in group.arms]
         writer = checkpoint.CheckpointWriter(folder, group.config.keep)
         loop = _Loop(self, group, lift, writer, evaluations)
         try:

@@ -112,12 +112,16 @@ class _Run:
             changed = write_config(config, self.workdir, self.experiment_file)
             if changed:
                 self._say(f"config.json: {', '.join(changed)}")
-        self.metrics = MetricsWriter(self.workdir, config.tensorboard, start) if self.primary else None
+        self.metrics = MetricsWriter(self.workdir, config.tensorboard, start, self._warn) if self.primary else None
         try:
             return self._finish(self._steps(state, start), start)
+        except Exception as error:
+            try:
+                self._wait_for_save(final=True)
+            except CheckpointError as lost:  # the worse of the two; neither hides the other
+                raise CheckpointError(f"{lost}\nThe run had ended by {type(error).__name__}: {error}") from error
+            raise
         finally:
-            if self.writer is not None:
-                self._wait_for_save(final=False)
             if self.metrics is not None:
                 self.metrics.close()
 

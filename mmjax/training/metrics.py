@@ -5,40 +5,52 @@ import math
 import os
 import pathlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from mmjax.training.event_file import EventFile
+from mmjax.training.storage import BestEffort, is_local, write_file
+
 METRICS = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """One line a call in `metrics.jsonl`; numbers also to TensorBoard. Names have their group: `train/loss`."""
+    """One line a call in `metrics.jsonl`; numbers also to TensorBoard. Names have their group: `train/loss`.
 
-    def __init__(self, workdir: Any, tensorboard: bool = True, resume_step: int = 0):
+    What cannot be written is reported once a file, and written later if that becomes possible; nothing is raised.
+    """
+
+    def __init__(
+        self,
+        workdir: Any,
+        tensorboard: bool = True,
+        resume_step: int = 0,
+        warn: Callable[[str], None] = warnings.warn,
+    ):
         """Lines of steps after `resume_step` (of a run that was killed after its last checkpoint) are dropped."""
         self._workdir = epath.Path(workdir)
-        self._lines = [line for line in _read_lines(self._workdir) if line["step"] <= resume_step]
-        self._local = "://" not in os.fspath(self._workdir)
-        self._board = None
-        if self._lines or (self._workdir / METRICS).exists():
-            (self._workdir / METRICS).write_text("".join(json.dumps(line) + "\n" for line in self._lines))
-        if tensorboard:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                import tensorboardX
-            self._board = tensorboardX.SummaryWriter(
-                os.fspath(self._workdir / "tensorboard"), purge_step=resume_step + 1
-            )
+        self._attempt = BestEffort(warn)
+        self._path = self._workdir / METRICS
+        self._lines: list[dict[str, Any]] = []
+        self._size, self._pending = 0, b""
+        with self._attempt(self._path):
+            self._lines = [line for line in _read_lines(self._workdir) if line["step"] <= resume_step]
+            if self._path.exists():
+                data = _encode(self._lines)
+                write_file(self._path, data)
+                self._size = len(data)
+        self._board = EventFile(self._workdir / "tensorboard", resume_step + 1) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Numbers are logged; text and uint8 images [height, width, 3] become files in `artifacts/`."""
         numbers = {}
         for name, value in metrics.items():
             if isinstance(value, str) or np.ndim(value) > 0:
-                self._artifact(step, name, value)
+                with self._attempt(self._workdir / "artifacts"):
+                    self._artifact(step, name, value)
             else:
                 numbers[name] = float(value)
         if not numbers:
@@ -46,14 +58,22 @@ class MetricsWriter:
         # JSON has no NaN; null keeps the line readable for every parser.
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         self._lines.append(line)
-        if self._local:
-            with open(self._workdir / METRICS, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        else:  # object stores have no append
-            (self._workdir / METRICS).write_text("".join(json.dumps(line) + "\n" for line in self._lines))
+        self._pending += _encode([line])
+        self._flush()
         if self._board is not None:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, step)
+            with self._attempt(self._workdir / "tensorboard"):
+                self._board.write(step, numbers)
+
+    def _flush(self) -> None:
+        """Writes the lines that are not in the file yet."""
+        with self._attempt(self._path):
+            if is_local(self._path):
+                with open(self._path, "ab") as file:
+                    file.truncate(self._size)  # what a failed write left
+                    file.write(self._pending)
+            else:  # object stores have no append
+                self._path.write_bytes(_encode(self._lines))
+            self._size, self._pending = self._size + len(self._pending), b""
 
     def has(self, step: int, prefix: str) -> bool:
         """Whether a metric with this prefix was written at a step."""
@@ -90,17 +110,26 @@ class MetricsWriter:
             axes.set_title(name, fontsize=9)
             axes.tick_params(labelsize=7)
             axes.grid(alpha=0.3)
-        with (self._workdir / "curves.png").open("wb") as file:
+        path = self._workdir / "curves.png"
+        with self._attempt(path), path.open("wb") as file:
             figure.savefig(file, format="png", dpi=110)
 
     def close(self) -> None:
+        """Writes what is still missing."""
+        if self._pending:
+            self._flush()
         if self._board is not None:
-            self._board.close()
+            with self._attempt(self._workdir / "tensorboard"):
+                self._board.flush()
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The lines of a workdir's metrics.jsonl."""
     return _read_lines(epath.Path(workdir))
+
+
+def _encode(lines: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
 def _read_lines(workdir: epath.Path | pathlib.Path) -> list[dict[str, Any]]:

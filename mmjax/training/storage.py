@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from etils import epath
@@ -63,3 +65,26 @@ def remove_folder(folder: Any) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     elif folder.exists():
         folder.rmtree()
+
+
+class BestEffort:
+    """Writes without which a run goes on: curves, pictures, tables. The first failure of each file is reported.
+
+    attempt = BestEffort(warn)
+    with attempt(path):
+        path.write_text(...)
+    """
+
+    def __init__(self, warn: Callable[[str], None]):
+        self._warn, self._failed = warn, set[str]()
+
+    @contextmanager
+    def __call__(self, path: Any) -> Iterator[None]:
+        # Clients of object stores raise errors of their own.
+        errors: type[Exception] = OSError if is_local(path) else Exception
+        try:
+            yield
+        except errors as error:
+            if os.fspath(path) not in self._failed:
+                self._failed.add(os.fspath(path))
+                self._warn(f"{path} is not written, the run goes on without: {type(error).__name__}: {error}")

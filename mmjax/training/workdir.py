@@ -61,14 +61,18 @@ def write_config(
     system, model = recipe.model()
     workdir = epath.Path(workdir)
     contents = {"system": system, "model": dataclasses.asdict(model), "layout": "mmjax"}
-    with tempfile.TemporaryDirectory() as local:  # recipes write with pathlib; the workdir may be in an object store
-        contents |= recipe.save_assets(pathlib.Path(local))
-        for file in sorted(path for path in pathlib.Path(local).rglob("*") if path.is_file()):
-            write_changed(workdir / file.relative_to(local).as_posix(), file.read_bytes())
-    contents |= {"experiment": dataclasses.asdict(config), "experiment_file": experiment_file}
-    text = json.dumps(contents, indent=2, default=str) + "\n"
     path = workdir / "config.json"
     before = json.loads(path.read_text()).get("experiment", {}) if path.exists() else {}
+    with tempfile.TemporaryDirectory() as local:  # recipes write with pathlib; the workdir may be in an object store
+        contents |= recipe.save_assets(pathlib.Path(local))
+        assets = [file for file in sorted(pathlib.Path(local).rglob("*")) if file.is_file()]
+        files = {file.relative_to(local).as_posix(): file.read_bytes() for file in assets}
+    contents |= {"experiment": dataclasses.asdict(config), "experiment_file": experiment_file}
+    text = json.dumps(contents, indent=2, default=str) + "\n"
     now = json.loads(text)["experiment"]
-    write_changed(path, text.encode())
+    for name, data in (files | {"config.json": text.encode()}).items():
+        try:
+            write_changed(workdir / name, data)
+        except OSError as error:
+            raise CheckpointError(f"{workdir / name} cannot be written: {error.strerror or error}") from error
     return [f"{name} {before.get(name)} -> {now[name]}" for name in now if before and before.get(name) != now[name]]
