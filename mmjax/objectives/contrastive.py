@@ -6,6 +6,7 @@ Each takes `blocks`: in how many runs of rows the matrix of logits is made; more
 forward or backward, at the price of computing each run of it twice. Values and gradients stay the same.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,9 @@ from einops import rearrange
 
 from mmjax.errors import MmjaxError
 from mmjax.types import Array, Float
+
+_product = functools.partial(jnp.matmul, precision="highest")
+"""Float32 as it is written: by default TPUs multiply in bfloat16 and GPUs in TF32, which a scale of 100 blows up."""
 
 
 def clip_loss(
@@ -38,7 +42,7 @@ def clip_loss(
     queries, texts = _scaled(image, logit_scale), _gathered(text, axis_name)
 
     def run(columns: Array, rows: Array) -> tuple[Array, Array]:
-        logits = rows @ texts.T
+        logits = _product(rows, texts.T)
         return jnp.logaddexp(columns, _logsumexp(logits, 0)), _logsumexp(logits, 1)
 
     columns, rows = by_rows(run, jnp.full(texts.shape[0], -jnp.inf), queries, blocks)
@@ -50,7 +54,7 @@ def clip_loss(
         # The mean of all logits is the product of the means.
         mean_text = jnp.mean(texts, 0)
         mean_query = jnp.mean(queries, 0) if axis_name is None else jax.lax.pmean(jnp.mean(queries, 0), axis_name)
-        target = (1 - label_smoothing) * positive + label_smoothing * mean_query @ mean_text
+        target = (1 - label_smoothing) * positive + label_smoothing * _product(mean_query, mean_text)
     return (jnp.mean(rows) + jnp.mean(columns)) / 2 - target
 
 
@@ -67,7 +71,7 @@ def sigmoid_loss(
 
     def run(total: Array, rows: Array) -> tuple[Array, Array]:
         # -log sigmoid(-x) of every pair, as if all were negatives.
-        return total + jnp.sum(jax.nn.softplus(rows @ texts.T + logit_bias)), jnp.zeros(rows.shape[0])
+        return total + jnp.sum(jax.nn.softplus(_product(rows, texts.T) + logit_bias)), jnp.zeros(rows.shape[0])
 
     total, _ = by_rows(run, jnp.zeros(()), queries, blocks)
     # A pair that matches gives -log sigmoid(x) = -log sigmoid(-x) - x.
@@ -84,7 +88,7 @@ def info_nce_logits(
     """MoCo's logits (arXiv 1911.05722, algorithm 1): a query's own key first, then the queue. The label is always 0."""
     query, key, queue = (x.astype(jnp.float32) for x in (query, key, queue))
     positive = jnp.sum(query * key, -1, keepdims=True)
-    return jnp.concatenate([positive, query @ queue.T], -1) / temperature
+    return jnp.concatenate([positive, _product(query, queue.T)], -1) / temperature
 
 
 def info_nce(
@@ -100,7 +104,7 @@ def info_nce(
     """
     query, key, queue = (x.astype(jnp.float32) for x in (query / temperature, key, queue))
     positive = jnp.sum(query * key, -1)
-    _, negative = by_rows(lambda c, rows: (c, _logsumexp(rows @ queue.T, 1)), jnp.zeros(()), query, blocks)
+    _, negative = by_rows(lambda c, rows: (c, _logsumexp(_product(rows, queue.T), 1)), jnp.zeros(()), query, blocks)
     return jnp.mean(jnp.logaddexp(positive, negative) - positive)
 
 
@@ -117,7 +121,7 @@ def in_batch_nce(
     """
     query = query.astype(jnp.float32) / temperature
     keys = _gathered(key, axis_name)
-    _, rows = by_rows(lambda c, rows: (c, _logsumexp(rows @ keys.T, 1)), jnp.zeros(()), query, blocks)
+    _, rows = by_rows(lambda c, rows: (c, _logsumexp(_product(rows, keys.T), 1)), jnp.zeros(()), query, blocks)
     return jnp.mean(rows - jnp.sum(query * key.astype(jnp.float32), -1))
 
 
@@ -141,7 +145,7 @@ def in_batch_accuracy(
 
     def run(carry: Array, rows: tuple[Array, Array]) -> tuple[Array, Array]:
         queries, own = rows
-        scores = queries @ keys.T
+        scores = _product(queries, keys.T)
         mine = jnp.take_along_axis(scores, own[:, None], 1)
         return carry, jnp.sum(scores >= mine, 1) == 1
 

@@ -174,7 +174,8 @@ def linear_cross_entropy(
     mean = None
     if not _off(label_smoothing):  # the mean of all logits is the product with the mean of the kernel
         mean_kernel = jnp.mean(kernel.astype(jnp.float32), axis=0 if tied else 1)
-        mean = rows.astype(jnp.float32) @ mean_kernel + jnp.mean(offsets.astype(jnp.float32))
+        mean = jnp.matmul(rows.astype(jnp.float32), mean_kernel, precision="highest")
+        mean = mean + jnp.mean(offsets.astype(jnp.float32))
     losses = _losses(normaliser, own, mean, label_smoothing, z_loss)
     nll, losses = (x.reshape(labels.shape) for x in (normaliser - own, losses))
     return _mean(losses, nll, labels, v, weights, epsilon, axis_name)

@@ -44,7 +44,8 @@ def negative_log_weights(
     known = jnp.full(len(query), IGNORED) if ids is None else ids
     candidates, candidate_ids = (group_rows(x, groups, axis_name) for x in (keys, known))
     rows, own_id = (x.reshape(len(candidates), -1, *x.shape[1:]) for x in (query, known))
-    similarity = jnp.einsum("grd,gmd->grm", rows, candidates) / jax.lax.stop_gradient(temperature)
+    similarity = jnp.einsum("grd,gmd->grm", rows, candidates, precision="highest")
+    similarity = similarity / jax.lax.stop_gradient(temperature)
     weights = jnp.logaddexp(jax.nn.log_softmax(similarity), jnp.log(floor))
     same = (own_id[..., None] == candidate_ids[:, None]) & (own_id != IGNORED)[..., None]
     weights = jnp.where(same, -jnp.inf, weights).reshape(len(query), -1)

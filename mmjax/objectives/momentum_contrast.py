@@ -93,8 +93,8 @@ def _one_way(
 
     def similarities(rows: Array) -> Array:
         """To every candidate, [r, g, candidate]."""
-        within = jnp.einsum("rgd,gmd->rgm", rows, keys)
-        return jnp.concatenate([within, jnp.einsum("rgd,qd->rgq", rows, queue)], -1)
+        within = jnp.einsum("rgd,gmd->rgm", rows, keys, precision="highest")
+        return jnp.concatenate([within, jnp.einsum("rgd,qd->rgq", rows, queue, precision="highest")], -1)
 
     def run(carry: Array, rows: tuple[Array, ...]) -> tuple[Array, Array]:
         query, teacher, place, own_id = rows
