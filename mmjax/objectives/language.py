@@ -1,9 +1,16 @@
-"""Losses of language models: cross-entropy of tokens from logits, or from hidden states without ever holding logits.
+"""Losses of language models: cross-entropy of tokens from logits, or from hidden states without materialised logits.
 
-All count the tokens whose label is not `IGNORED`. Some give the mean over them, as torch's `cross_entropy` does: under
-`axis_name` the batch is cut over devices, which may count different numbers of tokens, and all that is returned is then
-this device's share, whose mean over devices, in value and in gradient, is that of the global batch. Others give the sum
-over each text's tokens: what ranks answers, and trains models of answers.
+All count the tokens whose label is not `IGNORED`. Some return the mean over them, as torch's `cross_entropy` does.
+Under `axis_name` the batch is divided over devices, which may count different numbers of tokens; everything returned is
+then this device's share, whose mean over devices, in value and in gradient, is that of the global batch. Others return
+the sum over each text's tokens, which ranks answers and trains answer decoders.
+
+    >>> ids = jnp.array([[4, 2, 7]])
+    >>> next_tokens(ids).tolist()
+    [[2, 7, -100]]
+    >>> loss = token_cross_entropy(jnp.zeros((1, 3, 10)), next_tokens(ids))
+    >>> print(f"{loss.nll:.3f} nats, perplexity {perplexity(loss.nll):.1f}, {loss.tokens:.0f} tokens")
+    2.303 nats, perplexity 10.0, 2 tokens
 """
 
 import functools
@@ -20,17 +27,17 @@ from mmjax.types import Array, Bool, Float, Int
 IGNORED = -100
 """The label of a token that is not counted (torch's and transformers' ignore_index)."""
 BLOCK = 2**25
-"""So many logits `linear_cross_entropy` holds at a time by default: 128 MiB."""
+"""Number of logits that `linear_cross_entropy` holds at a time by default: 128 MiB."""
 
 
 class TokenLoss(NamedTuple):
     """Float32 scalars.
 
     Attributes:
-        loss: to be minimised: with smoothing and z-loss. NaN, which a train step refuses, where no token is counted or
-            a counted label is outside the vocabulary.
-        nll: the same without smoothing and z-loss, in nats: what `perplexity` takes. Without a gradient.
-        tokens: counted in the global batch, or the sum of their weights.
+        loss: to be minimised, with smoothing and z-loss. NaN, which a train step refuses, if no token is counted or a
+            counted label is outside the vocabulary.
+        nll: negative log-likelihood without smoothing and z-loss, in nats, for `perplexity`. Without a gradient.
+        tokens: number of counted tokens of the global batch, or the sum of their weights.
     """
 
     loss: Float[Array, ""]
@@ -39,9 +46,9 @@ class TokenLoss(NamedTuple):
 
 
 def next_tokens(ids: Int[Array, "b l"], mask: Bool[Array, "b l"] | None = None) -> Int[Array, "b l"]:
-    """Labels of a causal model: of each token the one behind it, of the last `IGNORED`; no hidden state is cut off.
+    """Labels of a causal model: for each token the next one, for the last `IGNORED`. The length stays l.
 
-    ids: tokens, or labels in which some are ignored already. mask: false where there is no token.
+    ids: tokens, or labels some of which are already ignored. mask: false where there is no token.
     """
     labels = ids if mask is None else jnp.where(mask.astype(bool), ids, IGNORED)
     return jnp.concatenate([labels[:, 1:], jnp.full_like(labels[:, :1], IGNORED)], axis=1)
@@ -65,8 +72,8 @@ def token_cross_entropy(
     """Mean over counted tokens of -sum_v q_v log softmax(logits)_v, in float32.
 
     Args:
-        labels: token numbers; `IGNORED` counts for nothing.
-        weights: of each token in the mean; None: all alike.
+        labels: token ids; tokens with the label `IGNORED` are not counted.
+        weights: of each token in the mean; None: equal weights.
         label_smoothing: s in q = (1 - s) onehot + s / v (torch's; the original Transformer's spreads s over v - 1).
         z_loss: factor on log^2 of the softmax's normaliser, which keeps it near 1 (PaLM, arXiv 2204.02311, section 5).
         epsilon: added to the number of tokens: 1e-5 in Google's BERT (run_pretraining.py).
@@ -85,7 +92,7 @@ def distilled_token_cross_entropy(
 ) -> TokenLoss:
     """Mean over counted tokens of `distilled_cross_entropy`: ALBEF's masked language model (models/xbert.py:1423-1431).
 
-    teacher: logits of the momentum model, of the same tokens; without a gradient.
+    teacher: logits of the momentum model for the same tokens; without a gradient.
     """
     losses = _distilled(logits, teacher, labels, alpha)
     _, nll = _from_logits(logits, labels, 0.0, 0.0)
@@ -97,8 +104,8 @@ def text_cross_entropy(
 ) -> Float[Array, "*b"]:
     """Each text's sum over its counted tokens of `token_cross_entropy`'s terms.
 
-    0 where none is counted; NaN where a counted label is outside the vocabulary. Without smoothing minus the text's
-    log-probability, by which ALBEF ranks answers; BLIP keeps its smoothing of 0.1 there too (models/med.py:914).
+    0 where none is counted; NaN where a counted label is outside the vocabulary. Without smoothing this is minus the
+    text's log-probability, by which ALBEF ranks answers. BLIP ranks with its smoothing of 0.1 (models/med.py:914).
     """
     losses, _ = _from_logits(logits, labels, label_smoothing, 0.0)
     return _sum(losses, labels, logits.shape[-1])
@@ -121,8 +128,9 @@ def distilled_text_cross_entropy(
 def answer_loss(losses: Float[Array, "answers"], weights: Float[Array, "answers"], questions: int) -> Float[Array, ""]:
     """sum(weights * losses) / questions: a question may have several answers, weighted by how many people gave them.
 
-    An answer of weight 0 is a place that is not filled and has no say, whatever its loss. Where devices have as many
-    questions each, the mean of their values is that of all. (ALBEF models/model_vqa.py, BLIP models/blip_vqa.py)
+    An answer of weight 0 is padding and does not count, whatever its loss. If all devices have the same number of
+    questions, the mean of their values is that of the global batch (ALBEF models/model_vqa.py, BLIP
+    models/blip_vqa.py).
     """
     return jnp.sum(jnp.where(weights > 0, weights * losses, 0.0)) / questions
 
@@ -142,59 +150,59 @@ def linear_cross_entropy(
     axis_name: str | None = None,
     block: int | None = None,
 ) -> TokenLoss:
-    """`token_cross_entropy` of logit_scale * hidden @ kernel + bias, a part of the vocabulary after the other.
+    """`token_cross_entropy` of logit_scale * hidden @ kernel + bias, one block of the vocabulary after the other.
 
-    Logits and their gradient are made twice, in the forward and in the backward pass, and at no time are more of them
-    held than a block's. Products are of hidden's dtype (bfloat16, say) and are summed in float32; the gradients have
-    the dtypes of what they are of. A kernel that is frozen costs no gradient.
+    Logits and their gradient are computed twice, in the forward and in the backward pass, and never more than one block
+    of them exists at a time. Products have hidden's dtype (such as bfloat16) and are summed in float32; each gradient
+    has the dtype of its array. A frozen kernel costs no gradient.
 
-    Blocks of the vocabulary, not of tokens: each part of the kernel's gradient is then made once, in the kernel's own
-    dtype, and on a mesh is reduced once. (tokamax 0.0.12's linear_softmax_cross_entropy_loss has a Pallas kernel for
-    TPU alone, elsewhere it makes all logits; it ignores no label and has neither bias nor smoothing.)
+    Blocks divide the vocabulary, not the tokens: each block of the kernel's gradient is then computed once, in the
+    kernel's dtype, and reduced once on a mesh. (tokamax 0.0.12's linear_softmax_cross_entropy_loss has a Pallas kernel
+    for TPU only and materialises all logits elsewhere; it ignores no label and has neither bias nor smoothing.)
 
     Args:
         kernel: of the output layer, [d, v]; if `tied` an embedding table, [v, d].
-        block: entries of the vocabulary at a time; None: as many as give `BLOCK` logits.
+        block: vocabulary entries per block; None: as many as give `BLOCK` logits.
         others: see `token_cross_entropy`.
 
     Raises MmjaxError: shapes that do not fit, or block < 1.
     """
     d, v = kernel.shape[::-1] if tied else kernel.shape
     if hidden.shape != (*labels.shape, d) or (bias is not None and bias.shape != (v,)):
-        told = f"hidden {list(hidden.shape)}, kernel {list(kernel.shape)}, labels {list(labels.shape)}"
+        shapes = f"hidden {list(hidden.shape)}, kernel {list(kernel.shape)}, labels {list(labels.shape)}"
         raise MmjaxError(
-            f"linear_cross_entropy: {told}, bias {None if bias is None else list(bias.shape)}: tied={tied}"
+            f"linear_cross_entropy: {shapes}, bias {None if bias is None else list(bias.shape)}: tied={tied}"
         )
     if block is not None and block < 1:
         raise MmjaxError(f"linear_cross_entropy: block={block}: at least 1")
     size = min(v, block or max(BLOCK // max(labels.size, 1), 1))
-    rows = _counted((hidden * logit_scale).astype(hidden.dtype), labels).reshape(-1, d)
+    states = _counted((hidden * logit_scale).astype(hidden.dtype), labels).reshape(-1, d)
     offsets = jnp.zeros(v, jnp.float32) if bias is None else bias
-    normaliser, own = _sums(_Layer(tied, size), rows, kernel, offsets, _within(labels, v).reshape(-1))
+    normaliser, label_logit = _sums(_Layer(tied, size), states, kernel, offsets, _valid_labels(labels, v).reshape(-1))
     mean = None
     if not _off(label_smoothing):  # the mean of all logits is the product with the mean of the kernel
         mean_kernel = jnp.mean(kernel.astype(jnp.float32), axis=0 if tied else 1)
-        mean = jnp.matmul(rows.astype(jnp.float32), mean_kernel, precision="highest")
+        mean = jnp.matmul(states.astype(jnp.float32), mean_kernel, precision="highest")
         mean = mean + jnp.mean(offsets.astype(jnp.float32))
-    losses = _losses(normaliser, own, mean, label_smoothing, z_loss)
-    nll, losses = (x.reshape(labels.shape) for x in (normaliser - own, losses))
+    losses = _losses(normaliser, label_logit, mean, label_smoothing, z_loss)
+    nll, losses = (x.reshape(labels.shape) for x in (normaliser - label_logit, losses))
     return _mean(losses, nll, labels, v, weights, epsilon, axis_name)
 
 
-def _within(labels: Array, v: int) -> Array:
-    """Labels with which one may index: what is ignored or wrong becomes 0."""
+def _valid_labels(labels: Array, v: int) -> Array:
+    """Labels that are safe to index with: ignored and invalid ones become 0."""
     return jnp.where((labels >= 0) & (labels < v), labels, 0)
 
 
 def _counted(values: Array, labels: Array) -> Array:
-    """`values` [.., d], 0 for tokens that are ignored: what is infinite or NaN there would be so in every slope."""
+    """`values` [.., d], 0 for ignored tokens: an infinity or NaN there would reach every gradient."""
     return jnp.where((labels != IGNORED)[..., None], values, 0)
 
 
 def _distilled(logits: Array, teacher: Array, labels: Array, alpha: Array | float) -> Array:
-    """`distilled_cross_entropy` of each token; of what is ignored any number, without a slope."""
-    kept = jnp.where(labels == IGNORED, 0, labels)
-    return distilled_cross_entropy(_counted(logits, labels), teacher, kept, alpha)
+    """`distilled_cross_entropy` of each token; for ignored tokens an arbitrary number without a gradient."""
+    labels_or_zero = jnp.where(labels == IGNORED, 0, labels)
+    return distilled_cross_entropy(_counted(logits, labels), teacher, labels_or_zero, alpha)
 
 
 def _from_logits(
@@ -203,23 +211,23 @@ def _from_logits(
     """(loss, negative log-likelihood) of each token."""
     logits = _counted(logits.astype(jnp.float32), labels)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
-    own = jnp.take_along_axis(logits, _within(labels, logits.shape[-1])[..., None], axis=-1)[..., 0]
+    label_logit = jnp.take_along_axis(logits, _valid_labels(labels, logits.shape[-1])[..., None], axis=-1)[..., 0]
     mean = None if _off(label_smoothing) else jnp.mean(logits, axis=-1)
-    return _losses(normaliser, own, mean, label_smoothing, z_loss), normaliser - own
+    return _losses(normaliser, label_logit, mean, label_smoothing, z_loss), normaliser - label_logit
 
 
 def _off(factor: Array | float) -> bool:
-    """Whether a term is known to be none before anything runs: 0 times a logit of -inf would be NaN, and cost time."""
+    """Whether a factor is statically zero, so that its term is left out: 0 times a logit of -inf would be NaN."""
     return isinstance(factor, int | float) and factor == 0
 
 
 def _losses(
-    normaliser: Array, own: Array, mean: Array | None, label_smoothing: Array | float, z_loss: Array | float
+    normaliser: Array, label_logit: Array, mean: Array | None, label_smoothing: Array | float, z_loss: Array | float
 ) -> Array:
-    """Each token's loss from its logits' log sum exp, the label's own logit and the mean of all."""
-    losses = normaliser - own
+    """Each token's loss from the log-sum-exp of its logits, the label's logit and the mean logit."""
+    losses = normaliser - label_logit
     if mean is not None:
-        losses += label_smoothing * (own - mean)
+        losses += label_smoothing * (label_logit - mean)
     if not _off(z_loss):
         losses += z_loss * normaliser**2
     return losses
@@ -228,8 +236,8 @@ def _losses(
 def _checked(values: Array, labels: Array, v: int) -> Array:
     """Each token's value: 0 where it is not counted, NaN where its label is outside the vocabulary."""
     counted = labels != IGNORED
-    wrong = counted & ((labels < 0) | (labels >= v))
-    return jnp.where(wrong, jnp.nan, jnp.where(counted, values, 0.0))
+    invalid = counted & ((labels < 0) | (labels >= v))
+    return jnp.where(invalid, jnp.nan, jnp.where(counted, values, 0.0))
 
 
 def _sum(losses: Array, labels: Array, v: int) -> Array:
@@ -247,31 +255,31 @@ def _mean(
     share = share * devices / (tokens + epsilon)
 
     def total(values: Array) -> Array:
-        told = jnp.sum(_checked(values, labels, v) * share)
-        return jnp.where(tokens > 0, told, jnp.nan)  # said: compilers make 0 of 0 / 0
+        weighted = jnp.sum(_checked(values, labels, v) * share)
+        return jnp.where(tokens > 0, weighted, jnp.nan)  # explicit: compilers turn 0 / 0 into 0
 
     return TokenLoss(total(losses), jax.lax.stop_gradient(total(nll)), tokens)
 
 
-# ------------------------------------------------------------------------------------------------------------ in blocks
+# ------------------------------------------------------------------------------------------------------------ blockwise
 
 
 class _Layer(NamedTuple):
-    """What is static of the output layer. tied: the kernel is [v, d]. size: entries of the vocabulary at a time."""
+    """Static properties of the output layer. tied: the kernel is [v, d]. size: vocabulary entries per block."""
 
     tied: bool
     size: int
 
-    def part(self, kernel: Array, start: Array | int, size: int, dtype: Any) -> Array:
+    def block(self, kernel: Array, start: Array | int, size: int, dtype: Any) -> Array:
         return jax.lax.dynamic_slice_in_dim(kernel, start, size, 0 if self.tied else 1).astype(dtype)
 
-    def logits(self, rows: Array, part: Array, bias: Array, start: Array | int) -> Array:
+    def logits(self, states: Array, block: Array, bias: Array, start: Array | int) -> Array:
         """Float32 [t, size]."""
-        offsets = jax.lax.dynamic_slice_in_dim(bias, start, part.shape[0 if self.tied else 1])
-        return _product("td,vd->tv" if self.tied else "td,dv->tv", rows, part) + offsets.astype(jnp.float32)
+        offsets = jax.lax.dynamic_slice_in_dim(bias, start, block.shape[0 if self.tied else 1])
+        return _product("td,vd->tv" if self.tied else "td,dv->tv", states, block) + offsets.astype(jnp.float32)
 
     def loop(self, run: Callable[[Any, Array | int, int], Any], carry: Any, v: int) -> Any:
-        """carry = run(carry, first entry, entries) over the vocabulary: whole blocks in a loop, then what is left."""
+        """carry = run(carry, first entry, entries) over the vocabulary: whole blocks in a loop, then the remainder."""
         whole, rest = divmod(v, self.size)
         carry = jax.lax.fori_loop(0, whole, lambda i, carry: run(carry, i * self.size, self.size), carry)
         return run(carry, whole * self.size, rest) if rest else carry
@@ -280,52 +288,52 @@ class _Layer(NamedTuple):
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _primal(layer: _Layer, rows: Array, kernel: Array, bias: Array, labels: Array) -> tuple[Array, Array]:
-    """(log sum exp of a row's logits, the label's logit), each float32 [t]. labels: all within the vocabulary."""
+def _primal(layer: _Layer, states: Array, kernel: Array, bias: Array, labels: Array) -> tuple[Array, Array]:
+    """(log-sum-exp of each token's logits, the label's logit), each float32 [t]. labels: all within the vocabulary."""
 
     def run(carry: tuple[Array, Array, Array], start: Array | int, size: int) -> tuple[Array, Array, Array]:
-        largest, total, own = carry
-        logits = layer.logits(rows, layer.part(kernel, start, size, rows.dtype), bias, start)
+        largest, total, label_logit = carry
+        logits = layer.logits(states, layer.block(kernel, start, size, states.dtype), bias, start)
         new = jnp.maximum(largest, jnp.max(logits, axis=1))
         total = total * jnp.exp(largest - new) + jnp.sum(jnp.exp(logits - new[:, None]), axis=1)
-        place = labels - start
-        found = jnp.take_along_axis(logits, jnp.clip(place, 0, size - 1)[:, None], axis=1)[:, 0]
-        return new, total, jnp.where((place >= 0) & (place < size), found, own)
+        index = labels - start
+        in_block = jnp.take_along_axis(logits, jnp.clip(index, 0, size - 1)[:, None], axis=1)[:, 0]
+        return new, total, jnp.where((index >= 0) & (index < size), in_block, label_logit)
 
-    nothing = jnp.zeros(rows.shape[0], jnp.float32)
-    least = jnp.full_like(nothing, jnp.finfo(jnp.float32).min)  # not -inf, which a whole block of logits may be
-    largest, total, own = layer.loop(run, (least, nothing, nothing), bias.shape[0])
-    return largest + jnp.log(total), own
-
-
-def _forward(layer: _Layer, rows: Array, kernel: Array, bias: Array, labels: Array) -> Any:
-    normaliser, own = _primal(layer, rows, kernel, bias, labels)
-    return (normaliser, own), (rows, kernel, bias, labels, normaliser)
+    zeros = jnp.zeros(states.shape[0], jnp.float32)
+    least = jnp.full_like(zeros, jnp.finfo(jnp.float32).min)  # not -inf, which a whole block of logits may be
+    largest, total, label_logit = layer.loop(run, (least, zeros, zeros), bias.shape[0])
+    return largest + jnp.log(total), label_logit
 
 
-def _backward(layer: _Layer, kept: Any, slopes: tuple[Array, Array]) -> Any:
-    """d logits = slope of the normaliser * softmax + slope of the own logit * onehot, a block after the other."""
-    rows, kernel, bias, labels, normaliser = kept
-    d_normaliser, d_own = slopes
+def _forward(layer: _Layer, states: Array, kernel: Array, bias: Array, labels: Array) -> Any:
+    normaliser, label_logit = _primal(layer, states, kernel, bias, labels)
+    return (normaliser, label_logit), (states, kernel, bias, labels, normaliser)
+
+
+def _backward(layer: _Layer, residuals: Any, gradients: tuple[Array, Array]) -> Any:
+    """d logits = gradient of the normaliser * softmax + gradient of the label's logit * onehot, block by block."""
+    states, kernel, bias, labels, normaliser = residuals
+    d_normaliser, d_label_logit = gradients
 
     def run(carry: Any, start: Array | int, size: int) -> Any:
-        d_rows, d_kernel, d_bias = carry
-        part = layer.part(kernel, start, size, rows.dtype)
-        d_logits = jnp.exp(layer.logits(rows, part, bias, start) - normaliser[:, None]) * d_normaliser[:, None]
-        d_logits += jnp.where(jnp.arange(size) == (labels - start)[:, None], d_own[:, None], 0.0)
-        narrow = d_logits.astype(rows.dtype)
+        d_states, d_kernel, d_bias = carry
+        block = layer.block(kernel, start, size, states.dtype)
+        d_logits = jnp.exp(layer.logits(states, block, bias, start) - normaliser[:, None]) * d_normaliser[:, None]
+        d_logits += jnp.where(jnp.arange(size) == (labels - start)[:, None], d_label_logit[:, None], 0.0)
+        narrow = d_logits.astype(states.dtype)
         if layer.tied:
-            d_rows, d_part = d_rows + _product("tv,vd->td", narrow, part), _product("tv,td->vd", narrow, rows)
+            d_states, d_block = d_states + _product("tv,vd->td", narrow, block), _product("tv,td->vd", narrow, states)
         else:
-            d_rows, d_part = d_rows + _product("tv,dv->td", narrow, part), _product("td,tv->dv", rows, narrow)
+            d_states, d_block = d_states + _product("tv,dv->td", narrow, block), _product("td,tv->dv", states, narrow)
         axis = 0 if layer.tied else 1
-        d_kernel = jax.lax.dynamic_update_slice_in_dim(d_kernel, d_part.astype(kernel.dtype), start, axis)
+        d_kernel = jax.lax.dynamic_update_slice_in_dim(d_kernel, d_block.astype(kernel.dtype), start, axis)
         d_bias = jax.lax.dynamic_update_slice_in_dim(d_bias, jnp.sum(d_logits, 0).astype(bias.dtype), start, 0)
-        return d_rows, d_kernel, d_bias
+        return d_states, d_kernel, d_bias
 
-    nothing = jnp.zeros(rows.shape, jnp.float32), jnp.zeros_like(kernel), jnp.zeros_like(bias)
-    d_rows, d_kernel, d_bias = layer.loop(run, nothing, bias.shape[0])
-    return d_rows.astype(rows.dtype), d_kernel, d_bias, None
+    zeros = jnp.zeros(states.shape, jnp.float32), jnp.zeros_like(kernel), jnp.zeros_like(bias)
+    d_states, d_kernel, d_bias = layer.loop(run, zeros, bias.shape[0])
+    return d_states.astype(states.dtype), d_kernel, d_bias, None
 
 
 _sums: Any = jax.custom_vjp(_primal, nondiff_argnums=(0,))

@@ -29,33 +29,37 @@ def test_smoothing_by_hand():
 
 @pytest.mark.parametrize("loss", [softmax_cross_entropy, sigmoid_cross_entropy])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_class_numbers_are_one_hot_rows(loss, smoothing):
+def test_class_indices_match_one_hot_rows(loss, smoothing):
     by_number = loss(LOGITS, jnp.asarray(LABELS), smoothing)
     np.testing.assert_allclose(by_number, loss(LOGITS, soft_labels(jnp.asarray(LABELS), C), smoothing), rtol=1e-5)
 
 
 def test_sigmoid_cross_entropy_by_hand():
     # p = (0.5, 0.9), t = (1, 0.25): -log 0.5 - 0.25 log 0.9 - 0.75 log 0.1
-    got = sigmoid_cross_entropy(jnp.array([[0.0, np.log(9.0)]]), jnp.array([[1.0, 0.25]]))
-    np.testing.assert_allclose(got, [-np.log(0.5) - 0.25 * np.log(0.9) - 0.75 * np.log(0.1)], rtol=1e-6)
+    losses = sigmoid_cross_entropy(jnp.array([[0.0, np.log(9.0)]]), jnp.array([[1.0, 0.25]]))
+    np.testing.assert_allclose(losses, [-np.log(0.5) - 0.25 * np.log(0.9) - 0.75 * np.log(0.1)], rtol=1e-6)
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_torch_agrees(smoothing):
+def test_matches_torch(smoothing):
     torch = pytest.importorskip("torch")
     functional = torch.nn.functional
     for targets in (LABELS, SOFT):
-        given = torch.from_numpy(LOGITS).requires_grad_()
-        want = functional.cross_entropy(given, torch.from_numpy(targets), label_smoothing=smoothing, reduction="none")
-        want.mean().backward()
-        np.testing.assert_allclose(softmax_cross_entropy(LOGITS, jnp.asarray(targets), smoothing), want.detach(), 1e-5)
+        tensor = torch.from_numpy(LOGITS).requires_grad_()
+        expected = functional.cross_entropy(
+            tensor, torch.from_numpy(targets), label_smoothing=smoothing, reduction="none"
+        )
+        expected.mean().backward()
+        np.testing.assert_allclose(
+            softmax_cross_entropy(LOGITS, jnp.asarray(targets), smoothing), expected.detach(), 1e-5
+        )
         gradient = jax.grad(lambda x, t=targets: softmax_cross_entropy(x, jnp.asarray(t), smoothing).mean())(LOGITS)
-        np.testing.assert_allclose(gradient, given.grad, atol=1e-6)
-    want = functional.binary_cross_entropy_with_logits(
+        np.testing.assert_allclose(gradient, tensor.grad, atol=1e-6)
+    expected = functional.binary_cross_entropy_with_logits(
         torch.from_numpy(LOGITS), torch.from_numpy(SOFT), reduction="none"
     ).sum(-1)
-    np.testing.assert_allclose(sigmoid_cross_entropy(LOGITS, jnp.asarray(SOFT)), want, rtol=1e-5)
+    np.testing.assert_allclose(sigmoid_cross_entropy(LOGITS, jnp.asarray(SOFT)), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("loss", [softmax_cross_entropy, sigmoid_cross_entropy])
@@ -71,9 +75,9 @@ def test_gradients_are_right_and_stay_finite(loss):
 @pytest.mark.parametrize("loss", [softmax_cross_entropy, sigmoid_cross_entropy])
 def test_bfloat16_logits_give_a_float32_loss(loss):
     half = jnp.asarray(LOGITS, jnp.bfloat16)
-    got = loss(half, jnp.asarray(LABELS))
-    assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, loss(half.astype(jnp.float32), jnp.asarray(LABELS)), rtol=1e-6)
+    losses = loss(half, jnp.asarray(LABELS))
+    assert losses.dtype == jnp.float32
+    np.testing.assert_allclose(losses, loss(half.astype(jnp.float32), jnp.asarray(LABELS)), rtol=1e-6)
 
 
 def test_hits():

@@ -41,8 +41,8 @@ S, BIAS = jnp.float32(1.3), jnp.float32(-2.1)
 def plain_clip(x, y, s):
     logits = jnp.exp(s) * x @ y.T
     diagonal = jnp.arange(x.shape[0])
-    rows, columns = (jax.nn.log_softmax(logits, axis)[diagonal, diagonal] for axis in (1, 0))
-    return -(rows.mean() + columns.mean()) / 2
+    row_terms, column_terms = (jax.nn.log_softmax(logits, axis)[diagonal, diagonal] for axis in (1, 0))
+    return -(row_terms.mean() + column_terms.mean()) / 2
 
 
 def plain_smoothed(x, y, s):
@@ -104,21 +104,21 @@ def test_accuracy_by_hand():
 
 @pytest.mark.parametrize("blocks", [1, 3, 24])
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients_are_the_plain_formulas(name, blocks):
-    ours, plain, arguments = CASES[name]
+def test_values_and_gradients_match_the_plain_formula(name, blocks):
+    loss, plain, arguments = CASES[name]
     each = tuple(range(len(arguments)))
-    value, grads = jax.jit(jax.value_and_grad(lambda *a: ours(*a, blocks=blocks), each))(*arguments)
-    wanted, expected = jax.value_and_grad(plain, each)(*arguments)
-    assert abs(float(value - wanted)) <= 1e-5 * abs(float(wanted))
-    for one, other in zip(grads, expected):
+    value, grads = jax.jit(jax.value_and_grad(lambda *a: loss(*a, blocks=blocks), each))(*arguments)
+    expected, expected_grads = jax.value_and_grad(plain, each)(*arguments)
+    assert abs(float(value - expected)) <= 1e-5 * abs(float(expected))
+    for one, other in zip(grads, expected_grads):
         assert np.abs(one - other).max() <= 1e-5 * np.abs(other).max()
-    np.testing.assert_allclose(ours(*arguments, blocks=blocks), value, rtol=1e-6)
+    np.testing.assert_allclose(loss(*arguments, blocks=blocks), value, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_are_slopes(name):
-    ours, _, arguments = CASES[name]
-    check_grads(lambda *a: ours(*a, blocks=2), arguments, order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+def test_gradients_match_finite_differences(name):
+    loss, _, arguments = CASES[name]
+    check_grads(lambda *a: loss(*a, blocks=2), arguments, order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("blocks", [1, 6])
@@ -129,13 +129,13 @@ def test_a_sharp_scale_stays_finite(blocks):
 
 
 def test_bfloat16_features_give_float32_losses():
-    ours = clip_loss(X.astype(jnp.bfloat16), Y.astype(jnp.bfloat16), S)
-    assert ours.dtype == jnp.float32
+    value = clip_loss(X.astype(jnp.bfloat16), Y.astype(jnp.bfloat16), S)
+    assert value.dtype == jnp.float32
     rounded = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in (X, Y)]
-    np.testing.assert_allclose(ours, plain_clip(*rounded, S), rtol=1e-6)
+    np.testing.assert_allclose(value, plain_clip(*rounded, S), rtol=1e-6)
 
 
-def test_the_whole_matrix_is_nowhere_in_blocks():
+def test_blocks_never_materialise_the_whole_matrix():
     n, blocks = 640, 16
     shapes = [jax.ShapeDtypeStruct((n, D), jnp.float32)] * 2 + [jax.ShapeDtypeStruct((), jnp.float32)]
 
@@ -147,7 +147,7 @@ def test_the_whole_matrix_is_nowhere_in_blocks():
     assert f"{n // blocks}x{n}xf32" in lowered(blocks)
 
 
-def test_blocks_that_do_not_fit_are_refused():
+def test_invalid_blocks_are_refused():
     for blocks in (0, 5):
         with pytest.raises(MmjaxError, match=f"blocks={blocks} does not divide a batch of 24 rows"):
             clip_loss(X, Y, S, blocks=blocks)
@@ -173,21 +173,21 @@ def over_devices() -> dict[str, float]:
 
         shares = [x.reshape(devices, -1, D) for x in (X, Y)]
         mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-        placed = [jax.device_put(x, rows) for x in (X, Y)]
-        found = {
+        spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        sharded = [jax.device_put(x, spread) for x in (X, Y)]
+        results = {
             "pmap": jax.tree.map(lambda x: x[0], jax.pmap(mapped, axis_name="data")(*shares)),
-            "mesh": jax.jit(jax.value_and_grad(loss, (0, 1)))(weight, scalars, *placed),
+            "mesh": jax.jit(jax.value_and_grad(loss, (0, 1)))(weight, scalars, *sharded),
         }
         expected = jax.value_and_grad(whole, (0, 1))(weight, scalars)
-        for lift, got in found.items():
-            pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected))
+        for lift, result in results.items():
+            pairs = zip(jax.tree.leaves(result), jax.tree.leaves(expected))
             worst = max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-9)) for a, b in pairs)
             errors[f"{name} {blocks} {lift}"] = worst
     return errors
 
 
-def test_eight_devices_are_one(repository):
+def test_eight_devices_match_one(repository):
     environment = os.environ | {
         "PYTHONPATH": f"{repository}:{os.path.dirname(__file__)}",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",

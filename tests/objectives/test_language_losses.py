@@ -39,18 +39,18 @@ token_loss = jax.jit(token_cross_entropy, static_argnames="epsilon")
 
 def test_by_hand():
     logits = jnp.log(jnp.array([[1.0, 3.0], [1.0, 1.0], [9.0, 1.0]]))
-    told = token_loss(logits, jnp.array([1, 0, IGNORED]))
-    wanted = (math.log(4 / 3) + math.log(2)) / 2
-    assert abs(float(told.loss) - wanted) < 1e-6 and told.nll == told.loss and told.tokens == 2
-    assert abs(float(perplexity(told.nll)) - math.sqrt(8 / 3)) < 1e-6
+    outputs = token_loss(logits, jnp.array([1, 0, IGNORED]))
+    expected = (math.log(4 / 3) + math.log(2)) / 2
+    assert abs(float(outputs.loss) - expected) < 1e-6 and outputs.nll == outputs.loss and outputs.tokens == 2
+    assert abs(float(perplexity(outputs.nll)) - math.sqrt(8 / 3)) < 1e-6
     # Smoothed: half the mass on both classes alike; z-loss: log^2 of 4 and of 2.
-    told = token_loss(logits[:2], jnp.array([1, 0]), label_smoothing=0.5, z_loss=0.1)
+    outputs = token_loss(logits[:2], jnp.array([1, 0]), label_smoothing=0.5, z_loss=0.1)
     first = 0.5 * math.log(4 / 3) + 0.25 * (math.log(4) + math.log(4 / 3)) + 0.1 * math.log(4) ** 2
-    assert abs(float(told.loss) - (first + math.log(2) + 0.1 * math.log(2) ** 2) / 2) < 1e-6
-    assert abs(float(told.nll) - wanted) < 1e-6
+    assert abs(float(outputs.loss) - (first + math.log(2) + 0.1 * math.log(2) ** 2) / 2) < 1e-6
+    assert abs(float(outputs.nll) - expected) < 1e-6
     # Google BERT's denominator: three slots, of which one is padding with weight 0.
-    told = token_loss(logits, jnp.array([1, 0, 0]), weights=jnp.array([1.0, 1.0, 0.0]), epsilon=1e-5)
-    assert abs(float(told.loss) - 2 * wanted / (2 + 1e-5)) < 1e-7 and told.tokens == 2
+    outputs = token_loss(logits, jnp.array([1, 0, 0]), weights=jnp.array([1.0, 1.0, 0.0]), epsilon=1e-5)
+    assert abs(float(outputs.loss) - 2 * expected / (2 + 1e-5)) < 1e-7 and outputs.tokens == 2
 
 
 def test_labels_of_a_causal_model():
@@ -61,13 +61,13 @@ def test_labels_of_a_causal_model():
 
 
 @pytest.mark.parametrize("labels", [jnp.full((B, L), IGNORED), LABELS.at[2, 3].set(V), LABELS.at[2, 3].set(-1)])
-def test_nothing_counted_or_a_wrong_label_is_not_a_number(labels):
+def test_no_counted_token_or_a_wrong_label_gives_nan(labels):
     assert math.isnan(token_loss(HIDDEN @ KERNEL, labels).loss)
     assert math.isnan(jax.jit(linear_cross_entropy)(HIDDEN, KERNEL, labels).loss)
 
 
-def test_what_is_ignored_has_no_say():
-    """Not even if it is infinite, in value or in slope."""
+def test_ignored_tokens_do_not_count():
+    """Not even if it is infinite, in value or in gradient."""
     ignored = (LABELS == IGNORED)[..., None]
     for loss, arguments in (
         (token_cross_entropy, (HIDDEN @ KERNEL,)),
@@ -83,7 +83,7 @@ def test_what_is_ignored_has_no_say():
 
 
 @pytest.mark.parametrize("block", [1, 10])
-def test_entries_that_are_masked_out_are_as_if_not_there(block):
+def test_masked_vocabulary_entries_change_nothing(block):
     """By a bias of -inf, over whole blocks, the first of them too."""
     labels, bias = jnp.where(LABELS >= 0, LABELS // 2 + 25, LABELS), BIAS.at[:25].set(-jnp.inf)
 
@@ -94,8 +94,8 @@ def test_entries_that_are_masked_out_are_as_if_not_there(block):
     without = jax.jit(
         lambda *a: token_cross_entropy(a[0] @ a[1] + a[2], jnp.where(labels >= 0, labels - 25, labels)).loss
     )
-    wanted = without(HIDDEN, KERNEL[:, 25:], BIAS[25:])
-    assert abs(value - wanted) < 1e-5 * wanted and all(np.all(np.isfinite(grad)) for grad in grads)
+    expected = without(HIDDEN, KERNEL[:, 25:], BIAS[25:])
+    assert abs(value - expected) < 1e-5 * expected and all(np.all(np.isfinite(grad)) for grad in grads)
     assert not np.any(grads[1][:, :25]) and not np.any(grads[2][:25]) and np.all(grads[1][:, 25:])
 
 
@@ -103,39 +103,39 @@ CASES = [*((name, 10, False) for name in OPTIONS), *(("all", block, False) for b
 
 
 @pytest.mark.parametrize("name, block, tied", [*CASES, ("all", 10, True), ("plain", 53, True)])
-def test_in_blocks_value_and_gradients_are_the_same(name, block, tied):
+def test_blocks_keep_value_and_gradients(name, block, tied):
     def plain(hidden, kernel, bias, scale):
         logits = scale * hidden @ (kernel.T if tied else kernel) + bias
         return token_cross_entropy(logits, LABELS, **OPTIONS[name])
 
     def ours(hidden, kernel, bias, scale):
-        how = {"tied": tied, "bias": bias, "logit_scale": scale, "block": block, **OPTIONS[name]}
-        return linear_cross_entropy(hidden, kernel, LABELS, **how)
+        options = {"tied": tied, "bias": bias, "logit_scale": scale, "block": block, **OPTIONS[name]}
+        return linear_cross_entropy(hidden, kernel, LABELS, **options)
 
     arguments = (HIDDEN, KERNEL.T if tied else KERNEL, BIAS, jnp.float32(0.7))
     (value, rest), grads = jax.jit(jax.value_and_grad(lambda *a: _split(ours(*a)), range(4), has_aux=True))(*arguments)
     slopes = jax.jit(jax.value_and_grad(lambda *a: _split(plain(*a)), range(4), has_aux=True))
-    (wanted, others), expected = slopes(*arguments)
-    np.testing.assert_allclose([value, *rest], [wanted, *others], rtol=1e-5)
-    for one, other in zip(grads, expected):
+    (expected, others), expected_grads = slopes(*arguments)
+    np.testing.assert_allclose([value, *rest], [expected, *others], rtol=1e-5)
+    for one, other in zip(grads, expected_grads):
         assert np.abs(one - other).max() <= 1e-5 * np.abs(other).max()
 
 
-def _split(told):
-    return told.loss, (told.nll, told.tokens)
+def _split(outputs):
+    return outputs.loss, (outputs.nll, outputs.tokens)
 
 
-def test_gradients_are_slopes():
+def test_gradients_match_finite_differences():
     @jax.jit
     def loss(hidden, kernel):
-        how = {"label_smoothing": jnp.float32(0.1), "z_loss": jnp.float32(0.02), "block": 17}
-        return linear_cross_entropy(hidden, kernel, LABELS, **how).loss
+        options = {"label_smoothing": jnp.float32(0.1), "z_loss": jnp.float32(0.02), "block": 17}
+        return linear_cross_entropy(hidden, kernel, LABELS, **options).loss
 
     check_grads(loss, (HIDDEN, KERNEL), 1, ["rev"], 0.02, 0.02)
 
 
-def test_the_logits_are_never_held():
-    """4 MiB of them here; a frozen kernel has no gradient made."""
+def test_logits_are_never_materialised():
+    """4 MiB of them here. No gradient is computed for a frozen kernel."""
     t, v = 256, 4099
     hidden, kernel, labels = jnp.zeros((t, D)), jnp.zeros((D, v)), jnp.zeros(t, jnp.int32)
 
@@ -168,9 +168,9 @@ def test_bfloat16_is_summed_in_float32():
 
     value, grads = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, kernel)
     wide = hidden.astype(jnp.float32), kernel.astype(jnp.float32)
-    wanted, expected = jax.jit(jax.value_and_grad(exact, (0, 1)))(*wide)
-    assert value.dtype == jnp.float32 and abs(value - wanted) < 1e-5 * wanted
-    for one, other in zip(grads, expected):
+    expected, expected_grads = jax.jit(jax.value_and_grad(exact, (0, 1)))(*wide)
+    assert value.dtype == jnp.float32 and abs(value - expected) < 1e-5 * expected
+    for one, other in zip(grads, expected_grads):
         assert one.dtype == jnp.bfloat16  # whose steps are 2**-8
         assert np.abs(one.astype(jnp.float32) - other).max() < 2**-7 * np.abs(other).max()
     # A float32 kernel behind bfloat16 activations keeps its gradient in float32.
@@ -178,26 +178,26 @@ def test_bfloat16_is_summed_in_float32():
 
 
 @pytest.mark.parametrize("devices", [2, 3])
-def test_the_mean_over_devices_is_the_global_batchs(devices):
+def test_mean_over_devices_is_the_global_loss(devices):
     """With an uneven number of counted tokens on each. A mapped axis is one whether devices or `vmap` run it."""
     loss = functools.partial(linear_cross_entropy, label_smoothing=0.1, z_loss=0.01, block=20)
     labels = LABELS.at[0].set(IGNORED)
     assert len({int(n) for n in (labels.reshape(devices, -1) != IGNORED).sum(1)}) > 1
 
     def share(kernel, hidden, labels):
-        told = loss(hidden, kernel, labels, axis_name="data")
-        return told.loss, told
+        result = loss(hidden, kernel, labels, axis_name="data")
+        return result.loss, result
 
     cut = [x.reshape(devices, -1, *x.shape[1:]) for x in (HIDDEN, labels)]
     mapped = jax.vmap(jax.grad(share, has_aux=True), (None, 0, 0), axis_name="data")
-    grads, told = jax.jit(mapped)(KERNEL, *cut)
+    grads, result = jax.jit(mapped)(KERNEL, *cut)
     whole = jax.jit(loss)(HIDDEN, KERNEL, labels)
-    np.testing.assert_allclose([x.mean() for x in told], whole, rtol=1e-6)
+    np.testing.assert_allclose([x.mean() for x in result], whole, rtol=1e-6)
     expected = jax.jit(jax.grad(lambda kernel: loss(HIDDEN, kernel, labels).loss))(KERNEL)
     np.testing.assert_allclose(grads.mean(0), expected, rtol=1e-4, atol=1e-6 * float(jnp.abs(expected).max()))
 
 
-def test_shapes_that_do_not_fit_are_told():
+def test_wrong_shapes_are_refused():
     for wrong in (
         lambda: linear_cross_entropy(HIDDEN, KERNEL.T, LABELS),
         lambda: linear_cross_entropy(HIDDEN, KERNEL, LABELS, tied=True),
@@ -211,15 +211,15 @@ def test_shapes_that_do_not_fit_are_told():
 
 @pytest.mark.torch
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_torch_says_the_same(smoothing):
+def test_matches_torch(smoothing):
     import torch
 
     logits = np.asarray(HIDDEN @ KERNEL)
     tensor = torch.tensor(logits, requires_grad=True)
     labels = torch.tensor(np.asarray(LABELS), dtype=torch.long)
-    wanted = torch.nn.functional.cross_entropy(tensor.reshape(-1, V), labels.reshape(-1), label_smoothing=smoothing)
-    wanted.backward()
+    expected = torch.nn.functional.cross_entropy(tensor.reshape(-1, V), labels.reshape(-1), label_smoothing=smoothing)
+    expected.backward()
     slopes = jax.jit(jax.value_and_grad(lambda x: token_cross_entropy(x, LABELS, label_smoothing=smoothing).loss))
     value, grad = slopes(logits)
-    assert abs(float(value) - wanted.item()) < 1e-5 * wanted.item()
+    assert abs(float(value) - expected.item()) < 1e-5 * expected.item()
     assert tensor.grad is not None and np.abs(grad - tensor.grad.numpy()).max() < 1e-5 * np.abs(grad).max()

@@ -1,4 +1,4 @@
-"""Hard negatives and the matching loss: by hand, the vaults' picks, draws by chi-square, and over 8 devices."""
+"""Hard negatives and the matching loss: by hand, the vaults' negatives, samples by chi-square, and over 8 devices."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from scipy import stats
 from mmjax.errors import MmjaxError
 from mmjax.nn.groups import take_in_group
 from mmjax.objectives.language import IGNORED
-from mmjax.objectives.matching import draw_negatives, matching_loss, negative_log_weights
+from mmjax.objectives.matching import matching_loss, negative_log_weights, sample_negatives
 from mmjax.training.rng import example_keys
 
 B, D = 16, 7
@@ -38,14 +38,14 @@ def plain_weights(query, keys, temperature, ids=None, floor=0.0):
 
 @pytest.mark.parametrize("ids", [None, IDS])
 @pytest.mark.parametrize("floor", [0.0, 1e-4, 0.1])
-def test_weights_are_the_plain_formula(ids, floor):
-    ours = negative_log_weights(QUERY, KEYS, 0.3, ids=ids, floor=floor)
-    wanted = plain_weights(QUERY, KEYS, 0.3, ids, floor)
-    np.testing.assert_allclose(np.exp(ours), wanted, rtol=2e-5, atol=0)
-    assert not np.any(np.exp(np.diagonal(ours))) and (ids is None or ours[1, 2] == -np.inf)
+def test_weights_match_the_plain_formula(ids, floor):
+    log_weights = negative_log_weights(QUERY, KEYS, 0.3, ids=ids, floor=floor)
+    expected = plain_weights(QUERY, KEYS, 0.3, ids, floor)
+    np.testing.assert_allclose(np.exp(log_weights), expected, rtol=2e-5, atol=0)
+    assert not np.any(np.exp(np.diagonal(log_weights))) and (ids is None or log_weights[1, 2] == -np.inf)
 
 
-def test_each_group_has_its_own():
+def test_groups_are_independent():
     whole = negative_log_weights(QUERY, KEYS, 0.3, ids=IDS, floor=0.01, groups=4)
     assert whole.shape == (B, 4)
     for first in range(0, B, 4):
@@ -57,22 +57,22 @@ def test_each_group_has_its_own():
 
 
 @pytest.mark.parametrize("name", ["albef_pretrain", "albef_retrieval", "blip_pretrain", "blip_retrieval"])
-def test_the_vaults_picks_are_the_largest(golden_dir, name):
-    told, recorded = vault(golden_dir, name), load_file(golden_dir / f"{name}.safetensors")
-    kinds = {"image": told["image_keys"], "text": told["text_keys"]}
+def test_recorded_negatives_are_the_largest(golden_dir, name):
+    features, recorded = vault(golden_dir, name), load_file(golden_dir / f"{name}.safetensors")
+    kinds = {"image": features["image_keys"], "text": features["text_keys"]}
     if name == "blip_retrieval":
-        kinds = {kind: told[kind] for kind in kinds}
+        kinds = {kind: features[kind] for kind in kinds}
     floor = 1e-4 if name == "blip_pretrain" else 0.0
-    ids = jnp.asarray(told["ids"]) if "ids" in told else None
+    ids = jnp.asarray(features["ids"]) if "ids" in features else None
     for kind, other in (("image", "text"), ("text", "image")):
         weights = negative_log_weights(
-            jnp.asarray(told[other]), jnp.asarray(kinds[kind]), float(told["temp"]), ids=ids, floor=floor
+            jnp.asarray(features[other]), jnp.asarray(kinds[kind]), float(features["temp"]), ids=ids, floor=floor
         )
         np.testing.assert_array_equal(jnp.argmax(weights, 1), recorded[f"outputs/neg_{kind}_idx"])
 
 
 @pytest.mark.parametrize("name", ["albef_pretrain", "albef_retrieval", "blip_pretrain", "blip_retrieval"])
-def test_the_vaults_matching_losses(golden_dir, name):
+def test_recorded_matching_losses(golden_dir, name):
     recorded = load_file(golden_dir / f"{name}.safetensors")
     negatives = np.concatenate([recorded[f"outputs/neg_{kind}_idx"] for kind in ("image", "text")])
     value = matching_loss(jnp.asarray(recorded["outputs/itm_logits"]), jnp.asarray(negatives))
@@ -80,45 +80,49 @@ def test_the_vaults_matching_losses(golden_dir, name):
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.05])
-def test_draws_have_the_weights_frequencies(floor):
-    """Chi-square of 20,000 draws a row over the negatives that are expected at least 5 times."""
+def test_samples_follow_the_weights(floor):
+    """Chi-square of 20,000 samples per row over the negatives that are expected at least 5 times."""
     draws = 20_000
     weights = negative_log_weights(QUERY[:5], KEYS[:5], 0.4, ids=IDS[:5], floor=floor)
     seeds = jax.random.split(jax.random.key(3), draws)
-    drawn = np.asarray(jax.jit(jax.vmap(lambda key: draw_negatives(example_keys(key, 5), weights)))(seeds))
+    sampled = np.asarray(jax.jit(jax.vmap(lambda key: sample_negatives(example_keys(key, 5), weights)))(seeds))
     expected = plain_weights(QUERY[:5], KEYS[:5], 0.4, IDS[:5], floor)
     expected *= draws / expected.sum(1, keepdims=True)
-    for row, wanted in enumerate(expected):
-        found = np.bincount(drawn[:, row], minlength=5)
-        assert not found[wanted == 0].any()
-        often = wanted >= 5
-        assert often.sum() > 1 and found[~often].sum() < 20
-        pairs = found[often], wanted[often] * found[often].sum() / wanted[often].sum()
+    for row, expected_counts in enumerate(expected):
+        counts = np.bincount(sampled[:, row], minlength=5)
+        assert not counts[expected_counts == 0].any()
+        often = expected_counts >= 5
+        assert often.sum() > 1 and counts[~often].sum() < 20
+        pairs = counts[often], expected_counts[often] * counts[often].sum() / expected_counts[often].sum()
         assert stats.chisquare(*pairs).pvalue > 1e-3
-    # Rows draw each for itself: of two with nearly the same weights no copy of the other's.
-    assert len({tuple(drawn[:50, row]) for row in range(5)}) == 5
+    # Rows sample independently, even with nearly equal weights.
+    assert len({tuple(sampled[:50, row]) for row in range(5)}) == 5
 
 
-def test_where_every_weight_underflows_a_negative_is_drawn():
+def test_a_negative_is_sampled_where_every_weight_underflows():
     """Queries equal to their keys at a temperature of 1e-3: all but the positive are 0 in float32."""
     keys = jnp.concatenate([jnp.eye(3), jnp.array([[0.6, 0.8, 0.0]])])
     weights = negative_log_weights(keys, keys, 1e-3)
     softmax = jax.nn.softmax(keys @ keys.T / 1e-3) * (1 - jnp.eye(4))
     assert not np.any(softmax)
-    drawn = jax.vmap(lambda key: draw_negatives(example_keys(key, 4), weights))(jax.random.split(jax.random.key(0), 50))
-    # The nearest but itself; of the third's all are as far.
-    np.testing.assert_array_equal(drawn[:, [0, 1, 3]], np.tile([3, 3, 1], (50, 1)))
-    assert set(np.asarray(drawn[:, 2])) == {0, 1, 3}
+    sampled = jax.vmap(lambda key: sample_negatives(example_keys(key, 4), weights))(
+        jax.random.split(jax.random.key(0), 50)
+    )
+    # The nearest other key; for the third all are equally far.
+    np.testing.assert_array_equal(sampled[:, [0, 1, 3]], np.tile([3, 3, 1], (50, 1)))
+    assert set(np.asarray(sampled[:, 2])) == {0, 1, 3}
 
 
-def test_a_row_without_negatives_is_told_and_not_counted():
+def test_a_row_without_negatives_gives_minus_one_and_is_not_counted():
     ids = jnp.array([3, 3, 3, 4])
-    drawn = draw_negatives(example_keys(jax.random.key(0), 4), negative_log_weights(KEYS[:4], KEYS[:4], 0.1, ids=ids))
-    assert list(map(int, drawn[:3])) == [3, 3, 3] and int(drawn[3]) in (0, 1, 2)
+    sampled = sample_negatives(
+        example_keys(jax.random.key(0), 4), negative_log_weights(KEYS[:4], KEYS[:4], 0.1, ids=ids)
+    )
+    assert list(map(int, sampled[:3])) == [3, 3, 3] and int(sampled[3]) in (0, 1, 2)
     everywhere = negative_log_weights(KEYS[:4], KEYS[:4], 0.1, ids=jnp.full(4, 3), floor=1e-4)
-    np.testing.assert_array_equal(draw_negatives(example_keys(jax.random.key(0), 4), everywhere), [-1] * 4)
+    np.testing.assert_array_equal(sample_negatives(example_keys(jax.random.key(0), 4), everywhere), [-1] * 4)
     alone = negative_log_weights(KEYS[:4], KEYS[:4], 0.1, groups=4)
-    np.testing.assert_array_equal(draw_negatives(example_keys(jax.random.key(0), 4), alone), [-1] * 4)
+    np.testing.assert_array_equal(sample_negatives(example_keys(jax.random.key(0), 4), alone), [-1] * 4)
     # Two pairs; the first text has no negative image, the second image no negative text.
     logits = jnp.log(jnp.array([[1.0, 3.0], [1.0, 1.0], [9.0, 1.0], [4.0, 1.0], [1.0, 1.0], [7.0, 2.0]]))
     counted = [4 / 3, 2, 5 / 4, 2]
@@ -129,25 +133,25 @@ def test_a_row_without_negatives_is_told_and_not_counted():
     assert abs(float(value) - sum(map(math.log, [*counted, 10 / 9, 9 / 7])) / 6) < 1e-6
 
 
-def test_nothing_has_a_gradient_but_the_logits():
+def test_weights_have_no_gradient():
     slopes = jax.grad(lambda *a: jnp.sum(jnp.where(jnp.eye(B), 0.0, negative_log_weights(*a))), (0, 1, 2))
     assert not any(np.any(slope) for slope in slopes(QUERY, KEYS, jnp.float32(0.3)))
 
 
 @pytest.mark.torch
-def test_torch_says_the_same():
+def test_matches_torch():
     import torch
 
     logits = torch.tensor(np.asarray(units(2, 3 * B, 2)), requires_grad=True)
-    wanted = torch.nn.functional.cross_entropy(logits, torch.tensor([1] * B + [0] * 2 * B))
-    wanted.backward()
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([1] * B + [0] * 2 * B))
+    expected.backward()
     value, slopes = jax.value_and_grad(matching_loss)(units(2, 3 * B, 2), jnp.zeros(2 * B, jnp.int32))
-    assert abs(float(value) - wanted.item()) < 1e-6 * wanted.item() and logits.grad is not None
+    assert abs(float(value) - expected.item()) < 1e-6 * expected.item() and logits.grad is not None
     np.testing.assert_allclose(slopes, logits.grad.numpy(), rtol=1e-5, atol=1e-8)
 
 
 def over_devices() -> dict[str, float]:
-    """Largest relative errors of loss and gradients of a whole matching step; NaN where draws differ."""
+    """Largest relative errors of loss and gradients of a whole matching step; NaN where samples differ."""
     devices, errors = jax.device_count(), {}
     kernel, rng = units(9, D, 2), jax.random.key(4)
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -156,38 +160,42 @@ def over_devices() -> dict[str, float]:
 
     def step(weight, batch, groups, axis_name=None):
         image, text = batch["image"] @ weight, batch["text"] @ weight
-        how = {"groups": groups, "axis_name": axis_name}
+        options = {"groups": groups, "axis_name": axis_name}
         keys = example_keys(rng, len(image), axis_name)
 
         def negatives(query, others):
-            return draw_negatives(keys, negative_log_weights(query, others, 0.3, ids=batch["ids"], **how))
+            return sample_negatives(keys, negative_log_weights(query, others, 0.3, ids=batch["ids"], **options))
 
         images, texts = negatives(text, image), negatives(image, text)
-        pairs = [(image, text), (take_in_group(image, images, **how), text), (image, take_in_group(text, texts, **how))]
+        pairs = [
+            (image, text),
+            (take_in_group(image, images, **options), text),
+            (image, take_in_group(text, texts, **options)),
+        ]
         logits = jnp.concatenate([image * text @ kernel for image, text in pairs])
         return matching_loss(logits, jnp.concatenate([images, texts]), axis_name), (images, texts)
 
     for groups in (1, 4, 8):
         slopes = jax.value_and_grad(lambda w, b, a=None, groups=groups: step(w, b, groups, a), has_aux=True)
-        (value, drawn), slope = jax.jit(slopes)(jnp.eye(D), batch)
+        (value, sampled), slope = jax.jit(slopes)(jnp.eye(D), batch)
         share = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
-        (shares, theirs), parts = jax.pmap(lambda b, slopes=slopes: slopes(jnp.eye(D), b, "data"), "data")(share)
-        placed = jax.tree.map(lambda x: jax.device_put(x, spread), batch)
-        (mesh_value, mesh_drawn), mesh_slope = jax.jit(slopes)(jnp.eye(D), placed)
-        for lift, found, draws, grads in (
-            ("pmap", shares.mean(), theirs, parts.mean(0)),
-            ("mesh", mesh_value, mesh_drawn, mesh_slope),
+        (shares, shard_samples), parts = jax.pmap(lambda b, slopes=slopes: slopes(jnp.eye(D), b, "data"), "data")(share)
+        sharded = jax.tree.map(lambda x: jax.device_put(x, spread), batch)
+        (mesh_value, mesh_samples), mesh_slope = jax.jit(slopes)(jnp.eye(D), sharded)
+        for lift, value_of_lift, draws, grads in (
+            ("pmap", shares.mean(), shard_samples, parts.mean(0)),
+            ("mesh", mesh_value, mesh_samples, mesh_slope),
         ):
-            same = all(np.array_equal(np.ravel(a), b) for a, b in zip(draws, drawn))
-            worst = max(abs(float(found / value) - 1), float(np.abs(grads - slope).max() / np.abs(slope).max()))
+            same = all(np.array_equal(np.ravel(a), b) for a, b in zip(draws, sampled))
+            worst = max(abs(float(value_of_lift / value) - 1), float(np.abs(grads - slope).max() / np.abs(slope).max()))
             errors[f"{groups} {lift}"] = worst if same else math.nan
         # Rows of one image leave the group of the first two without a negative.
-        assert (int(drawn[0][0]) < 0) == (groups > 2), drawn
+        assert (int(sampled[0][0]) < 0) == (groups > 2), sampled
     return errors
 
 
-def test_eight_devices_are_one(repository):
-    """Draws the very same, loss and gradients to rounding; devices count different numbers of pairs."""
+def test_eight_devices_match_one(repository):
+    """Samples are identical, loss and gradients to rounding; devices count different numbers of pairs."""
     environment = os.environ | {
         "PYTHONPATH": f"{repository}:{repository}/tests",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",

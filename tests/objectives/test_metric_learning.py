@@ -102,7 +102,7 @@ def test_mining_is_the_triplet_by_triplet_rule(name):
 
 
 @pytest.mark.parametrize("name", ["batch all", "batch hard", "semi-hard", "soft margin"])
-def test_gradients_are_slopes(name):
+def test_gradients_match_finite_differences(name):
     """Where no hinge and no choice changes nearby: distances differ, and every triplet violates the margin."""
     points = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0], [2.5, 3.0], [-4.0, 1.0], [-4.0, -2.0]])
     mine = MINERS[name] if name == "soft margin" else functools.partial(MINERS[name], margin=80.0)
@@ -186,17 +186,17 @@ def test_the_mean_counts_triplets_not_anchors():
 
 @pytest.mark.torch
 @pytest.mark.parametrize("margin", [0.3, 1.0])
-def test_torch_computes_the_same(margin):
+def test_matches_torch(margin):
     """TripletMarginLoss, and the formula of pairs written in torch; values and gradients."""
     import torch
 
     arrays = [np.asarray(jax.random.normal(jax.random.key(seed), (B, D))) for seed in range(3)]
-    theirs = [torch.tensor(x, requires_grad=True) for x in arrays]
-    expected = torch.nn.TripletMarginLoss(margin, eps=0.0)(*theirs)
+    tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
+    expected = torch.nn.TripletMarginLoss(margin, eps=0.0)(*tensors)
     expected.backward()
     value, slopes = jax.value_and_grad(lambda *x: triplet_loss(*x, margin).mean(), (0, 1, 2))(*arrays)
     assert abs(float(value) - expected.item()) < 1e-6 * expected.item()
-    for slope, tensor in zip(slopes, theirs):
+    for slope, tensor in zip(slopes, tensors):
         assert tensor.grad is not None
         np.testing.assert_allclose(slope, tensor.grad.numpy(), rtol=0, atol=1e-6)
     first, second = (torch.tensor(x, requires_grad=True) for x in arrays[:2])

@@ -45,8 +45,8 @@ def plain(image, text, image_keys, text_keys, image_queue, text_queue, t, alpha,
         part = slice(first, first + size)
         label = np.eye(size, size + len(image_queue))
         if ids is not None and queue_ids is not None:
-            own, others = np.asarray(ids)[part, None], np.concatenate([np.asarray(ids)[part], queue_ids])
-            label = np.maximum(label, (own == others) & (own != IGNORED))
+            query_ids, candidate_ids = np.asarray(ids)[part, None], np.concatenate([np.asarray(ids)[part], queue_ids])
+            label = np.maximum(label, (query_ids == candidate_ids) & (query_ids != IGNORED))
             label /= label.sum(1, keepdims=True)
         for query, teacher, keys, queue in (
             (image, image_keys, text_keys, text_queue),
@@ -78,10 +78,10 @@ def test_by_hand():
         # Texts: candidates image_keys y and image_queue x; the label is the first, the teacher x prefers the second.
         texts = wrong * (1 - alpha * sure) + right * alpha * sure
         assert abs(float(value) - (images + texts) / 2) < 1e-6
-    # With the queue's entry of the same image both are right, each to a half.
+    # With a queue entry of the same image both are positives with a share of one half.
     value = momentum_contrast(x, x, y, x, x, y, 0.5, 0.0, ids=jnp.array([3]), queue_ids=jnp.array([3]))
     assert abs(float(value) - (right + wrong) / 2) < 1e-6
-    # A pair of no known image shares nothing, not even with entries of none.
+    # A pair without an image id shares nothing, even with queue entries without one.
     none = jnp.array([IGNORED])
     value = momentum_contrast(x, x, y, x, x, y, 0.5, 0.0, ids=none, queue_ids=none)
     assert abs(float(value) - (right + wrong) / 2) < 1e-6 and right != wrong
@@ -94,19 +94,19 @@ CASES = [(1, 1), (1, 6), (1, 48), (4, 1), (4, 3), (16, 1)]
 
 @pytest.mark.parametrize("with_ids", [False, True])
 @pytest.mark.parametrize("groups, blocks", CASES)
-def test_value_and_gradients_are_the_plain_formulas(groups, blocks, with_ids):
+def test_value_and_gradients_match_the_plain_formula(groups, blocks, with_ids):
     ids = IDS if with_ids else {}
     ours = jax.value_and_grad(lambda *a: momentum_contrast(*a, **ids, groups=groups, blocks=blocks), range(8))
     value, grads = jax.jit(ours)(*FEATURES, T, ALPHA)
-    wanted, slopes = plain_slopes(groups, with_ids)
-    assert abs(float(value - wanted)) <= 2e-6 * float(wanted)
+    expected, slopes = plain_slopes(groups, with_ids)
+    assert abs(float(value - expected)) <= 2e-6 * float(expected)
     for one, other in zip((grads[0], grads[1], grads[6]), slopes):
         assert np.abs(one - other).max() <= 1e-5 * np.abs(other).max()
     for stopped in (*grads[2:6], grads[7]):
         assert not np.any(stopped)
 
 
-def test_gradients_are_slopes_where_the_targets_are_hard():
+def test_gradients_match_finite_differences_where_the_targets_are_hard():
     """With soft targets they are not: the temperature in them has no gradient."""
     features = FEATURES[2:]
 
@@ -126,11 +126,11 @@ def test_a_sharp_temperature_stays_finite():
 def test_bfloat16_features_give_a_float32_loss():
     narrow = [x.astype(jnp.bfloat16) for x in FEATURES]
     value = momentum_contrast(*narrow, T, ALPHA)
-    wanted = momentum_contrast(*(x.astype(jnp.float32) for x in narrow), T, ALPHA)
-    assert value.dtype == jnp.float32 and value == wanted
+    expected = momentum_contrast(*(x.astype(jnp.float32) for x in narrow), T, ALPHA)
+    assert value.dtype == jnp.float32 and value == expected
 
 
-def test_the_whole_matrix_is_nowhere_in_blocks():
+def test_blocks_never_materialise_the_whole_matrix():
     b, q, blocks = 160, 960, 8
     shapes = [jax.ShapeDtypeStruct((b if n < 4 else q, D), jnp.float32) for n in range(6)]
     ids = {name: jax.ShapeDtypeStruct((size,), jnp.int32) for name, size in (("ids", b), ("queue_ids", q))}
@@ -149,7 +149,7 @@ def test_the_whole_matrix_is_nowhere_in_blocks():
         assert largest(blocks, groups) == b * candidates // blocks
 
 
-def test_what_does_not_fit_is_told():
+def test_invalid_arguments_are_refused():
     loss = functools.partial(momentum_contrast, *FEATURES, T, ALPHA)
     with pytest.raises(MmjaxError, match="momentum_contrast: ids without queue_ids"):
         loss(ids=IDS["ids"])
@@ -165,48 +165,48 @@ def test_what_does_not_fit_is_told():
 
 
 def vault(golden_dir, name: str) -> dict[str, np.ndarray]:
-    """Everything that a momentum contrast of a vault takes and gives, features as rows."""
+    """Inputs and results of the momentum contrast of a vault, features as rows."""
     tensors = load_file(golden_dir / f"{name}.safetensors")
-    held = {key: tensors[f"weights/{key}"] for key in ("image_queue", "text_queue", "temp")}
+    weights = {key: tensors[f"weights/{key}"] for key in ("image_queue", "text_queue", "temp")}
     keys = {key: np.ascontiguousarray(tensors[f"outputs/{key}_after"].T) for key in ("image_queue", "text_queue")}
     pointer = next(int(tensors[key][0]) for key in ("weights/queue_ptr", "weights/ptr_queue") if key in tensors)
-    told = {"temp": held["temp"], "image_queue": held["image_queue"].T, "text_queue": held["text_queue"].T}
+    inputs = {"temp": weights["temp"], "image_queue": weights["image_queue"].T, "text_queue": weights["text_queue"].T}
     b = len(tensors["outputs/sim_i2t"])
     for kind in ("image", "text"):
         # What the step enqueued are the momentum features.
-        told[f"{kind}_keys"] = keys[f"{kind}_queue"][pointer : pointer + b]
+        inputs[f"{kind}_keys"] = keys[f"{kind}_queue"][pointer : pointer + b]
     for kind, other, sims in (("image", "text", "sim_i2t"), ("text", "image", "sim_t2i")):
         # Features that are not recorded follow from their similarities to more keys than they have numbers.
-        candidates = np.concatenate([told[f"{other}_keys"], told[f"{other}_queue"]]).astype(np.float64)
-        scaled = tensors[f"outputs/{sims}"].astype(np.float64) * held["temp"]
+        candidates = np.concatenate([inputs[f"{other}_keys"], inputs[f"{other}_queue"]]).astype(np.float64)
+        scaled = tensors[f"outputs/{sims}"].astype(np.float64) * weights["temp"]
         solved = np.linalg.lstsq(candidates, scaled.T, rcond=None)[0].T
         np.testing.assert_allclose(np.linalg.norm(solved, axis=1), 1, rtol=1e-5)
         if f"outputs/{kind}_feat" in tensors:
             np.testing.assert_allclose(solved, tensors[f"outputs/{kind}_feat"], rtol=0, atol=2e-6)
-            np.testing.assert_allclose(told[f"{kind}_keys"], tensors[f"outputs/{kind}_feat_m"], rtol=0, atol=1e-7)
-        told[kind] = tensors.get(f"outputs/{kind}_feat", solved.astype(np.float32))
+            np.testing.assert_allclose(inputs[f"{kind}_keys"], tensors[f"outputs/{kind}_feat_m"], rtol=0, atol=1e-7)
+        inputs[kind] = tensors.get(f"outputs/{kind}_feat", solved.astype(np.float32))
     if "inputs/idx" in tensors:
-        told |= {"ids": tensors["inputs/idx"], "queue_ids": tensors["weights/idx_queue"][0]}
-        assert len(set(told["ids"])) < b
-    return told | {name: tensors[f"outputs/{name}"] for name in ("loss_ita", "grad/temp")}
+        inputs |= {"ids": tensors["inputs/idx"], "queue_ids": tensors["weights/idx_queue"][0]}
+        assert len(set(inputs["ids"])) < b
+    return inputs | {name: tensors[f"outputs/{name}"] for name in ("loss_ita", "grad/temp")}
 
 
 @pytest.mark.parametrize("name", ["albef_pretrain", "albef_retrieval", "blip_pretrain", "blip_retrieval"])
-def test_the_vaults_losses_and_slopes(golden_dir, name):
+def test_recorded_losses_and_gradients(golden_dir, name):
     """The slope of the temperature too: no other loss of the recorded step has one."""
-    told = vault(golden_dir, name)
+    recorded = vault(golden_dir, name)
     alpha = json.loads((golden_dir / f"{name}.json").read_text())["config"]["alpha"]
-    features = [jnp.asarray(told[key]) for key in NAMES]
-    ids = {key: jnp.asarray(told[key]) for key in ("ids", "queue_ids") if key in told}
+    features = [jnp.asarray(recorded[key]) for key in NAMES]
+    ids = {key: jnp.asarray(recorded[key]) for key in ("ids", "queue_ids") if key in recorded}
     loss = jax.value_and_grad(lambda t, blocks: momentum_contrast(*features, t, alpha, **ids, blocks=blocks))
     for blocks in (1, 2):
-        value, slope = loss(jnp.asarray(told["temp"]), blocks)
-        assert abs(float(value - told["loss_ita"])) < 1e-6 * float(told["loss_ita"])
-        assert abs(float(slope - told["grad/temp"])) < 1e-5 * abs(float(told["grad/temp"]))
+        value, slope = loss(jnp.asarray(recorded["temp"]), blocks)
+        assert abs(float(value - recorded["loss_ita"])) < 1e-6 * float(recorded["loss_ita"])
+        assert abs(float(slope - recorded["grad/temp"])) < 1e-5 * abs(float(recorded["grad/temp"]))
 
 
 @pytest.mark.torch
-def test_torch_says_the_same():
+def test_matches_torch():
     import torch
 
     image, text, image_keys, text_keys, image_queue, text_queue = (torch.tensor(np.asarray(x)) for x in FEATURES)
@@ -244,12 +244,12 @@ def over_devices() -> dict[str, float]:
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     rows = {"ids": IDS["ids"], **dict(zip(NAMES[:4], FEATURES))}
-    held = {"queue_ids": IDS["queue_ids"], **dict(zip(NAMES[4:], FEATURES[4:]))}
+    queues = {"queue_ids": IDS["queue_ids"], **dict(zip(NAMES[4:], FEATURES[4:]))}
 
     def loss(weight, t, rows, axis_name=None, groups=1, blocks=1):
         rows = rows | {name: rows[name] @ weight for name in ("image", "text")}
-        how = {"groups": groups, "axis_name": axis_name, "blocks": blocks}
-        return momentum_contrast(temperature=t, alpha=ALPHA, **rows, **held, **how)
+        options = {"groups": groups, "axis_name": axis_name, "blocks": blocks}
+        return momentum_contrast(temperature=t, alpha=ALPHA, **rows, **queues, **options)
 
     for groups, blocks in ((1, 3), (4, 2), (8, 6), (16, 1)):
         slopes = jax.value_and_grad(functools.partial(loss, groups=groups, blocks=blocks), (0, 1))
@@ -258,20 +258,20 @@ def over_devices() -> dict[str, float]:
         def mapped(rows, slopes=slopes):
             return jax.lax.pmean(slopes(weight, T, rows, "data"), "data")
 
-        placed = jax.tree.map(lambda x: jax.device_put(x, spread), rows)
-        found = {
+        sharded = jax.tree.map(lambda x: jax.device_put(x, spread), rows)
+        results = {
             "pmap": jax.tree.map(lambda x: x[0], jax.pmap(mapped, axis_name="data")(share)),
-            "mesh": jax.jit(slopes)(weight, T, placed),
+            "mesh": jax.jit(slopes)(weight, T, sharded),
         }
         whole = jax.jit(jax.value_and_grad(functools.partial(loss, groups=groups), (0, 1)))
         expected = jax.tree.leaves(whole(weight, T, rows))
-        for lift, got in found.items():
-            worst = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(jax.tree.leaves(got), expected))
+        for lift, result in results.items():
+            worst = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(jax.tree.leaves(result), expected))
             errors[f"{groups} {blocks} {lift}"] = worst
     return errors
 
 
-def test_eight_devices_are_one(repository):
+def test_eight_devices_match_one(repository):
     """Groups of several devices, of one, and several of a device."""
     environment = os.environ | {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",

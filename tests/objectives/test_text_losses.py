@@ -40,16 +40,16 @@ def test_distilled_and_summed_by_hand():
     smoothed = 0.9 * hard + 0.1 * soft  # over two entries alike, as this teacher
     np.testing.assert_allclose(text_cross_entropy(logits, labels, label_smoothing=0.1), [smoothed], rtol=1e-6)
     np.testing.assert_allclose(distilled_text_cross_entropy(logits, teacher, labels, 0.1), [smoothed], rtol=1e-6)
-    told = distilled_token_cross_entropy(logits, teacher, labels, 0.25)
-    wanted = [(0.75 * hard + 0.25 * soft) / 2, hard / 2, 2]
-    np.testing.assert_allclose(told, wanted, rtol=1e-6)
-    # Three answers to two questions, one place not filled.
+    outputs = distilled_token_cross_entropy(logits, teacher, labels, 0.25)
+    expected = [(0.75 * hard + 0.25 * soft) / 2, hard / 2, 2]
+    np.testing.assert_allclose(outputs, expected, rtol=1e-6)
+    # Three answers to two questions, and padding.
     losses = jnp.array([1.0, 3.0, 5.0, jnp.nan])
     assert abs(float(answer_loss(losses, jnp.array([0.5, 0.25, 1.0, 0.0]), 2)) - 6.25 / 2) < 1e-6
     assert math.isnan(answer_loss(losses, jnp.array([0.5, 0.25, 1.0, 0.1]), 2))
 
 
-def test_distilled_and_summed_are_the_plain_formulas():
+def test_distilled_and_summed_match_the_plain_formula():
     weight = jnp.arange(1.0, B + 1)
     labels = LABELS.at[2].set(IGNORED)
 
@@ -59,7 +59,7 @@ def test_distilled_and_summed_are_the_plain_formulas():
     def plain(logits, teacher, alpha, smoothing):
         return plain_losses(logits, jax.lax.stop_gradient(teacher), labels, alpha, smoothing)
 
-    for ours, wanted in (
+    for ours, expected in (
         (
             lambda s, t: weight @ text_cross_entropy(s, labels, label_smoothing=0.1),
             lambda s, t: weight @ plain(s, t, 0.0, 0.1).sum(1),
@@ -73,14 +73,14 @@ def test_distilled_and_summed_are_the_plain_formulas():
             lambda s, t: plain(s, t, 0.4, 0.0).sum() / (labels != IGNORED).sum(),
         ),
     ):
-        (value, grads), (expected, others) = slopes(ours), slopes(wanted)
-        assert abs(float(value - expected)) < 2e-6 * float(expected)
+        (value, grads), (expected_value, others) = slopes(ours), slopes(expected)
+        assert abs(float(value - expected_value)) < 2e-6 * float(expected_value)
         assert np.abs(grads[0] - others[0]).max() < 1e-5 * np.abs(others[0]).max()
         assert not np.any(grads[1]) and not np.any(grads[0][2])
     assert text_cross_entropy(LOGITS, labels)[2] == distilled_text_cross_entropy(LOGITS, TEACHER, labels, 0.4)[2] == 0
 
 
-def test_what_is_ignored_has_no_say_and_a_wrong_label_is_told():
+def test_ignored_tokens_do_not_count_and_wrong_labels_give_nan():
     hole = (LABELS == IGNORED)[..., None]
     wrong = LABELS.at[3, 1].set(V)
     broken = [jnp.where(hole, jnp.inf, x) for x in (LOGITS, TEACHER)]
@@ -107,78 +107,79 @@ def recorded(golden_dir):
     return read
 
 
-def near(value, wanted):
-    return np.abs(np.asarray(value) - np.asarray(wanted)).max() < 1e-6 * np.abs(wanted).max()
+def near(value, expected):
+    return np.abs(np.asarray(value) - np.asarray(expected)).max() < 1e-6 * np.abs(expected).max()
 
 
-def test_the_vaults_masked_and_causal_language_models(recorded):
-    told, alpha = recorded("albef_pretrain")
-    student, teacher = told["outputs/mlm_logits"], told["outputs/mlm_logits_m"]
-    loss = distilled_token_cross_entropy(student, teacher, told["inputs/mlm_labels"], alpha).loss
-    assert near(loss, told["outputs/loss_mlm"])
-    told, _ = recorded("blip_pretrain")
-    labels = next_tokens(told["inputs/input_ids"], told["inputs/attention_mask"])
+def test_recorded_masked_and_causal_language_models(recorded):
+    recorded_step, alpha = recorded("albef_pretrain")
+    student, teacher = recorded_step["outputs/mlm_logits"], recorded_step["outputs/mlm_logits_m"]
+    loss = distilled_token_cross_entropy(student, teacher, recorded_step["inputs/mlm_labels"], alpha).loss
+    assert near(loss, recorded_step["outputs/loss_mlm"])
+    recorded_step, _ = recorded("blip_pretrain")
+    labels = next_tokens(recorded_step["inputs/input_ids"], recorded_step["inputs/attention_mask"])
     assert near(
-        token_cross_entropy(told["outputs/lm_logits"], labels, label_smoothing=0.1).loss, told["outputs/loss_lm"]
+        token_cross_entropy(recorded_step["outputs/lm_logits"], labels, label_smoothing=0.1).loss,
+        recorded_step["outputs/loss_lm"],
     )
 
 
-def test_the_vaults_answers(recorded):
-    told, alpha = recorded("albef_vqa")
-    labels = next_tokens(told["inputs/answer_ids"], told["inputs/answer_mask"])
+def test_recorded_answers(recorded):
+    recorded_step, alpha = recorded("albef_vqa")
+    labels = next_tokens(recorded_step["inputs/answer_ids"], recorded_step["inputs/answer_mask"])
     # The momentum model's last position is cut off in the record; nothing is counted there.
-    teacher = jnp.pad(told["outputs/answer_logits_m"], ((0, 0), (0, 1), (0, 0)))
-    weights, questions = told["inputs/weights"], len(told["inputs/k"])
+    teacher = jnp.pad(recorded_step["outputs/answer_logits_m"], ((0, 0), (0, 1), (0, 0)))
+    weights, questions = recorded_step["inputs/weights"], len(recorded_step["inputs/k"])
 
     def loss(bias):
-        losses = distilled_text_cross_entropy(told["outputs/answer_logits"] + bias, teacher, labels, alpha)
+        losses = distilled_text_cross_entropy(recorded_step["outputs/answer_logits"] + bias, teacher, labels, alpha)
         return answer_loss(losses, weights, questions), losses
 
     (value, losses), slope = jax.value_and_grad(loss, has_aux=True)(jnp.zeros(teacher.shape[-1]))
-    assert near(losses, told["outputs/answer_loss"]) and near(value, told["outputs/loss"])
-    assert near(slope, told["outputs/grad/text_decoder.cls.predictions.bias"])
+    assert near(losses, recorded_step["outputs/answer_loss"]) and near(value, recorded_step["outputs/loss"])
+    assert near(slope, recorded_step["outputs/grad/text_decoder.cls.predictions.bias"])
 
-    told, _ = recorded("blip_vqa")
-    labels = next_tokens(told["inputs/answer_ids"], told["inputs/answer_mask"])
-    losses = text_cross_entropy(told["outputs/answer_logits"], labels, label_smoothing=0.1)
-    value = answer_loss(losses, told["inputs/weights"], len(told["inputs/n"]))
-    assert near(losses, told["outputs/answer_loss"]) and near(value, told["outputs/loss"])
+    recorded_step, _ = recorded("blip_vqa")
+    labels = next_tokens(recorded_step["inputs/answer_ids"], recorded_step["inputs/answer_mask"])
+    losses = text_cross_entropy(recorded_step["outputs/answer_logits"], labels, label_smoothing=0.1)
+    value = answer_loss(losses, recorded_step["inputs/weights"], len(recorded_step["inputs/n"]))
+    assert near(losses, recorded_step["outputs/answer_loss"]) and near(value, recorded_step["outputs/loss"])
 
 
 @pytest.mark.parametrize("devices", [2, 3])
-def test_the_mean_over_devices_is_the_global_batchs(devices):
+def test_mean_over_devices_is_the_global_loss(devices):
     labels = LABELS.at[0].set(IGNORED)
 
     def share(bias, logits, teacher, labels, axis_name=None):
-        told = distilled_token_cross_entropy(logits + bias, teacher, labels, 0.4, axis_name=axis_name)
-        return told.loss, told
+        outputs = distilled_token_cross_entropy(logits + bias, teacher, labels, 0.4, axis_name=axis_name)
+        return outputs.loss, outputs
 
     whole = LOGITS, TEACHER, labels
     cut = [x.reshape(devices, -1, *x.shape[1:]) for x in whole]
     slopes = jax.grad(share, has_aux=True)
     mapped = jax.vmap(lambda *a: slopes(*a, "data"), (None, 0, 0, 0), axis_name="data")
-    grads, told = jax.jit(mapped)(jnp.zeros(V), *cut)
+    grads, outputs = jax.jit(mapped)(jnp.zeros(V), *cut)
     expected, one = jax.jit(slopes)(jnp.zeros(V), *whole)
-    np.testing.assert_allclose([x.mean() for x in told], one, rtol=1e-6)
+    np.testing.assert_allclose([x.mean() for x in outputs], one, rtol=1e-6)
     np.testing.assert_allclose(grads.mean(0), expected, rtol=0, atol=1e-6 * float(jnp.abs(expected).max()))
 
 
 @pytest.mark.torch
-def test_torch_says_the_same():
+def test_matches_torch():
     import torch
 
     student = torch.tensor(np.asarray(LOGITS), requires_grad=True)
     labels = torch.tensor(np.asarray(LABELS), dtype=torch.long)
     soft = torch.softmax(torch.tensor(np.asarray(TEACHER)), -1)
     functional = torch.nn.functional
-    told = functional.cross_entropy(student.reshape(-1, V), labels.reshape(-1), reduction="none").reshape(B, L)
-    taught = -(soft * functional.log_softmax(student, -1)).sum(-1) * (labels != IGNORED)
-    wanted = ((0.6 * told + 0.4 * taught).sum(1) * torch.tensor(np.asarray(WEIGHTS[:, 0]))).sum() / 4
-    wanted.backward()
+    hard = functional.cross_entropy(student.reshape(-1, V), labels.reshape(-1), reduction="none").reshape(B, L)
+    soft_loss = -(soft * functional.log_softmax(student, -1)).sum(-1) * (labels != IGNORED)
+    expected = ((0.6 * hard + 0.4 * soft_loss).sum(1) * torch.tensor(np.asarray(WEIGHTS[:, 0]))).sum() / 4
+    expected.backward()
 
     def loss(logits):
         return answer_loss(distilled_text_cross_entropy(logits, TEACHER, LABELS, 0.4), WEIGHTS[:, 0], 4)
 
     value, grad = jax.jit(jax.value_and_grad(loss))(LOGITS)
-    assert abs(float(value) - wanted.item()) < 2e-6 * wanted.item()
+    assert abs(float(value) - expected.item()) < 2e-6 * expected.item()
     assert student.grad is not None and np.abs(grad - student.grad.numpy()).max() < 1e-5 * np.abs(grad).max()

@@ -12,7 +12,7 @@ from mmjax.errors import MmjaxError
 from mmjax.models.albef.method import ForwardPasses
 from mmjax.nn.groups import group_places, take_in_group
 from mmjax.objectives.classification import hits, softmax_cross_entropy
-from mmjax.objectives.matching import draw_negatives, negative_log_weights
+from mmjax.objectives.matching import sample_negatives, negative_log_weights
 from mmjax.training.partition import FROZEN
 from mmjax.training.rng import example_keys, named
 from mmjax.training.state import Carry
@@ -76,9 +76,9 @@ class TextAssignment(ForwardPasses):
         keys = [example_keys(named(rng, name), len(weights), axis_name) for name in ("label", "other", "further")]
         labels = jax.vmap(lambda key: jax.random.randint(key, (), 0, 3))(keys[0])
         own = group_places(len(weights), self.groups, axis_name)
-        other = draw_negatives(keys[1], weights)
+        other = sample_negatives(keys[1], weights)
         rest = jnp.where(other[:, None] == jnp.arange(weights.shape[1]), -jnp.inf, weights)
-        further = draw_negatives(keys[2], rest)
+        further = sample_negatives(keys[2], rest)
         first = jnp.where(labels == 0, own, other)
         second = jnp.where(labels == 0, other, jnp.where(labels == 1, own, further))
         return first, second, labels

@@ -12,7 +12,7 @@ from mmjax.channels import CLIP_MEAN, CLIP_STD
 from mmjax.models.albef.network import MOMENTUM, Albef, AlbefConfig, tied, untied
 from mmjax.nn.groups import take_in_group
 from mmjax.objectives.language import IGNORED
-from mmjax.objectives.matching import draw_negatives, matching_loss, negative_log_weights
+from mmjax.objectives.matching import sample_negatives, matching_loss, negative_log_weights
 from mmjax.objectives.momentum_contrast import momentum_contrast
 from mmjax.training.method import Method
 from mmjax.training.queue import Queue, create_queue, enqueue
@@ -211,7 +211,7 @@ class Alignment(MomentumDistillation):
         """Places in the group: of a negative image for each text, and of a negative text for each image."""
         weights = self.hardness(params, batch, told, axis_name)
         keys = (example_keys(named(rng, name), len(w), axis_name) for name, w in zip(("images", "texts"), weights))
-        images, texts = (draw_negatives(key, w) for key, w in zip(keys, weights))
+        images, texts = (sample_negatives(key, w) for key, w in zip(keys, weights))
         return images, texts
 
     def match(
