@@ -12,7 +12,7 @@ from mmjax.errors import MmjaxError
 from mmjax.models.albef.method import ForwardPasses
 from mmjax.nn.groups import group_places, take_in_group
 from mmjax.objectives.classification import hits, softmax_cross_entropy
-from mmjax.objectives.matching import sample_negatives, negative_log_weights
+from mmjax.objectives.matching import negative_log_weights, sample_negatives
 from mmjax.training.partition import FROZEN
 from mmjax.training.rng import example_keys, named
 from mmjax.training.state import Carry

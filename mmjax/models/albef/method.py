@@ -12,7 +12,7 @@ from mmjax.channels import CLIP_MEAN, CLIP_STD
 from mmjax.models.albef.network import MOMENTUM, Albef, AlbefConfig, tied, untied
 from mmjax.nn.groups import take_in_group
 from mmjax.objectives.language import IGNORED
-from mmjax.objectives.matching import sample_negatives, matching_loss, negative_log_weights
+from mmjax.objectives.matching import matching_loss, negative_log_weights, sample_negatives
 from mmjax.objectives.momentum_contrast import momentum_contrast
 from mmjax.training.method import Method
 from mmjax.training.queue import Queue, create_queue, enqueue
