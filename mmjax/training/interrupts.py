@@ -1,5 +1,6 @@
-"""Signals that ask a run to stop."""
+"""Signals that stop a run."""
 
+import os
 import signal
 import threading
 import types
@@ -9,7 +10,11 @@ import jax
 
 
 class Interrupts:
-    """While entered, SIGTERM and SIGINT (the first as the tenth) leave a note that the loop reads between steps."""
+    """While entered, SIGTERM and SIGINT (Ctrl-C) stop the run after a step instead of at once, however many come.
+
+    Several processes stop after the same step, whichever of them the signal reached: JAX's preemption service agrees on
+    it. That service listens to SIGTERM alone, so there a process that is interrupted sends itself SIGTERM.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -17,9 +22,11 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
-            # Several processes must stop at the same step: there SIGTERM is left to JAX's preemption service.
-            numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
-            self._previous = {number: signal.signal(number, self._note) for number in numbers}
+            several = jax.process_count() > 1
+            handlers = {signal.SIGINT: self._forward if several else self._note}
+            if not several:
+                handlers[signal.SIGTERM] = self._note
+            self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -29,10 +36,17 @@ class Interrupts:
     def _note(self, number: int, _: types.FrameType | None) -> None:
         self.received = signal.Signals(number).name
 
+    def _forward(self, number: int, frame: types.FrameType | None) -> None:
+        self._note(number, frame)
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def requested(self, step: int) -> str | None:
-        """The signal after which to stop before the next step; all processes get the same answer for a step."""
+        """The signal after which to stop before the next step; all processes get an answer for the same step.
+
+        A process that only follows the others reports SIGTERM.
+        """
         if jax.process_count() == 1:
             return self.received
         from jax.experimental import multihost_utils
 
-        return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
+        return (self.received or "SIGTERM") if multihost_utils.reached_preemption_sync_point(step) else None

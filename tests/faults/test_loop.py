@@ -214,16 +214,25 @@ def finish(runs, code=0):
 
 
 def test_two_processes_stop_at_one_step_and_resume_in_the_same_bits(runner, tmp_path):
+    """Whichever process a signal reaches: SIGTERM the first, then in the resumed run Ctrl-C the second."""
     flags = ("--lift", "mesh", "--checkpoint-every", 25)
-    finish(cluster(runner, tmp_path / "clean", *flags))
-    runs = cluster(runner, tmp_path / "run", *flags, "--delay", 0.02)
-    assert wait_for(runs[0], lambda: (tmp_path / "run/metrics.jsonl").exists())
-    for run in runs:
-        run.send_signal(signal.SIGTERM)
-        time.sleep(0.05)
-    first, second = finish(runs)
-    assert "SIGTERM: saved step" in first
-    assert "saved step" not in second
+    clean = cluster(runner, tmp_path / "clean", *flags)
+    begun = 0
+    for target, number in ((0, signal.SIGTERM), (1, signal.SIGINT)):
+        runs = cluster(runner, tmp_path / "run", *flags, "--delay", 0.02)
+        assert wait_for(runs[0], lambda: last_logged(tmp_path / "run") > begun)  # noqa: B023
+        runs[target].send_signal(number)
+        first, second = finish(runs)
+        assert "SIGTERM: saved step" in first, first
+        assert "saved step" not in second
+        step = max(map(int, os.listdir(tmp_path / "run/checkpoints")))
+        assert begun < step < STEPS
+        begun = step
+    finish(clean)
     finish(cluster(runner, tmp_path / "run", *flags))
     assert manifest(tmp_path / "run") == manifest(tmp_path / "clean")
     assert len(json.loads(manifest(tmp_path / "run"))["data"]) == 2
+
+
+def last_logged(workdir):
+    return max(losses(workdir), default=0) if (workdir / "metrics.jsonl").exists() else 0
