@@ -61,8 +61,12 @@ class Config(FineTuningRecipe[LabelledText]):
         return () if self.regression else class_names(train if self.test else [*train, *held])
 
     @property
+    def class_labels(self) -> tuple[str, ...]:
+        return self.classes
+
+    @property
     def heads(self) -> dict[str, Any]:
-        return {"pooler": True, "classes": len(self.classes) or 1, "labels": self.classes}
+        return {"pooler": True, "classes": len(self.classes) or 1}
 
     def _columns(self, examples: Sequence[LabelledText]) -> dict[str, np.ndarray]:
         return classified_columns(examples, self.tokenizer, self.length, self.classes)

@@ -56,8 +56,12 @@ class Config(FineTuningRecipe[TaggedWords]):
         return tag_names(train if self.test else [*train, *held])
 
     @property
+    def class_labels(self) -> tuple[str, ...]:
+        return self.tags
+
+    @property
     def heads(self) -> dict[str, Any]:
-        return {"pooler": False, "token_classes": len(self.tags), "labels": self.tags}
+        return {"pooler": False, "token_classes": len(self.tags)}
 
     @functools.cached_property
     def train_columns(self) -> Mapping[str, np.ndarray]:

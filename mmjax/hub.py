@@ -1,4 +1,4 @@
-"""load, save, export: between a folder, a weight file, a workdir or a hub id, and a model ready to be asked.
+"""load, save, export: a folder, a weight file, a workdir or a hub id <-> a loaded model.
 
     vlm = mmjax.load("openai/clip-vit-base-patch32")     # Hugging Face's hub
     vlm = mmjax.load("ViT-B-32.pt")                      # a published file
@@ -6,15 +6,13 @@
     vlm = mmjax.load("runs/clip/checkpoints/2000")       # what `mmjax train` wrote
     mmjax.export(vlm, "folder", layout="hf")             # for transformers
 
-The layout is recognised by its keys; nothing is ever loaded in part.
+The layout is recognised by its keys. A model is loaded whole or not at all.
 """
 
 import dataclasses
 import io
 import json
-import os
 import pathlib
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -22,30 +20,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmjax.data.labels import LABELS, labels_from_hf, labels_to_hf, read_labels, write_labels
 from mmjax.data.preprocess import ImagePreprocessing, from_hf
 from mmjax.errors import MmjaxError
-from mmjax.interface.config import config_from_json
+from mmjax.interface.config import config_from_json, differences
 from mmjax.interface.model import Model
 from mmjax.models import SYSTEMS, System
 from mmjax.nn import int8
 from mmjax.tree import flatten, map_with_path, matches
 from mmjax.weights.files import parse_json, read_weights, write_atomically, write_safetensors
 from mmjax.weights.records import Weights
+from mmjax.weights.source import Source, find_weight_file, resolve_source
 from mmjax.weights.table import Entry, Layout, WeightsError, load_table, save_table
 
-NAMES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "open_clip_model.safetensors",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "open_clip_pytorch_model.bin",
-)
-"""The names under which folders hold their weights, the preferred first."""
+WEIGHTS = "model.safetensors"
+"""The weights of our own format."""
 
 TOKENIZER = "tokenizer.json"
 
-Source = str | os.PathLike[str]
+SIDECAR = "mmjax"
+"""The key of an exported config.json under which mmjax finds what the layout itself cannot hold."""
+
+TRAINING_FIELDS = frozenset(
+    {
+        *("dtype", "remat", "init", "init_std", "head_bias", "zero_init_residual", "init_temperature", "init_bias"),
+        *("dropout", "attention_dropout", "activation_dropout", "drop_path", "bn_momentum"),
+        *("temperature", "momentum", "alpha", "queue", "by_image", "holds_state"),
+        "rule",
+    }
+)
+"""Fields of configs that do not change what a loaded model computes on inputs of its own size: layouts lack most of
+them, and an export does not count them as lost. `rule` interpolates positions to other image sizes."""
+
+
+class LossyExport(MmjaxError):
+    """A layout that cannot hold all of a model; the message lists what is lost."""
 
 
 def load(
@@ -55,64 +64,67 @@ def load(
     dtype: Literal["float32", "bfloat16"] | None = None,
     weights: Literal["int8"] | None = None,
 ) -> Model:
-    """Loads a model with its tokenizer and preprocessing.
+    """Loads a model with its tokenizer, preprocessing and class names.
 
-    source: a folder (Hugging Face's, or one of `save`), a weight file, a workdir of `mmjax train` or one of its
-        checkpoints, or a hub id such as "google/vit-base-patch16-224".
+    source: a folder (Hugging Face's, an export, or one of `save`), a weight file, a workdir of `mmjax train` or one of
+        its checkpoints, or a hub id such as "google/vit-base-patch16-224".
     layout: "system/layout" or "layout", for files that more than one layout could have written.
-    dtype: what parameters are kept in and computed with. By default as the file's layout says, which is float32.
-    weights: "int8": the matrices of a language model or T5, embeddings too, are kept in int8 with a float32 scale a
-        channel, for a frozen model that is large for its device (extra int8); what is computed stays in `dtype`.
-    Parameters take their form one at a time: the device never holds more than these, and one of them as it was.
-    Raises MmjaxError: nothing there, an architecture that no system knows, weights that do not fit, or int8 asked of a
+    dtype: of the parameters and of the computation. By default as the file's layout prescribes, which is float32.
+    weights: "int8": the matrices of a language model or T5, embeddings too, are stored in int8 with a float32 scale a
+        channel, for a frozen model that is large for its device (extra int8); activations stay in `dtype`.
+    Parameters are converted one at a time: the device never holds more than these and one unconverted array.
+    `notes` of the model lists what no file determines and was assumed.
+    Raises MmjaxError: no such file, an architecture that no system knows, weights that do not fit, or int8 for a
     system that has none.
     """
     if dtype not in (None, "float32", "bfloat16"):
-        raise MmjaxError(f"dtype={dtype!r}: parameters are kept in float32 or bfloat16")
+        raise MmjaxError(f"dtype={dtype!r}: parameters are float32 or bfloat16")
     if weights not in (None, "int8"):
-        raise MmjaxError(f"weights={weights!r}: matrices are kept in int8, or by default (None) in the dtype")
-    path = _resolve(source)
+        raise MmjaxError(f"weights={weights!r}: matrices are stored in int8, or by default (None) in the dtype")
+    path = resolve_source(source)
     folder = path if path.is_dir() else path.parent
     if path.is_dir() and path.parent.name == "checkpoints":
-        read = _load_checkpoint(path.parent.parent, path)
-    elif _is_own(folder) and (path.is_dir() or path.name == NAMES[0]):
-        read = _load_own(folder)
+        parts = _load_checkpoint(path.parent.parent, path)
+    elif _is_own(folder) and (path.is_dir() or path.name == WEIGHTS):
+        parts = _load_own(folder)
     else:
-        read = _load_public(path, layout)
-    return _assemble(read, dtype, weights)
+        parts = _load_public(path, layout)
+    return _assemble(parts, dtype, weights)
 
 
 def save(model: Model, folder: Source) -> None:
-    """Writes our own format: config.json, model.safetensors, tokenizer.json. `load` gives the same bits back.
+    """Writes our own format: config.json, model.safetensors, tokenizer.json, labels.json; `load` restores every bit.
 
     Raises MmjaxError for weights in int8.
     """
     _refuse_int8(model, "saved")
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    variables = {"params": model.params} | ({"stats": model.stats} if model.stats else {})
-    told: dict[str, Any] = {"system": model.system, "model": dataclasses.asdict(model.config)}
-    told |= {"preprocess": dataclasses.asdict(model.preprocess), "layout": model.layout}
-    told |= {"tokenizer": TOKENIZER if model.save_tokenizer(folder / TOKENIZER) else None}
-    arrays = {key: np.asarray(leaf) for key, leaf in flatten(variables).items()}
-    write_safetensors(folder / NAMES[0], arrays, {"format": "mmjax"})
-    write_atomically(folder / "config.json", [_json(told)])
+    tokenizer = TOKENIZER if model.save_tokenizer(folder / TOKENIZER) else None
+    arrays = {key: np.asarray(leaf) for key, leaf in flatten(_variables(model)).items()}
+    write_safetensors(folder / WEIGHTS, arrays, {"format": "mmjax"})
+    if model.labels:
+        write_labels(model.labels, folder)
+    write_atomically(folder / "config.json", [_json(_description(model, model.layout) | {"tokenizer": tokenizer})])
 
 
-def export(model: Model, folder: Source, layout: str = "hf") -> None:
+def export(model: Model, folder: Source, layout: str = "hf", *, lossy: bool = True) -> tuple[str, ...]:
     """Writes a public layout: weights, config.json and preprocessor_config.json where the layout has them, tokenizer.
 
-    Raises MmjaxError for a layout that the system does not have, or that cannot hold this model, as none does int8.
+    Returns what the layout cannot hold, a phrase each: a program other than mmjax assumes other values. mmjax loses
+    nothing: it reads them from an entry of config.json ("mmjax") and from labels.json, which are written beside.
+    lossy: False raises in place of writing anything that a layout cannot hold.
+    Raises MmjaxError: a layout that the system does not have, or that cannot hold this model; weights in int8.
+    Raises LossyExport, an MmjaxError: a loss with lossy=False.
     """
     _refuse_int8(model, "exported")
+    chosen = _layout(model, layout)
+    arrays = save_table(chosen.table(model.config), jax.tree.map(np.asarray, _variables(model)))
+    config_json = None if chosen.hf_config is None else chosen.hf_config(model.config)
+    losses = _losses(model, chosen, arrays, config_json)
+    if losses and not lossy:
+        raise LossyExport(f"the layout {layout!r} of {model.system} cannot hold {'; '.join(losses)}")
     folder = pathlib.Path(folder)
-    layouts = {candidate.name: candidate for candidate in _system(model.system, "export").layouts}
-    if layout not in layouts:
-        known = ", ".join(layouts) or "no public layout; `mmjax.save` writes our own"
-        raise MmjaxError(f"layout={layout!r}: {model.system} is exported as {known}")
-    chosen = layouts[layout]
-    variables = {"params": model.params} | ({"stats": model.stats} if model.stats else {})
-    arrays = save_table(chosen.table(model.config), jax.tree.map(np.asarray, variables))
     folder.mkdir(parents=True, exist_ok=True)
     if chosen.file.endswith(".npz"):
         buffer = io.BytesIO()
@@ -121,73 +133,79 @@ def export(model: Model, folder: Source, layout: str = "hf") -> None:
     else:
         write_safetensors(folder / chosen.file, arrays, {"format": "pt"})
     model.save_tokenizer(folder / TOKENIZER)
-    if chosen.hf_config is not None:
-        write_atomically(folder / "config.json", [_json(chosen.hf_config(model.config))])
-        if "pixel_values" in model.example(model.config):
-            write_atomically(folder / "preprocessor_config.json", [_json(model.preprocess.to_hf())])
+    if config_json is not None and "pixel_values" in model.example(model.config):
+        write_atomically(folder / "preprocessor_config.json", [_json(model.preprocess.to_hf())])
+    if config_json is not None and _holds_labels(config_json):
+        config_json = config_json | labels_to_hf(model.labels, model.num_classes(model.config))
+    elif model.labels:
+        write_labels(model.labels, folder)
+    if config_json is None or losses:
+        config_json = (config_json or {}) | {SIDECAR: _description(model, chosen.name)}
+    write_atomically(folder / "config.json", [_json(config_json)])
+    return losses
 
 
-def _refuse_int8(model: Model, done: str) -> None:
+def _variables(model: Model) -> dict[str, Any]:
+    return {"params": model.params} | ({"stats": model.stats} if model.stats else {})
+
+
+def _description(model: Model, layout: str) -> dict[str, Any]:
+    """All but the weights, the labels and the tokenizer, as JSON; `_read_description` is the other direction."""
+    description = {"system": model.system, "model": dataclasses.asdict(model.config)}
+    return description | {"preprocess": dataclasses.asdict(model.preprocess), "layout": layout}
+
+
+def _refuse_int8(model: Model, verb: str) -> None:
     if int8.holds_int8(model.params):
         raise MmjaxError(
-            f"a model loaded with weights='int8' is not {done}: its weights are rounded. Load it without, and "
-            f"that is {done}; rounding takes place whenever it is loaded with weights='int8'"
+            f"a model loaded with weights='int8' is not {verb}: its weights are rounded. Load it without, and "
+            f"that is {verb}; rounding takes place whenever it is loaded with weights='int8'"
         )
 
 
-# -------------------------------------------------------------------------------------------------- where the files are
+def _layout(model: Model, name: str) -> Layout:
+    layouts = {layout.name: layout for layout in _system(model.system, "export").layouts}
+    if name not in layouts:
+        known = ", ".join(layouts) or "no public layout; `mmjax.save` writes our own"
+        raise MmjaxError(f"layout={name!r}: {model.system} is exported as {known}")
+    return layouts[name]
 
 
-def _resolve(source: Source) -> pathlib.Path:
-    path = pathlib.Path(source)
-    if path.exists():
-        return path
-    if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not path.parent.exists():
-        return _download(source)
-    raise MmjaxError(f"{source}: neither a file nor a folder, nor a hub id of the form owner/name")
-
-
-def _download(name: str) -> pathlib.Path:
-    """A snapshot of a hub repository: its safetensors, or where there are none its PyTorch files."""
-    import huggingface_hub
-
-    small = ["*.json", "*.txt", "*.model", "*.spm"]
+def _losses(
+    model: Model, layout: Layout, arrays: Mapping[str, np.ndarray], config_json: Mapping[str, Any] | None
+) -> tuple[str, ...]:
+    """What a program that reads these files would get wrong: the model is compared with what `load` makes of them."""
     try:
-        folder = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=[*small, "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):
-            folder = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=[*small, "*.bin", "*.npz"]))
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise MmjaxError(f"{name}: not a file or folder, and the hub did not give it: {error}") from error
-    return folder
-
-
-def _weight_file(path: pathlib.Path) -> pathlib.Path:
-    """The weights of a folder; a file is itself."""
-    if path.is_file():
-        return path
-    for name in NAMES:
-        if (path / name).is_file():
-            return path / name
-    found = sorted(
-        file for file in path.iterdir() if file.suffix in (".safetensors", ".npz", ".pt", ".pth", ".bin", ".gguf")
-    )
-    if len(found) == 1:
-        return found[0]
-    told = f"several weight files ({', '.join(file.name for file in found)}); name one" if found else "no weight file"
-    raise MmjaxError(f"{path} holds {told}")
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
-    return parse_json(path.read_bytes(), path) if path.is_file() else None
+        config = layout.config({key: array.shape for key, array in arrays.items()}, config_json)
+    except MmjaxError as error:  # nothing that other programs would assume
+        return (f"its config: {error}",)
+    unequal = differences(model.config, config)
+    losses = [
+        f"{path}={value!r} (read as {other!r})"
+        for path, (value, other) in unequal.items()
+        if path.rpartition(".")[2] not in TRAINING_FIELDS
+    ]
+    if config_json is None and "pixel_values" in model.example(model.config):
+        usual = model.default_preprocess(model.config, layout.name)
+        if dataclasses.replace(model.preprocess, crop_rounding=usual.crop_rounding) != usual:
+            losses.append(f"{model.preprocess} (read as {usual})")
+    named = model.num_classes(model.config) and model.labels != model.default_labels(model.config)
+    if named and not _holds_labels(config_json):
+        losses.append(f"the names of its {len(model.labels)} classes")
+    return tuple(losses)
 
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
+    return parse_json(path.read_bytes(), path) if path.is_file() else None
+
+
 def _is_own(folder: pathlib.Path) -> bool:
-    told = _read_json(folder / "config.json")
-    return told is not None and "system" in told and "model" in told
+    config_json = _read_json(folder / "config.json")
+    return config_json is not None and "system" in config_json and "model" in config_json
 
 
 def _system(name: str, place: str) -> System:
@@ -197,11 +215,25 @@ def _system(name: str, place: str) -> System:
     raise MmjaxError(f"{place}: no system is called {name!r}; there are {', '.join(s.name for s in SYSTEMS)}")
 
 
+def _holds_labels(config_json: Mapping[str, Any] | None) -> bool:
+    """Whether it is a config.json of transformers, which has a field for the names of classes."""
+    return config_json is not None and "model_type" in config_json
+
+
+def _labels(folder: pathlib.Path, config_json: Mapping[str, Any], kind: type[Model], config: Any) -> tuple[str, ...]:
+    """From labels.json, else the id2label of config.json, else those that are published."""
+    n = kind.num_classes(config)
+    labels = read_labels(folder)
+    if n and len(labels) not in (0, n):
+        raise MmjaxError(f"{folder / LABELS} has {len(labels)} names for the {n} classes of the head")
+    return labels or labels_from_hf(config_json, n) or kind.default_labels(config)
+
+
 # ------------------------------------------------------------------------------------------------------- public layouts
 
 
-class _Read(NamedTuple):
-    """What a model is assembled from. variables: {"params", "stats"}, on the host. fields: the handle's other ones."""
+class _Parts(NamedTuple):
+    """What a model is assembled from. variables: {"params", "stats"}, on the host. fields: the model's other ones."""
 
     kind: type[Model]
     config: Any
@@ -225,35 +257,75 @@ class _Renamed(Mapping[str, Any]):
         return len(self.names)
 
 
-def _load_public(path: pathlib.Path, wanted: str | None) -> _Read:
-    file = _weight_file(path)
+def _load_public(path: pathlib.Path, layout_name: str | None) -> _Parts:
+    file = find_weight_file(path)
     folder = file.parent
     if file.suffix == ".gguf":
-        weights, told, tokenizer = _read_gguf(file)
+        weights, config_json, tokenizer = _read_gguf(file)
     else:
         weights, tokenizer = read_weights(file), None
-        told = _read_json(folder / "config.json") or _read_json(folder / "open_clip_config.json")
-    system, layout, names = recognise(weights, told, wanted)
-    shapes = {name: weights.shapes[key] for name, key in names.items()}
+        config_json = _read_json(folder / "config.json") or _read_json(folder / "open_clip_config.json")
+    sidecar = (config_json or {}).get(SIDECAR)
+    if sidecar is not None and layout_name is None:
+        layout_name = f"{sidecar.get('system')}/{sidecar.get('layout')}"
+    system, layout, names = recognise(weights, config_json, layout_name)
+    kind, notes = system.model, ()
+    preprocess_json = _read_json(folder / "preprocessor_config.json")
+    if sidecar is not None:
+        _, config, fields = _read_description(sidecar, f"{folder / 'config.json'}: {SIDECAR}")
+    else:
+        config = _infer_config(weights, names, system, layout, config_json)
+        preprocess = from_hf(preprocess_json) if preprocess_json else kind.default_preprocess(config, layout.name)
+        fields = {"preprocess": preprocess, "layout": layout.name}
+        notes = _notes(weights.file, layout, config, config_json, preprocess_json)
+    variables = load_table(layout.table(config), _Renamed(weights.arrays, names), kind.shapes(config), weights.file)
+    fields["tokenizer"] = tokenizer or kind.load_tokenizer(folder / TOKENIZER)
+    fields["labels"] = _labels(folder, config_json or {}, kind, config)
+    return _Parts(kind, config, variables, fields | {"notes": notes})
+
+
+def _infer_config(
+    weights: Weights,
+    names: Mapping[str, str],
+    system: System,
+    layout: Layout,
+    config_json: Mapping[str, Any] | None,
+) -> Any:
+    """The config, from the shapes of the arrays and config.json. Raises WeightsError naming the file."""
     try:
-        config = layout.config(shapes, told)
+        return layout.config({name: weights.shapes[key] for name, key in names.items()}, config_json)
     except MmjaxError as error:
         raise WeightsError(f"{weights.file}: {error}") from error
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise WeightsError(
-            f"{weights.file} looks like {system.name} in the {layout.name} layout, but its config cannot be told "
-            f"from it: {type(error).__name__}: {error}"
+            f"{weights.file} looks like {system.name} in the {layout.name} layout, but its config cannot be "
+            f"determined from it: {type(error).__name__}: {error}"
         ) from error
-    kind = system.model
-    arrays = _Renamed(weights.arrays, names)
-    variables = load_table(layout.table(config), arrays, kind.shapes(config), weights.file)
-    preprocess = _read_json(folder / "preprocessor_config.json")
-    fields = {
-        "tokenizer": tokenizer or kind.load_tokenizer(folder / TOKENIZER),
-        "preprocess": from_hf(preprocess) if preprocess else kind.default_preprocess(config, layout.name),
-        "layout": layout.name,
-    }
-    return _Read(kind, config, variables, fields)
+
+
+def _notes(
+    file: str, layout: Layout, config: Any, config_json: Mapping[str, Any] | None, preprocess_json: Any
+) -> tuple[str, ...]:
+    """What was assumed, if anything. A config.json of transformers leaves out the defaults of its class."""
+    if _holds_labels(config_json):
+        return ()
+    assumed = []
+    for path, key in layout.assumed.items():
+        value: Any = config_json
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None or (path == "preprocess" and preprocess_json):
+            continue
+        if path == "preprocess":
+            assumed.append("the image preprocessing")
+            continue
+        value = config
+        for part in path.split("."):
+            value = getattr(value, part, None)
+        assumed.append(f"{path}={value!r}")
+    if not assumed:
+        return ()
+    return (f"{file}: assumed for the {layout.name} layout, as no file determines it: {', '.join(assumed)}",)
 
 
 def _read_gguf(file: pathlib.Path) -> tuple[Weights, dict[str, Any], Any]:
@@ -261,83 +333,84 @@ def _read_gguf(file: pathlib.Path) -> tuple[Weights, dict[str, Any], Any]:
     from mmjax.text.gguf_tokenizer import tokenizer_from_gguf
     from mmjax.weights import gguf
 
-    read = gguf.read_gguf(file)
-    return gguf.hf_weights(read), gguf.hf_config(read), tokenizer_from_gguf(read.metadata, str(file))
+    contents = gguf.read_gguf(file)
+    return gguf.hf_weights(contents), gguf.hf_config(contents), tokenizer_from_gguf(contents.metadata, str(file))
 
 
 def recognise(
-    weights: Weights, config_json: Mapping[str, Any] | None = None, wanted: str | None = None
+    weights: Weights, config_json: Mapping[str, Any] | None = None, layout: str | None = None
 ) -> tuple[System, Layout, dict[str, str]]:
     """The one system and layout whose keys these are, and {key of the table: key of the file}.
 
-    wanted: "layout" or "system/layout". Raises WeightsError when none fits, or more than one.
+    layout: "layout" or "system/layout", to choose among several.
+    Raises WeightsError when none fits, or more than one.
     """
-    found: list[tuple[System, Layout, dict[str, str]]] = []
+    fitting: list[tuple[System, Layout, dict[str, str]]] = []
     for system in SYSTEMS:
-        for layout in system.layouts:
-            if wanted is not None and wanted not in (layout.name, f"{system.name}/{layout.name}"):
+        for candidate in system.layouts:
+            if layout is not None and layout not in (candidate.name, f"{system.name}/{candidate.name}"):
                 continue
             try:
-                names = layout.unwrap(weights.arrays, weights.file)
+                names = candidate.unwrap(weights.arrays, weights.file)
             except WeightsError:
                 continue  # two keys of one name: some other layout's file
-            if layout.recognise(names.keys(), config_json):
-                found.append((system, layout, names))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        told = ", ".join(f"{system.name}/{layout.name}" for system, layout, _ in found)
-        raise WeightsError(f"{weights.file}: more than one layout fits: {told}; choose one with layout=")
-    known = ", ".join(f"{system.name}/{layout.name}" for system in SYSTEMS for layout in system.layouts)
+            if candidate.recognise(names.keys(), config_json):
+                fitting.append((system, candidate, names))
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        listed = ", ".join(f"{system.name}/{candidate.name}" for system, candidate, _ in fitting)
+        raise WeightsError(f"{weights.file}: more than one layout fits: {listed}; choose one with layout=")
+    known = ", ".join(f"{system.name}/{candidate.name}" for system in SYSTEMS for candidate in system.layouts)
     keys = list(weights.arrays)
-    told = f"config.json says {config_json.get('architectures')}; " if config_json else ""
+    architecture = f"config.json says {config_json.get('architectures')}; " if config_json else ""
     raise WeightsError(
-        f"{weights.file}: unknown architecture: {told}its {len(keys)} keys begin {', '.join(keys[:5])}; "
-        f"{'no layout' if wanted is None else f'layout={wanted!r}'} fits them (there are {known})"
+        f"{weights.file}: unknown architecture: {architecture}its {len(keys)} keys begin {', '.join(keys[:5])}; "
+        f"{'no layout' if layout is None else f'layout={layout!r}'} fits them (there are {known})"
     )
 
 
-def _assemble(read: _Read, dtype: str | None, weights: str | None) -> Model:
-    """The model, its parameters on the device in the form that was asked for."""
-    channels = read.kind.int8_channels
+def _assemble(parts: _Parts, dtype: str | None, weights: str | None) -> Model:
+    """The model, its parameters on the device, in the requested dtype or in int8."""
+    channels = parts.kind.int8_channels
     if weights is not None and not channels:
-        raise MmjaxError(f"weights={weights!r}: {read.kind.system} has none in int8; language models and T5 have")
+        raise MmjaxError(f"weights={weights!r}: {parts.kind.system} has none in int8; language models and T5 have")
 
-    def keep(path: str, leaf: Any) -> Any:
+    def convert(path: str, leaf: Any) -> Any:
         axis = next((axis for glob, axis in channels.items() if matches(path, glob)), None)
         if weights is not None and axis is not None:
             return int8.quantize(jnp.asarray(leaf), axis)
         floats = dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
         return jnp.asarray(np.asarray(leaf).astype(dtype) if floats else leaf)
 
-    params = map_with_path(keep, read.variables["params"])
-    stats = jax.tree.map(jnp.asarray, read.variables.get("stats", {}))
-    config = read.config if dtype is None else dataclasses.replace(read.config, dtype=dtype)
-    return read.kind(config=config, params=params, stats=stats, **read.fields)
+    params = map_with_path(convert, parts.variables["params"])
+    stats = jax.tree.map(jnp.asarray, parts.variables.get("stats", {}))
+    config = parts.config if dtype is None else dataclasses.replace(parts.config, dtype=dtype)
+    return parts.kind(config=config, params=params, stats=stats, **parts.fields)
 
 
 # --------------------------------------------------------------------------------------------------- our own, workdirs
 
 
-def _load_own(folder: pathlib.Path) -> _Read:
-    if not (folder / NAMES[0]).is_file():
+def _load_own(folder: pathlib.Path) -> _Parts:
+    if not (folder / WEIGHTS).is_file():
         return _load_checkpoint(folder, folder)
-    weights = read_weights(folder / NAMES[0])
+    weights = read_weights(folder / WEIGHTS)
     kind, config, fields = _read_own_config(folder)
-    return _Read(kind, config, _load_same(kind, config, weights.arrays, weights.dtypes, weights.file), fields)
+    return _Parts(kind, config, _load_own_arrays(kind, config, weights.arrays, weights.dtypes, weights.file), fields)
 
 
-def _load_same(
+def _load_own_arrays(
     kind: type[Model], config: Any, arrays: Mapping[str, Any], dtypes: Mapping[str, Any], file: str
 ) -> dict[str, Any]:
-    """Arrays under our own paths, checked against the model; each keeps the dtype that it was stored in."""
-    wanted = flatten(kind.shapes(config))
-    shapes = {key: jax.ShapeDtypeStruct(leaf.shape, dtypes.get(key, leaf.dtype)) for key, leaf in wanted.items()}
-    return load_table(tuple(Entry(key, key) for key in wanted), arrays, shapes, file, ignored=kind.of_runs)
+    """Arrays under our own paths, checked against the model; each in the dtype that it was stored in."""
+    leaves = flatten(kind.shapes(config))
+    shapes = {key: jax.ShapeDtypeStruct(leaf.shape, dtypes.get(key, leaf.dtype)) for key, leaf in leaves.items()}
+    return load_table(tuple(Entry(key, key) for key in leaves), arrays, shapes, file, ignored=kind.of_runs)
 
 
-def _load_checkpoint(workdir: pathlib.Path, place: pathlib.Path) -> _Read:
-    """A run's trained parameters, adapters merged: of one step, or if `place` is the workdir of the newest.
+def _load_checkpoint(workdir: pathlib.Path, checkpoint: pathlib.Path) -> _Parts:
+    """A run's trained parameters, adapters merged: of one step, or if `checkpoint` is the workdir of the newest.
 
     Not their momentum copy, unless config.json says "averaged": the run's weights are the average over its steps.
     """
@@ -346,26 +419,33 @@ def _load_checkpoint(workdir: pathlib.Path, place: pathlib.Path) -> _Read:
 
     if not _is_own(workdir):
         raise MmjaxError(f"{workdir / 'config.json'} is missing, or does not name a system and a model")
-    if place == workdir and not (workdir / "checkpoints").is_dir():
-        raise MmjaxError(f"{workdir} holds neither {NAMES[0]} nor a checkpoint")
+    if checkpoint == workdir and not (workdir / "checkpoints").is_dir():
+        raise MmjaxError(f"{workdir} holds neither {WEIGHTS} nor a checkpoint")
     kind, config, fields = _read_own_config(workdir)
-    state = load_params(place)
+    state = load_params(checkpoint)
     params, stats = state["params"], state["stats"]
     if (_read_json(workdir / "config.json") or {}).get("averaged"):
         params, stats = state["ema"], state["averaged_stats"]
     arrays = flatten({"params": merge_lora(params), "stats": stats})
     dtypes = {key: array.dtype for key, array in arrays.items()}
-    return _Read(kind, config, _load_same(kind, config, arrays, dtypes, str(place)), fields)
+    return _Parts(kind, config, _load_own_arrays(kind, config, arrays, dtypes, str(checkpoint)), fields)
 
 
 def _read_own_config(folder: pathlib.Path) -> tuple[type[Model], Any, dict[str, Any]]:
-    place = folder / "config.json"
-    told = _read_json(place) or {}
-    kind = _system(str(told["system"]), str(place)).model
-    config = config_from_json(kind.config_class, told["model"], f"{place}: model")
-    layout = told.get("layout", "mmjax")
+    config_json = _read_json(folder / "config.json") or {}
+    kind, config, fields = _read_description(config_json, str(folder / "config.json"))
+    tokenizer = config_json.get("tokenizer")
+    fields["tokenizer"] = kind.load_tokenizer(folder / tokenizer) if tokenizer else None
+    fields["labels"] = _labels(folder, config_json, kind, config)
+    return kind, config, fields
+
+
+def _read_description(description: Mapping[str, Any], name: str) -> tuple[type[Model], Any, dict[str, Any]]:
+    """(class, config, {"preprocess", "layout"}) from what `_description` writes. name: of the source, for messages."""
+    kind = _system(str(description.get("system")), name).model
+    config = config_from_json(kind.config_class, description.get("model"), f"{name}: model")
+    layout = description.get("layout", "mmjax")
     preprocess = kind.default_preprocess(config, layout)
-    if told.get("preprocess"):
-        preprocess = config_from_json(ImagePreprocessing, told["preprocess"], f"{place}: preprocess")
-    tokenizer = kind.load_tokenizer(folder / told["tokenizer"]) if told.get("tokenizer") else None
-    return kind, config, {"preprocess": preprocess, "layout": layout, "tokenizer": tokenizer}
+    if description.get("preprocess"):
+        preprocess = config_from_json(ImagePreprocessing, description["preprocess"], f"{name}: preprocess")
+    return kind, config, {"preprocess": preprocess, "layout": layout}

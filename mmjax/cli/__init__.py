@@ -252,13 +252,15 @@ def _convert(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("source", metavar="SRC", help="a workdir, a folder, a weight file or a hub id")
     verb.add_argument("target", metavar="DST", help="a folder, made if it is not there")
     verb.add_argument("--layout", metavar="NAME", required=True, help="mmjax models lists them")
+    lossy = "write it even if the layout cannot hold all of the model; what it cannot hold is printed"
+    verb.add_argument("--lossy", action="store_true", help=lossy)
     verb.add_argument("--from", dest="read_as", metavar="NAME", help="the layout of SRC, where more than one fits")
 
 
 def _run_convert(flags: argparse.Namespace) -> None:
     from mmjax.cli import weights
 
-    weights.convert(flags.source, flags.target, flags.layout, flags.read_as)
+    weights.convert(flags.source, flags.target, flags.layout, flags.read_as, flags.lossy)
 
 
 def _tokenizer(verbs: argparse._SubParsersAction) -> None:

@@ -1,6 +1,5 @@
 """The verbs that ask a model: classify, retrieve."""
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +8,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from mmjax import hub
 from mmjax.cli.evaluate import image_features, read_images, text_features
+from mmjax.cli.loading import load
 from mmjax.data.decoding import decode_image
 from mmjax.data.image_folder import ImageFolder
 from mmjax.errors import MmjaxError
@@ -23,13 +22,14 @@ def classify(source: str, asked: Sequence[str], labels: str | None) -> None:
     asked: files of images; of a BERT, texts.
     labels: what a model with a text tower chooses from, or names for a head's classes.
     """
-    model: Any = hub.load(source)
+    model = load(source)
     if not hasattr(model, "classify"):
         raise MmjaxError(f"{model.system} does not classify")
-    names, sees = _labels(source, labels), model.classified == "image"
-    if names is None and sees and hasattr(model, "encode_text"):
+    names = _names(labels) or list(model.labels) or None
+    of_images = model.classified == "image"
+    if names is None and of_images and hasattr(model, "encode_text"):
         raise MmjaxError("--labels A,B,C: there is no labels.json beside the model, so nothing to choose from")
-    found = model.classify([read_image(file) for file in asked] if sees else list(asked), names)
+    found = model.classify([read_image(file) for file in asked] if of_images else list(asked), names)
     table = Table(Column(model.classified, overflow="fold"), "label", "probability")
     for file, row in zip(asked, found):
         for place, (name, share) in enumerate(row):
@@ -42,14 +42,14 @@ def _show(table: Table) -> None:
     Console(markup=False, emoji=False).print(table)
 
 
-def _labels(source: str, given: str | None) -> list[str] | None:
-    if given is not None:
-        names = [name.strip() for name in given.split(",") if name.strip()]
-        if len(names) < 2 or len(set(names)) < len(names):
-            raise MmjaxError(f"--labels {given}: want at least two different labels")
-        return names
-    file = pathlib.Path(source) / "labels.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+def _names(labels: str | None) -> list[str]:
+    """The names in "a, b, c"; [] for None."""
+    if labels is None:
+        return []
+    names = [name.strip() for name in labels.split(",") if name.strip()]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise MmjaxError(f"--labels {labels}: want at least two different labels")
+    return names
 
 
 def read_image(file: str) -> np.ndarray:
@@ -70,7 +70,7 @@ def retrieve(source: str, image: str | None, text: str | None, folder: str | Non
     own = pathlib.Path(source) / "images"
     if folder is None and not own.is_dir():
         raise MmjaxError(f"--folder DIR: {source} has no images of its own to search")
-    model = hub.load(source)
+    model = load(source)
     index = ImageFolder(folder or own)
     images, rows, _ = read_images(index)
     features = image_features(model, images)

@@ -10,10 +10,9 @@ import jax
 import numpy as np
 import rich
 
-from mmjax import hub
+from mmjax.cli.loading import load
 from mmjax.data.decoding import decode_image
 from mmjax.data.image_folder import ImageFolder, split_folders
-from mmjax.data.labels import LABELS
 from mmjax.errors import MmjaxError
 from mmjax.evaluation import knn, linear_probe, report, zero_shot
 from mmjax.evaluation.classification import classification_scores
@@ -101,12 +100,12 @@ def on_folder(source: str, task: str, data: str) -> None:
     task = task.replace("-", "_")
     if task not in FOLDER_TASKS:
         raise MmjaxError(f"--task {task}: with --data one of {', '.join(FOLDER_TASKS)}")
-    model = hub.load(source)
+    model = load(source)
     train, test = split_folders(data)
     if task == "zero_shot":
         scores = _zero_shot(model, test or train)
     elif task == "classification":
-        scores = _classification(model, source, test or train)
+        scores = _classification(model, test or train)
     else:
         scores = _with_labels(model, task, train, test)
     inside = pathlib.Path(source) if (pathlib.Path(source) / checkpoint.FOLDER).is_dir() else pathlib.Path()
@@ -171,16 +170,15 @@ def _zero_shot(model: Any, folder: ImageFolder) -> dict[str, Score]:
     return {f"zero_shot_top{k}": score for k, score in found.items()}
 
 
-def _classification(model: Any, source: str, folder: ImageFolder) -> dict[str, Score]:
-    """By the model's own head: folders are its classes by name (labels.json), else by number, if there are as many."""
+def _classification(model: Any, folder: ImageFolder) -> dict[str, Score]:
+    """By the model's own head: folders are its classes by name (`labels`), else by number, if there are as many."""
     classes = getattr(model.config, "num_classes", 0)
     if not classes:
         raise MmjaxError(f"--task classification: this {model.system} has no head; knn and linear_probe need none")
-    file = pathlib.Path(source) / LABELS
-    names = list(json.loads(file.read_text())) if file.is_file() else None
+    names = list(model.labels) or None
     unknown = [] if names is None else [name for name in folder.classes if name not in names]
     if unknown or (names is None and len(folder.classes) != classes):
-        told = f"{', '.join(unknown)}: not in {file}" if unknown else f"{len(folder.classes)} folders"
+        told = f"{', '.join(unknown)}: not among its labels" if unknown else f"{len(folder.classes)} folders"
         raise MmjaxError(f"{folder.root}: its folders are not the {classes} classes of the head: {told}")
     images, rows, _ = read_images(folder)
     logits = _in_batches(lambda batch: model.forward(pixel_values=model.pixels(batch))["logits"], images)

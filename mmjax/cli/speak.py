@@ -6,7 +6,7 @@ from typing import Any
 
 import rich
 
-from mmjax import hub
+from mmjax.cli.loading import load
 from mmjax.errors import MmjaxError
 from mmjax.interface.generation import GeneratingModel
 
@@ -16,7 +16,7 @@ def generate(source: str, prompts: Sequence[str], loading: dict[str, Any], optio
 
     loading: keywords of `hub.load`; options: of `generate`.
     """
-    model = hub.load(source, **loading)
+    model = load(source, **loading)
     if not isinstance(model, GeneratingModel):
         raise MmjaxError(f"{model.system} does not write text")
     if len(prompts) == 1 and options.get("num_beams", 1) == 1 and options.get("num_return_sequences", 1) == 1:
@@ -33,7 +33,7 @@ def chat(source: str, system: str | None, loading: dict[str, Any], options: dict
     from mmjax.models.language.conversation import Conversation
     from mmjax.models.language.tasks import LanguageModel
 
-    model = hub.load(source, **loading)
+    model = load(source, **loading)
     if not isinstance(model, LanguageModel):
         raise MmjaxError(f"{model.system} is no language model to talk to")
     talk = Conversation(model, system, **options)

@@ -1,8 +1,8 @@
-"""Whether a source's records have class labels, and only those that a classifier knows; told before a run starts."""
+"""Class labels: whether those of a source fit a classifier, checked before a run starts; and the names of classes."""
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,37 @@ def _first_label(source: Source) -> Any:
     raise MmjaxError(f"{source.name}: no readable record")
 
 
-def write_labels(names: Sequence[str], workdir: pathlib.Path) -> None:
-    """Writes `labels.json` into a workdir, where `mmjax classify` finds the names."""
-    (workdir / LABELS).write_text(json.dumps(list(names), ensure_ascii=False, indent=1) + "\n")
+def write_labels(names: Sequence[str], folder: pathlib.Path) -> None:
+    """Writes `labels.json` into a workdir or a model's folder, where `mmjax.load` reads the names."""
+    (folder / LABELS).write_text(json.dumps(list(names), ensure_ascii=False, indent=1) + "\n")
+
+
+def read_labels(folder: pathlib.Path) -> tuple[str, ...]:
+    """The names in the `labels.json` of a folder; () without one. Raises MmjaxError if it is not a list of strings."""
+    file = folder / LABELS
+    if not file.is_file():
+        return ()
+    try:
+        names = json.loads(file.read_text())
+    except ValueError as error:
+        raise MmjaxError(f"{file}: {error}") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise MmjaxError(f"{file} should be a list of names")
+    return tuple(names)
+
+
+def labels_to_hf(names: Sequence[str], n: int) -> dict[str, Any]:
+    """The fields id2label and label2id of a config.json, for a head of n classes; {} for n = 0.
+
+    Classes without names are LABEL_0, LABEL_1, ..., as transformers numbers them.
+    """
+    names = list(names) or [f"LABEL_{i}" for i in range(n)]
+    id2label = {str(i): name for i, name in enumerate(names)}
+    return {"id2label": id2label, "label2id": {name: i for i, name in enumerate(names)}} if n else {}
+
+
+def labels_from_hf(config_json: Mapping[str, Any], n: int) -> tuple[str, ...]:
+    """The names of n classes; () if id2label has not one for each, or only LABEL_0, LABEL_1, ..."""
+    id2label = {str(i): str(name) for i, name in (config_json.get("id2label") or {}).items()}
+    names = tuple(id2label.get(str(i), "") for i in range(n))
+    return () if not all(names) or names == tuple(f"LABEL_{i}" for i in range(n)) else names

@@ -1,4 +1,4 @@
-"""Config dataclasses out of JSON; `dataclasses.asdict` is the other direction."""
+"""Config dataclasses from JSON (`dataclasses.asdict` is the other direction), and the differences between two."""
 
 import dataclasses
 import types
@@ -55,3 +55,18 @@ def _of_union(kinds: Sequence[Any], value: Any, name: str) -> Any:
     if isinstance(value, list):
         return config_from_json(next(kind for kind in kinds if typing.get_origin(kind) is tuple), value, name)
     return value
+
+
+def differences(config: Any, other: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """{dotted path of a field: (its value in `config`, its value in `other`)} for the fields whose values differ.
+
+    Nested configs of the same class are compared field by field.
+    """
+    unequal: dict[str, tuple[Any, Any]] = {}
+    for field in dataclasses.fields(config):
+        value, counterpart = getattr(config, field.name), getattr(other, field.name)
+        if dataclasses.is_dataclass(value) and type(value) is type(counterpart):
+            unequal |= differences(value, counterpart, f"{prefix}{field.name}.")
+        elif value != counterpart:
+            unequal[prefix + field.name] = (value, counterpart)
+    return unequal

@@ -58,14 +58,12 @@ class ImageClassifier(Model):
     def classify(self, images: Any, labels: Sequence[str] | None = None, top: int = 5) -> list[list[tuple[str, float]]]:
         """The most probable classes of each image with their probabilities, the best first.
 
-        labels: the names of the head's classes, in its order; None: their numbers.
+        labels: the names of the head's classes, in its order; None: `self.labels`, or their numbers.
         Raises MmjaxError if there is no head, or another number of names than classes.
         """
         classes = self.config.num_classes
         if not classes:
             raise MmjaxError(f"this {self.system} has no classification head (num_classes=0): it cannot classify")
-        names = [str(i) for i in range(classes)] if labels is None else list(labels)
-        if len(names) != classes:
-            raise MmjaxError(f"labels: {len(names)} names for the {classes} classes of the head")
+        names = self.class_names(labels)
         logits = self.forward(pixel_values=self.pixels(images))["logits"]
         return top_k_labels(jax.nn.softmax(logits), names, top)

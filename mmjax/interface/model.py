@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import jax
@@ -33,6 +33,9 @@ class Model(abc.ABC):
         tokenizer: texts -> ids; None where the weights came without one.
         preprocess: images -> pixel values, as the checkpoint's layout prescribes.
         layout: the name of the layout that the weights were read from; "mmjax" for our own.
+        labels: the names of the head's classes, in their order; of a model without a head, the names that `classify`
+            chooses from by default; () if there are none.
+        notes: what was assumed when the weights were loaded, because no file determines it; a sentence each.
         module: the Flax module.
     """
 
@@ -51,6 +54,8 @@ class Model(abc.ABC):
     tokenizer: Any = None
     preprocess: ImagePreprocessing = dataclasses.field(default_factory=ImagePreprocessing)
     layout: str = "mmjax"
+    labels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     # ------------------------------------------------------------------------------------------- what a subclass gives
 
@@ -77,6 +82,29 @@ class Model(abc.ABC):
     def default_preprocess(cls, config: Any, layout: str) -> ImagePreprocessing:
         """The preprocessing of a layout whose files do not tell it."""
         return ImagePreprocessing()
+
+    @classmethod
+    def num_classes(cls, config: Any) -> int:
+        """The number of classes of the head; 0 without one."""
+        return getattr(config, "num_classes", 0)
+
+    @classmethod
+    def default_labels(cls, config: Any) -> tuple[str, ...]:
+        """The names of the classes where no file lists them; () if they are not published."""
+        return ()
+
+    def class_names(self, labels: Sequence[str] | None = None) -> list[str]:
+        """The names of the head's classes, in their order.
+
+        labels: names to use in place of the model's. Classes without names have their numbers.
+        Raises MmjaxError for another number of names than classes.
+        """
+        n = self.num_classes(self.config)
+        if labels is None:
+            return list(self.labels or self.default_labels(self.config)) or [str(i) for i in range(n)]
+        if len(labels) != n:
+            raise MmjaxError(f"labels: {len(labels)} names for the {n} classes of the head")
+        return list(labels)
 
     @classmethod
     def load_tokenizer(cls, file: pathlib.Path) -> Any:

@@ -1,4 +1,4 @@
-"""The systems of the house: the only list of them. A new system is a folder here and one line below."""
+"""The registry of systems. A new system is a folder here and one line below."""
 
 import importlib
 from dataclasses import dataclass
@@ -11,26 +11,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class System:
-    """One system; its code is imported only when asked for.
+    """One system; its code is imported on first use.
 
-    name: what a config.json calls it.
-    module: the package with `checkpoint.LAYOUTS` and `tasks.<handle>`.
-    handle: the class of what `mmjax.load` returns for it.
+    name: its name in a config.json.
+    module: the package with `checkpoint.LAYOUTS` and `tasks.<class_name>`.
+    class_name: the class of the model that `mmjax.load` returns for it.
     """
 
     name: str
     module: str
-    handle: str
+    class_name: str
 
     @property
     def layouts(self) -> tuple["Layout", ...]:
-        """The public forms of its weights."""
+        """The public layouts of its weights."""
         return importlib.import_module(f"{self.module}.checkpoint").LAYOUTS
 
     @property
     def model(self) -> type["Model"]:
-        """Its handle's class."""
-        return getattr(importlib.import_module(f"{self.module}.tasks"), self.handle)
+        """The class of its loaded models."""
+        return getattr(importlib.import_module(f"{self.module}.tasks"), self.class_name)
 
 
 SYSTEMS: tuple[System, ...] = (

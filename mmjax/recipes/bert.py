@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from mmjax import tree
+from mmjax.data.labels import write_labels
 from mmjax.data.pipeline import Pipeline
 from mmjax.data.sources import ArraySource
 from mmjax.data.splits import is_held_out
@@ -140,7 +141,7 @@ class FineTuningRecipe(ExperimentConfig, abc.ABC, Generic[Example]):
 
     @functools.cached_property
     def network(self) -> BertConfig:
-        bare = {"mlm": False, "nsp": False, "classes": 0, "token_classes": 0, "spans": False, "labels": ()}
+        bare = {"mlm": False, "nsp": False, "classes": 0, "token_classes": 0, "spans": False}
         drops = {"dropout": self.dropout, "attention_dropout": self.dropout, "dtype": self.dtype}
         return dataclasses.replace(self.start.config, **bare | drops | self.heads)
 
@@ -175,6 +176,13 @@ class FineTuningRecipe(ExperimentConfig, abc.ABC, Generic[Example]):
     def model(self) -> tuple[str, BertConfig]:
         return "bert", self.network
 
+    @property
+    def class_labels(self) -> tuple[str, ...]:
+        """The names of the head's classes; () if it has none."""
+        return ()
+
     def save_assets(self, workdir: pathlib.Path) -> dict[str, Any]:
-        """The tokenizer."""
+        """The tokenizer, and labels.json if classes have names."""
+        if self.class_labels:
+            write_labels(self.class_labels, workdir)
         return save_tokenizer(self.tokenizer, workdir)

@@ -16,7 +16,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -215,6 +215,9 @@ class Layout:
     renames: (regular expression, replacement) pairs applied to every key afterwards, in order: older spellings,
         absent prefixes.
     ignored: globs of keys that carry no weight (`*` spans dots); they are dropped.
+    assumed: {field of the config: the dotted key of config.json that determines it, "" if none does}, for the fields
+        that no array determines and that published files have in several values. Without the key, `config` assumes the
+        usual value, and `load` notes it. "preprocess" stands for the image preprocessing.
     """
 
     name: str
@@ -227,6 +230,7 @@ class Layout:
     strip: tuple[str, ...] = ("module.",)
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    assumed: Mapping[str, str] = field(default_factory=dict)
 
     def unwrap(self, keys: Iterable[str], file: str = "") -> dict[str, str]:
         """{key as the table spells it: key in the file}. Keys outside the wrapper, if there is one, are left out."""

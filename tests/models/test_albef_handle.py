@@ -58,8 +58,8 @@ ALONE: dict[str, Any] = {"embed_dim": 0, "matching": False, "queue": 0}
 FORMS = {
     "pretraining": AlbefConfig(VISION, text(mlm=True), **COMPARED),
     "retrieval": AlbefConfig(VISION, text(), by_image=True, **COMPARED),
-    "entailment": AlbefConfig(VISION, text(), classes=3, labels=AlbefConfig.entailment().labels, **ALONE),
-    "nlvr": AlbefConfig(VISION, text(depth=3), classes=2, labels=("False", "True"), pairs=True, **ALONE),
+    "entailment": AlbefConfig(VISION, text(), classes=3, **ALONE),
+    "nlvr": AlbefConfig(VISION, text(depth=3), classes=2, pairs=True, **ALONE),
     "assignment": AlbefConfig(VISION, text(depth=3), embed_dim=7, matching=False, queue=0, pairs=True, assigning=True),
     "vqa": AlbefConfig(VISION, text(), decoder=text(depth=1, cross_from=0, causal=True, mlm=True), **ALONE),
 }
@@ -171,7 +171,7 @@ def test_the_files_of_the_vaults_tell_their_own_config(kind: str, golden_dir: pa
         part: dataclasses.replace(getattr(want, part), **bare) for part in ("text", "decoder") if getattr(want, part)
     }
     parts["vision"] = dataclasses.replace(want.vision, epsilon=model.config.vision.epsilon)
-    free = {name: getattr(model.config, name) for name in ("labels", "temperature", "momentum", "alpha")}
+    free = {name: getattr(model.config, name) for name in ("temperature", "momentum", "alpha")}
     assert model.config == dataclasses.replace(want, **parts, **free)
     mmjax.export(model, tmp_path / "out", layout="albef")
     again = read_weights(tmp_path / "out" / "model.safetensors").arrays
@@ -309,7 +309,7 @@ def test_classes_of_texts_with_one_image_and_with_two(form: str):
     for row, (image, other, ids) in enumerate(zip(pictures, others, ids_of(CAPTIONS))):
         more = {"other_images": model.pixels([other])} if form == "nlvr" else {}
         shares = np.asarray(jax.nn.softmax(plain(model, image, ids, **more)["logits"][0]))
-        assert [name for name, _ in told[row]] == [model.config.labels[i] for i in np.argsort(-shares)]
+        assert [name for name, _ in told[row]] == [model.class_names()[i] for i in np.argsort(-shares)]
         np.testing.assert_allclose([share for _, share in told[row]], -np.sort(-shares), rtol=2e-5)
     with pytest.raises(MmjaxError, match="two images" if form == "nlvr" else "one image"):
         model.entails(pictures, CAPTIONS[:3], other_images=None if form == "nlvr" else others)
@@ -487,7 +487,7 @@ def test_fine_tuning_goes_on_from_its_own_kind(form: str):
     model = model_of(form, True)
     told = starting_weights(model.weights(), model.config)
     same(told, {"params": model.params, "ema": model.stats["momentum"]})
-    classes = dataclasses.replace(FORMS["entailment"], classes=5, labels=())
+    classes = dataclasses.replace(FORMS["entailment"], classes=5)
     left = starting_weights(model_of("entailment").weights(), classes)["params"]
     assert left.keys() == {"vision", "text"}  # a head of other classes
 

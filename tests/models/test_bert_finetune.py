@@ -139,9 +139,3 @@ def test_spans_are_learned():
 def test_a_network_without_the_head_is_refused(method):
     with pytest.raises(MmjaxError, match="wants"):
         method(BertConfig(**SIZES))
-
-
-def test_names_of_classes_are_as_many_as_classes():
-    assert BertConfig(**SIZES, token_classes=2, labels=("O", "B")).labels == ("O", "B")
-    with pytest.raises(MmjaxError, match="2 labels for classes=3"):
-        BertConfig(**SIZES, classes=3, labels=("a", "b"))

@@ -84,7 +84,7 @@ def reads_the_same(model, folder, kind, **given):
     for name in ("start_logits", "end_logits") if kind.endswith("Answering") else ("logits",):
         expected = out[name].numpy()
         np.testing.assert_allclose(ours[name], expected, atol=1e-4 * np.abs(expected).max())
-    assert mmjax.load(folder).config.labels == model.config.labels
+    assert mmjax.load(folder).labels == model.labels
     return theirs.config
 
 
@@ -100,7 +100,7 @@ def test_classes_of_texts(repository, pretrained, files, tmp_path, capsys):
         cli.main(["classify", str(work), "red hen runs"]) == 0 and "hen" in capsys.readouterr().out.split("red hen")[1]
     )
     bert = mmjax.load(work)
-    assert bert.config == config.network and bert.config.labels == ("cow", "dog", "hen")
+    assert bert.config == config.network and bert.labels == ("cow", "dog", "hen")
     assert [row[0][0] for row in bert.classify(["red hen runs", "blue cow and the"])] == ["hen", "cow"]
     theirs = reads_the_same(bert, tmp_path / "hf", "BertForSequenceClassification", **bert.tokenizer(["red hen runs"]))
     assert theirs.id2label == {0: "cow", 1: "dog", 2: "hen"}
@@ -119,7 +119,7 @@ def test_tags_of_words(repository, pretrained, files, tmp_path):
     work = tmp_path / "work"
     config, told = run(repository, "tokens", pretrained, work, data=str(files / "tags.txt"))
     assert told["val/tags_f1"] == 100 and told["val/tags_f1_chance"] == 100  # words alone tell it here
-    assert config.network.labels == ("O", "B-ANIMAL")
+    assert config.class_labels == ("O", "B-ANIMAL")
     bert = mmjax.load(work)
     (sentence,) = bert.tag(["green dog sleeps"])
     assert [(word, tag) for word, tag, _ in sentence] == [("green", "O"), ("dog", "B-ANIMAL"), ("sleeps", "O")]

@@ -2,7 +2,7 @@
 
 Before it the text encoder's keys begin with `text_encoder.bert.`, after it with `text_encoder.`. Momentum encoders have
 names that end in `_m`; some published files are without them and without queues. The number of heads is in no file of
-weights: all are 64 wide, unless a config.json, which an export writes, tells another one.
+weights: all are 64 wide, unless a config.json says otherwise.
 """
 
 import functools
@@ -79,7 +79,7 @@ def table(config: AlbefConfig) -> Table:
 
 
 def config_of(shapes: Shapes, told: Mapping[str, Any] | None) -> AlbefConfig:
-    """From the arrays' shapes. A config.json, if there is one, may tell what `told_of` writes.
+    """From the arrays' shapes; the numbers of heads from `vision_heads` and `text_heads` of config.json, if there.
 
     Raises MmjaxError for parts that do not fit each other.
     """
@@ -93,8 +93,6 @@ def config_of(shapes: Shapes, told: Mapping[str, Any] | None) -> AlbefConfig:
     assigning = "ta_head.weight" in shapes
     # Six layers that read and six that look, or six pairs of those.
     pairs = (bool(classes) or assigning) and text.depth == 3 * (text.cross_from or 0)
-    published = AlbefConfig.nlvr() if pairs else AlbefConfig.entailment()
-    labels = published.labels if classes == published.classes else ()
     return AlbefConfig(
         timm_config(vision, args),
         text,
@@ -103,18 +101,11 @@ def config_of(shapes: Shapes, told: Mapping[str, Any] | None) -> AlbefConfig:
         pairs=pairs,
         assigning=assigning,
         classes=classes,
-        labels=tuple(told.get("labels", labels)),
         decoder=_decoder_config(shapes, told.get("text_heads")),
         queue=shapes.get("image_queue", (0, 0))[1],
         by_image="itm_head.weight" in shapes and not has_mlm,
         holds_state=any(key.startswith("visual_encoder_m.") for key in shapes),
     )
-
-
-def told_of(config: AlbefConfig) -> dict[str, Any]:
-    """What no shape tells: the numbers of heads, and what the classes are called."""
-    told: dict[str, Any] = {"vision_heads": config.vision.heads, "text_heads": config.text.heads}
-    return told | ({"labels": list(config.labels)} if config.classes else {})
 
 
 def timm_config(shapes: Shapes, args: Mapping[str, Any] | None) -> ViTConfig:
@@ -160,7 +151,6 @@ LAYOUTS = (
         recognises,
         config_of,
         table,
-        told_of,
         wrappers=("model", "state_dict"),
         ignored=("*.position_ids",),
     ),

@@ -34,7 +34,6 @@ class AlbefConfig:
             one in turn. Each two such layers share the matrices of keys and values.
         assigning: the head that tells which of two images a text is of, if any: pre-training for pairs.
         decoder: writes answers, looking at the question's states (VQA); None: there is none.
-        labels: names of the classes, in their order; (): they have none.
         temperature: of the contrast at the start.
         queue: keys of earlier batches that a contrast has beside those of its own.
         by_image: pairs of one image are told by its id, in the batch and in the queue: retrieval.
@@ -52,7 +51,6 @@ class AlbefConfig:
     pairs: bool = False
     assigning: bool = False
     decoder: BertConfig | None = None
-    labels: tuple[str, ...] = ()
     temperature: float = 0.07
     queue: int = 65536
     by_image: bool = False
@@ -71,8 +69,6 @@ class AlbefConfig:
             raise MmjaxError("albef: assigning wants pairs, and embed_dim by which it draws the other images")
         if self.decoder is not None and (self.decoder.cross_from != 0 or not self.decoder.causal):
             raise MmjaxError("albef: every layer of the decoder looks at the question, and none ahead: cross_from=0")
-        if len(self.labels) not in (0, self.classes):
-            raise MmjaxError(f"albef: {len(self.labels)} labels for classes={self.classes}")
 
     @classmethod
     def base(cls, side: int = 256, **fields: Any) -> Self:
@@ -85,14 +81,13 @@ class AlbefConfig:
 
     @classmethod
     def entailment(cls, side: int = 384, **fields: Any) -> Self:
-        """SNLI-VE (dataset/ve_dataset.py:14)."""
-        labels = ("contradiction", "neutral", "entailment")
-        return cls._of(side, _text(), fields, **ALONE, classes=3, labels=labels)
+        """SNLI-VE."""
+        return cls._of(side, _text(), fields, **ALONE, classes=3)
 
     @classmethod
     def nlvr(cls, side: int = 384, **fields: Any) -> Self:
         """NLVR2: six layers that read and six pairs that look."""
-        return cls._of(side, _text(depth=18), fields, **ALONE, classes=2, labels=("False", "True"), pairs=True)
+        return cls._of(side, _text(depth=18), fields, **ALONE, classes=2, pairs=True)
 
     @classmethod
     def assignment(cls, side: int = 256, **fields: Any) -> Self:

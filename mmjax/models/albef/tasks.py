@@ -110,6 +110,16 @@ class AlbefModel(ImageTextModel):
         return ImagePreprocessing.albef(config.vision.image_size[0])
 
     @classmethod
+    def num_classes(cls, config: AlbefConfig) -> int:
+        return config.classes
+
+    @classmethod
+    def default_labels(cls, config: AlbefConfig) -> tuple[str, ...]:
+        """Of NLVR2 for two images, of SNLI-VE (dataset/ve_dataset.py:14) for one."""
+        labels = ("False", "True") if config.pairs else ("contradiction", "neutral", "entailment")
+        return labels if config.classes == len(labels) else ()
+
+    @classmethod
     def load_tokenizer(cls, file: pathlib.Path) -> WordPieceTokenizer | None:
         """tokenizer.json, or vocab.txt beside where it would be."""
         return WordPieceTokenizer.found(file)
@@ -232,7 +242,7 @@ class AlbefModel(ImageTextModel):
         if c.pairs != (other_images is not None):
             raise MmjaxError(f"other_images: this ALBEF reads texts of {'two images' if c.pairs else 'one image'}")
         logits = self._logits("classify", texts, batch_size, images, *([other_images] if c.pairs else []))
-        return top_k_labels(jax.nn.softmax(logits), list(c.labels) or [str(i) for i in range(c.classes)], top)
+        return top_k_labels(jax.nn.softmax(logits), self.class_names(), top)
 
     def retrieve(
         self, queries: Any, candidates: Any, k: int = 5, rerank: int = 0, batch_size: int = 32

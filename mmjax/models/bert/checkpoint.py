@@ -158,7 +158,6 @@ def hf_config_of(shapes: Shapes, told: Told) -> BertConfig:
         classes=outputs if pooler and not named else 0,
         token_classes=outputs if named or not pooler else 0,
         spans="qa_outputs.weight" in shapes,
-        labels=_labels(told, outputs),
     )
 
 
@@ -179,26 +178,9 @@ def hf_config(config: BertConfig) -> dict[str, Any]:
     """config.json; pad_token_id is left to transformers' default, 0."""
     told = {"architectures": [_architecture(config)], "model_type": "bert"} | _told(config, HF_ACTIVATIONS)
     told |= {"layer_norm_eps": config.epsilon, "tie_word_embeddings": True}
-    outputs = config.classes or config.token_classes
-    if outputs:
-        names = config.labels or _unnamed(outputs)
-        told["id2label"] = {str(i): name for i, name in enumerate(names)}
-        told["label2id"] = {name: i for i, name in enumerate(names)}
     if config.classes == 1:
         told["problem_type"] = "regression"
     return told
-
-
-def _unnamed(outputs: int) -> tuple[str, ...]:
-    """How transformers calls classes without names."""
-    return tuple(f"LABEL_{i}" for i in range(outputs))
-
-
-def _labels(told: Told, outputs: int) -> tuple[str, ...]:
-    """The names of the classes, if config.json has one for each."""
-    named = {str(i): str(name) for i, name in ((told or {}).get("id2label") or {}).items()}
-    names = tuple(named.get(str(i), "") for i in range(outputs))
-    return () if not all(names) or names == _unnamed(outputs) else names
 
 
 def _is_hf(keys: Set[str], told: Told) -> bool:
@@ -286,6 +268,7 @@ HF = Layout(
         (r"LayerNorm\.beta$", "LayerNorm.bias"),
     ),
     ignored=("bert.embeddings.position_ids", "bert.embeddings.token_type_ids"),
+    assumed={"heads": "num_attention_heads", "act": "hidden_act", "epsilon": "layer_norm_eps"},
 )
 GOOGLE = Layout(
     "google",
@@ -296,5 +279,6 @@ GOOGLE = Layout(
     file="bert_model.npz",
     renames=((r":0$", ""),),
     ignored=("*/adam_m", "*/adam_v", "global_step"),
+    assumed={"heads": "num_attention_heads", "act": "hidden_act"},
 )
 LAYOUTS: tuple[Layout, ...] = (HF, GOOGLE)

@@ -43,7 +43,6 @@ class BertConfig:
         causal: a token attends to itself and to earlier ones: a decoder.
         init_std: of matrices and tables at the start (Hugging Face's initializer_range); draws are cut at twice it and
             not scaled up again, as in TensorFlow: they spread 0.88 of it. 0.02 is for hundreds of channels.
-        labels: names of the classes, in their order; (): they have none.
         remat: blocks are computed again in the backward pass.
         dtype: compute dtype; norms' statistics, softmax and logits are float32.
     """
@@ -70,7 +69,6 @@ class BertConfig:
     query_feed_forward: bool = False
     causal: bool = False
     init_std: float = 0.02
-    labels: tuple[str, ...] = ()
     remat: bool = False
     dtype: str = "float32"
 
@@ -80,10 +78,6 @@ class BertConfig:
             raise MmjaxError(f"bert: nsp={self.nsp}, classes={self.classes} read the pooler, and pooler=False")
         if self.classes and self.token_classes:
             raise MmjaxError(f"bert: classes={self.classes} and token_classes={self.token_classes}: one of the two")
-        if len(self.labels) not in (0, self.classes or self.token_classes):
-            raise MmjaxError(
-                f"bert: {len(self.labels)} labels for classes={self.classes}, token_classes={self.token_classes}"
-            )
 
     @property
     def drawn(self) -> Initializer:

@@ -42,6 +42,10 @@ class BertModel(Model):
         return {"input_ids": jax.ShapeDtypeStruct((1, min(config.positions, 8)), jnp.int32)}
 
     @classmethod
+    def num_classes(cls, config: BertConfig) -> int:
+        return config.classes or config.token_classes
+
+    @classmethod
     def load_tokenizer(cls, file: pathlib.Path) -> WordPieceTokenizer | None:
         """tokenizer.json, or vocab.txt beside where it would be."""
         return WordPieceTokenizer.found(file)
@@ -138,14 +142,14 @@ class BertModel(Model):
     ) -> list[list[tuple[str, float]]]:
         """The most probable classes of each text, or pair of texts, with their probabilities, the best first.
 
-        labels: the names of the head's classes, in its order; None: those of the config, or where it has none their
+        labels: the names of the head's classes, in its order; None: `self.labels`, or their
         numbers. A head of one class tells a number in place of a probability.
         Raises MmjaxError: no such head, or another number of names than classes.
         """
         classes = self.config.classes
         if not classes:
             raise MmjaxError("this BERT has no head of classes (classes=0): it cannot classify texts")
-        names = self._names(labels, classes)
+        names = self.class_names(labels)
         logits = self.forward(**self._encoded(texts, pairs))["logits"]
         shares = logits if classes == 1 else jax.nn.softmax(logits)
         return top_k_labels(shares, names, top)
@@ -162,19 +166,12 @@ class BertModel(Model):
         classes = self.config.token_classes
         if not classes:
             raise MmjaxError("this BERT has no head of classes of tokens (token_classes=0): it cannot tag words")
-        names, tokenizer = self._names(labels, classes), self._tokenizer
+        names, tokenizer = self.class_names(labels), self._tokenizer
         words = [tokenizer.words(one) if isinstance(one, str) else list(one) for one in sentences]
         rows, given = word_rows(words, tokenizer, min(length, self.config.positions))
         shares = np.asarray(jax.nn.softmax(self.forward(**given)["logits"]))
         best = zip(words, words_of(rows, shares.argmax(-1), len(words)), words_of(rows, shares.max(-1), len(words)))
         return [[(word, names[int(i)], p) for word, i, p in zip(*sentence)] for sentence in best]
-
-    def _names(self, labels: Sequence[str] | None, classes: int) -> list[str]:
-        if labels is None:
-            return list(self.config.labels) or [str(i) for i in range(classes)]
-        if len(labels) != classes:
-            raise MmjaxError(f"labels: {len(labels)} names for the {classes} classes of the head")
-        return list(labels)
 
     def answer(
         self,

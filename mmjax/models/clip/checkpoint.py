@@ -300,6 +300,7 @@ OPENAI = Layout(
     openai_table,
     ignored=IGNORED,
     file="model.safetensors",
+    assumed={"act": ""},
 )
 OPEN_CLIP = Layout(
     "open_clip",
@@ -318,6 +319,7 @@ OPEN_CLIP_CUSTOM_TEXT = Layout(
     hf_config=lambda config: {"model_cfg": open_clip_config(config) | {"custom_text": True}},
     file="open_clip_model.safetensors",
     ignored=IGNORED,
+    assumed={"act": "model_cfg.quick_gelu", "text.heads": "model_cfg.text_cfg.heads"},
 )
 HF = Layout(
     "hf",
@@ -326,5 +328,10 @@ HF = Layout(
     hf_table,
     hf_config=hf_config,
     ignored=("*.embeddings.position_ids",),
+    assumed={
+        "act": "vision_config.hidden_act",
+        "vision.heads": "vision_config.num_attention_heads",
+        "text.heads": "text_config.num_attention_heads",
+    },
 )
 LAYOUTS: tuple[Layout, ...] = (OPENAI, OPEN_CLIP, OPEN_CLIP_CUSTOM_TEXT, HF)

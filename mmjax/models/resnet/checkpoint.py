@@ -155,10 +155,6 @@ def hf_config(config: ResNetConfig) -> dict[str, Any]:
         "downsample_in_bottleneck": config.stride_in_1x1,
         "torch_dtype": "float32",
     }
-    if config.num_classes:
-        names = [f"LABEL_{i}" for i in range(config.num_classes)]
-        told["id2label"] = {str(i): name for i, name in enumerate(names)}
-        told["label2id"] = {name: i for i, name in enumerate(names)}
     return told
 
 
@@ -209,7 +205,8 @@ LAYOUTS = (
         table=hf_table,
         hf_config=hf_config,
         renames=((r"^(embedder|encoder)\.", r"resnet.\1."),),
+        assumed={"stride_in_1x1": "downsample_in_bottleneck", "first_stage_stride": "downsample_in_first_stage"},
     ),
-    Layout("torchvision", _is_torchvision, torchvision_config, torchvision_table),
-    Layout("cifar", _is_cifar, cifar_config, cifar_table),
+    Layout("torchvision", _is_torchvision, torchvision_config, torchvision_table, assumed={"preprocess": ""}),
+    Layout("cifar", _is_cifar, cifar_config, cifar_table, assumed={"shortcut": ""}),
 )

@@ -153,6 +153,7 @@ HF = Layout(
     hf_config_of,
     hf_table,
     hf_config=hf_config,
+    assumed={"act": "feed_forward_proj", "scaled": "tie_word_embeddings"},
     # Of no use in any version.
     ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
 )

@@ -281,6 +281,27 @@ def _is_marian(keys: Set[str], told: Told) -> bool:
 
 NORMS = ("layernorm_embedding", "layer_norm")
 
-TORCH = Layout("torch", _is_torch, torch_config, torch_table, hf_config=torch_config_json)
-HF = Layout("hf", _is_marian, marian_config, marian_table, hf_config=marian_config_json)
+IDS = {"pad": "pad_token_id", "eos": "eos_token_id", "start": "decoder_start_token_id"}
+TORCH = Layout(
+    "torch",
+    _is_torch,
+    torch_config,
+    torch_table,
+    hf_config=torch_config_json,
+    assumed={"encoder_heads": "nhead", "act": "activation", "norm_first": "norm_first"} | IDS,
+)
+HF = Layout(
+    "hf",
+    _is_marian,
+    marian_config,
+    marian_table,
+    hf_config=marian_config_json,
+    assumed={
+        "encoder_heads": "encoder_attention_heads",
+        "decoder_heads": "decoder_attention_heads",
+        "act": "activation_function",
+        "scale_embedding": "scale_embedding",
+    }
+    | IDS,
+)
 LAYOUTS: tuple[Layout, ...] = (TORCH, HF)

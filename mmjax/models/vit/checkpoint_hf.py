@@ -182,9 +182,6 @@ def hf_config(config: ViTConfig) -> dict[str, Any]:
         "hidden_dropout_prob": c.dropout,
         "attention_probs_dropout_prob": c.attention_dropout,
     }
-    if c.num_classes:
-        told["id2label"] = {str(i): f"LABEL_{i}" for i in range(c.num_classes)}
-        told["label2id"] = {name: int(i) for i, name in told["id2label"].items()}
     if c.layer_scale is None:
         return (
             told
@@ -211,12 +208,15 @@ def _recognises(keys: Set[str], config_json: Mapping[str, Any] | None, mark: str
     return known and named and any(mark in key for key in keys)
 
 
+ASSUMED = {"heads": "num_attention_heads", "epsilon": "layer_norm_eps", "act": "hidden_act"}
+
 HF = Layout(
     name="hf",
     recognise=lambda keys, told: _recognises(keys, told, ".attention.attention.query."),
     config=config,
     table=table,
     hf_config=hf_config,
+    assumed=ASSUMED,
 )
 HF_MODULES = Layout(
     name="hf_modules",
@@ -224,4 +224,5 @@ HF_MODULES = Layout(
     config=config,
     table=modules_table,
     hf_config=hf_config,
+    assumed=ASSUMED,
 )

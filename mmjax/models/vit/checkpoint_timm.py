@@ -138,6 +138,7 @@ TIMM = Layout(
     recognise=lambda keys, _: _recognises(keys) and "mask_token" not in keys,
     config=config,
     table=table,
+    assumed={"heads": "model_args.num_heads", "epsilon": "", "act": "", "preprocess": ""},
 )
 """timm and DeiT."""
 
