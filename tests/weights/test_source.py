@@ -14,8 +14,15 @@ REPOSITORIES = {
     ),
     "google-bert/bert-base-uncased": (
         ["model.safetensors", "vocab.txt", *SMALL],
-        ["LICENSE", "coreml/fill-mask/float32_model.mlpackage/Data/com.apple.CoreML/weights/weight.bin"]
-        + ["flax_model.msgpack", "model.onnx", "pytorch_model.bin", "rust_model.ot", "tf_model.h5"],
+        [
+            "coreml/fill-mask/float32_model.mlpackage/Data/com.apple.CoreML/weights/weight.bin",
+            "pytorch_model.bin",
+            "LICENSE",
+            "flax_model.msgpack",
+            "model.onnx",
+            "rust_model.ot",
+            "tf_model.h5",
+        ],
     ),
     "mistralai/Mistral-7B-Instruct-v0.3": (
         ["generation_config.json", "model.safetensors.index.json", "params.json", "tokenizer.model", *SMALL]
