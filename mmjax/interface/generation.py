@@ -16,11 +16,12 @@ from mmjax.generation.decodable import Decodable
 from mmjax.generation.engine import generate, stream
 from mmjax.generation.options import GenerationOptions
 from mmjax.generation.stopping import Stops
+from mmjax.interface.inputs import check_inputs
 from mmjax.interface.model import Model
 from mmjax.text.batches import Batches, Side
 from mmjax.text.stop_strings import stop_automaton
 from mmjax.text.tokenizer import Tokenizer
-from mmjax.types import ArrayLike
+from mmjax.types import Array, ArrayLike
 
 BUCKETS = tuple(2**i for i in range(4, 18))
 """Lengths that prompts are padded to, so that few programs are compiled."""
@@ -61,9 +62,21 @@ class GeneratingModel(Model):
     def check_room(self, length: int, new_tokens: int) -> None:
         """Raises MmjaxError where so many new tokens after such a prompt are more than the model can tell apart."""
 
-    def prompt_inputs(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
-        """What `decodable` is given of prompts; an encoder-decoder's `decoder_input_ids` too, what texts begin with."""
-        return {"input_ids": jnp.asarray(ids), "attention_mask": jnp.asarray(mask)}
+    def beginning(self) -> int:
+        """The id that a text without a prompt begins with. Raises MmjaxError where there is none."""
+        raise MmjaxError(f"generate needs prompts: without them the encoder of this {self.system} has nothing to read")
+
+    def image_inputs(self, images: Any) -> dict[str, Array]:
+        """Images as the inputs of `forward` that they become."""
+        return {"pixel_values": self.pixels(images)}
+
+    def prompt_inputs(self, inputs: Mapping[str, Array]) -> dict[str, Any]:
+        """Inputs of `forward` (`input_ids`, `attention_mask`, those of images) -> the inputs of `decodable`.
+
+        An encoder-decoder adds `decoder_input_ids`, which texts begin with. A system that puts images among the ids
+        returns longer `input_ids` and `attention_mask`.
+        """
+        return dict(inputs)
 
     def fixed_options(self) -> dict[str, Any]:
         """Options that the checkpoint prescribes."""
@@ -85,43 +98,53 @@ class GeneratingModel(Model):
 
     def generate(
         self,
-        prompts: str | Sequence[str] | ArrayLike,
+        prompts: str | Sequence[str] | ArrayLike | None = None,
         *,
+        images: Any = None,
+        pixel_values: ArrayLike | Mapping[str, ArrayLike] | None = None,
         attention_mask: ArrayLike | None = None,
         stop: str | Sequence[str] = (),
         seed: int = 0,
         add_special_tokens: bool = True,
         **options: Any,
     ) -> Any:
-        """Goes on from prompts.
+        """Continues prompts.
+
+            model.generate("Once upon a time", max_new_tokens=20)
 
         prompts: a string -> a string; strings -> strings; ids int [b, l], with an attention mask [b, l] where they are
-            padded (left or right) -> new ids int32 [b, <= max_new_tokens], `pad` after a row's end.
+            padded (left or right) -> new ids int32 [b, <= max_new_tokens], `pad` after a row's end. None: the model's
+            own beginning, once for each image; the result is then strings where there is a tokenizer.
+        images, pixel_values: of a system that sees: images as `preprocess` takes them, or what `image_inputs` makes of
+            them, whole or its pixel_values alone.
         num_return_sequences=n above 1: a list of n strings in each string's place; ids [b * n, ...], an item's rows in
             a row.
         stop: a text ends where one of these strings does; strings are cut before it, ids keep it.
         seed: of draws. add_special_tokens: those that the tokenizer puts around a text (a beginning of a sequence).
         options: see `mmjax.generation.options.GenerationOptions`; max_new_tokens is 64 unless told.
-        Raises MmjaxError: no tokenizer for strings, an option that is not one, or a sequence too long for the model.
+        Raises MmjaxError: no tokenizer for strings, no prompt where the model needs one, images where it sees none, an
+        option that is not one, or a sequence too long for the model.
         """
-        asked = self.options(**options)
-        ids, mask = self._inputs(prompts, attention_mask, add_special_tokens)
-        self.check_room(ids.shape[1], asked.max_new_tokens)
-        inputs = self.prompt_inputs(ids, mask)
+        parsed = self.options(**options)
+        visual = self._visual(images, pixel_values)
+        inputs = self._prepare(prompts, attention_mask, add_special_tokens, visual, parsed.max_new_tokens)
         stops = self.stops(stop, inputs)
-        found = np.asarray(generate(self.decodable(), self.variables, inputs, asked, seed, stops).ids)
-        if not _are_texts(prompts):
-            rows = found.reshape(-1, found.shape[-1])
-            longest = max((_length(row, asked.eos, asked.pad) for row in rows), default=0)
-            return jnp.asarray(rows[:, : max(longest, 1)])
-        texts = [[self._text(row, asked.eos, self.strings(stop)) for row in item] for item in found]
-        told = [item[0] if asked.num_return_sequences == 1 else item for item in texts]
-        return told[0] if isinstance(prompts, str) else told
+        sequences = np.asarray(generate(self.decodable(), self.variables, inputs, parsed, seed, stops).ids)
+        if not (_are_texts(prompts) or (prompts is None and self.tokenizer is not None)):
+            sequences = sequences.reshape(-1, sequences.shape[-1])
+            longest = max((_length(ids, parsed.eos, parsed.pad) for ids in sequences), default=0)
+            return jnp.asarray(sequences[:, : max(longest, 1)])
+        texts = [[self._text(ids, parsed.eos, self.strings(stop)) for ids in item] for item in sequences]
+        outputs = [item[0] if parsed.num_return_sequences == 1 else item for item in texts]
+        alone = isinstance(prompts, str) or (prompts is None and images is None and pixel_values is None)
+        return outputs[0] if alone else outputs
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | None = None,
         *,
+        images: Any = None,
+        pixel_values: ArrayLike | Mapping[str, ArrayLike] | None = None,
         stop: str | Sequence[str] = (),
         seed: int = 0,
         add_special_tokens: bool = True,
@@ -132,16 +155,15 @@ class GeneratingModel(Model):
 
         every: tokens between looks. Raises MmjaxError as `generate` does, and for a beam search.
         """
-        asked = self.options(**options)
-        if asked.num_beams > 1 or asked.num_return_sequences > 1:
+        parsed = self.options(**options)
+        if parsed.num_beams > 1 or parsed.num_return_sequences > 1:
             raise MmjaxError("one text at a time is streamed: no num_beams and no num_return_sequences")
-        ids, mask = self._inputs(prompt, None, add_special_tokens)
-        self.check_room(ids.shape[1], asked.max_new_tokens)
-        inputs = self.prompt_inputs(ids, mask)
+        visual = self._visual(images, pixel_values)
+        inputs = self._prepare(prompt, None, add_special_tokens, visual, parsed.max_new_tokens)
         parts: Iterator[np.ndarray] = stream(
-            self.decodable(), self.variables, inputs, asked, seed, self.stops(stop, inputs), every
+            self.decodable(), self.variables, inputs, parsed, seed, self.stops(stop, inputs), every
         )
-        return self.pieces((part[0, 0] for part in parts), asked.eos, self.strings(stop))
+        return self.pieces((part[0, 0] for part in parts), parsed.eos, self.strings(stop))
 
     def pieces(self, parts: Iterator[np.ndarray], eos: tuple[int, ...], stop: Sequence[str]) -> Iterator[str]:
         """Pieces of text out of pieces of ids; what may yet become a stop string, or half a character, is held back."""
@@ -168,6 +190,31 @@ class GeneratingModel(Model):
             raise MmjaxError(f"generate has no option {', '.join(unknown)}; there are {', '.join(sorted(known))}")
         told = {"max_new_tokens": NEW_TOKENS, "eos": self.eos, "pad": self.pad, **self.fixed_options(), **options}
         return GenerationOptions(**told)
+
+    def _visual(self, images: Any, pixel_values: Any) -> dict[str, Any]:
+        """Inputs of `forward`; none where there is no image."""
+        declared = self.inputs(self.config)
+        if "pixel_values" not in declared and not (images is None and pixel_values is None):
+            raise MmjaxError(f"{self.system} sees no images: it takes {', '.join(declared)}")
+        if images is not None and pixel_values is not None:
+            raise MmjaxError("images and pixel_values: give one of the two")
+        if images is not None:
+            return self.image_inputs(images)
+        if pixel_values is None or isinstance(pixel_values, Mapping):
+            return dict(pixel_values or {})
+        return {"pixel_values": pixel_values}
+
+    def _prepare(
+        self, prompts: Any, mask: Any, add_special_tokens: bool, visual: Mapping[str, Any], new_tokens: int
+    ) -> dict[str, Any]:
+        """The inputs of `decodable`."""
+        if prompts is None:
+            prompts = np.full((len(visual["pixel_values"]) if visual else 1, 1), self.beginning(), np.int32)
+        ids, mask = self._inputs(prompts, mask, add_special_tokens)
+        values = {"input_ids": ids, "attention_mask": mask, **visual}
+        inputs = self.prompt_inputs(check_inputs(self.inputs(self.config), values, self.system))
+        self.check_room(inputs["attention_mask"].shape[1], new_tokens)
+        return inputs
 
     def _inputs(self, prompts: Any, mask: ArrayLike | None, add_special_tokens: bool) -> tuple[np.ndarray, np.ndarray]:
         if _are_texts(prompts):

@@ -1,5 +1,8 @@
 """Strings in, strings out; streams; conversations: on a tiny model whose ids are known."""
 
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from models.tiny_text import chat_tokenizer, save_tiny_decoder, tiny_decoder
@@ -7,7 +10,12 @@ from models.tiny_text import chat_tokenizer, save_tiny_decoder, tiny_decoder
 import mmjax
 from mmjax import cli
 from mmjax.errors import MmjaxError
+from mmjax.interface.inputs import IMAGES_AND_TEXTS
 from mmjax.models.language.conversation import Conversation
+from mmjax.models.language.network import Decoder
+from mmjax.models.language.tasks import LanguageModel
+from mmjax.models.t5.network import T5Config
+from mmjax.models.t5.tasks import T5Model
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +164,67 @@ def test_a_sentencepiece_model_beside_the_weights_is_the_tokenizer(model, tmp_pa
     ids, _ = loaded.tokenizer("a sea of time")
     assert ids[0].tolist() == [1, *wanted]  # <s> in front, as LLaMA has it
     assert isinstance(loaded.generate("a sea", max_new_tokens=3), str)
+
+
+# ----------------------------------------------------------------------------------------- without prompts, with images
+
+
+class SeeingModel(LanguageModel):
+    """A decoder behind one token made of an image's mean colour: how LLaVA and BLIP-2 use the interface."""
+
+    @classmethod
+    def inputs(cls, config):
+        return IMAGES_AND_TEXTS
+
+    def prompt_inputs(self, inputs):
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        embeds = Decoder(self.config).apply(self.variables, ids, method="embed")
+        colours = inputs["pixel_values"].mean((1, 2)) @ np.random.default_rng(5).normal(size=(3, embeds.shape[-1]))
+        image = jnp.zeros((len(ids), 1), jnp.int32)
+        return {
+            "input_ids": jnp.concatenate([image, ids], 1),
+            "attention_mask": jnp.concatenate([image + 1, mask], 1),
+            "inputs_embeds": jnp.concatenate([colours[:, None], embeds], 1),
+        }
+
+
+def test_without_a_prompt_a_decoder_begins_with_bos(model):
+    bos = model.tokenizer.bos
+    assert bos != model.config.bos  # the tokenizer goes before a config's default
+    text = model.generate(max_new_tokens=6, temperature=1.0, seed=3)
+    ids = model.generate(np.full((1, 1), bos), max_new_tokens=6, temperature=1.0, seed=3)
+    assert text and text == model.tokenizer.decode([i for i in ids[0].tolist() if i not in model.eos])
+    assert "".join(model.stream(max_new_tokens=6, temperature=1.0, seed=3)) == text
+    without = model.replace(tokenizer=None, config=dataclasses.replace(model.config, bos=bos))
+    np.testing.assert_array_equal(without.generate(max_new_tokens=6, temperature=1.0, seed=3), ids)
+    with pytest.raises(MmjaxError, match=r"needs prompts: .* \(bos\)"):
+        without.replace(config=dataclasses.replace(model.config, bos=None)).generate()
+
+
+def test_an_encoder_needs_a_prompt():
+    config = T5Config(53, 14, 2, 1, 1, 5, 17, buckets=12, max_distance=23)
+    with pytest.raises(MmjaxError, match="needs prompts: without them the encoder of this t5 has nothing to read"):
+        T5Model(config, {}).generate()
+
+
+def test_images_go_with_prompts_and_without(model):
+    seeing = SeeingModel(model.config, model.params, tokenizer=model.tokenizer)
+    pixels = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32) * 3
+    both = seeing.generate(["once upon", "sea"], pixel_values=pixels, max_new_tokens=5)
+    assert both[1] == seeing.generate("sea", images=pixels[1:], max_new_tokens=5)
+    assert both != seeing.generate(["once upon", "sea"], pixel_values=pixels[::-1], max_new_tokens=5)
+    captions = seeing.generate(images=pixels, max_new_tokens=5)
+    bos = np.full((2, 1), model.tokenizer.bos)
+    ids = np.asarray(seeing.generate(bos, pixel_values=seeing.image_inputs(pixels), max_new_tokens=5))
+    assert captions == [model.tokenizer.decode([i for i in row if i not in model.eos]) for row in ids.tolist()]
+    assert len(captions) == 2 and captions[0] != captions[1]
+    with pytest.raises(MmjaxError, match="give one of the two"):
+        seeing.generate("sea", images=pixels, pixel_values=pixels)
+    with pytest.raises(MmjaxError, match=r"pixel_values should be floats \[images, height, width, 3\]"):
+        seeing.generate("sea", pixel_values=pixels[0])
+
+
+def test_a_model_that_sees_nothing_refuses_images(model):
+    for images in ({"images": np.zeros((4, 4, 3), np.uint8)}, {"pixel_values": np.zeros((1, 4, 4, 3), np.float32)}):
+        with pytest.raises(MmjaxError, match="language sees no images: it takes input_ids, attention_mask"):
+            model.generate("sea", **images)

@@ -49,6 +49,12 @@ class LanguageModel(GeneratingModel):
     def decodable(self) -> DecoderSteps:
         return DecoderSteps(self.config)
 
+    def beginning(self) -> int:
+        bos = self.config.bos if self.tokenizer is None or self.tokenizer.bos is None else self.tokenizer.bos
+        if bos is None:
+            raise MmjaxError("generate needs prompts: this model has no token that a text begins with (bos)")
+        return bos
+
     def check_room(self, length: int, new_tokens: int) -> None:
         if isinstance(self.config.positions, Learned) and length + new_tokens > self.config.context:
             told = f"{length} ids of prompt" + (f" and {new_tokens} new ones" if new_tokens else "")

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from mmjax.interface.generation import GeneratingModel
@@ -46,9 +45,9 @@ class T5Model(GeneratingModel):
         """What generates. Raises MmjaxError for an encoder alone."""
         return T5Decodable(self.config)
 
-    def prompt_inputs(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
-        begun = jnp.full((len(ids), 1), self.config.start, jnp.int32)
-        return {**super().prompt_inputs(ids, mask), "decoder_input_ids": begun}
+    def prompt_inputs(self, inputs: Mapping[str, Array]) -> dict[str, Any]:
+        start = jnp.full((len(inputs["input_ids"]), 1), self.config.start, jnp.int32)
+        return {**inputs, "decoder_input_ids": start}
 
     def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
         """logits [b, l, v] of `decoder_input_ids`, which begin with the start token, and what leads there:

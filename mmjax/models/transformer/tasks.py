@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from mmjax.errors import MmjaxError
@@ -75,9 +74,9 @@ class TransformerModel(GeneratingModel):
     def decodable(self) -> TransformerDecodable:
         return TransformerDecodable(self.config)
 
-    def prompt_inputs(self, ids: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
-        begun = jnp.full((len(ids), 1), self.config.start, jnp.int32)
-        return {**super().prompt_inputs(ids, mask), "decoder_input_ids": begun}
+    def prompt_inputs(self, inputs: Mapping[str, Array]) -> dict[str, Any]:
+        start = jnp.full((len(inputs["input_ids"]), 1), self.config.start, jnp.int32)
+        return {**inputs, "decoder_input_ids": start}
 
     @property
     def eos(self) -> tuple[int, ...]:
