@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from mmjax.data.labels import LABELS, labels_from_hf, labels_to_hf, read_labels, write_labels
 from mmjax.data.preprocess import ImagePreprocessing, from_hf
@@ -81,6 +82,8 @@ def load(
         raise MmjaxError(f"dtype={dtype!r}: parameters are float32 or bfloat16")
     if weights not in (None, "int8"):
         raise MmjaxError(f"weights={weights!r}: matrices are stored in int8, or by default (None) in the dtype")
+    if "://" in str(source):
+        return _assemble(_load_remote(epath.Path(source)), dtype, weights)
     path = resolve_source(source)
     folder = path if path.is_dir() else path.parent
     if path.is_dir() and path.parent.name == "checkpoints":
@@ -409,7 +412,7 @@ def _load_own_arrays(
     return load_table(tuple(Entry(key, key) for key in leaves), arrays, shapes, file, ignored=kind.of_runs)
 
 
-def _load_checkpoint(workdir: pathlib.Path, checkpoint: pathlib.Path) -> _Parts:
+def _load_checkpoint(workdir: pathlib.Path, checkpoint: pathlib.Path | epath.Path) -> _Parts:
     """A run's trained parameters, adapters merged: of one step, or if `checkpoint` is the workdir of the newest.
 
     Not their momentum copy, unless config.json says "averaged": the run's weights are the average over its steps.
@@ -429,6 +432,17 @@ def _load_checkpoint(workdir: pathlib.Path, checkpoint: pathlib.Path) -> _Parts:
     arrays = flatten({"params": merge_lora(params), "stats": stats})
     dtypes = {key: array.dtype for key, array in arrays.items()}
     return _Parts(kind, config, _load_own_arrays(kind, config, arrays, dtypes, str(checkpoint)), fields)
+
+
+def _load_remote(path: epath.Path) -> _Parts:
+    """A workdir in an object store, or one of its checkpoints."""
+    from mmjax.training.storage import local_copy
+
+    workdir = path.parent.parent if path.parent.name == "checkpoints" else path
+    if not (workdir / "config.json").exists():
+        raise MmjaxError(f"{workdir}/config.json is missing: of an object store, workdirs of `mmjax train` are loaded")
+    with local_copy(workdir) as folder:
+        return _load_checkpoint(folder, path)
 
 
 def _read_own_config(folder: pathlib.Path) -> tuple[type[Model], Any, dict[str, Any]]:

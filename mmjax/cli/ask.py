@@ -2,9 +2,11 @@
 
 import pathlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
+from etils import epath
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -14,6 +16,7 @@ from mmjax.data.decoding import decode_image
 from mmjax.data.image_folder import ImageFolder
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.retrieval import top_candidates
+from mmjax.training.storage import local_copy
 
 
 def classify(source: str, asked: Sequence[str], labels: str | None) -> None:
@@ -67,12 +70,13 @@ def retrieve(source: str, image: str | None, text: str | None, folder: str | Non
     """
     if k < 1:
         raise MmjaxError(f"-k {k}: at least 1")
-    own = pathlib.Path(source) / "images"
+    own = epath.Path(source) / "images"
     if folder is None and not own.is_dir():
         raise MmjaxError(f"--folder DIR: {source} has no images of its own to search")
     model = load(source)
-    index = ImageFolder(folder or own)
-    images, rows, _ = read_images(index)
+    with local_copy(own) if folder is None else nullcontext(folder) as searched:
+        index = ImageFolder(searched)
+        images, rows, _ = read_images(index)
     features = image_features(model, images)
     if text is not None:
         query, asked = text_features(model, [text]), None

@@ -2,13 +2,13 @@
 
 import json
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import rich
+from etils import epath
 
 from mmjax.cli.loading import load
 from mmjax.data.decoding import decode_image
@@ -31,8 +31,8 @@ def load_run(workdir: str, experiment: str | None = None) -> tuple[Any, Any, int
 
     experiment: the experiment's file, if it is not where config.json says.
     """
-    place = pathlib.Path(workdir) / "config.json"
-    if not place.is_file():
+    place = epath.Path(workdir) / "config.json"
+    if not place.exists():
         raise MmjaxError(f"{place} is missing: {workdir} is no run of mmjax train")
     told = json.loads(place.read_text())
     file = experiment or told.get("experiment_file")
@@ -67,7 +67,7 @@ def run(workdir: str, task: str, experiment: str | None = None) -> None:
             for name, score in found.items()
         }
         scores |= told
-    _tell(scores, pathlib.Path(workdir), task, f"{workdir} at step {step}", {"step": step})
+    _tell(scores, epath.Path(workdir), task, f"{workdir} at step {step}", {"step": step})
 
 
 def scores_of(evaluation: Any, state: Any) -> dict[str, Score]:
@@ -79,7 +79,7 @@ def scores_of(evaluation: Any, state: Any) -> dict[str, Score]:
     return {name: Score(float(value), 0, unit="") for name, value in numbers.items()}
 
 
-def _tell(scores: Mapping[str, Score], folder: pathlib.Path, task: str, title: str, facts: Mapping[str, Any]) -> None:
+def _tell(scores: Mapping[str, Score], folder: epath.Path, task: str, title: str, facts: Mapping[str, Any]) -> None:
     rich.print(report.table(scores, title))
     file = folder / "evaluations" / f"{task}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def on_folder(source: str, task: str, data: str) -> None:
         scores = _classification(model, test or train)
     else:
         scores = _with_labels(model, task, train, test)
-    inside = pathlib.Path(source) if (pathlib.Path(source) / checkpoint.FOLDER).is_dir() else pathlib.Path()
+    inside = epath.Path(source) if checkpoint.latest(source) is not None else epath.Path(".")
     _tell(scores, inside, task, f"{source} on {data}", {"model": source, "data": os.path.abspath(data)})
 
 

@@ -8,13 +8,16 @@ Orbax writes and reads the arrays; the commit is ours. A step is a folder `check
     manifest.json      written last: key, shape, dtype and SHA-256 of every leaf, the data iterator's state, counters
 
 It is filled under a temporary name, synced and renamed; without a manifest it is no checkpoint. Equal states have equal
-manifests. On object stores, which cannot rename, the folder has its name from the start and the manifest alone commits.
+manifests. An object store cannot rename: there the files are made on this machine's disk and uploaded under the final
+name, and the manifest alone commits.
 """
 
 import dataclasses
 import errno
 import json
 import os
+import pathlib
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -43,7 +46,7 @@ from mmjax.training.checkpoint_format import (
     state_leaves,
     write_arrays,
 )
-from mmjax.training.storage import is_local, remove_folder, sync_folder, sync_path
+from mmjax.training.storage import is_local, remove_folder, sync_folder, sync_path, upload, write_file
 
 FOLDER = "checkpoints"
 TEMPORARY = "tmp-"
@@ -75,6 +78,13 @@ def latest(workdir: Any) -> int | None:
     """The newest committed step (by its number, never by a clock), or None."""
     found = steps(workdir)
     return found[-1] if found else None
+
+
+def _discard(folder: epath.Path) -> None:
+    """Removes a step, its manifest first: what is half removed is no checkpoint."""
+    if folder.exists():
+        (folder / MANIFEST).unlink(missing_ok=True)
+        remove_folder(folder)
 
 
 def step_folder(workdir: Any, step: int) -> epath.Path:
@@ -223,7 +233,7 @@ class CheckpointWriter:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"{self._folder} cannot be written: {error.strerror or error}") from error
-        for path in self._folder.iterdir():
+        for path in list(self._folder.iterdir()) if self._folder.is_dir() else []:
             if path.name.startswith(TEMPORARY) or (path.name.isdecimal() and not (path / MANIFEST).exists()):
                 remove_folder(path)
 
@@ -265,32 +275,34 @@ class CheckpointWriter:
             )
 
     def _write(self, temporary: epath.Path, final: epath.Path, arrays: dict[str, np.ndarray], manifest: Any) -> None:
-        remove_folder(temporary)
-        temporary.mkdir(parents=True)
-        write_arrays(temporary / "arrays", arrays)
-        local = is_local(final)
-        if local:
-            (temporary / FILES).write_text(json.dumps(file_digests(temporary / "arrays"), indent=1))
-        (temporary / "environment.json").write_text(json.dumps(self.environment, indent=1, sort_keys=True))
+        _discard(temporary)
+        if is_local(final):
+            self._write_files(temporary, arrays)
+        else:  # Orbax and its checks work on a disk
+            with tempfile.TemporaryDirectory() as folder:
+                self._write_files(epath.Path(folder), arrays)
+                upload(pathlib.Path(folder), final)
         # Read back before it counts: what the older steps are given up for must be whole.
         read_arrays(temporary / "arrays", manifest["leaves"])
-        if local:
+        if is_local(final):
             sync_folder(temporary)
-        with (temporary / MANIFEST).open("w") as file:
-            file.write(json.dumps(manifest, indent=1, sort_keys=True))
-            if local:
-                file.flush()
-                os.fsync(file.fileno())
-        if not local:
+        write_file(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+        if temporary == final:
             return
-        if final.exists():  # the same step once more, after a fall-back passed over a damaged one
-            remove_folder(final)
+        _discard(final)  # the same step once more, after a fall-back passed over a damaged one
         os.rename(temporary, final)
         sync_path(final.parent)
+
+    def _write_files(self, folder: epath.Path, arrays: dict[str, np.ndarray]) -> None:
+        """All but the manifest, into a local folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_arrays(folder / "arrays", arrays)
+        (folder / FILES).write_text(json.dumps(file_digests(folder / "arrays"), indent=1))
+        (folder / "environment.json").write_text(json.dumps(self.environment, indent=1, sort_keys=True))
 
     def _prune(self, newest: int) -> None:
         """Removes all but the `keep` newest steps up to the one just verified, and those of a future given up."""
         found = steps(self.workdir)
         past = [step for step in found if step <= newest]
         for step in [*past[: -self.keep], *(step for step in found if step > newest)]:
-            remove_folder(step_folder(self.workdir, step))
+            _discard(step_folder(self.workdir, step))

@@ -12,7 +12,8 @@ import logging
 import os
 import pathlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from etils import epath
 
 from mmjax import tree
 from mmjax.errors import MmjaxError
-from mmjax.training.storage import is_local
+from mmjax.training.storage import local_copy
 
 MANIFEST = "manifest.json"
 FILES = "files.json"
@@ -144,7 +145,7 @@ def _checkpointer() -> ocp.Checkpointer:
 def write_arrays(folder: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
     # Orbax refuses arrays without elements; their shape in the manifest says all there is to know.
     full = {key: array for key, array in arrays.items() if array.size}
-    dotted = collections.Counter(key.replace("/", ".") for key in full)
+    dotted = collections.Counter(_folder_name(key) for key in full)
     if any(count > 1 for count in dotted.values()):
         raise CheckpointError(f"leaves whose paths differ only by a dot: {[k for k, n in dotted.items() if n > 1]}")
     if full:
@@ -154,24 +155,16 @@ def write_arrays(folder: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 def read_arrays(folder: epath.Path, leaves: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """The arrays that `leaves` (a part of a manifest) names, each checked against its SHA-256."""
-    wanted = {key for key, told in leaves.items() if 0 not in told["shape"]}
+    filled = {key for key, leaf in leaves.items() if 0 not in leaf["shape"]}
     flat: dict[str, Any] = {}
-    if wanted:
-        _check_files(folder)
-        try:
-            with warnings.catch_warnings(), _checkpointer() as checkpointer:
-                warnings.simplefilter("ignore")
-                item = tree.unflatten(dict.fromkeys(sorted(wanted), 0))
-                numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-                args = ocp.args.PyTreeRestore(item, restore_args=numpy, partial_restore=True)
-                flat = tree.flatten(checkpointer.restore(os.fspath(folder), args=args))
-        except Exception as error:  # Orbax and TensorStore raise whatever the damaged bytes lead them to
-            raise DamagedCheckpoint(f"{folder}: unreadable: {type(error).__name__}: {str(error)[:300]}") from error
+    if filled:
+        with _checked_files(folder, filled) as local:
+            flat = _restore(folder, local, filled)
     arrays, wrong = {}, []
-    for key, told in leaves.items():
-        dtype = None if told["dtype"].startswith("key<") else np.dtype(told["dtype"])
-        array = np.asarray(flat[key]) if key in flat else np.zeros(told["shape"], dtype or np.uint32)
-        if key in wanted and (key not in flat or tree.leaf_hash(array) != told["sha256"]):
+    for key, leaf in leaves.items():
+        dtype = None if leaf["dtype"].startswith("key<") else np.dtype(leaf["dtype"])
+        array = np.asarray(flat[key]) if key in flat else np.zeros(leaf["shape"], dtype or np.uint32)
+        if key in filled and (key not in flat or tree.leaf_hash(array) != leaf["sha256"]):
             wrong.append(key)
         arrays[key] = array
     if wrong:
@@ -179,23 +172,50 @@ def read_arrays(folder: epath.Path, leaves: Mapping[str, Mapping[str, Any]]) -> 
     return arrays
 
 
-def file_digests(folder: epath.Path) -> dict[str, str]:
+def _restore(folder: epath.Path, local: pathlib.Path, keys: Collection[str]) -> dict[str, Any]:
+    try:
+        with warnings.catch_warnings(), _checkpointer() as checkpointer:
+            warnings.simplefilter("ignore")
+            item = tree.unflatten(dict.fromkeys(sorted(keys), 0))
+            numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+            args = ocp.args.PyTreeRestore(item, restore_args=numpy, partial_restore=True)
+            return tree.flatten(checkpointer.restore(os.fspath(local), args=args))
+    except Exception as error:  # Orbax and TensorStore raise whatever the damaged bytes lead them to
+        raise DamagedCheckpoint(f"{folder}: unreadable: {type(error).__name__}: {str(error)[:300]}") from error
+
+
+def file_digests(folder: Any) -> dict[str, str]:
+    """{slash path below the folder: SHA-256} of every file of a local folder."""
     local = pathlib.Path(folder)
     paths = sorted(path for path in local.rglob("*") if path.is_file())
     return {path.relative_to(local).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def _check_files(folder: epath.Path) -> None:
-    """Before Orbax sees them: no parser of array files is fed damaged bytes, and the message can name the file."""
-    told = folder.parent / FILES
-    if not is_local(folder):
-        return
+@contextmanager
+def _checked_files(folder: epath.Path, keys: Collection[str]) -> Iterator[pathlib.Path]:
+    """A local folder with the files of these leaves, their SHA-256 as they were written.
+
+    Checked before Orbax reads them: no parser of array files gets damaged bytes, and the message can name the file.
+    """
+    index = folder.parent / FILES
     try:
-        listed = json.loads(told.read_bytes())
-        found = file_digests(folder)
-        bad = [f"{folder / name}" for name, digest in listed.items() if found.get(name) != digest]
+        digests = dict(json.loads(index.read_bytes()))
+        folders = {_folder_name(key) for key in keys}  # beside them Orbax's own files
+        names = [name for name in digests if "/" not in name or name.split("/")[0] in folders]
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{told}: unreadable: {type(error).__name__}: {error}") from error
-    if bad:
-        # A leaf's folder is its path with dots.
-        raise DamagedCheckpoint(f"not what was written: {', '.join(bad)}")
+        raise DamagedCheckpoint(f"{index}: unreadable: {type(error).__name__}: {error}") from error
+    with ExitStack() as stack:
+        try:
+            local = stack.enter_context(local_copy(folder, names))
+            found = file_digests(local)
+        except OSError as error:
+            raise DamagedCheckpoint(f"{folder}: unreadable: {type(error).__name__}: {error}") from error
+        bad = [f"{folder / name}" for name in names if found.get(name) != digests[name]]
+        if bad:
+            raise DamagedCheckpoint(f"not what was written: {', '.join(bad)}")
+        yield local
+
+
+def _folder_name(key: str) -> str:
+    """Orbax's name of the folder of a leaf."""
+    return key.replace("/", ".")

@@ -1,8 +1,10 @@
 """The files of a workdir, on a disk or in an object store (`gs://`, `s3://`: whatever `etils.epath` knows)."""
 
 import os
+import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,6 +42,33 @@ def write_changed(path: epath.Path, data: bytes) -> None:
     """`write_file`, unless the file already holds `data`."""
     if not path.exists() or path.read_bytes() != data:
         write_file(path, data)
+
+
+@contextmanager
+def local_copy(folder: Any, names: Iterable[str] | None = None) -> Iterator[pathlib.Path]:
+    """The files of a folder on this machine's disk, for code that reads with `pathlib`: the folder itself, or of one in
+    an object store a copy, until the end of the block.
+
+    names: slash paths below the folder; by default the files that lie directly in it.
+    """
+    folder = epath.Path(folder)
+    if is_local(folder):
+        yield pathlib.Path(folder)
+        return
+    if names is None:
+        names = [path.name for path in folder.iterdir() if not path.is_dir()] if folder.is_dir() else []
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in names:
+            target = pathlib.Path(temporary) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((folder / name).read_bytes())
+        yield pathlib.Path(temporary)
+
+
+def upload(local: pathlib.Path, folder: Any) -> None:
+    """Writes every file below a local folder into `folder`."""
+    for file in sorted(path for path in local.rglob("*") if path.is_file()):
+        write_file(epath.Path(folder) / file.relative_to(local).as_posix(), file.read_bytes())
 
 
 def sync_folder(folder: Any) -> None:

@@ -15,7 +15,7 @@ import pytest
 import toy
 
 from mmjax import tree
-from mmjax.training import checkpoint, checkpoint_format
+from mmjax.training import checkpoint, checkpoint_format, storage
 from mmjax.training.checkpoint import CheckpointWriter
 from mmjax.training.checkpoint_format import CheckpointError, DamagedCheckpoint
 from mmjax.training.workdir import Lock
@@ -258,7 +258,7 @@ def test_load_params_reads_the_model_alone(tmp_path):
 
 def test_objects_stores_commit_by_the_manifest_alone(tmp_path, monkeypatch):
     """Without a rename: the folder has its name from the start, and counts only with its manifest."""
-    for module in (checkpoint, checkpoint_format):
+    for module in (checkpoint, storage):
         monkeypatch.setattr(module, "is_local", lambda _: False)
     state = save(tmp_path, 3, 5, 7)[7]
     assert checkpoint.steps(tmp_path) == [5, 7]
