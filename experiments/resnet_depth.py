@@ -108,7 +108,7 @@ def gradient_norms(config: Config, params: Any, carry: Any, batch: Any) -> list[
     method = config.method()
 
     def loss(params: Any) -> Any:
-        return method.loss(params, carry, batch, jax.random.key(0))[0]
+        return method.loss(params, carry, batch, jax.random.key(0), jnp.int32(0))[0]
 
     flat = tree.flatten(jax.jit(jax.grad(loss))(params))
     names = ["stem_conv/kernel"]

@@ -409,7 +409,7 @@ def _load_own_arrays(
     """Arrays under our own paths, checked against the model; each in the dtype that it was stored in."""
     leaves = flatten(kind.shapes(config))
     shapes = {key: jax.ShapeDtypeStruct(leaf.shape, dtypes.get(key, leaf.dtype)) for key, leaf in leaves.items()}
-    return load_table(tuple(Entry(key, key) for key in leaves), arrays, shapes, file, ignored=kind.of_runs)
+    return load_table(tuple(Entry(key, key) for key in leaves), arrays, shapes, file)
 
 
 def _load_checkpoint(workdir: pathlib.Path, checkpoint: pathlib.Path | epath.Path) -> _Parts:

@@ -9,10 +9,12 @@ Axis legend, used in every public signature:
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Bool, Float, Int, PRNGKeyArray, UInt8
 
 from mmjax.errors import MmjaxError
@@ -25,6 +27,35 @@ Batch: TypeAlias = Mapping[str, Any]
 """A dict of arrays that share their first axis."""
 Metrics: TypeAlias = dict[str, jax.Array]
 
+
+@struct.dataclass
+class Mean:
+    """A mean before its division: totals and counts of micro-batches and of devices add up to those of the batch.
+
+    Attributes:
+        total: the sum of what was counted.
+        count: how many, or the sum of their weights; it has no gradient.
+    """
+
+    total: Float[jax.Array, ""]
+    count: Float[jax.Array, ""]
+
+    @classmethod
+    def of(cls, values: Float[jax.Array, "*b"], weights: Any) -> Self:
+        """Of `values`, by `weights` of the same shape, numbers or booleans; one of weight 0 has no part, even NaN."""
+        weights = jax.lax.stop_gradient(jnp.asarray(weights, jnp.float32))
+        return cls(jnp.sum(jnp.where(weights != 0, values * weights, 0.0)), jnp.sum(weights))
+
+    @property
+    def value(self) -> Float[jax.Array, ""]:
+        """The mean; NaN, which a train step refuses, where nothing was counted."""
+        # Explicit: compilers make 0 of 0 / 0.
+        return jnp.where(self.count > 0, self.total / self.count, jnp.nan)
+
+
+Means: TypeAlias = dict[str, Mean | jax.Array]
+"""By name: means before their division, or scalars that stand for equal parts of a batch each."""
+
 __all__ = [
     "Array",
     "ArrayLike",
@@ -32,6 +63,8 @@ __all__ = [
     "Bool",
     "Float",
     "Int",
+    "Mean",
+    "Means",
     "Metrics",
     "MmjaxError",
     "PRNGKeyArray",

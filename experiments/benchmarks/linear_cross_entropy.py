@@ -30,8 +30,8 @@ def side(name: str, tokens: int, vocabulary: int, width: int) -> None:
 
     def loss(hidden: Any, kernel: Any) -> Any:
         if name == "in blocks":
-            return linear_cross_entropy(hidden, kernel, labels).loss
-        return token_cross_entropy(hidden @ kernel, labels).loss
+            return linear_cross_entropy(hidden, kernel, labels).loss.value
+        return token_cross_entropy(hidden @ kernel, labels).loss.value
 
     answer(jax.value_and_grad(loss, (0, 1)), (hidden, kernel))
 

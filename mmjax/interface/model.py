@@ -45,8 +45,6 @@ class Model(abc.ABC):
     """What `classify` takes, where there is one."""
     int8_channels: ClassVar[Mapping[str, int]] = {}
     """Globs of the parameters that may be kept in int8 (see `mmjax.nn.int8`), and the axis of each one's channels."""
-    of_runs: ClassVar[tuple[str, ...]] = ()
-    """Globs of what a run's checkpoints hold beside the model: a method's counters."""
 
     config: Any
     params: Params

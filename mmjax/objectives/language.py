@@ -1,15 +1,15 @@
 """Losses of language models: cross-entropy of tokens from logits, or from hidden states without materialised logits.
 
-All count the tokens whose label is not `IGNORED`. Some return the mean over them, as torch's `cross_entropy` does.
-Under `axis_name` the batch is divided over devices, which may count different numbers of tokens; everything returned is
-then this device's share, whose mean over devices, in value and in gradient, is that of the global batch. Others return
+All count the tokens whose label is not `IGNORED`. Some return the mean over them, as torch's `cross_entropy` does, but
+before its division (`mmjax.types.Mean`): devices and micro-batches may count different numbers of tokens. Others return
 the sum over each text's tokens, which ranks answers and trains answer decoders.
 
     >>> ids = jnp.array([[4, 2, 7]])
     >>> next_tokens(ids).tolist()
     [[2, 7, -100]]
     >>> loss = token_cross_entropy(jnp.zeros((1, 3, 10)), next_tokens(ids))
-    >>> print(f"{loss.nll:.3f} nats, perplexity {perplexity(loss.nll):.1f}, {loss.tokens:.0f} tokens")
+    >>> nll = loss.nll.value
+    >>> print(f"{nll:.3f} nats, perplexity {perplexity(nll):.1f}, {loss.nll.count:.0f} tokens")
     2.303 nats, perplexity 10.0, 2 tokens
 """
 
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from mmjax.errors import MmjaxError
 from mmjax.objectives.distillation import distilled_cross_entropy
-from mmjax.types import Array, Bool, Float, Int
+from mmjax.types import Array, Bool, Float, Int, Mean
 
 IGNORED = -100
 """The label of a token that is not counted (torch's and transformers' ignore_index)."""
@@ -31,18 +31,16 @@ BLOCK = 2**25
 
 
 class TokenLoss(NamedTuple):
-    """Float32 scalars.
+    """Float32 means over tokens; each `.count` is how many were counted, or the sum of their weights.
 
     Attributes:
-        loss: to be minimised, with smoothing and z-loss. NaN, which a train step refuses, if no token is counted or a
-            counted label is outside the vocabulary.
+        loss: to be minimised, with smoothing and z-loss. Its value is NaN, which a train step refuses, if no token is
+            counted or a counted label is outside the vocabulary.
         nll: negative log-likelihood without smoothing and z-loss, in nats, for `perplexity`. Without a gradient.
-        tokens: number of counted tokens of the global batch, or the sum of their weights.
     """
 
-    loss: Float[Array, ""]
-    nll: Float[Array, ""]
-    tokens: Float[Array, ""]
+    loss: Mean
+    nll: Mean
 
 
 def next_tokens(ids: Int[Array, "b l"], mask: Bool[Array, "b l"] | None = None) -> Int[Array, "b l"]:
@@ -67,7 +65,6 @@ def token_cross_entropy(
     label_smoothing: Float[Array, ""] | float = 0.0,
     z_loss: Float[Array, ""] | float = 0.0,
     epsilon: float = 0.0,
-    axis_name: str | None = None,
 ) -> TokenLoss:
     """Mean over counted tokens of -sum_v q_v log softmax(logits)_v, in float32.
 
@@ -76,10 +73,10 @@ def token_cross_entropy(
         weights: of each token in the mean; None: equal weights.
         label_smoothing: s in q = (1 - s) onehot + s / v (torch's; the original Transformer's spreads s over v - 1).
         z_loss: factor on log^2 of the softmax's normaliser, which keeps it near 1 (PaLM, arXiv 2204.02311, section 5).
-        epsilon: added to the number of tokens: 1e-5 in Google's BERT (run_pretraining.py).
+        epsilon: added to the number of tokens: 1e-5 in Google's BERT (run_pretraining.py), whose loss of no token is 0.
     """
     losses, nll = _from_logits(logits, labels, label_smoothing, z_loss)
-    return _mean(losses, nll, labels, logits.shape[-1], weights, epsilon, axis_name)
+    return _means(losses, nll, labels, logits.shape[-1], weights, epsilon)
 
 
 def distilled_token_cross_entropy(
@@ -87,8 +84,6 @@ def distilled_token_cross_entropy(
     teacher: Float[Array, "*b v"],
     labels: Int[Array, "*b"],
     alpha: Float[Array, ""] | float,
-    *,
-    axis_name: str | None = None,
 ) -> TokenLoss:
     """Mean over counted tokens of `distilled_cross_entropy`: ALBEF's masked language model (models/xbert.py:1423-1431).
 
@@ -96,7 +91,12 @@ def distilled_token_cross_entropy(
     """
     losses = _distilled(logits, teacher, labels, alpha)
     _, nll = _from_logits(logits, labels, 0.0, 0.0)
-    return _mean(losses, nll, labels, logits.shape[-1], None, 0.0, axis_name)
+    return _means(losses, nll, labels, logits.shape[-1], None, 0.0)
+
+
+def token_accuracy(logits: Float[Array, "*b v"], labels: Int[Array, "*b"]) -> Mean:
+    """Of the labels that are not `IGNORED`, the share that has the largest logit, in [0, 1]."""
+    return Mean.of((jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32), labels != IGNORED)
 
 
 def text_cross_entropy(
@@ -147,7 +147,6 @@ def linear_cross_entropy(
     label_smoothing: Float[Array, ""] | float = 0.0,
     z_loss: Float[Array, ""] | float = 0.0,
     epsilon: float = 0.0,
-    axis_name: str | None = None,
     block: int | None = None,
 ) -> TokenLoss:
     """`token_cross_entropy` of logit_scale * hidden @ kernel + bias, one block of the vocabulary after the other.
@@ -186,7 +185,7 @@ def linear_cross_entropy(
         mean = mean + jnp.mean(offsets.astype(jnp.float32))
     losses = _losses(normaliser, label_logit, mean, label_smoothing, z_loss)
     nll, losses = (x.reshape(labels.shape) for x in (normaliser - label_logit, losses))
-    return _mean(losses, nll, labels, v, weights, epsilon, axis_name)
+    return _means(losses, nll, labels, v, weights, epsilon)
 
 
 def _valid_labels(labels: Array, v: int) -> Array:
@@ -244,21 +243,15 @@ def _sum(losses: Array, labels: Array, v: int) -> Array:
     return jnp.sum(_checked(losses, labels, v), axis=-1)
 
 
-def _mean(
-    losses: Array, nll: Array, labels: Array, v: int, weights: Array | None, epsilon: float, axis_name: str | None
-) -> TokenLoss:
+def _means(losses: Array, nll: Array, labels: Array, v: int, weights: Array | None, epsilon: float) -> TokenLoss:
     counted = labels != IGNORED
-    share = counted.astype(jnp.float32) if weights is None else jnp.where(counted, weights.astype(jnp.float32), 0.0)
-    tokens, devices = jnp.sum(share), 1
-    if axis_name is not None:
-        tokens, devices = jax.lax.psum(tokens, axis_name), jax.lax.axis_size(axis_name)
-    share = share * devices / (tokens + epsilon)
+    share = counted if weights is None else jnp.where(counted, weights, 0.0)
 
-    def total(values: Array) -> Array:
-        weighted = jnp.sum(_checked(values, labels, v) * share)
-        return jnp.where(tokens > 0, weighted, jnp.nan)  # explicit: compilers turn 0 / 0 into 0
+    def mean(values: Array) -> Mean:
+        weighted = Mean.of(_checked(values, labels, v), share)
+        return Mean(weighted.total, weighted.count + epsilon)
 
-    return TokenLoss(total(losses), jax.lax.stop_gradient(total(nll)), tokens)
+    return TokenLoss(mean(losses), mean(jax.lax.stop_gradient(nll)))
 
 
 # ------------------------------------------------------------------------------------------------------------ blockwise

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mmjax.nn.groups import group_places, group_rows
 from mmjax.objectives.language import IGNORED, token_cross_entropy
-from mmjax.types import Array, Float, Int, PRNGKeyArray
+from mmjax.types import Array, Bool, Float, Int, Mean, PRNGKeyArray
 
 
 def negative_log_weights(
@@ -42,16 +42,28 @@ def negative_log_weights(
     Raises MmjaxError: groups that do not divide the batch (`mmjax.nn.groups.cut`).
     """
     query, keys = jax.lax.stop_gradient((query.astype(jnp.float32), keys.astype(jnp.float32)))
-    ids = jnp.full(len(query), IGNORED) if ids is None else ids
-    candidates, candidate_ids = (group_rows(x, groups, axis_name) for x in (keys, ids))
-    queries, query_ids = (x.reshape(len(candidates), -1, *x.shape[1:]) for x in (query, ids))
+    candidates = group_rows(keys, groups, axis_name)
+    queries = query.reshape(len(candidates), -1, query.shape[-1])
     similarity = jnp.einsum("grd,gmd->grm", queries, candidates, precision="highest")
     similarity = similarity / jax.lax.stop_gradient(temperature)
-    weights = jnp.logaddexp(jax.nn.log_softmax(similarity), jnp.log(floor))
+    weights = jnp.logaddexp(jax.nn.log_softmax(similarity), jnp.log(floor)).reshape(len(query), -1)
+    return jnp.where(_are_negatives(len(query), ids, groups, axis_name), weights, -jnp.inf)
+
+
+def has_negative(
+    size: int, ids: Int[Array, "b"] | None = None, groups: int = 1, axis_name: str | None = None
+) -> Bool[Array, "b"]:
+    """Whether the group of each of `size` pairs has a pair of another image; arguments as of `negative_log_weights`."""
+    return jnp.any(_are_negatives(size, ids, groups, axis_name), axis=1)
+
+
+def _are_negatives(size: int, ids: Array | None, groups: int, axis_name: str | None) -> Bool[Array, "b m"]:
+    ids = jnp.full(size, IGNORED) if ids is None else ids
+    candidate_ids = group_rows(ids, groups, axis_name)
+    query_ids = ids.reshape(len(candidate_ids), -1)
     same = (query_ids[..., None] == candidate_ids[:, None]) & (query_ids != IGNORED)[..., None]
-    weights = jnp.where(same, -jnp.inf, weights).reshape(len(query), -1)
-    positions = group_places(len(query), groups, axis_name)
-    return jnp.where(positions[:, None] == jnp.arange(weights.shape[1]), -jnp.inf, weights)
+    positions = group_places(size, groups, axis_name)
+    return ~same.reshape(size, -1) & (positions[:, None] != jnp.arange(same.shape[-1]))
 
 
 def sample_negatives(keys: PRNGKeyArray, log_weights: Float[Array, "b m"]) -> Int[Array, "b"]:
@@ -64,18 +76,19 @@ def sample_negatives(keys: PRNGKeyArray, log_weights: Float[Array, "b m"]) -> In
     return jnp.where(jnp.any(log_weights > -jnp.inf, axis=1), sampled, -1)
 
 
-def matching_loss(
-    logits: Float[Array, "three_b 2"], negatives: Int[Array, "two_b"], axis_name: str | None = None
-) -> Float[Array, ""]:
+def matching_loss(logits: Float[Array, "three_b 2"], counted: Bool[Array, "b"]) -> Mean:
     """Mean cross-entropy of three blocks of b pairs: the first match (class 1), the other two do not (class 0).
 
     Args:
         logits: of (text, image), then (text, negative image), then (negative text, image).
-        negatives: sampled indices of the second and of the third block. A pair whose negative is -1 is not counted;
-            the originals fail where a whole group shares one image.
-        axis_name: the mapped axis over which the batch is divided; the result is then this device's share, whose mean
-            over devices, in value and in gradient, is the loss of the global batch.
+        counted: `has_negative`. Where a whole group shares one image, which the originals fail on, pairs of the second
+            and of the third block are not counted. (A sampled index of -1 marks them too, but only after the network
+            has run, and accumulation needs the count before.)
     """
-    matches = jnp.ones(len(negatives) // 2, jnp.int32)
-    labels = jnp.concatenate([matches, jnp.where(negatives < 0, IGNORED, 0)])
-    return token_cross_entropy(logits, labels, axis_name=axis_name).loss
+    return token_cross_entropy(logits, matching_labels(counted)).loss
+
+
+def matching_labels(counted: Bool[Array, "b"]) -> Int[Array, "three_b"]:
+    """The classes of `matching_loss`'s pairs: 1 where they match, else 0; `IGNORED` where they are not counted."""
+    negative = jnp.where(counted, 0, IGNORED)
+    return jnp.concatenate([jnp.ones(len(counted), jnp.int32), negative, negative])

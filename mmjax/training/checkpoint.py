@@ -198,7 +198,7 @@ def load_params(path: Any) -> dict[str, Any]:
         path = step_folder(path, newest)
     manifest = read_manifest(path)
     fields = ("params", "stats", "ema")
-    averaged = "queues/averaged_stats/"
+    averaged = "extra/averaged_stats/"
     leaves = {
         key: told for key, told in manifest["leaves"].items() if key.split("/")[0] in fields or key.startswith(averaged)
     }
@@ -206,7 +206,7 @@ def load_params(path: Any) -> dict[str, Any]:
     config = path.parent.parent / "config.json"
     told = json.loads(config.read_text()) if config.exists() else None
     found = {field: nested.get(field, {}) for field in fields}
-    return found | {"averaged_stats": nested.get("queues", {}).get("averaged_stats", {}), "config": told}
+    return found | {"averaged_stats": nested.get("extra", {}).get("averaged_stats", {}), "config": told}
 
 
 # ------------------------------------------------------------------------------------------------------------- write

@@ -18,17 +18,17 @@ from flax import linen as nn
 from mmjax.errors import MmjaxError
 from mmjax.objectives.classification import hits, sigmoid_cross_entropy, soft_labels, softmax_cross_entropy
 from mmjax.training.ema import update_ema
-from mmjax.training.method import Method
+from mmjax.training.method import Loss, Method
 from mmjax.training.mixing import Mixing
 from mmjax.training.rng import named
 from mmjax.training.state import Carry
-from mmjax.types import Array, Batch, Float, Metrics, Params, PRNGKeyArray
+from mmjax.types import Array, Batch, Float, Int, Means, Params, PRNGKeyArray
 
 RGB: TypeAlias = tuple[float, float, float]
 LABEL_SMOOTHING, MOMENTUM = "label_smoothing", "momentum"
 """Hyper-parameters: can be ablated without a recompile."""
 AVERAGED = "averaged_stats"
-"""In `Carry.queues`: the running average of batch statistics that belongs to the averaged parameters."""
+"""In `Carry.extra`: the running average of batch statistics that belongs to the averaged parameters."""
 
 
 class Classifier(Protocol):
@@ -110,7 +110,7 @@ class Classification(Method):
         mean, std: of the channels in [0, 1]: uint8 images are normalised by them on the device. Floats are taken as
             normalised already, as views of `mmjax.training.augment` are.
         weight_ema: share of the averaged parameters that each step keeps; None: there are none. The average is
-            `state.ema`, that of the batch statistics `state.queues["averaged_stats"]`; see `variables`.
+            `state.ema`, that of the batch statistics `state.extra["averaged_stats"]`; see `variables`.
     """
 
     classifier: Classifier
@@ -151,16 +151,22 @@ class Classification(Method):
             raise MmjaxError(f"classes={self.classes}: the classifier's head has {outputs}")
         hparams: dict[str, Any] = {LABEL_SMOOTHING: jnp.float32(self.label_smoothing), **self.mixing.hparams}
         ema: Params = {}
-        queues: dict[str, Any] = {}
+        extra: dict[str, Any] = {}
         if self.weight_ema is not None:
             hparams[MOMENTUM] = jnp.float32(self.weight_ema)
             # Copies: the state is donated, and one buffer cannot be donated twice.
-            ema, queues = jax.tree.map(jnp.copy, (params, {AVERAGED: stats} if stats else {}))
-        return params, Carry(ema, queues, stats, hparams)
+            ema, extra = jax.tree.map(jnp.copy, (params, {AVERAGED: stats} if stats else {}))
+        return params, Carry(ema, {}, stats, hparams, extra)
 
     def loss(
-        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
-    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        rng: PRNGKeyArray,
+        step: Int[Array, ""],
+        axis_name: str | None = None,
+    ) -> tuple[Loss, tuple[Carry, Means]]:
         images, labels = self.pixels(_column(batch, "image")), _column(batch, "label")
         targets = labels
         if self.mixing:
@@ -178,11 +184,11 @@ class Classification(Method):
         entropy = softmax_cross_entropy if self.objective == "softmax" else sigmoid_cross_entropy
         value = jnp.mean(entropy(logits, targets, carry.hparams[LABEL_SMOOTHING]))
         value = jnp.where(jnp.all((labels >= 0) & (labels < self.classes)), value, jnp.nan)
-        metrics = {"accuracy": jnp.mean(hits(jax.lax.stop_gradient(logits), targets))}
-        queues = carry.queues
-        if AVERAGED in queues:
-            queues = {**queues, AVERAGED: _follow(queues[AVERAGED], stats, carry.hparams[MOMENTUM])}
-        return value, (dataclasses.replace(carry, stats=stats, queues=queues), metrics)
+        accuracy = jnp.mean(hits(jax.lax.stop_gradient(logits), targets))
+        extra = carry.extra
+        if AVERAGED in extra:
+            extra = {**extra, AVERAGED: _follow(extra[AVERAGED], stats, carry.hparams[MOMENTUM])}
+        return value, (dataclasses.replace(carry, stats=stats, extra=extra), {"accuracy": accuracy})
 
     def pixels(self, images: Array) -> Float[Array, "b height width 3"]:
         """uint8 images -> normalised float32, floats as they are. Raises MmjaxError for uint8 without mean and std."""
@@ -196,7 +202,7 @@ class Classification(Method):
         """(parameters, batch statistics) of a TrainState to evaluate with: the averaged ones where there are."""
         if self.weight_ema is None:
             return state.params, state.stats
-        return state.ema, state.queues.get(AVERAGED, state.stats)
+        return state.ema, state.extra.get(AVERAGED, state.stats)
 
     def predict(self, params: Params, state: Any, images: Array) -> Float[Array, "b classes"]:
         """Logits in evaluation, an `mmjax.evaluation.features.Encode`: of the averaged variables where there are.

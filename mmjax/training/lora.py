@@ -26,11 +26,11 @@ from flax import linen as nn
 from mmjax import tree
 from mmjax.errors import MmjaxError
 from mmjax.nn.dropout import kept
-from mmjax.training.method import Method
+from mmjax.training.method import Loss, Method
 from mmjax.training.partition import FROZEN, TRAINABLE, Partition
 from mmjax.training.rng import named
 from mmjax.training.state import Carry
-from mmjax.types import Array, Batch, Float, Int, Metrics, Params, PRNGKeyArray
+from mmjax.types import Array, Batch, Float, Int, Means, Params, PRNGKeyArray
 
 A, B, SCALE = "lora_a", "lora_b", "lora_scale"
 P = ParamSpec("P")
@@ -173,12 +173,18 @@ class LoRA(Method):
         return tree.merge(params, adapters), dataclasses.replace(carry, ema=_beside(carry.ema, adapters))
 
     def loss(
-        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
-    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        rng: PRNGKeyArray,
+        step: Int[Array, ""],
+        axis_name: str | None = None,
+    ) -> tuple[Loss, tuple[Carry, Means]]:
         """Raises MmjaxError for adapters whose layer did not run: they would never be trained."""
         met: set[str] = set()
         loss = adapted(self.method.loss, self.config.dropout, named(rng, "lora"), axis_name, met)
-        told = loss(params, carry, batch, rng, axis_name)
+        told = loss(params, carry, batch, rng, step, axis_name)
         layers = [path.removesuffix(f"/{A}") for path in tree.flatten(params) if path.endswith(f"/{A}")]
         idle = [layer for layer in layers if not any(f"/{layer}".endswith(f"/{path}") for path in met)]
         if idle:

@@ -1,19 +1,29 @@
 """The contract between a system and the one train step."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeAlias
+
+import jax.numpy as jnp
 
 from mmjax.training.rng import example_keys, named
 from mmjax.training.state import Carry
-from mmjax.types import Array, Batch, Float, Int, Metrics, Params, PRNGKeyArray
+from mmjax.types import Array, Batch, Float, Int, Mean, Means, Params, PRNGKeyArray
+
+Loss: TypeAlias = Mean | Float[Array, ""] | Means
+"""What is minimised: a mean, or the sum of several named ones, each of which is also a metric.
+
+A scalar is the mean of a loss over equal parts of the batch, as `jnp.mean` of a value an example is. A `Mean` is for
+counts that differ from part to part: tokens, masked words, pairs with a negative. The step adds totals and counts over
+micro-batches and devices and divides once, so that any cut of a batch has the whole batch's gradient.
+"""
 
 
 class Method(Protocol):
     """A pretraining (or fine-tuning) method: what distinguishes the systems from each other.
 
     Implementations are frozen dataclasses without state. `loss` sees the whole batch, or under `pmap` a device's share
-    of it and the name of the axis over which to gather.
+    of it and the name of the axis over which to gather; with accumulation, a micro-batch of it.
     """
 
     def init(self, rng: PRNGKeyArray, batch: Batch) -> tuple[Params, Carry]:
@@ -21,13 +31,24 @@ class Method(Protocol):
         ...
 
     def loss(
-        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
-    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
-        """The scalar to be minimised, the carry after this batch, and scalar metrics (means over the batch)."""
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        rng: PRNGKeyArray,
+        step: Int[Array, ""],
+        axis_name: str | None = None,
+    ) -> tuple[Loss, tuple[Carry, Means]]:
+        """(what is minimised, (the carry after this batch, metrics)).
+
+        step: batches before this one, `TrainState.step`: the clock of every schedule.
+        The counts of a loss are functions of `batch`, `rng` and `step` alone: the step needs them before the network
+        has run. Of the carry `stats`, `queues` and `extra` are taken over; see `Carry`.
+        """
         ...
 
     def momentum(self, hparams: dict[str, Float[Array, ""]], step: Int[Array, ""]) -> Float[Array, ""]:
-        """The share of the old value that the momentum parameters keep at this step; asked only if there are any."""
+        """The share of the old value that momentum parameters retain at this step; not called if there are none."""
         return hparams["momentum"]
 
     def constrain(self, params: Params) -> Params:
@@ -55,9 +76,15 @@ class Augmented(Method):
         return self.method.init(rng, self._augment(rng, batch, None))
 
     def loss(
-        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
-    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
-        return self.method.loss(params, carry, self._augment(rng, batch, axis_name), rng, axis_name)
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        rng: PRNGKeyArray,
+        step: Int[Array, ""],
+        axis_name: str | None = None,
+    ) -> tuple[Loss, tuple[Carry, Means]]:
+        return self.method.loss(params, carry, self._augment(rng, batch, axis_name), rng, step, axis_name)
 
     def momentum(self, hparams: dict[str, Float[Array, ""]], step: Int[Array, ""]) -> Float[Array, ""]:
         return self.method.momentum(hparams, step)
@@ -70,8 +97,22 @@ class Augmented(Method):
         return self.augment(example_keys(named(rng, "augment"), size, axis_name), batch)
 
 
-def check_scalars(metrics: dict[str, Any]) -> None:
-    """Raises a TypeError if a metric is not a scalar: means over devices would silently be wrong."""
-    wrong = {name: value.shape for name, value in metrics.items() if value.shape != ()}
+def loss_terms(loss: Loss) -> dict[str, Mean]:
+    """The named means whose sum is minimised; one alone is called "loss"."""
+    return means(loss if isinstance(loss, Mapping) else {"loss": loss})
+
+
+def loss_value(loss: Loss) -> Float[Array, ""]:
+    """The scalar that a `Loss` of a whole batch stands for."""
+    return sum((term.value for term in loss_terms(loss).values()), jnp.zeros(()))
+
+
+def means(values: Mapping[str, Any]) -> dict[str, Mean]:
+    """Scalars as means of one count each. Raises TypeError for what is no scalar, which no mean over devices is of."""
+    wrong = {name: value.shape for name, value in values.items() if not isinstance(value, Mean) and value.shape != ()}
     if wrong:
-        raise TypeError(f"metrics must be scalars; these are not: {wrong}")
+        raise TypeError(f"losses and metrics must be scalars or a Mean; these are not: {wrong}")
+    return {
+        name: value if isinstance(value, Mean) else Mean(value, jnp.ones((), jnp.float32))
+        for name, value in values.items()
+    }

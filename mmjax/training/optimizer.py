@@ -11,7 +11,7 @@ import optax
 from mmjax import tree
 from mmjax.errors import MmjaxError
 from mmjax.training.partition import FROZEN, TRAINABLE, Partition
-from mmjax.types import Array, Float, Params
+from mmjax.types import Array, Float, Int, Params
 
 Schedule = Callable[[Any], Any]
 LEARNING_RATE_SCALE = "learning_rate_scale"
@@ -55,13 +55,29 @@ class Optimizer:
         return self._chain(trainable).init(trainable)
 
     def update(
-        self, grads: Params, opt_state: Any, trainable: Params, hparams: Mapping[str, Float[Array, ""]]
+        self,
+        grads: Params,
+        opt_state: Any,
+        trainable: Params,
+        hparams: Mapping[str, Float[Array, ""]],
+        step: Int[Array, ""],
     ) -> tuple[Any, Any]:
-        """(updates, next state) for the trainable subtree."""
-        updates, opt_state = self._chain(trainable).update(grads, opt_state, trainable)
+        """(updates, next state) for the trainable subtree; schedules are evaluated at `step`, `TrainState.step`."""
+        updates, opt_state = self._chain(trainable).update(grads, _at_step(opt_state, step), trainable)
         if LEARNING_RATE_SCALE in hparams:
             updates = jax.tree.map(lambda update: hparams[LEARNING_RATE_SCALE] * update, updates)
         return updates, opt_state
+
+
+def _at_step(opt_state: Any, step: Int[Array, ""]) -> Any:
+    """The state of optax's schedules set to a step. They count their calls, of which a refused update is none."""
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    return jax.tree.map(
+        lambda node: node._replace(count=step) if is_schedule(node) else node, opt_state, is_leaf=is_schedule
+    )
 
 
 def warmup_cosine(peak: float, steps: int, warmup: int = 0, end: float = 0.0) -> Schedule:

@@ -9,21 +9,35 @@ from flax import struct
 from mmjax.types import Array, Float, Int, Params, PRNGKeyArray
 
 
+def _empty() -> Any:
+    return struct.field(default_factory=dict)
+
+
 @struct.dataclass
 class Carry:
     """The part of the state, beside parameters, that a method reads and returns.
 
+    A refused update leaves all of it as it was. Where a batch is accumulated from micro-batches, the momentum
+    parameters move once, before the first one; what else differs is said of each field.
+
     Attributes:
-        ema: momentum parameters: a subtree of the parameters, with the same paths.
-        queues: name -> `mmjax.training.queue.Queue`.
-        stats: batch statistics (Flax's "batch_stats"), one subtree an encoder.
-        hparams: name -> float32 scalar: what people ablate; arrays, so that a change does not recompile.
+        ema: momentum parameters: a subtree of the parameters, with the same paths. A method only reads them.
+        queues: name -> `mmjax.training.queue.Queue`. Every micro-batch sees the keys from before the batch; those of
+            all are written behind the last one, in the batch's order: what the queue holds, and the gradient against
+            it, do not depend on the cut (MoCo, ALBEF: negatives are keys of earlier batches).
+        stats: batch statistics (Flax's "batch_stats"), one subtree an encoder. They run through the micro-batches: each
+            is a forward pass, as in PyTorch, and moves and counts by itself.
+        hparams: name -> float32 scalar: what people ablate; arrays, so that a change does not recompile. A method only
+            reads them.
+        extra: name -> any other state: averages of statistics, counters, images to be looked at again. Every
+            micro-batch sees what was there before the batch and the last one's stays, so a counter counts batches.
     """
 
-    ema: Params
-    queues: dict[str, Any]
-    stats: Params
-    hparams: dict[str, Float[Array, ""]]
+    ema: Params = _empty()
+    queues: dict[str, Any] = _empty()
+    stats: Params = _empty()
+    hparams: dict[str, Float[Array, ""]] = _empty()
+    extra: dict[str, Any] = _empty()
 
 
 @struct.dataclass
@@ -36,7 +50,13 @@ class Skipped:
 
 @struct.dataclass
 class TrainState:
-    """Named fields, one pytree. What a system does not use is an empty dict."""
+    """Named fields, one pytree. What a system does not use is an empty dict.
+
+    Attributes:
+        step: batches so far, those whose update was refused among them: the one clock of a run. The learning rate,
+            momentum and every other schedule are functions of it, as are the random numbers and the data's position, so
+            a schedule ends with the run. Adam's bias correction counts the updates that its moments have seen.
+    """
 
     step: Int[Array, ""]
     params: Params
@@ -45,12 +65,13 @@ class TrainState:
     queues: dict[str, Any]
     stats: Params
     hparams: dict[str, Float[Array, ""]]
+    extra: dict[str, Any]
     rng: PRNGKeyArray
     skipped: Skipped
 
     @property
     def carry(self) -> Carry:
-        return Carry(self.ema, self.queues, self.stats, self.hparams)
+        return Carry(self.ema, self.queues, self.stats, self.hparams, self.extra)
 
 
 def create_state(method: Any, optimizer: Any, rng: PRNGKeyArray, batch: Any) -> TrainState:
@@ -75,6 +96,7 @@ def create_state(method: Any, optimizer: Any, rng: PRNGKeyArray, batch: Any) -> 
         queues=carry.queues,
         stats=carry.stats,
         hparams=hparams,
+        extra=carry.extra,
         rng=step_rng,
         skipped=Skipped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
     )

@@ -7,15 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from einops import rearrange
 
 from mmjax import tree
-from mmjax.errors import MmjaxError
+from mmjax.training.accumulate import batch_gradient
 from mmjax.training.ema import update_ema
-from mmjax.training.method import Method, check_scalars
+from mmjax.training.method import Loss, Method
 from mmjax.training.optimizer import Optimizer
+from mmjax.training.queue import write
 from mmjax.training.state import Carry, Skipped, TrainState
-from mmjax.types import Array, Batch, Bool, Metrics, Params
+from mmjax.types import Array, Batch, Bool, Means, Metrics, Params
 
 
 def train_step(
@@ -30,37 +30,35 @@ def train_step(
 
     Args:
         batch: arrays [b, ...]; under `pmap` a device's share of the global batch.
-        axis_name: the mapped axis over which gradients and metrics are averaged, if there is one.
-        accumulate: micro-batches that the batch is cut in; gradients are averaged over them, the carry runs through.
+        axis_name: the mapped axis over which the batch is cut, if there is one.
+        accumulate: micro-batches that the batch is cut in; see `batch_gradient`, and `Carry` for what they share.
 
     Returns:
         The next state and the batch's metrics. If the loss or a gradient is not finite the state comes back unchanged
         but for `step` (so that the next batch draws other random numbers) and the `skipped` counters.
     """
     rng = jax.random.fold_in(state.rng, state.step)
-    ema = update_ema(state.ema, state.params, method.momentum(state.hparams, state.step)) if state.ema else state.ema
     trainable, frozen = optimizer.partition.split(state.params)
 
-    def loss(trainable: Params, carry: Carry, batch: Batch, rng: Array) -> tuple[Array, tuple[Carry, Metrics]]:
-        return method.loss(tree.merge(trainable, frozen), carry, batch, rng, axis_name)
+    def moved_ema(ema: Params, params: Params) -> Params:
+        return update_ema(ema, params, method.momentum(state.hparams, state.step)) if ema else ema
 
-    gradient = _accumulated(jax.value_and_grad(loss, has_aux=True), accumulate)
-    (value, (carry, metrics)), grads = gradient(trainable, dataclasses.replace(state.carry, ema=ema), batch, rng)
-    metrics = {"loss": value, **metrics}
-    check_scalars(metrics)
-    if axis_name is not None:
-        grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+    def loss(trainable: Params, carry: Carry, batch: Batch, rng: Array) -> tuple[Loss, tuple[Carry, Means]]:
+        return method.loss(tree.merge(trainable, frozen), carry, batch, rng, state.step, axis_name)
 
+    before = dataclasses.replace(state.carry, ema=moved_ema(state.ema, state.params))
+    grads, metrics, carry = batch_gradient(loss, trainable, before, batch, rng, axis_name, accumulate)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
 
-    def update() -> tuple[Params, Any]:
-        updates, opt_state = optimizer.update(grads, state.opt_state, trainable, state.hparams)
+    def update() -> tuple[Params, Any, Params]:
+        updates, opt_state = optimizer.update(grads, state.opt_state, trainable, state.hparams, state.step)
         moved: Any = optax.apply_updates(trainable, updates)
-        return optimizer.partition.split(method.constrain(tree.merge(moved, frozen)))[0], opt_state
+        moved = optimizer.partition.split(method.constrain(tree.merge(moved, frozen)))[0]
+        # Once more from the old ones, which are donated: held since the forward pass they would be a second copy.
+        return moved, opt_state, moved_ema(state.ema, jax.lax.optimization_barrier(state.params))
 
-    moved, opt_state = _if_finite(finite, update, (trainable, state.opt_state))
-    kept = _select(finite, carry, state.carry)
+    moved, opt_state, ema = _if_finite(finite, update, (trainable, state.opt_state, state.ema))
     skipped = Skipped(
         total=state.skipped.total + ~finite, consecutive=jnp.where(finite, 0, state.skipped.consecutive + 1)
     )
@@ -70,10 +68,10 @@ def train_step(
         step=state.step + 1,
         params=tree.merge(moved, frozen),
         opt_state=opt_state,
-        ema=kept.ema,
-        queues=kept.queues,
-        stats=kept.stats,
-        hparams=kept.hparams,
+        ema=ema,
+        queues={name: write(queue, finite) for name, queue in carry.queues.items()},
+        stats=_select(finite, carry.stats, state.stats),
+        extra=_select(finite, carry.extra, state.extra),
         skipped=skipped,
     )
     return new, metrics
@@ -93,36 +91,3 @@ def _if_finite(finite: Bool[Array, ""], update: Callable[[], Any], old: Any) -> 
 def _select(condition: Bool[Array, ""], new: Any, old: Any) -> Any:
     """`new` where the condition holds, else `old`; leaves that no step changes are passed on untouched."""
     return jax.tree.map(lambda a, b: a if a is b else jnp.where(condition, a, b), new, old)
-
-
-def _accumulated(gradient, micro_batches: int):
-    """The same gradient function, its batch cut in micro-batches that are run one after another."""
-    if micro_batches == 1:
-        return gradient
-
-    def mean_gradient(trainable: Params, carry: Carry, batch: Batch, rng: Array):
-        for name, leaf in batch.items():
-            if leaf.shape[0] % micro_batches:
-                raise MmjaxError(
-                    f"batch[{name!r}] has {leaf.shape[0]} rows, not a multiple of accumulate={micro_batches}"
-                )
-        # Every k-th row: a batch that is sharded over devices stays spread over all of them in each micro-batch.
-        parts = jax.tree.map(lambda leaf: rearrange(leaf, "(b k) ... -> k b ...", k=micro_batches), dict(batch))
-
-        def body(carry: Carry, part: tuple[Array, Batch]):
-            index, micro = part
-            (value, (carry, metrics)), grads = gradient(trainable, carry, micro, jax.random.fold_in(rng, index))
-            return carry, (value, metrics, grads)
-
-        def add(total, part):
-            carry, (value, metrics, grads) = body(total[0], part)
-            return (carry, jax.tree.map(jnp.add, total[1], (value, metrics, grads))), None
-
-        first = jax.tree.map(lambda leaf: leaf[0], parts)
-        carry, sums = body(carry, (jnp.zeros((), jnp.int32), first))
-        rest = (jnp.arange(1, micro_batches), jax.tree.map(lambda leaf: leaf[1:], parts))
-        (carry, sums), _ = jax.lax.scan(add, (carry, sums), rest)
-        value, metrics, grads = jax.tree.map(lambda leaf: leaf / micro_batches, sums)
-        return (value, (carry, metrics)), grads
-
-    return mean_gradient

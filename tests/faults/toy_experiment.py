@@ -33,7 +33,7 @@ class Regression(Method):
         queues = {"image": create_queue(three, 32, HIDDEN, batch["x"].shape[0])}
         return params, Carry({"stem": stem}, queues, {"mean": jnp.zeros(WIDTH)}, {"momentum": jnp.float32(0.9)})
 
-    def loss(self, params: Any, carry: Any, batch: Any, rng: Any, axis_name: str | None = None) -> Any:
+    def loss(self, params: Any, carry: Any, batch: Any, rng: Any, step: Any, axis_name: str | None = None) -> Any:
         hidden = jnp.tanh(batch["x"] @ (params["stem"]["kernel"] + params["frozen"]["kernel"]) + params["stem"]["bias"])
         value = jnp.mean((hidden @ params["head"]["kernel"] - batch["y"]) ** 2)
         mean = 0.9 * carry.stats["mean"] + 0.1 * batch["x"].mean(0) + 1e-3 * jax.random.normal(rng, ())

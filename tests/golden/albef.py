@@ -14,11 +14,11 @@ from mmjax.models.albef.tasks import AlbefModel
 from mmjax.models.bert.network import BertConfig
 from mmjax.models.vit.network import ViTConfig
 from mmjax.training.ema import update_ema
-from mmjax.training.queue import Queue
+from mmjax.training.queue import Queue, write
 from mmjax.training.state import Carry
 from mmjax.weights.table import load_table, save_table
 
-RNG = jax.random.key(0)
+RNG, STEP = jax.random.key(0), jnp.zeros((), jnp.int32)
 
 
 def text_of(told: dict[str, Any], **fields: Any) -> BertConfig:
@@ -96,7 +96,7 @@ def check(meta: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, Any
         queues = {name: Queue(keys, cursor) for name, keys in held["queue"].items() if name != "cursor"}
     ema = update_ema(held["momentum"], params, config.momentum)
     hparams = {"momentum": jnp.float32(config.momentum), "alpha": jnp.float32(config.alpha)}
-    carry = Carry(ema, queues, {"steps": jnp.zeros((), jnp.int32)}, hparams)
+    carry = Carry(ema, queues, hparams=hparams)
     batch = {"image": np.moveaxis(inputs["image"], 1, -1)}
     run = {"pretrain": pretraining, "retrieval": retrieval, "vqa": answering}.get(
         meta["name"].removeprefix("albef_"), classification
@@ -116,9 +116,9 @@ def hardest(method, params, batch, told):
 
 def aligned(method, params, carry, batch, told, negatives):
     """What pre-training and retrieval both have."""
-    contrast = method.contrast(params, carry, batch, told, None)
+    contrast = method.contrast(params, carry, batch, told, method.alpha(carry, STEP), None)
     matching, _, logits = method.match(params, batch, told, negatives, RNG, None)
-    return contrast, matching, logits
+    return contrast, matching.value, logits
 
 
 def contrast_outputs(method, params, carry, batch, told, negatives) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def contrast_outputs(method, params, carry, batch, told, negatives) -> dict[str,
         for name, (query, own, queue) in keys.items()
     }
     found |= {"neg_image_idx": negatives[0], "neg_text_idx": negatives[1]}
-    after = method.enqueued(carry, batch, told, None)
+    after = {name: write(queue) for name, queue in method.enqueued(carry, batch, told, None).items()}
     found |= {f"{name}_queue_after": after[name].keys.T for name in ("image", "text")}
     found["queue_ptr_after"] = after["image"].cursor[None]
     return found | ({"idx_queue_after": after["ids"].keys.T} if "ids" in after else {})
@@ -151,9 +151,10 @@ def pretraining(config, params, carry, batch, inputs, meta):
     def loss(params):
         told = method.encode(params, carry, batch, RNG, None)
         contrast, matching, logits = aligned(method, params, carry, batch, told, negatives)
-        words, _, (own, theirs) = method.name_words(params, carry, batch, told, masked, RNG, None)
-        found = {"loss_ita": contrast, "loss_itm": matching, "loss_mlm": words, "itm_logits": logits}
-        return contrast + matching + words, found | {"mlm_logits": own, "mlm_logits_m": theirs}
+        alpha = method.alpha(carry, STEP)
+        words, _, (own, theirs) = method.name_words(params, carry, batch, told, masked, alpha, RNG, None)
+        found = {"loss_ita": contrast, "loss_itm": matching, "loss_mlm": words.value, "itm_logits": logits}
+        return contrast + matching + words.value, found | {"mlm_logits": own, "mlm_logits_m": theirs}
 
     (_, found), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     teacher = method.teacher(params, carry)
@@ -189,7 +190,7 @@ def classification(config, params, carry, batch, inputs, meta):
     names = ("image_0", "image_1") if config.pairs else ("image",)
     batch = texts(dict(zip(names, images)), inputs)
     batch["label"] = inputs["targets"].astype(np.int32)
-    value, grads = jax.jit(jax.value_and_grad(lambda p: method.loss(p, carry, batch, RNG)[0]))(params)
+    value, grads = jax.jit(jax.value_and_grad(lambda p: method.loss(p, carry, batch, RNG, STEP)[0]))(params)
     teacher = method.teacher(params, carry)
     tokens = [method.head(params, "image", image) for image in images]
     states = method.head(params, "read", batch["input_ids"], batch["attention_mask"])
@@ -216,8 +217,8 @@ def answering(config, params, carry, batch, inputs, meta):
     batch["answer_weights"] = rows(inputs["weights"])
 
     def loss(params):
-        value, _ = method.loss(params, carry, batch, RNG)
-        return value, method.losses(params, carry, batch, RNG)
+        value, _ = method.loss(params, carry, batch, RNG, STEP)
+        return value, method.losses(params, carry, batch, RNG, STEP)
 
     (value, (losses, (own, theirs))), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     found = {"loss": value, "answer_loss": losses[question, place], "answer_logits": own[question, place]}

@@ -69,7 +69,7 @@ def check(meta: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, Any
     encode = jax.jit(method.encode, static_argnums=(3, 4))
     q, _ = encode(state.params, held["query"], batch["view_1"], None, True)
     k, _ = encode(ema, held["key"], batch["view_2"], None, False)
-    gradient = jax.grad(lambda params: method.loss(params, state.carry.replace(ema=ema), batch, state.rng)[0])
+    gradient = jax.grad(lambda params: method.loss(params, state.carry.replace(ema=ema), batch, state.rng, 0)[0])
     grads = save_table(layout.table(config), {"params": jax.jit(gradient)(state.params), "stats": variables["stats"]})
     held_after = {"query": new.stats["query"], "key": new.stats["key"], "momentum": new.ema}
     held_after["queue"] = {"keys": new.queues["keys"].keys, "cursor": new.queues["keys"].cursor}

@@ -34,7 +34,7 @@ def of_torch(config, params, inputs):
 
     def loss(params):
         out = Transformer(config).apply({"params": params}, src, tgt, mask, tgt_mask)
-        return translation_loss(out["logits"], labels)[0], out
+        return translation_loss(out["logits"], labels)[0].value, out
 
     (value, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     norm_first = Transformer(dataclasses.replace(config, norm_first=True))
@@ -43,7 +43,7 @@ def of_torch(config, params, inputs):
     found |= {"src_embedded": out["encoder_states"][0], "tgt_embedded": out["decoder_states"][0]}
     found |= {"memory": out["memory"], "decoder_out": out["last"], "logits": out["logits"]}
     found |= {"prenorm_memory": before["memory"], "prenorm_decoder_out": before["last"]}
-    found["loss_label_smoothing"] = translation_loss(out["logits"], labels, 0.1)[0]
+    found["loss_label_smoothing"] = translation_loss(out["logits"], labels, 0.1)[0].value
     given = {"input_ids": src, "attention_mask": inputs["src_padding"] == 0}
     new = generate(TransformerDecodable(config), {"params": params}, given, GenerationOptions(max_new_tokens=8))
     return found | {"greedy_ids": started(config, new.ids)}, grads
@@ -55,7 +55,7 @@ def of_marian(config, params, inputs):
 
     def loss(params):
         out = Transformer(config).apply({"params": params}, ids, decoder_ids, mask)
-        return translation_loss(out["logits"], labels)[0], out
+        return translation_loss(out["logits"], labels)[0].value, out
 
     (value, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     found = {"encoder_out": out["memory"], "logits": out["logits"], "loss": value, "decoder_input_ids": decoder_ids}

@@ -16,7 +16,7 @@ from mmjax.models.albef.finetune import AlbefAnswering, AlbefClassification, Alb
 from mmjax.models.albef.network import Albef, untied
 from mmjax.objectives.language import IGNORED
 from mmjax.training.ema import update_ema
-from mmjax.training.method import Method
+from mmjax.training.method import Method, loss_value
 from mmjax.training.optimizer import Optimizer, adamw, all_but_vectors, sgd
 from mmjax.training.partition import Partition
 from mmjax.training.state import create_state
@@ -24,7 +24,7 @@ from mmjax.training.step import train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-RNG = jax.random.key(4)
+RNG, STEP = jax.random.key(4), jnp.int32(0)
 STILL = Optimizer(sgd(0.0, 0.0))
 
 
@@ -135,10 +135,9 @@ def test_two_steps_of_momentum_alpha_and_queues_by_hand():
                 end.queues[name].keys[at : at + 24], told[f"{name}_embeds"], rtol=1e-4, atol=1e-6
             )
 
-    np.testing.assert_allclose([method.alpha(s.carry) for s in states], [0, 0.1, 0.2, 0.3], rtol=1e-6)
-    late = dataclasses.replace(first.carry, stats={"steps": jnp.int32(9)})
-    np.testing.assert_allclose(method.alpha(late), 0.4, rtol=1e-6)
-    np.testing.assert_allclose(AlbefRetrieval(config).alpha(first.carry), 0.4, rtol=1e-6)
+    np.testing.assert_allclose([method.alpha(s.carry, s.step) for s in states], [0, 0.1, 0.2, 0.3], rtol=1e-6)
+    np.testing.assert_allclose(method.alpha(first.carry, jnp.int32(9)), 0.4, rtol=1e-6)
+    np.testing.assert_allclose(AlbefRetrieval(config).alpha(first.carry, first.step), 0.4, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("given", "kept"), [(0.7, 0.5), (0.0004, 0.001), (0.2, 0.2)])
@@ -176,7 +175,7 @@ def test_every_parameter_has_a_gradient_and_no_momentum_part_has():
     moved = jax.tree.map(lambda leaf: leaf + 0.05, state.ema)
 
     def loss(params: Any, ema: Any) -> Any:
-        return method.loss(params, dataclasses.replace(state.carry, ema=ema), rows, RNG)[0]
+        return loss_value(method.loss(params, dataclasses.replace(state.carry, ema=ema), rows, RNG, STEP)[0])
 
     own, theirs = (tree.flatten(grads) for grads in jax.jit(jax.grad(loss, (0, 1)))(state.params, moved))
     assert all((np.abs(np.asarray(leaf)).max() > 1e-7) != is_blind(path) for path, leaf in own.items())
@@ -218,7 +217,9 @@ def test_what_pairs_share_is_one_array_with_the_sum_of_both_gradients():
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), rows["label"][:, None], 1))
 
     value, both = jax.jit(jax.value_and_grad(apart))(untied(state.params, config))
-    own, grads = jax.jit(jax.value_and_grad(lambda p: method.loss(p, state.carry, rows, RNG)[0]))(state.params)
+    own, grads = jax.jit(jax.value_and_grad(lambda p: loss_value(method.loss(p, state.carry, rows, RNG, STEP)[0])))(
+        state.params
+    )
     np.testing.assert_allclose(own, value, rtol=1e-6)
     both, grads = ({path: np.asarray(leaf) for path, leaf in tree.flatten(x).items()} for x in (both, grads))
     for first, second in (places[:2], places[2:]):
@@ -233,7 +234,7 @@ def test_places_without_an_answer_have_no_say():
     method, rows = AlbefAnswering(tiny.still(tiny.ANSWERS)), tiny.batch()
     state, empty = started(method, STILL), tiny.batch()["answer_weights"] == 0
     assert 5 < empty.sum() < 60
-    gradient = jax.jit(jax.value_and_grad(lambda p, rows: method.loss(p, state.carry, rows, RNG)[0]))
+    gradient = jax.jit(jax.value_and_grad(lambda p, rows: loss_value(method.loss(p, state.carry, rows, RNG, STEP)[0])))
     value, grads = gradient(state.params, rows)
     other = tiny.texts(np.random.default_rng(9), 24, 3, longest=5)
     written = {

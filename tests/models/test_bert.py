@@ -19,12 +19,14 @@ from mmjax.text.answer_spans import Window, best_answers, windows
 from mmjax.text.masking import Masking
 from mmjax.text.training import train_wordpiece
 from mmjax.text.wordpiece import WordPieceTokenizer
+from mmjax.training.accumulate import batch_gradient
+from mmjax.training.method import loss_value
 from mmjax.training.optimizer import Optimizer, bert_adamw, matrices_only, warmup_linear
 from mmjax.training.state import Carry, create_state
 from mmjax.training.step import train_step
 
 TINY = BertConfig(53, 35, 1, 5, 41, 19, mlm=True, nsp=True)
-EMPTY = Carry({}, {}, {}, {})
+EMPTY = Carry()
 TEXTS = ("the red hen runs", "a puppy plays by the sea", "two hens run")
 
 COUNTS = {
@@ -149,7 +151,7 @@ def test_the_loss_is_that_of_the_original():
     config = dataclasses.replace(TINY, dropout=0.0, attention_dropout=0.0)
     bert, given = model(config), batch()
     method = BERT(config)
-    value, (_, metrics) = jax.jit(method.loss)(bert.params, EMPTY, given, jax.random.key(2))
+    terms, _ = jax.jit(method.loss)(bert.params, EMPTY, given, jax.random.key(2), 0)
     out = bert.forward(**{name: given[name] for name in ("input_ids", "attention_mask", "token_type_ids")})
     words = np.asarray(jax.nn.log_softmax(out["prediction_logits"]))
     places, ids, weights = (given[f"masked_{name}"] for name in ("positions", "ids", "weights"))
@@ -158,7 +160,8 @@ def test_the_loss_is_that_of_the_original():
     following = np.asarray(jax.nn.log_softmax(out["seq_relationship_logits"]))
     nsp = -following[np.arange(6), given["next_label"]].mean()
     assert 0 < weights.mean() < 1
-    np.testing.assert_allclose([metrics["mlm_loss"], metrics["nsp_loss"], value], [mlm, nsp, mlm + nsp], rtol=1e-5)
+    values = [terms["mlm_loss"].value, terms["nsp_loss"], loss_value(terms)]
+    np.testing.assert_allclose(values, [mlm, nsp, mlm + nsp], rtol=1e-5)
     judged = jax.jit(method.judge)(bert.params, None, given)
     np.testing.assert_allclose(judged["mlm_loss"], nll, rtol=1e-4)
     right = words[np.arange(6)[:, None], places].argmax(-1) == ids
@@ -171,19 +174,17 @@ def test_devices_together_have_the_loss_and_gradient_of_one():
     method, given, params = BERT(config), batch(8), model(config).params
 
     def gradient(part: Any, axis: str | None = None) -> Any:
-        def loss(params: Any) -> Any:
-            value, (_, metrics) = method.loss(params, EMPTY, part, jax.random.key(4), axis)
-            return value, metrics
+        def loss(*arguments: Any) -> Any:
+            return method.loss(*arguments, jnp.int32(0), axis)
 
-        return jax.value_and_grad(loss, has_aux=True)(params)
+        return batch_gradient(loss, params, EMPTY, part, jax.random.key(4), axis)[:2]
 
-    (value, metrics), grads = jax.jit(gradient)(given)
+    grads, metrics = jax.jit(gradient)(given)
+    assert metrics.keys() == {"loss", "mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy"}
     parts = {name: array.reshape(4, 2, *array.shape[1:]) for name, array in given.items()}
-    whole = jax.vmap(lambda part: jax.lax.pmean(gradient(part, "i"), "i"), axis_name="i")
-    (shared, told), spread = jax.jit(whole)(parts)
-    np.testing.assert_allclose(shared, np.full(4, value), rtol=1e-5)
+    spread, shared = jax.jit(jax.vmap(lambda part: gradient(part, "i"), axis_name="i"))(parts)
     for name, metric in metrics.items():
-        np.testing.assert_allclose(told[name][0], metric, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(shared[name], np.full(4, metric), rtol=1e-5, atol=1e-6)
     for path, leaf in tree.flatten(grads).items():
         limit = 1e-5 * max(float(jnp.abs(leaf).max()), 0.1)
         np.testing.assert_allclose(tree.flatten(spread)[path][0], leaf, atol=limit, err_msg=path)

@@ -14,6 +14,7 @@ from mmjax.models.bert.checkpoint import GOOGLE, HF
 from mmjax.models.bert.network import BertConfig
 from mmjax.models.bert.pretrain import BERT
 from mmjax.models.bert.tasks import BertModel
+from mmjax.training.method import loss_value
 from mmjax.training.state import Carry
 from mmjax.tree import flatten, unflatten
 from mmjax.weights.files import write_safetensors
@@ -123,7 +124,7 @@ class TestTransformers:
         batch = {key: jnp.asarray(value) for key, value in (batch | {"next_label": following}).items()}
 
         def loss(params: Any) -> Any:
-            return BERT(config).loss(params, Carry({}, {}, {}, {}), batch, jax.random.key(0))[0]
+            return loss_value(BERT(config).loss(params, Carry(), batch, jax.random.key(0), 0)[0])
 
         value, grads = jax.jit(jax.value_and_grad(loss))(params)
         assert abs(float(value) - out.loss.item()) <= 1e-5 * out.loss.item()

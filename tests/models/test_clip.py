@@ -271,7 +271,7 @@ def test_chunks_that_cannot_be_are_refused():
         method = CLIP(config, chunks=chunks)
         params, carry = method.init(jax.random.key(0), batch(config))
         with pytest.raises(MmjaxError, match=message):
-            method.loss(params, carry, batch(config), jax.random.key(1))
+            method.loss(params, carry, batch(config), jax.random.key(1), 0)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -156,7 +156,7 @@ def gradient(method: CLIP) -> tuple[Any, dict[str, np.ndarray]]:
     params, carry = begun(method)
 
     def loss(params: Any) -> Any:
-        value, (_, metrics) = method.loss(params, carry, rows, jax.random.key(1))
+        value, (_, metrics) = method.loss(params, carry, rows, jax.random.key(1), 0)
         return value, metrics
 
     told, grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
@@ -167,7 +167,7 @@ def gradient(method: CLIP) -> tuple[Any, dict[str, np.ndarray]]:
 def loss_of_a_quarter(method: CLIP) -> float:
     params, carry = begun(method)
     quarter = {name: leaf[::4] for name, leaf in batch(method.config).items()}
-    return float(jax.jit(lambda p: method.loss(p, carry, quarter, jax.random.key(1))[0])(params))
+    return float(jax.jit(lambda p: method.loss(p, carry, quarter, jax.random.key(1), 0)[0])(params))
 
 
 def near_gradients(got: dict[str, Any], want: dict[str, Any]) -> None:
@@ -180,7 +180,9 @@ def kept_bytes(method: CLIP) -> int:
     """What the backward pass of the loss keeps of the forward pass, parameters included; by shapes alone."""
     rows = batch(method.config)
     params, carry = begun(method)
-    kept = jax.eval_shape(lambda p: jax.vjp(lambda q: method.loss(q, carry, rows, jax.random.key(1))[0], p)[1], params)
+    kept = jax.eval_shape(
+        lambda p: jax.vjp(lambda q: method.loss(q, carry, rows, jax.random.key(1), 0)[0], p)[1], params
+    )
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
 

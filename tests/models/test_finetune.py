@@ -138,8 +138,8 @@ def test_features_once_are_the_same_as_images_each_time(models, digits, name):
     images = np.stack([config.preprocess.to_uint8(Image.open(folder.record_name(i))) for i in batch["index"]])
     assert [folder.labels[i] for i in batch["index"]] == batch["label"].tolist()
     carry = carry.replace(stats=config.start.stats)
-    one = method.loss(params, carry, batch, jax.random.key(1))
-    two = whole.loss(params, carry, {**batch, "image": jnp.asarray(images)}, jax.random.key(1))
+    one = method.loss(params, carry, batch, jax.random.key(1), 0)
+    two = whole.loss(params, carry, {**batch, "image": jnp.asarray(images)}, jax.random.key(1), 0)
     np.testing.assert_allclose(one[0], two[0], rtol=1e-5)
     for got, want in zip(jax.tree.leaves(one[1][0].stats), jax.tree.leaves(config.start.stats)):
         np.testing.assert_array_equal(got, want)

@@ -74,10 +74,11 @@ def test_the_loss_is_the_mean_over_what_is_learned():
     ids = rng.integers(0, model.config.vocab_size, (3, 11)).astype(np.int32)
     labels = np.where(rng.random((3, 11)) < 0.4, ids, -100).astype(np.int32)
     method = CausalLM(model.config)
-    loss, (_, metrics) = method.loss(model.params, None, {"input_ids": ids, "labels": labels}, jax.random.key(0))
+    loss, (_, metrics) = method.loss(model.params, None, {"input_ids": ids, "labels": labels}, jax.random.key(0), 0)
     wanted = token_cross_entropy(model.forward(input_ids=ids)["logits"], next_tokens(jax.numpy.asarray(labels)))
-    np.testing.assert_allclose(loss, wanted.loss, rtol=1e-5)
-    assert metrics["tokens"] == (labels[:, 1:] != -100).sum()
+    np.testing.assert_allclose(loss.value, wanted.loss.value, rtol=1e-5)
+    assert loss.count == (labels[:, 1:] != -100).sum()
+    assert metrics["tokens_per_text"].value == (labels[:, 1:] != -100).sum() / 3
 
 
 def test_what_cannot_be_tuned_is_refused(start):

@@ -103,7 +103,7 @@ def test_a_queue_that_the_batch_does_not_divide_is_refused():
         started(MoCoMethod(V2), SGD, batch(20))
     with pytest.raises(MmjaxError, match="view_2"):
         MoCoMethod(V2).loss(
-            {}, started(MoCoMethod(V2), SGD, batch()).carry, {"view_1": jnp.zeros(3)}, jax.random.key(0)
+            {}, started(MoCoMethod(V2), SGD, batch()).carry, {"view_1": jnp.zeros(3)}, jax.random.key(0), 0
         )
 
 
@@ -270,7 +270,9 @@ def test_v3_loss_and_gradient_equal_pytorch():
     loss = contrast(q[0], k[1]) + contrast(q[1], k[0])
     loss.backward()
 
-    value, grads = jax.jit(jax.value_and_grad(lambda p: method.loss(p, state.carry, views, state.rng)[0]))(state.params)
+    value, grads = jax.jit(jax.value_and_grad(lambda p: method.loss(p, state.carry, views, state.rng, 0)[0]))(
+        state.params
+    )
     np.testing.assert_allclose(value, loss.detach().numpy(), rtol=1e-5)
     heads = {path: leaf.grad.numpy() for path, leaf in params.items() if leaf.grad is not None}
     assert len(heads) == 8

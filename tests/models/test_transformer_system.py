@@ -273,7 +273,7 @@ def test_look_ups_of_the_pad_teach_it_nothing():
 def test_devices_with_unequal_shares_of_tokens_give_the_mean_of_them_all():
     """The axis is a mapped one, as under pmap; what it gives is averaged over it by the train step."""
     config = dataclasses.replace(PAPER, dropout=0.0, decoder_depth=1)
-    method, params, carry = Translation(config), model(config).params, Carry({}, {}, {}, {})
+    method, params, carry = Translation(config), model(config).params, Carry()
     whole = batch(config, 6)
     parts = {name: value.reshape(3, 2, -1) for name, value in whole.items()}
     counts = (parts["labels"] != -100).sum((1, 2))
@@ -281,13 +281,14 @@ def test_devices_with_unequal_shares_of_tokens_give_the_mean_of_them_all():
 
     def over_devices(params):
         losses, (_, metrics) = jax.vmap(
-            lambda part: method.loss(params, carry, part, jax.random.key(0), "devices"), axis_name="devices"
+            lambda part: method.loss(params, carry, part, jax.random.key(0), 0, "devices"), axis_name="devices"
         )(parts)
-        return losses.mean(), {name: value.mean() for name, value in metrics.items()}
+        total = jax.tree.map(jnp.sum, {"loss": losses, **metrics})
+        return total.pop("loss").value, {name: mean.value for name, mean in total.items()}
 
     def at_once(params):
-        loss, (_, metrics) = method.loss(params, carry, whole, jax.random.key(0))
-        return loss, metrics
+        loss, (_, metrics) = method.loss(params, carry, whole, jax.random.key(0), 0)
+        return loss.value, {name: mean.value for name, mean in metrics.items()}
 
     (one, told), (other, wanted) = (jax.jit(f)(params) for f in (over_devices, at_once))
     assert float(one) == pytest.approx(float(other), rel=1e-5)

@@ -41,16 +41,17 @@ def test_by_hand():
     logits = jnp.log(jnp.array([[1.0, 3.0], [1.0, 1.0], [9.0, 1.0]]))
     outputs = token_loss(logits, jnp.array([1, 0, IGNORED]))
     expected = (math.log(4 / 3) + math.log(2)) / 2
-    assert abs(float(outputs.loss) - expected) < 1e-6 and outputs.nll == outputs.loss and outputs.tokens == 2
-    assert abs(float(perplexity(outputs.nll)) - math.sqrt(8 / 3)) < 1e-6
+    assert abs(float(outputs.loss.value) - expected) < 1e-6
+    assert outputs.nll == outputs.loss and outputs.loss.count == 2
+    assert abs(float(perplexity(outputs.nll.value)) - math.sqrt(8 / 3)) < 1e-6
     # Smoothed: half the mass on both classes alike; z-loss: log^2 of 4 and of 2.
     outputs = token_loss(logits[:2], jnp.array([1, 0]), label_smoothing=0.5, z_loss=0.1)
     first = 0.5 * math.log(4 / 3) + 0.25 * (math.log(4) + math.log(4 / 3)) + 0.1 * math.log(4) ** 2
-    assert abs(float(outputs.loss) - (first + math.log(2) + 0.1 * math.log(2) ** 2) / 2) < 1e-6
-    assert abs(float(outputs.nll) - expected) < 1e-6
+    assert abs(float(outputs.loss.value) - (first + math.log(2) + 0.1 * math.log(2) ** 2) / 2) < 1e-6
+    assert abs(float(outputs.nll.value) - expected) < 1e-6
     # Google BERT's denominator: three slots, of which one is padding with weight 0.
     outputs = token_loss(logits, jnp.array([1, 0, 0]), weights=jnp.array([1.0, 1.0, 0.0]), epsilon=1e-5)
-    assert abs(float(outputs.loss) - 2 * expected / (2 + 1e-5)) < 1e-7 and outputs.tokens == 2
+    assert abs(float(outputs.loss.value) - 2 * expected / (2 + 1e-5)) < 1e-7
 
 
 def test_labels_of_a_causal_model():
@@ -62,8 +63,8 @@ def test_labels_of_a_causal_model():
 
 @pytest.mark.parametrize("labels", [jnp.full((B, L), IGNORED), LABELS.at[2, 3].set(V), LABELS.at[2, 3].set(-1)])
 def test_no_counted_token_or_a_wrong_label_gives_nan(labels):
-    assert math.isnan(token_loss(HIDDEN @ KERNEL, labels).loss)
-    assert math.isnan(jax.jit(linear_cross_entropy)(HIDDEN, KERNEL, labels).loss)
+    assert math.isnan(token_loss(HIDDEN @ KERNEL, labels).loss.value)
+    assert math.isnan(jax.jit(linear_cross_entropy)(HIDDEN, KERNEL, labels).loss.value)
 
 
 def test_ignored_tokens_do_not_count():
@@ -73,7 +74,7 @@ def test_ignored_tokens_do_not_count():
         (token_cross_entropy, (HIDDEN @ KERNEL,)),
         (functools.partial(linear_cross_entropy, block=20), (HIDDEN, KERNEL)),
     ):
-        slopes = jax.jit(jax.value_and_grad(lambda *a, loss=loss: loss(*a, LABELS).loss, range(len(arguments))))
+        slopes = jax.jit(jax.value_and_grad(lambda *a, loss=loss: loss(*a, LABELS).loss.value, range(len(arguments))))
         value, grads = slopes(*arguments)
         hole, others = slopes(jnp.where(ignored, jnp.inf, arguments[0]), *arguments[1:])
         assert value == hole
@@ -88,11 +89,11 @@ def test_masked_vocabulary_entries_change_nothing(block):
     labels, bias = jnp.where(LABELS >= 0, LABELS // 2 + 25, LABELS), BIAS.at[:25].set(-jnp.inf)
 
     def loss(hidden, kernel, bias):
-        return linear_cross_entropy(hidden, kernel, labels, bias=bias, block=block).loss
+        return linear_cross_entropy(hidden, kernel, labels, bias=bias, block=block).loss.value
 
     value, grads = jax.jit(jax.value_and_grad(loss, range(3)))(HIDDEN, KERNEL, bias)
     without = jax.jit(
-        lambda *a: token_cross_entropy(a[0] @ a[1] + a[2], jnp.where(labels >= 0, labels - 25, labels)).loss
+        lambda *a: token_cross_entropy(a[0] @ a[1] + a[2], jnp.where(labels >= 0, labels - 25, labels)).loss.value
     )
     expected = without(HIDDEN, KERNEL[:, 25:], BIAS[25:])
     assert abs(value - expected) < 1e-5 * expected and all(np.all(np.isfinite(grad)) for grad in grads)
@@ -122,14 +123,14 @@ def test_blocks_keep_value_and_gradients(name, block, tied):
 
 
 def _split(outputs):
-    return outputs.loss, (outputs.nll, outputs.tokens)
+    return outputs.loss.value, (outputs.nll.value, outputs.loss.count)
 
 
 def test_gradients_match_finite_differences():
     @jax.jit
     def loss(hidden, kernel):
         options = {"label_smoothing": jnp.float32(0.1), "z_loss": jnp.float32(0.02), "block": 17}
-        return linear_cross_entropy(hidden, kernel, LABELS, **options).loss
+        return linear_cross_entropy(hidden, kernel, LABELS, **options).loss.value
 
     check_grads(loss, (HIDDEN, KERNEL), 1, ["rev"], 0.02, 0.02)
 
@@ -143,10 +144,10 @@ def test_logits_are_never_materialised():
         return jax.jit(jax.grad(loss, arguments)).lower(hidden, kernel).compile()
 
     def plain(hidden, kernel):
-        return token_cross_entropy(hidden @ kernel, labels).loss
+        return token_cross_entropy(hidden @ kernel, labels).loss.value
 
     def ours(hidden, kernel):
-        return linear_cross_entropy(hidden, kernel, labels, block=64).loss
+        return linear_cross_entropy(hidden, kernel, labels, block=64).loss.value
 
     small, large, frozen = compiled(ours, (0, 1)), compiled(plain, (0, 1)), compiled(ours, 0)
     assert small.memory_analysis().temp_size_in_bytes < 4 * t * v / 8 < large.memory_analysis().temp_size_in_bytes
@@ -161,10 +162,10 @@ def test_bfloat16_is_summed_in_float32():
     labels = jnp.arange(t)
 
     def ours(hidden, kernel):
-        return linear_cross_entropy(hidden, kernel, labels, block=25).loss
+        return linear_cross_entropy(hidden, kernel, labels, block=25).loss.value
 
     def exact(hidden, kernel):
-        return token_cross_entropy(hidden @ kernel, labels).loss
+        return token_cross_entropy(hidden @ kernel, labels).loss.value
 
     value, grads = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, kernel)
     wide = hidden.astype(jnp.float32), kernel.astype(jnp.float32)
@@ -185,16 +186,16 @@ def test_mean_over_devices_is_the_global_loss(devices):
     assert len({int(n) for n in (labels.reshape(devices, -1) != IGNORED).sum(1)}) > 1
 
     def share(kernel, hidden, labels):
-        result = loss(hidden, kernel, labels, axis_name="data")
-        return result.loss, result
+        result = loss(hidden, kernel, labels)
+        return result.loss.total / jax.lax.psum(result.loss.count, "data"), result
 
     cut = [x.reshape(devices, -1, *x.shape[1:]) for x in (HIDDEN, labels)]
     mapped = jax.vmap(jax.grad(share, has_aux=True), (None, 0, 0), axis_name="data")
-    grads, result = jax.jit(mapped)(KERNEL, *cut)
-    whole = jax.jit(loss)(HIDDEN, KERNEL, labels)
-    np.testing.assert_allclose([x.mean() for x in result], whole, rtol=1e-6)
-    expected = jax.jit(jax.grad(lambda kernel: loss(HIDDEN, kernel, labels).loss))(KERNEL)
-    np.testing.assert_allclose(grads.mean(0), expected, rtol=1e-4, atol=1e-6 * float(jnp.abs(expected).max()))
+    grads, parts = jax.jit(mapped)(KERNEL, *cut)
+    whole, result = jax.jit(loss)(HIDDEN, KERNEL, labels), jax.tree.map(jnp.sum, parts)
+    np.testing.assert_allclose([x.value for x in result], [x.value for x in whole], rtol=1e-6)
+    expected = jax.jit(jax.grad(lambda kernel: loss(HIDDEN, kernel, labels).loss.value))(KERNEL)
+    np.testing.assert_allclose(grads.sum(0), expected, rtol=1e-4, atol=1e-6 * float(jnp.abs(expected).max()))
 
 
 def test_wrong_shapes_are_refused():
@@ -219,7 +220,7 @@ def test_matches_torch(smoothing):
     labels = torch.tensor(np.asarray(LABELS), dtype=torch.long)
     expected = torch.nn.functional.cross_entropy(tensor.reshape(-1, V), labels.reshape(-1), label_smoothing=smoothing)
     expected.backward()
-    slopes = jax.jit(jax.value_and_grad(lambda x: token_cross_entropy(x, LABELS, label_smoothing=smoothing).loss))
+    slopes = jax.jit(jax.value_and_grad(lambda x: token_cross_entropy(x, LABELS, label_smoothing=smoothing).loss.value))
     value, grad = slopes(logits)
     assert abs(float(value) - expected.item()) < 1e-5 * expected.item()
     assert tensor.grad is not None and np.abs(grad - tensor.grad.numpy()).max() < 1e-5 * np.abs(grad).max()

@@ -17,7 +17,7 @@ from scipy import stats
 from mmjax.errors import MmjaxError
 from mmjax.nn.groups import take_in_group
 from mmjax.objectives.language import IGNORED
-from mmjax.objectives.matching import matching_loss, negative_log_weights, sample_negatives
+from mmjax.objectives.matching import has_negative, matching_loss, negative_log_weights, sample_negatives
 from mmjax.training.rng import example_keys
 
 B, D = 16, 7
@@ -74,8 +74,8 @@ def test_recorded_negatives_are_the_largest(golden_dir, name):
 @pytest.mark.parametrize("name", ["albef_pretrain", "albef_retrieval", "blip_pretrain", "blip_retrieval"])
 def test_recorded_matching_losses(golden_dir, name):
     recorded = load_file(golden_dir / f"{name}.safetensors")
-    negatives = np.concatenate([recorded[f"outputs/neg_{kind}_idx"] for kind in ("image", "text")])
-    value = matching_loss(jnp.asarray(recorded["outputs/itm_logits"]), jnp.asarray(negatives))
+    logits = jnp.asarray(recorded["outputs/itm_logits"])
+    value = matching_loss(logits, jnp.full(len(logits) // 3, True)).value
     assert abs(float(value - recorded["outputs/loss_itm"])) < 1e-6 * float(recorded["outputs/loss_itm"])
 
 
@@ -123,14 +123,18 @@ def test_a_row_without_negatives_gives_minus_one_and_is_not_counted():
     np.testing.assert_array_equal(sample_negatives(example_keys(jax.random.key(0), 4), everywhere), [-1] * 4)
     alone = negative_log_weights(KEYS[:4], KEYS[:4], 0.1, groups=4)
     np.testing.assert_array_equal(sample_negatives(example_keys(jax.random.key(0), 4), alone), [-1] * 4)
-    # Two pairs; the first text has no negative image, the second image no negative text.
+    all_of_one = jnp.full(4, 3)
+    for pair_ids, groups, expected in ((ids, 1, [1] * 4), (all_of_one, 1, [0] * 4), (None, 4, [0] * 4)):
+        np.testing.assert_array_equal(has_negative(4, pair_ids, groups), expected)
+    # Two pairs; the first has no negative.
     logits = jnp.log(jnp.array([[1.0, 3.0], [1.0, 1.0], [9.0, 1.0], [4.0, 1.0], [1.0, 1.0], [7.0, 2.0]]))
-    counted = [4 / 3, 2, 5 / 4, 2]
-    value, slopes = jax.value_and_grad(matching_loss)(logits, jnp.array([-1, 0, 1, -1]))
+    counted = [4 / 3, 2, 5 / 4, 9 / 7]
+    slope = jax.value_and_grad(lambda logits, counted: matching_loss(logits, counted).value)
+    value, slopes = slope(logits, jnp.array([False, True]))
     assert abs(float(value) - sum(map(math.log, counted)) / 4) < 1e-6
-    assert not np.any(slopes[jnp.array([2, 5])]) and np.all(slopes[jnp.array([0, 1, 3, 4])])
-    value = matching_loss(logits, jnp.array([1, 0, 1, 0]))
-    assert abs(float(value) - sum(map(math.log, [*counted, 10 / 9, 9 / 7])) / 6) < 1e-6
+    assert not np.any(slopes[jnp.array([2, 4])]) and np.all(slopes[jnp.array([0, 1, 3, 5])])
+    value, _ = slope(logits, jnp.array([True, True]))
+    assert abs(float(value) - sum(map(math.log, [*counted, 10 / 9, 2])) / 6) < 1e-6
 
 
 def test_weights_have_no_gradient():
@@ -145,7 +149,8 @@ def test_matches_torch():
     logits = torch.tensor(np.asarray(units(2, 3 * B, 2)), requires_grad=True)
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor([1] * B + [0] * 2 * B))
     expected.backward()
-    value, slopes = jax.value_and_grad(matching_loss)(units(2, 3 * B, 2), jnp.zeros(2 * B, jnp.int32))
+    slope = jax.value_and_grad(lambda logits: matching_loss(logits, jnp.full(B, True)).value)
+    value, slopes = slope(units(2, 3 * B, 2))
     assert abs(float(value) - expected.item()) < 1e-6 * expected.item() and logits.grad is not None
     np.testing.assert_allclose(slopes, logits.grad.numpy(), rtol=1e-5, atol=1e-8)
 
@@ -173,7 +178,9 @@ def over_devices() -> dict[str, float]:
             (image, take_in_group(text, texts, **options)),
         ]
         logits = jnp.concatenate([image * text @ kernel for image, text in pairs])
-        return matching_loss(logits, jnp.concatenate([images, texts]), axis_name), (images, texts)
+        loss = matching_loss(logits, has_negative(len(image), batch["ids"], **options))
+        count = loss.count if axis_name is None else jax.lax.psum(loss.count, axis_name)
+        return loss.total / count, (images, texts)
 
     for groups in (1, 4, 8):
         slopes = jax.value_and_grad(lambda w, b, a=None, groups=groups: step(w, b, groups, a), has_aux=True)
@@ -183,7 +190,7 @@ def over_devices() -> dict[str, float]:
         sharded = jax.tree.map(lambda x: jax.device_put(x, spread), batch)
         (mesh_value, mesh_samples), mesh_slope = jax.jit(slopes)(jnp.eye(D), sharded)
         for lift, value_of_lift, draws, grads in (
-            ("pmap", shares.mean(), shard_samples, parts.mean(0)),
+            ("pmap", shares.sum(), shard_samples, parts.sum(0)),
             ("mesh", mesh_value, mesh_samples, mesh_slope),
         ):
             same = all(np.array_equal(np.ravel(a), b) for a, b in zip(draws, sampled))

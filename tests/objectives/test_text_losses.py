@@ -42,7 +42,7 @@ def test_distilled_and_summed_by_hand():
     np.testing.assert_allclose(distilled_text_cross_entropy(logits, teacher, labels, 0.1), [smoothed], rtol=1e-6)
     outputs = distilled_token_cross_entropy(logits, teacher, labels, 0.25)
     expected = [(0.75 * hard + 0.25 * soft) / 2, hard / 2, 2]
-    np.testing.assert_allclose(outputs, expected, rtol=1e-6)
+    np.testing.assert_allclose([outputs.loss.value, outputs.nll.value, outputs.loss.count], expected, rtol=1e-6)
     # Three answers to two questions, and padding.
     losses = jnp.array([1.0, 3.0, 5.0, jnp.nan])
     assert abs(float(answer_loss(losses, jnp.array([0.5, 0.25, 1.0, 0.0]), 2)) - 6.25 / 2) < 1e-6
@@ -69,7 +69,7 @@ def test_distilled_and_summed_match_the_plain_formula():
             lambda s, t: weight @ plain(s, t, 0.4, 0.0).sum(1),
         ),
         (
-            lambda s, t: distilled_token_cross_entropy(s, t, labels, 0.4).loss,
+            lambda s, t: distilled_token_cross_entropy(s, t, labels, 0.4).loss.value,
             lambda s, t: plain(s, t, 0.4, 0.0).sum() / (labels != IGNORED).sum(),
         ),
     ):
@@ -85,7 +85,7 @@ def test_ignored_tokens_do_not_count_and_wrong_labels_give_nan():
     wrong = LABELS.at[3, 1].set(V)
     broken = [jnp.where(hole, jnp.inf, x) for x in (LOGITS, TEACHER)]
     for loss in (
-        lambda s, t, labels: distilled_token_cross_entropy(s, t, labels, 0.4).loss,
+        lambda s, t, labels: distilled_token_cross_entropy(s, t, labels, 0.4).loss.value,
         lambda s, t, labels: distilled_text_cross_entropy(s, t, labels, 0.4).sum(),
         lambda s, t, labels: text_cross_entropy(s, labels).sum(),
     ):
@@ -95,7 +95,7 @@ def test_ignored_tokens_do_not_count_and_wrong_labels_give_nan():
         assert math.isnan(loss(LOGITS, TEACHER, wrong))
     np.testing.assert_array_equal(np.isnan(text_cross_entropy(LOGITS, wrong)), np.arange(B) == 3)
     nothing = jnp.full((B, L), IGNORED)
-    assert math.isnan(distilled_token_cross_entropy(LOGITS, TEACHER, nothing, 0.4).loss)
+    assert math.isnan(distilled_token_cross_entropy(LOGITS, TEACHER, nothing, 0.4).loss.value)
 
 
 @pytest.fixture
@@ -114,12 +114,12 @@ def near(value, expected):
 def test_recorded_masked_and_causal_language_models(recorded):
     recorded_step, alpha = recorded("albef_pretrain")
     student, teacher = recorded_step["outputs/mlm_logits"], recorded_step["outputs/mlm_logits_m"]
-    loss = distilled_token_cross_entropy(student, teacher, recorded_step["inputs/mlm_labels"], alpha).loss
+    loss = distilled_token_cross_entropy(student, teacher, recorded_step["inputs/mlm_labels"], alpha).loss.value
     assert near(loss, recorded_step["outputs/loss_mlm"])
     recorded_step, _ = recorded("blip_pretrain")
     labels = next_tokens(recorded_step["inputs/input_ids"], recorded_step["inputs/attention_mask"])
     assert near(
-        token_cross_entropy(recorded_step["outputs/lm_logits"], labels, label_smoothing=0.1).loss,
+        token_cross_entropy(recorded_step["outputs/lm_logits"], labels, label_smoothing=0.1).loss.value,
         recorded_step["outputs/loss_lm"],
     )
 
@@ -151,8 +151,9 @@ def test_mean_over_devices_is_the_global_loss(devices):
     labels = LABELS.at[0].set(IGNORED)
 
     def share(bias, logits, teacher, labels, axis_name=None):
-        outputs = distilled_token_cross_entropy(logits + bias, teacher, labels, 0.4, axis_name=axis_name)
-        return outputs.loss, outputs
+        outputs = distilled_token_cross_entropy(logits + bias, teacher, labels, 0.4)
+        count = outputs.loss.count
+        return outputs.loss.total / (count if axis_name is None else jax.lax.psum(count, axis_name)), outputs
 
     whole = LOGITS, TEACHER, labels
     cut = [x.reshape(devices, -1, *x.shape[1:]) for x in whole]
@@ -160,8 +161,9 @@ def test_mean_over_devices_is_the_global_loss(devices):
     mapped = jax.vmap(lambda *a: slopes(*a, "data"), (None, 0, 0, 0), axis_name="data")
     grads, outputs = jax.jit(mapped)(jnp.zeros(V), *cut)
     expected, one = jax.jit(slopes)(jnp.zeros(V), *whole)
-    np.testing.assert_allclose([x.mean() for x in outputs], one, rtol=1e-6)
-    np.testing.assert_allclose(grads.mean(0), expected, rtol=0, atol=1e-6 * float(jnp.abs(expected).max()))
+    total = jax.tree.map(jnp.sum, outputs)
+    np.testing.assert_allclose([x.value for x in total], [x.value for x in one], rtol=1e-6)
+    np.testing.assert_allclose(grads.sum(0), expected, rtol=0, atol=1e-6 * float(jnp.abs(expected).max()))
 
 
 @pytest.mark.torch

@@ -57,4 +57,4 @@ def test_logits_and_likelihood(model):
     ids, mask = model.tokenizer(JAX)
     assert mask.sum() == ids.size == 30
     told = token_cross_entropy(model.forward(input_ids=ids)["logits"], next_tokens(ids))
-    assert float(told.nll) == pytest.approx(4.00006, abs=2e-5)
+    assert float(told.nll.value) == pytest.approx(4.00006, abs=2e-5)

@@ -22,7 +22,7 @@ class Regression(Method):
         params = {"up": jax.random.normal(rng, (batch["x"].shape[1], self.width)), "down": jnp.zeros((self.width, 1))}
         return params, Carry({"up": params["up"]}, {}, {}, {"momentum": jnp.float32(0.5)})
 
-    def loss(self, params: Any, carry: Any, batch: Any, rng: Any, axis_name: str | None = None) -> Any:
+    def loss(self, params: Any, carry: Any, batch: Any, rng: Any, step: Any, axis_name: str | None = None) -> Any:
         hidden = jax.nn.relu(batch["x"] @ params["up"])
         return jnp.mean((hidden @ params["down"] - batch["y"]) ** 2), (carry, {})
 

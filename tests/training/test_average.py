@@ -17,7 +17,7 @@ def test_the_last_checkpoints_are_averaged(tmp_path):
     for step, value in enumerate((100.0, 1.0, 2.0, 6.0), 1):
         params = {"a": {"kernel": np.full((2, 3), value, np.float32)}, "b": np.asarray([-value], jnp.bfloat16)}
         rng = jax.random.key(0)
-        writer.save(TrainState(zero, params, {}, {}, {}, {}, {}, rng, Skipped(zero, zero)), step, {}, {})
+        writer.save(TrainState(zero, params, {}, {}, {}, {}, {}, {}, rng, Skipped(zero, zero)), step, {}, {})
     writer.wait()
     mean = average_checkpoints(tmp_path, 3)
     np.testing.assert_array_equal(mean["a"]["kernel"], np.full((2, 3), 3, np.float32))

@@ -58,7 +58,7 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 def test_loss_and_accuracy_by_hand(objective: Any):
     method = Classification(Linear(), C, objective=objective, label_smoothing=0.1)
     state, given = started(method), batch()
-    value, (carry, metrics) = method.loss(state.params, state.carry, given, jax.random.key(1))
+    value, (carry, metrics) = method.loss(state.params, state.carry, given, jax.random.key(1), 0)
     logits = np.asarray(given["image"], np.float64).reshape(B, -1) @ np.asarray(state.params["kernel"], np.float64)
     targets = 0.9 * np.eye(C)[np.asarray(given["label"])] + 0.1 / C
     if objective == "softmax":
@@ -85,7 +85,7 @@ def test_mixed_labels_carry_the_loss():
     """With shares a and 1 - a, the loss is that of the mixed image against both labels."""
     method = Classification(Linear(), C, mixing=Mixing(mixup=0.7))
     state, given, rng = started(method), batch(), jax.random.key(3)
-    value, _ = method.loss(state.params, state.carry, given, rng)
+    value, _ = method.loss(state.params, state.carry, given, rng, 0)
     image, label = np.asarray(given["image"], np.float64), np.asarray(given["label"])
     # The share from the images themselves.
     seen: list[Any] = []
@@ -95,7 +95,7 @@ def test_mixed_labels_carry_the_loss():
             seen.append(np.asarray(pixels, np.float64))
             return super().logits(params, stats, pixels, **kwargs)
 
-    dataclasses.replace(method, classifier=Watched()).loss(state.params, state.carry, given, rng)
+    dataclasses.replace(method, classifier=Watched()).loss(state.params, state.carry, given, rng, 0)
     other = np.roll(image, 1, 0)
     share = (seen[0] - other)[0, 0, 0, 0] / (image - other)[0, 0, 0, 0]
     assert 0.02 < share < 0.98

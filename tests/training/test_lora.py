@@ -124,7 +124,7 @@ def test_rematerialised_blocks_have_the_same_gradients():
 
     def slopes(config: ViTConfig) -> Any:
         loss = LoRA(classification(config), dropped).loss
-        found = jax.jit(jax.grad(lambda params: loss(params, last.carry, BATCH, jax.random.key(2))[0]))(last.params)
+        found = jax.jit(jax.grad(lambda params: loss(params, last.carry, BATCH, jax.random.key(2), 0)[0]))(last.params)
         return tree.flatten(split_lora(found)[0])
 
     plain, again = slopes(CONFIG), slopes(dataclasses.replace(CONFIG, remat=True))
@@ -164,7 +164,7 @@ class Momentum(Method):
         params = {"encoder": Mlp(HIDDEN).init(rng, batch["x"])["params"]}
         return params, Carry(params, {}, {}, {"momentum": 0.9})
 
-    def loss(self, params: Any, carry: Any, batch: Any, rng: Any, axis_name: str | None = None) -> Any:
+    def loss(self, params: Any, carry: Any, batch: Any, rng: Any, step: Any, axis_name: str | None = None) -> Any:
         rngs = {"dropout": rng} if self.stream else {}
         out, key = (Mlp(HIDDEN).apply({"params": x["encoder"]}, batch["x"], rngs=rngs) for x in (params, carry.ema))
         return jnp.mean((out - 2 * jax.lax.stop_gradient(key)) ** 2), (carry, {})
@@ -190,7 +190,7 @@ def test_dropout_acts_on_the_branch_in_training_alone(stream):
     )
 
     def value(rate: float, params: Any, key: int) -> float:
-        return float(loss(rate, params, carry, ROWS, jax.random.key(key)))
+        return float(loss(rate, params, carry, ROWS, jax.random.key(key), 0))
 
     assert value(0.3, params, 0) == value(0.3, params, 0) != value(0.3, params, 1)
     assert value(0.0, params, 0) == value(0.0, params, 1) != value(0.3, params, 0)
@@ -233,7 +233,7 @@ def test_a_cut_batch_loses_the_same_and_gives_the_same_gradient(stream):
     params, carry = started(method)
 
     def loss(params: Any, batch: Any, axis_name: str | None = None) -> Any:
-        return method.loss(params, carry, batch, jax.random.key(3), axis_name)[0]
+        return method.loss(params, carry, batch, jax.random.key(3), 0, axis_name)[0]
 
     whole = jax.jit(jax.grad(loss))(params, ROWS)
     cut = jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[1:]), ROWS)
@@ -254,7 +254,7 @@ def test_what_cannot_be_is_told():
             LoRAConfig(**{"patterns": ("**",), **wrong})
     idle = tree.merge(params, {"other": {"kernel": jnp.ones((2, 2)), "lora_a": jnp.ones((2, 1))}})
     with pytest.raises(MmjaxError, match="the loss runs no layer called other"):
-        jax.eval_shape(LoRA(Momentum(), BOTH).loss, idle, carry, ROWS, jax.random.key(0))
+        jax.eval_shape(LoRA(Momentum(), BOTH).loss, idle, carry, ROWS, jax.random.key(0), 0)
     norm = {"scale": jnp.ones(D), "lora_a": jnp.ones((D, 1)), "lora_b": jnp.ones((1, 4)), "lora_scale": jnp.ones(())}
     with pytest.raises(MmjaxError, match="is a LayerNorm, not a layer"):
         adapted(nn.LayerNorm(use_bias=False).apply)({"params": norm}, ROWS["x"])

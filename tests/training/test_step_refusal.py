@@ -31,7 +31,7 @@ class Regress(Method):
         queue = create_queue(rng, 12, OUT, 4)
         return params, Carry({"head": params["head"]}, {"keys": queue}, {"mean": jnp.zeros(WIDTH)}, {"momentum": 0.9})
 
-    def loss(self, params: Any, carry: Any, batch: Any, rng: Any, axis_name: str | None = None) -> Any:
+    def loss(self, params: Any, carry: Any, batch: Any, rng: Any, step: Any, axis_name: str | None = None) -> Any:
         out = (batch["x"] * params["stem"]) @ params["head"]
         queues = {"keys": enqueue(carry.queues["keys"], out)}
         return jnp.mean(out**2), (dataclasses.replace(carry, queues=queues, stats={"mean": batch["x"].mean(0)}), {})

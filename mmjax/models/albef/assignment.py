@@ -13,10 +13,11 @@ from mmjax.models.albef.method import ForwardPasses
 from mmjax.nn.groups import group_places, take_in_group
 from mmjax.objectives.classification import hits, softmax_cross_entropy
 from mmjax.objectives.matching import negative_log_weights, sample_negatives
+from mmjax.training.method import Loss
 from mmjax.training.partition import FROZEN
 from mmjax.training.rng import example_keys, named
 from mmjax.training.state import Carry
-from mmjax.types import Array, Batch, Float, Int, Metrics, Params, PRNGKeyArray
+from mmjax.types import Array, Batch, Float, Int, Means, Params, PRNGKeyArray
 
 TEMPERATURE = 0.07
 """Of the likeness of images by which others are drawn (model_pretrain_nlvr.py)."""
@@ -46,8 +47,14 @@ class TextAssignment(ForwardPasses):
         return super().example(batch) | {"other_images": self.pixels(batch["image"][:1])}
 
     def loss(
-        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
-    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        rng: PRNGKeyArray,
+        step: Int[Array, ""],
+        axis_name: str | None = None,
+    ) -> tuple[Loss, tuple[Carry, Means]]:
         """Raises MmjaxError for groups of fewer than 3 pairs."""
         mask, how = batch["attention_mask"], {"axis_name": axis_name}
         image = self.run(params, "image", self.pixels(batch["image"]), rng=named(rng, "image"), **how)

@@ -1,5 +1,6 @@
 """ALBEF's fine-tuning: retrieval, entailment, pairs of images, answers to questions (arXiv 2107.07651, section 5)."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +11,17 @@ from mmjax.models.albef.method import Alignment, MomentumDistillation
 from mmjax.objectives.classification import hits
 from mmjax.objectives.distillation import distilled_cross_entropy
 from mmjax.objectives.language import IGNORED, answer_loss, distilled_text_cross_entropy
+from mmjax.training.method import Loss
 from mmjax.training.rng import named
 from mmjax.training.state import Carry
-from mmjax.types import Array, Batch, Float, Metrics, Params, PRNGKeyArray
+from mmjax.types import Array, Batch, Float, Int, Means, Params, PRNGKeyArray
 
 
 @dataclass(frozen=True)
 class AlbefRetrieval(Alignment):
-    """Contrast and matching, in which all pairs of an image are right (model_retrieval.py). Batches: see `Alignment`.
+    """The sum of contrast_loss and matching_loss, in which all pairs of an image are right (model_retrieval.py).
 
-    Metrics: contrast_loss, matching_loss, matching_accuracy in [0, 1], temperature, which is not clamped.
+    Batches: see `Alignment`. Metrics: matching_accuracy in [0, 1], temperature, which is not clamped.
     """
 
     def __post_init__(self) -> None:
@@ -29,14 +31,21 @@ class AlbefRetrieval(Alignment):
             raise MmjaxError("albef: retrieval wants embed_dim, matching and by_image")
 
     def loss(
-        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
-    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        rng: PRNGKeyArray,
+        step: Int[Array, ""],
+        axis_name: str | None = None,
+    ) -> tuple[Loss, tuple[Carry, Means]]:
         told = self.encode(params, carry, batch, rng, axis_name)
         negatives = self.negatives(params, batch, told, rng, axis_name)
-        contrast = self.contrast(params, carry, batch, told, axis_name)
+        contrast = self.contrast(params, carry, batch, told, self.alpha(carry, step), axis_name)
         matching, metrics, _ = self.match(params, batch, told, negatives, rng, axis_name)
-        metrics |= {"contrast_loss": contrast, "matching_loss": matching, "temperature": params["temperature"]}
-        return contrast + matching, (self.after(carry, self.enqueued(carry, batch, told, axis_name)), metrics)
+        after = dataclasses.replace(carry, queues=self.enqueued(carry, batch, told, axis_name))
+        metrics |= {"temperature": params["temperature"]}
+        return {"contrast_loss": contrast, "matching_loss": matching}, (after, metrics)
 
 
 @dataclass(frozen=True)
@@ -61,12 +70,18 @@ class AlbefClassification(MomentumDistillation):
         }
 
     def loss(
-        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
-    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        rng: PRNGKeyArray,
+        step: Int[Array, ""],
+        axis_name: str | None = None,
+    ) -> tuple[Loss, tuple[Carry, Means]]:
         own = self.logits(params, batch, named(rng, "student"), axis_name)
         theirs = self.logits(self.teacher(params, carry), batch, named(rng, "teacher"), axis_name)
-        value = jnp.mean(distilled_cross_entropy(own, theirs, batch["label"], self.alpha(carry)))
-        return value, (self.after(carry), {"accuracy": jnp.mean(hits(own, batch["label"]))})
+        value = jnp.mean(distilled_cross_entropy(own, theirs, batch["label"], self.alpha(carry, step)))
+        return value, (carry, {"accuracy": jnp.mean(hits(own, batch["label"]))})
 
     def logits(
         self, params: Params, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
@@ -100,19 +115,31 @@ class AlbefAnswering(MomentumDistillation):
         return super().example(batch) | {"decoder_ids": batch["answer_ids"][:1, 0]}
 
     def loss(
-        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
-    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
-        losses, _ = self.losses(params, carry, batch, rng, axis_name)
-        return answer_loss(losses, batch["answer_weights"], len(batch["input_ids"])), (self.after(carry), {})
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        rng: PRNGKeyArray,
+        step: Int[Array, ""],
+        axis_name: str | None = None,
+    ) -> tuple[Loss, tuple[Carry, Means]]:
+        losses, _ = self.losses(params, carry, batch, rng, step, axis_name)
+        return answer_loss(losses, batch["answer_weights"], len(batch["input_ids"])), (carry, {})
 
     def losses(
-        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        rng: PRNGKeyArray,
+        step: Int[Array, ""],
+        axis_name: str | None = None,
     ) -> tuple[Float[Array, "b a"], tuple[Float[Array, "b a t v"], Float[Array, "b a t v"]]]:
         """Of each answer, summed over its tokens; and the logits of the network and of its momentum copy."""
         own = self.logits(params, batch, named(rng, "student"), axis_name)
         theirs = self.logits(self.teacher(params, carry), batch, named(rng, "teacher"), axis_name)
         after = jnp.where(batch["answer_mask"] == 1, batch["answer_ids"], IGNORED)[..., 1:]
-        told = distilled_text_cross_entropy(own[..., :-1, :], theirs[..., :-1, :], after, self.alpha(carry))
+        told = distilled_text_cross_entropy(own[..., :-1, :], theirs[..., :-1, :], after, self.alpha(carry, step))
         return told, (own, theirs)
 
     def logits(

@@ -1,6 +1,5 @@
 """What ALBEF's training methods share: momentum encoders that have a say in the targets, and the contrast's queues."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +10,20 @@ from flax import struct
 from mmjax.channels import CLIP_MEAN, CLIP_STD
 from mmjax.models.albef.network import MOMENTUM, Albef, AlbefConfig, tied, untied
 from mmjax.nn.groups import take_in_group
-from mmjax.objectives.language import IGNORED
-from mmjax.objectives.matching import matching_loss, negative_log_weights, sample_negatives
+from mmjax.objectives.language import IGNORED, token_accuracy
+from mmjax.objectives.matching import (
+    has_negative,
+    matching_labels,
+    matching_loss,
+    negative_log_weights,
+    sample_negatives,
+)
 from mmjax.objectives.momentum_contrast import momentum_contrast
 from mmjax.training.method import Method
 from mmjax.training.queue import Queue, create_queue, enqueue
 from mmjax.training.rng import example_keys, named
 from mmjax.training.state import Carry
-from mmjax.types import Array, Batch, Float, Int, Metrics, Params, PRNGKeyArray
+from mmjax.types import Array, Batch, Float, Int, Mean, Means, Params, PRNGKeyArray
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class ForwardPasses(Method):
 
     def init(self, rng: PRNGKeyArray, batch: Batch) -> tuple[Params, Carry]:
         variables: Any = Albef(self.config).init(named(rng, "params"), **self.example(batch))
-        return tied(variables["params"], self.config), Carry({}, {}, {}, {})
+        return tied(variables["params"], self.config), Carry()
 
     def run(self, params: Params, name: str, *inputs: Any, axis_name: str | None, rng: PRNGKeyArray) -> Any:
         """A method of the network in training. rng: of its dropout, another for each pass."""
@@ -67,7 +72,7 @@ class ForwardPasses(Method):
 class MomentumDistillation(ForwardPasses):
     """Momentum encoders beside the network, and the state that they are.
 
-    hparams: momentum, alpha. carry.stats["steps"]: batches seen, by which alpha rises.
+    hparams: momentum, alpha.
 
     Attributes:
         alpha_steps: batches over which the momentum encoders' share of the targets rises to alpha: an epoch in the
@@ -81,7 +86,7 @@ class MomentumDistillation(ForwardPasses):
         params, _ = super().init(rng, batch)
         ema = {part: params[part] for part in MOMENTUM if part in params}
         hparams = {"momentum": jnp.float32(self.config.momentum), "alpha": jnp.float32(self.config.alpha)}
-        return params, Carry(ema, self.queues(rng, batch), {"steps": jnp.zeros((), jnp.int32)}, hparams)
+        return params, Carry(ema, self.queues(rng, batch), hparams=hparams)
 
     def queues(self, rng: PRNGKeyArray, batch: Batch) -> dict[str, Queue]:
         """Those of the contrast: "image", "text" and, where pairs are told by images, "ids" [q, 1]; {} without one."""
@@ -99,16 +104,11 @@ class MomentumDistillation(ForwardPasses):
         """The network with its momentum parts; no gradient passes."""
         return jax.lax.stop_gradient({**params, **carry.ema})
 
-    def alpha(self, carry: Carry) -> Float[Array, ""]:
-        """The momentum encoders' share at this batch."""
+    def alpha(self, carry: Carry, step: Int[Array, ""]) -> Float[Array, ""]:
+        """The momentum encoders' share of the targets at this step."""
         if not self.alpha_steps:
             return carry.hparams["alpha"]
-        return carry.hparams["alpha"] * jnp.minimum(1.0, carry.stats["steps"] / self.alpha_steps)
-
-    def after(self, carry: Carry, queues: dict[str, Queue] | None = None) -> Carry:
-        """The carry after a batch."""
-        stats = {**carry.stats, "steps": carry.stats["steps"] + 1}
-        return dataclasses.replace(carry, stats=stats, queues={**carry.queues, **(queues or {})})
+        return carry.hparams["alpha"] * jnp.minimum(1.0, step / self.alpha_steps)
 
 
 @struct.dataclass
@@ -164,7 +164,13 @@ class Alignment(MomentumDistillation):
         return self.head(params, "text_embeds", self.head(params, "read", texts["input_ids"], texts["attention_mask"]))
 
     def contrast(
-        self, params: Params, carry: Carry, batch: Batch, told: Encoded, axis_name: str | None
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        told: Encoded,
+        alpha: Float[Array, ""],
+        axis_name: str | None,
     ) -> Float[Array, ""]:
         """Against the queues as they are before this batch."""
         empty = jnp.zeros((0, self.config.embed_dim))
@@ -178,7 +184,7 @@ class Alignment(MomentumDistillation):
             queues.get("image", empty),
             queues.get("text", empty),
             params["temperature"],
-            self.alpha(carry),
+            alpha,
             ids=batch["image_id"] if by_image else None,
             queue_ids=queues.get("ids", jnp.zeros((0, 1), jnp.int32))[:, 0] if by_image else None,
             groups=self.groups,
@@ -187,7 +193,7 @@ class Alignment(MomentumDistillation):
         )
 
     def enqueued(self, carry: Carry, batch: Batch, told: Encoded, axis_name: str | None) -> dict[str, Queue]:
-        """The queues with this batch's keys, of all devices."""
+        """The queues with this batch's keys, of all devices, as incoming."""
         keys = {"image": told.image_keys, "text": told.text_keys}
         if self.config.by_image:
             keys["ids"] = batch["image_id"].astype(jnp.int32)[:, None]
@@ -222,7 +228,7 @@ class Alignment(MomentumDistillation):
         negatives: tuple[Int[Array, "b"], Int[Array, "b"]],
         rng: PRNGKeyArray,
         axis_name: str | None,
-    ) -> tuple[Float[Array, ""], Metrics, Float[Array, "three_b 2"]]:
+    ) -> tuple[Mean, Means, Float[Array, "three_b 2"]]:
         """The loss, its metrics, and the logits of the pairs, of (text, negative image) and of (negative text, image).
 
         Negatives keep their gradient.
@@ -239,11 +245,11 @@ class Alignment(MomentumDistillation):
         wrong = self.run(params, "fuse", states, masks, seen, rng=named(rng, "fuse/negatives"), **how)
         # As one product of [3 b, d]: the head sees the first token alone.
         logits = self.head(params, "match", jnp.concatenate([right[:, :1], wrong[::2, :1], wrong[1::2, :1]]))
-        drawn = jnp.concatenate(negatives)
-        labels = jnp.concatenate([jnp.ones(len(right), jnp.int32), jnp.where(drawn < 0, IGNORED, 0)])
+        ids = batch["image_id"] if self.config.by_image else None
+        counted = has_negative(len(right), ids, self.groups, axis_name)
         return (
-            matching_loss(logits, drawn, axis_name),
-            {"matching_accuracy": share_right(logits, labels, axis_name)},
+            matching_loss(logits, counted),
+            {"matching_accuracy": token_accuracy(logits, matching_labels(counted))},
             logits,
         )
 
@@ -252,15 +258,3 @@ def _in_turn(first: Array, second: Array) -> Array:
     """[b, ...] twice -> [2 b, ...], of each example the one and then the other: dropout goes by the place in the batch,
     and one run behind the other would have other places on every cut of it."""
     return jnp.stack([first, second], 1).reshape(-1, *first.shape[1:])
-
-
-def share_right(logits: Float[Array, "*b c"], labels: Int[Array, "*b"], axis_name: str | None) -> Float[Array, ""]:
-    """Of the labels that are not `IGNORED`, the share that has the largest logit.
-
-    Under `axis_name` this device's part, whose mean over devices is the share in the global batch.
-    """
-    found = jnp.sum((jnp.argmax(logits, -1) == labels).astype(jnp.float32))
-    counted = jnp.sum(labels != IGNORED)
-    if axis_name is not None:
-        counted, found = jax.lax.psum(counted, axis_name), found * jax.lax.axis_size(axis_name)
-    return found / jnp.maximum(counted, 1)

@@ -1,16 +1,18 @@
 """ALBEF's pre-training: contrast, matching, and words under an image (arXiv 2107.07651; model_pretrain.py:88-214)."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from mmjax.errors import MmjaxError
-from mmjax.models.albef.method import Alignment, Encoded, share_right
-from mmjax.objectives.language import IGNORED, distilled_token_cross_entropy
+from mmjax.models.albef.method import Alignment, Encoded
+from mmjax.objectives.language import IGNORED, distilled_token_cross_entropy, token_accuracy
+from mmjax.training.method import Loss
 from mmjax.training.rng import example_keys, named
 from mmjax.training.state import Carry
-from mmjax.types import Array, Batch, Float, Int, Metrics, Params, PRNGKeyArray
+from mmjax.types import Array, Batch, Float, Int, Mean, Means, Params, PRNGKeyArray
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.001, 0.5
 """Where pre-training keeps the temperature (model_pretrain.py:90)."""
@@ -18,9 +20,9 @@ LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.001, 0.5
 
 @dataclass(frozen=True)
 class AlbefPretraining(Alignment):
-    """The sum of three losses. Batches as `Alignment` says, without ids of images.
+    """The sum of contrast_loss, matching_loss and mlm_loss. Batches as `Alignment` says, without ids of images.
 
-    Metrics: contrast_loss, matching_loss, mlm_loss, matching_accuracy, mlm_accuracy in [0, 1], temperature.
+    Metrics: matching_accuracy, mlm_accuracy in [0, 1], temperature.
 
     Attributes:
         mask_id: the id of [MASK].
@@ -39,18 +41,24 @@ class AlbefPretraining(Alignment):
             raise MmjaxError("albef: pre-training wants text.mlm, embed_dim, matching, and no by_image")
 
     def loss(
-        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
-    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        rng: PRNGKeyArray,
+        step: Int[Array, ""],
+        axis_name: str | None = None,
+    ) -> tuple[Loss, tuple[Carry, Means]]:
         told = self.encode(params, carry, batch, rng, axis_name)
         negatives = self.negatives(params, batch, told, rng, axis_name)
         masked = self.masks(batch, rng, axis_name)
-        contrast = self.contrast(params, carry, batch, told, axis_name)
-        matching, metrics, _ = self.match(params, batch, told, negatives, rng, axis_name)
-        words, more, _ = self.name_words(params, carry, batch, told, masked, rng, axis_name)
-        metrics |= {"contrast_loss": contrast, "matching_loss": matching, "mlm_loss": words} | more
-        metrics["temperature"] = params["temperature"]
-        after = self.after(carry, self.enqueued(carry, batch, told, axis_name))
-        return contrast + matching + words, (after, metrics)
+        alpha = self.alpha(carry, step)
+        contrast = self.contrast(params, carry, batch, told, alpha, axis_name)
+        matching, matched, _ = self.match(params, batch, told, negatives, rng, axis_name)
+        words, named_words, _ = self.name_words(params, carry, batch, told, masked, alpha, rng, axis_name)
+        metrics = {**matched, **named_words, "temperature": params["temperature"]}
+        after = dataclasses.replace(carry, queues=self.enqueued(carry, batch, told, axis_name))
+        return {"contrast_loss": contrast, "matching_loss": matching, "mlm_loss": words}, (after, metrics)
 
     def masks(
         self, batch: Batch, rng: PRNGKeyArray, axis_name: str | None
@@ -77,9 +85,10 @@ class AlbefPretraining(Alignment):
         batch: Batch,
         told: Encoded,
         masked: tuple[Int[Array, "b l"], Int[Array, "b l"]],
+        alpha: Float[Array, ""],
         rng: PRNGKeyArray,
         axis_name: str | None,
-    ) -> tuple[Float[Array, ""], Metrics, tuple[Float[Array, "b l v"], Float[Array, "b l v"]]]:
+    ) -> tuple[Mean, Means, tuple[Float[Array, "b l v"], Float[Array, "b l v"]]]:
         """The loss, its metrics, and the logits of the network and of its momentum copy, which sees its own image.
 
         masked: ids and labels as `masked` makes them.
@@ -93,8 +102,8 @@ class AlbefPretraining(Alignment):
             return self.head(params, "words", states)
 
         own, theirs = logits(params, told.image, "student"), logits(teacher, told.teacher_image, "teacher")
-        found = distilled_token_cross_entropy(own, theirs, labels, self.alpha(carry), axis_name=axis_name)
-        return found.loss, {"mlm_accuracy": share_right(own, labels, axis_name)}, (own, theirs)
+        loss = distilled_token_cross_entropy(own, theirs, labels, alpha).loss
+        return loss, {"mlm_accuracy": token_accuracy(own, labels)}, (own, theirs)
 
     def constrain(self, params: Params) -> Params:
         """The temperature stays within its bounds."""

@@ -52,7 +52,6 @@ class AlbefModel(ImageTextModel):
 
     system: ClassVar[str] = "albef"
     config_class: ClassVar[type] = AlbefConfig
-    of_runs: ClassVar[tuple[str, ...]] = ("stats/steps",)
     config: AlbefConfig
 
     @classmethod

@@ -9,17 +9,16 @@ import abc
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from mmjax.errors import MmjaxError
 from mmjax.models.bert.network import Bert, BertConfig
 from mmjax.objectives.classification import hits, softmax_cross_entropy
-from mmjax.objectives.language import token_cross_entropy
-from mmjax.training.method import Method
+from mmjax.objectives.language import token_accuracy, token_cross_entropy
+from mmjax.training.method import Loss, Method
 from mmjax.training.rng import named
 from mmjax.training.state import Carry
-from mmjax.types import Array, Batch, Float, Metrics, Params, PRNGKeyArray
+from mmjax.types import Array, Batch, Float, Int, Means, Params, PRNGKeyArray
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -34,15 +33,21 @@ class FineTuning(Method, abc.ABC):
         """Reads the shapes alone of `batch`."""
         inputs = (jnp.zeros((1, *batch[name].shape[1:]), jnp.int32) for name in INPUTS)
         variables: Any = Bert(self.config).init(rng, *inputs)
-        return variables["params"], Carry({}, {}, {}, {})
+        return variables["params"], Carry()
 
     def loss(
-        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
-    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        rng: PRNGKeyArray,
+        step: Int[Array, ""],
+        axis_name: str | None = None,
+    ) -> tuple[Loss, tuple[Carry, Means]]:
         """The mean loss; metrics: what `judge` gives beside it."""
         inputs, rngs = (batch[name] for name in INPUTS), {"dropout": named(rng, "dropout")}
         out: Any = Bert(self.config, axis_name).apply({"params": params}, *inputs, train=True, rngs=rngs)
-        value, metrics = self.judge(self.logits(out), batch, axis_name)
+        value, metrics = self.judge(self.logits(out), batch)
         return value, (carry, metrics)
 
     def predict(self, params: Params, state: Any, batch: Batch) -> Array:
@@ -55,8 +60,8 @@ class FineTuning(Method, abc.ABC):
         """Those of the head, out of what the network gives."""
 
     @abc.abstractmethod
-    def judge(self, logits: Array, batch: Batch, axis_name: str | None) -> tuple[Float[Array, ""], Metrics]:
-        """(the mean loss, metrics): over devices, their mean is that of the global batch."""
+    def judge(self, logits: Array, batch: Batch) -> tuple[Loss, Means]:
+        """(the mean loss, metrics)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +79,7 @@ class TextClassification(FineTuning):
     def logits(self, out: Any) -> Float[Array, "b c"]:
         return out["logits"]
 
-    def judge(
-        self, logits: Float[Array, "b c"], batch: Batch, axis_name: str | None
-    ) -> tuple[Float[Array, ""], Metrics]:
+    def judge(self, logits: Float[Array, "b c"], batch: Batch) -> tuple[Loss, Means]:
         labels = batch["label"]
         if self.config.classes == 1:
             return jnp.mean(jnp.square(logits[:, 0] - labels)), {}
@@ -99,14 +102,9 @@ class TokenClassification(FineTuning):
     def logits(self, out: Any) -> Float[Array, "b l c"]:
         return out["token_logits"]
 
-    def judge(
-        self, logits: Float[Array, "b l c"], batch: Batch, axis_name: str | None
-    ) -> tuple[Float[Array, ""], Metrics]:
+    def judge(self, logits: Float[Array, "b l c"], batch: Batch) -> tuple[Loss, Means]:
         labels = batch["labels"]
-        told = token_cross_entropy(logits, labels, axis_name=axis_name)
-        devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-        right = jnp.sum((jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32))
-        return told.loss, {"accuracy": devices * right / told.tokens}
+        return token_cross_entropy(logits, labels).loss, {"accuracy": token_accuracy(logits, labels)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +123,7 @@ class SpanExtraction(FineTuning):
     def logits(self, out: Any) -> Float[Array, "b l 2"]:
         return out["span_logits"]
 
-    def judge(
-        self, logits: Float[Array, "b l 2"], batch: Batch, axis_name: str | None
-    ) -> tuple[Float[Array, ""], Metrics]:
+    def judge(self, logits: Float[Array, "b l 2"], batch: Batch) -> tuple[Loss, Means]:
         ends = [(logits[..., place], batch[name]) for place, name in enumerate(("start", "end"))]
         losses = [jnp.mean(softmax_cross_entropy(scores, labels)) for scores, labels in ends]
         right = [hits(scores, labels) for scores, labels in ends]

@@ -3,17 +3,16 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from mmjax.errors import MmjaxError
 from mmjax.models.bert.network import Bert as Network
 from mmjax.models.bert.network import BertConfig
 from mmjax.objectives.classification import hits, softmax_cross_entropy
-from mmjax.training.method import Method
+from mmjax.training.method import Loss, Method
 from mmjax.training.rng import named
 from mmjax.training.state import Carry
-from mmjax.types import Array, Batch, Float, Metrics, Params, PRNGKeyArray
+from mmjax.types import Array, Batch, Float, Int, Mean, Means, Params, PRNGKeyArray
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "masked_positions")
 
@@ -38,24 +37,27 @@ class BERT(Method):
         """Reads the shapes alone of `batch`."""
         inputs = (jnp.zeros((1, *batch[name].shape[1:]), jnp.int32) for name in INPUTS)
         variables: Any = Network(self.config).init(rng, *inputs)
-        return variables["params"], Carry({}, {}, {}, {})
+        return variables["params"], Carry()
 
     def loss(
-        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
-    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
-        """The sum of both losses; metrics: mlm_loss and mlm_accuracy over all masked words of the global batch,
-        nsp_loss and nsp_accuracy; accuracies in [0, 1]."""
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        rng: PRNGKeyArray,
+        step: Int[Array, ""],
+        axis_name: str | None = None,
+    ) -> tuple[Loss, tuple[Carry, Means]]:
+        """The sum of mlm_loss, over masked words, and nsp_loss; metrics: mlm_accuracy and nsp_accuracy in [0, 1]."""
         judged = self._judge(params, batch, True, axis_name, {"dropout": named(rng, "dropout")})
         weights = batch["masked_weights"].astype(jnp.float32)
-        # A device's mean over the words of all of them, so that the mean over devices is that of the whole batch.
-        total, devices = jnp.sum(weights), 1
-        if axis_name is not None:
-            total, devices = jax.lax.psum(total, axis_name), jax.lax.axis_size(axis_name)
-        over = devices / (total + 1e-5)
-        metrics = {f"mlm_{name}": over * jnp.sum(weights * judged[f"mlm_{name}"]) for name in ("loss", "accuracy")}
-        metrics |= {name: jnp.mean(value) for name, value in judged.items() if name.startswith("nsp")}
-        value = metrics["mlm_loss"]
-        return value + metrics["nsp_loss"] if self.config.nsp else value, (carry, metrics)
+        words = jnp.sum(weights) + 1e-5  # as the original, whose loss of no masked word is 0
+        terms: Means = {"mlm_loss": Mean(jnp.sum(weights * judged["mlm_loss"]), words)}
+        metrics: Means = {"mlm_accuracy": Mean(jnp.sum(weights * judged["mlm_accuracy"]), words)}
+        if self.config.nsp:
+            terms["nsp_loss"] = jnp.mean(judged["nsp_loss"])
+            metrics["nsp_accuracy"] = jnp.mean(judged["nsp_accuracy"])
+        return terms, (carry, metrics)
 
     def judge(self, params: Params, state: Any, batch: Batch) -> dict[str, Float[Array, "b *m"]]:
         """Without dropout, for evaluations: mlm_loss and mlm_accuracy of each masked place [b, m], padding too, and

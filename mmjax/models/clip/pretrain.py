@@ -15,9 +15,9 @@ from mmjax.models.clip.network import CLIP as Network
 from mmjax.models.clip.network import CLIPConfig, CLIPVisionConfig
 from mmjax.nn.norm import l2_normalize
 from mmjax.objectives.contrastive import clip_loss, in_batch_accuracy, mutual_information_bound, sigmoid_loss
-from mmjax.training.method import Method
+from mmjax.training.method import Loss, Method
 from mmjax.training.state import Carry
-from mmjax.types import Array, Batch, Float, Metrics, Params, PRNGKeyArray
+from mmjax.types import Array, Batch, Float, Int, Means, Params, PRNGKeyArray
 
 MAX_LOGIT_SCALE = math.log(100.0)
 
@@ -62,8 +62,14 @@ class CLIP(Method):
         return variables["params"], Carry({}, {}, variables.get("batch_stats", {}), {})
 
     def loss(
-        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
-    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        rng: PRNGKeyArray,
+        step: Int[Array, ""],
+        axis_name: str | None = None,
+    ) -> tuple[Loss, tuple[Carry, Means]]:
         """The loss; metrics: logit_scale (the factor itself), mutual_information_bound in nats, image_to_text_accuracy
         and text_to_image_accuracy within the batch, in [0, 1]."""
         if self.chunks > 1:
@@ -79,7 +85,7 @@ class CLIP(Method):
         if self.config.init_bias is not None or self.label_smoothing:  # only the plain loss bounds mutual information
             nce = clip_loss(*jax.lax.stop_gradient((image, text, scale)), axis_name, blocks)
         candidates = image.shape[0] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
-        metrics = {
+        metrics: Means = {
             "logit_scale": jnp.exp(params["logit_scale"]),
             "mutual_information_bound": mutual_information_bound(nce, candidates),
             "image_to_text_accuracy": in_batch_accuracy(image, text, axis_name, blocks),

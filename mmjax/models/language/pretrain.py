@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from mmjax.models.language.network import Decoder, DecoderConfig
 from mmjax.objectives.language import linear_cross_entropy, next_tokens
-from mmjax.training.method import Method
+from mmjax.training.method import Loss, Method
 from mmjax.training.state import Carry
-from mmjax.types import Array, Batch, Float, Metrics, Params, PRNGKeyArray
+from mmjax.types import Array, Batch, Float, Int, Mean, Means, Params, PRNGKeyArray
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,18 @@ class CausalLM(Method):
     def init(self, rng: PRNGKeyArray, batch: Batch) -> tuple[Params, Carry]:
         """Reads the shapes alone of `batch`."""
         variables: Any = Decoder(self.config).init(rng, jnp.zeros((1, batch["input_ids"].shape[1]), jnp.int32))
-        return variables["params"], Carry({}, {}, {}, {})
+        return variables["params"], Carry()
 
     def loss(
-        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
-    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
-        """The loss; metrics: nll, in nats a token, and tokens, how many were counted."""
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        rng: PRNGKeyArray,
+        step: Int[Array, ""],
+        axis_name: str | None = None,
+    ) -> tuple[Loss, tuple[Carry, Means]]:
+        """The loss; metrics: nll, in nats a token, and tokens_per_text, how many were counted."""
         hidden, kernel = self._last(params, batch["input_ids"])
         labels = next_tokens(batch["labels"])
         told = linear_cross_entropy(
@@ -43,9 +49,9 @@ class CausalLM(Method):
             labels.reshape(-1),
             tied=self.config.tied,
             z_loss=self.z_loss,
-            axis_name=axis_name,
         )
-        return told.loss, (carry, {"nll": told.nll, "tokens": told.tokens})
+        texts = jnp.float32(len(labels))
+        return told.loss, (carry, {"nll": told.nll, "tokens_per_text": Mean(told.loss.count, texts)})
 
     def _last(self, params: Params, ids: Array) -> tuple[Array, Array]:
         """(normed states [b, l, d] as the head takes them, the head's matrix or the embedding)."""

@@ -20,11 +20,11 @@ from mmjax.errors import MmjaxError
 from mmjax.models.moco.network import MoCo, MoCoConfig
 from mmjax.nn.norm import l2_normalize
 from mmjax.objectives.contrastive import in_batch_accuracy, in_batch_nce, info_nce, info_nce_logits
-from mmjax.training.method import Method
+from mmjax.training.method import Loss, Method
 from mmjax.training.queue import create_queue, enqueue
 from mmjax.training.rng import named
 from mmjax.training.state import Carry
-from mmjax.types import Array, Batch, Float, Int, Metrics, Params, PRNGKeyArray
+from mmjax.types import Array, Batch, Float, Int, Means, Params, PRNGKeyArray
 
 MOMENTUM = ("backbone", "projector")
 """The parts that have a momentum copy."""
@@ -72,13 +72,12 @@ class MoCoMethod(Method):
         queues: dict[str, Any] = {}
         if self.config.queue:
             queues["keys"] = create_queue(named(rng, "queue"), self.config.queue, self.config.dim, len(images))
-        if self.drift_rows:
-            rows = min(self.drift_rows, len(images))
-            queues["probe"] = Probe(images[:rows], jnp.zeros((rows, self.config.dim)))
+        rows = min(self.drift_rows, len(images))
+        extra = {"probe": Probe(images[:rows], jnp.zeros((rows, self.config.dim)))} if rows else {}
         # Copies: the state is donated, and one buffer cannot be donated twice.
         both = {"query": stats, "key": jax.tree.map(jnp.copy, {k: v for k, v in stats.items() if k in MOMENTUM})}
         hparams = {"momentum": self.config.momentum, "temperature": self.config.temperature}
-        return params, Carry(ema, queues, both, {name: jnp.float32(value) for name, value in hparams.items()})
+        return params, Carry(ema, queues, both, {name: jnp.float32(value) for name, value in hparams.items()}, extra)
 
     def momentum(self, hparams: dict[str, Float[Array, ""]], step: Int[Array, ""]) -> Float[Array, ""]:
         """As it is; in v3 on half a cosine to 1 (moco-v3 main_moco.py, adjust_moco_momentum)."""
@@ -88,15 +87,22 @@ class MoCoMethod(Method):
         return 1 - 0.5 * (1 + jnp.cos(jnp.pi * progress)) * (1 - hparams["momentum"])
 
     def loss(
-        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
-    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
-        step = self._symmetric if self.config.version == 3 else self._with_queue
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        rng: PRNGKeyArray,
+        step: Int[Array, ""],
+        axis_name: str | None = None,
+    ) -> tuple[Loss, tuple[Carry, Means]]:
+        contrast = self._symmetric if self.config.version == 3 else self._with_queue
         views = _view(batch, "view_1"), _view(batch, "view_2")
-        value, stats, queues, metrics = step(params, carry, views, rng, axis_name)
+        value, stats, queues, metrics = contrast(params, carry, views, rng, axis_name)
+        extra = carry.extra
         if self.drift_rows:
             probe, metrics["key_drift"] = self._drift(carry, views[-1], axis_name)
-            queues = {**queues, "probe": probe}
-        return value, (dataclasses.replace(carry, stats=stats, queues={**carry.queues, **queues}), metrics)
+            extra = {"probe": probe}
+        return value, (dataclasses.replace(carry, stats=stats, queues=queues, extra=extra), metrics)
 
     def encode(
         self, params: Params, stats: Params, images: Array, axis_name: str | None, query: bool
@@ -158,9 +164,11 @@ class MoCoMethod(Method):
 
     def _drift(self, carry: Carry, images: Array, axis_name: str | None) -> tuple[Probe, Float[Array, ""]]:
         """The probe for the next step, and how far the last one's keys moved (0 in the first step)."""
-        old, ema, rows = carry.queues["probe"], jax.lax.stop_gradient(carry.ema), len(carry.queues["probe"].keys)
+        old, ema, rows = carry.extra["probe"], jax.lax.stop_gradient(carry.ema), len(carry.extra["probe"].keys)
         if axis_name is not None:
             images = jax.lax.all_gather(images[:rows], axis_name, tiled=True)
+        if len(images) < rows:
+            raise MmjaxError(f"MoCo: drift_rows={rows} images of a micro-batch of {len(images)}")
         stats = {"batch_stats": carry.stats["key"]} if carry.stats["key"] else {}
 
         def keys(images: Array) -> Array:

@@ -3,16 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from mmjax.models.t5.network import T5, T5Config
 from mmjax.objectives.classification import hits
 from mmjax.objectives.language import IGNORED, token_cross_entropy
-from mmjax.training.method import Method
+from mmjax.training.method import Loss, Method
 from mmjax.training.rng import named
 from mmjax.training.state import Carry
-from mmjax.types import Array, Batch, Float, Int, Metrics, Params, PRNGKeyArray
+from mmjax.types import Array, Batch, Int, Mean, Means, Params, PRNGKeyArray
 
 
 def shift_right(labels: Int[Array, "b l"], start: int, pad: int) -> Int[Array, "b l"]:
@@ -34,11 +33,17 @@ class T5Seq2Seq(Method):
         """Reads the shapes alone of `batch`."""
         ids, labels = (jnp.zeros((1, batch[name].shape[1]), jnp.int32) for name in ("input_ids", "labels"))
         variables: Any = T5(self.config).init(rng, ids, labels)
-        return variables["params"], Carry({}, {}, {}, {})
+        return variables["params"], Carry()
 
     def loss(
-        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
-    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        rng: PRNGKeyArray,
+        step: Int[Array, ""],
+        axis_name: str | None = None,
+    ) -> tuple[Loss, tuple[Carry, Means]]:
         """The loss; metrics: accuracy of the next token, in [0, 1]."""
         c, labels = self.config, batch["labels"]
         out: Any = T5(c, axis_name).apply(
@@ -49,9 +54,7 @@ class T5Seq2Seq(Method):
             train=True,
             rngs={"dropout": named(rng, "dropout")},
         )
-        loss, _, tokens = token_cross_entropy(out["logits"], labels, axis_name=axis_name)
         counted = labels != IGNORED
         found = hits(out["logits"].reshape(-1, c.vocab_size), jnp.where(counted, labels, 0).reshape(-1))
-        devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-        accuracy = jnp.sum(jnp.where(counted.reshape(-1), found, 0)) * devices / tokens
-        return loss, (carry, {"accuracy": accuracy})
+        accuracy = Mean.of(found, counted.reshape(-1))
+        return token_cross_entropy(out["logits"], labels).loss, (carry, {"accuracy": accuracy})

@@ -3,17 +3,16 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from mmjax.errors import MmjaxError
 from mmjax.models.transformer.network import Transformer, TransformerConfig
 from mmjax.objectives.classification import hits, softmax_cross_entropy
-from mmjax.training.method import Method
+from mmjax.training.method import Loss, Method
 from mmjax.training.optimizer import Schedule
 from mmjax.training.state import Carry
-from mmjax.types import Array, Batch, Float, Int, Metrics, Params, PRNGKeyArray
+from mmjax.types import Array, Batch, Float, Int, Mean, Means, Params, PRNGKeyArray
 
 IGNORED = -100
 """A label that is not counted, as torch and transformers have it."""
@@ -30,26 +29,16 @@ def translation_loss(
     logits: Float[Array, "b l v"],
     labels: Int[Array, "b l"],
     smoothing: float = 0.0,
-    axis_name: str | None = None,
-) -> tuple[Float[Array, ""], Metrics]:
+) -> tuple[Mean, Means]:
     """The mean over all counted labels of a batch, in torch's form of smoothing (over all classes, the label's too).
 
-    Metrics: nll (without smoothing) and accuracy of the next token. Under a mapped axis the means over devices are
-    those over the tokens of the whole batch.
+    Metrics: nll (without smoothing) and accuracy of the next token.
     """
     counted = (labels != IGNORED).reshape(-1)
     flat, targets = logits.reshape(-1, logits.shape[-1]), jnp.maximum(labels, 0).reshape(-1)
-    total = jnp.sum(counted.astype(jnp.float32))
-    if axis_name is not None:
-        total = jax.lax.pmean(total, axis_name)
-    share = counted / jnp.maximum(total, 1.0)
-
-    def mean(values: Array) -> Array:
-        return jnp.sum(values * share)
-
-    nll = mean(softmax_cross_entropy(flat, targets))
-    loss = mean(softmax_cross_entropy(flat, targets, smoothing)) if smoothing else nll
-    return loss, {"nll": nll, "accuracy": mean(hits(flat, targets))}
+    nll = Mean.of(softmax_cross_entropy(flat, targets), counted)
+    loss = Mean.of(softmax_cross_entropy(flat, targets, smoothing), counted) if smoothing else nll
+    return loss, {"nll": nll, "accuracy": Mean.of(hits(flat, targets), counted)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +60,17 @@ class Translation(Method):
         """Reads the shapes alone of `batch`."""
         ids, labels = (jnp.zeros((1, *batch[name].shape[1:]), jnp.int32) for name in ("input_ids", "labels"))
         variables: Any = Transformer(self.config).init(rng, ids, labels)
-        return variables["params"], Carry({}, {}, {}, {})
+        return variables["params"], Carry()
 
     def loss(
-        self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
-    ) -> tuple[Float[Array, ""], tuple[Carry, Metrics]]:
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        rng: PRNGKeyArray,
+        step: Int[Array, ""],
+        axis_name: str | None = None,
+    ) -> tuple[Loss, tuple[Carry, Means]]:
         """The smoothed loss; metrics as of `translation_loss`."""
         config, labels = self.config, batch["labels"]
         out: Any = Transformer(config, axis_name).apply(
@@ -86,7 +81,7 @@ class Translation(Method):
             train=True,
             rngs={"dropout": rng},
         )
-        value, metrics = translation_loss(out["logits"], labels, self.label_smoothing, axis_name)
+        value, metrics = translation_loss(out["logits"], labels, self.label_smoothing)
         return value, (carry, metrics)
 
 
