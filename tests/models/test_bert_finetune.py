@@ -45,7 +45,7 @@ def test_losses_of_classes_and_of_a_number():
         method = TextClassification(config)
         if classes == 1:
             given["label"] = np.linspace(0, 5, 14).astype(np.float32)
-        value, (_, metrics) = jax.jit(method.loss)(params, EMPTY, given, jax.random.key(0))
+        value, (_, metrics) = jax.jit(method.loss)(params, EMPTY, given, jax.random.key(0), 0)
         logits = np.asarray(jax.jit(method.predict)(params, None, given), np.float64)
         if classes == 3:
             logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
@@ -82,16 +82,16 @@ def test_losses_of_tags_and_of_spans():
     labels = np.where(rng.random((14, 11)) < 0.4, rng.integers(0, 5, (14, 11)), -100).astype(np.int32)
     method = TokenClassification(BertConfig(**SIZES, pooler=False, token_classes=5))
     params = tree.unflatten(shapes(method.config))
-    value, (_, metrics) = jax.jit(method.loss)(params, EMPTY, given | {"labels": labels}, jax.random.key(0))
+    value, (_, metrics) = jax.jit(method.loss)(params, EMPTY, given | {"labels": labels}, jax.random.key(0), 0)
     logits, there = np.asarray(jax.jit(method.predict)(params, None, given)), labels >= 0
     told = np.take_along_axis(logs(logits), np.maximum(labels, 0)[..., None], -1)[..., 0]
-    assert float(value) == pytest.approx(-told[there].mean(), rel=1e-5)
-    assert float(metrics["accuracy"]) == pytest.approx((logits.argmax(-1) == labels)[there].mean())
+    assert float(value.value) == pytest.approx(-told[there].mean(), rel=1e-5)
+    assert float(metrics["accuracy"].value) == pytest.approx((logits.argmax(-1) == labels)[there].mean())
 
     spans = {name: rng.integers(0, 11, 14).astype(np.int32) for name in ("start", "end")}
     method = SpanExtraction(BertConfig(**SIZES, pooler=False, spans=True))
     params = tree.unflatten(shapes(method.config))
-    value, (_, metrics) = jax.jit(method.loss)(params, EMPTY, given | spans, jax.random.key(0))
+    value, (_, metrics) = jax.jit(method.loss)(params, EMPTY, given | spans, jax.random.key(0), 0)
     ends = np.moveaxis(np.asarray(jax.jit(method.predict)(params, None, given)), -1, 0)
     told = [logs(scores)[np.arange(14), label] for scores, label in zip(ends, spans.values())]
     assert float(value) == pytest.approx(-np.mean(told), rel=1e-5)  # padding is among the places

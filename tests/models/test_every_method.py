@@ -1,0 +1,128 @@
+"""Every training method: any cut of a batch has the whole batch's gradient."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_albef as tiny
+
+from mmjax import tree
+from mmjax.models.albef.finetune import AlbefAnswering, AlbefClassification
+from mmjax.models.bert.finetune import SpanExtraction, TextClassification, TokenClassification
+from mmjax.models.bert.network import BertConfig
+from mmjax.models.bert.pretrain import BERT
+from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from mmjax.models.language.config import DecoderConfig
+from mmjax.models.language.pretrain import CausalLM
+from mmjax.models.resnet.network import ResNetConfig
+from mmjax.models.t5.network import T5Config
+from mmjax.models.t5.pretrain import T5Seq2Seq
+from mmjax.models.transformer.network import TransformerConfig
+from mmjax.models.transformer.pretrain import Translation
+from mmjax.models.vit.network import ViTConfig
+from mmjax.models.vit.supervised import ViTClassifier
+from mmjax.training.accumulate import batch_gradient
+from mmjax.training.classification import Classification
+from mmjax.training.method import Method
+from mmjax.training.optimizer import Optimizer, adamw
+from mmjax.training.state import create_state
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SIZE, LENGTH, VOCAB = 8, 7, 53
+TEXT = BertConfig(VOCAB, 12, 1, 2, 18, LENGTH, dropout=0.0, attention_dropout=0.0)
+VISION = ViTConfig(image_size=(8, 8), patch=4, width=12, depth=1, heads=2, hidden=18)
+CONTRAST = CLIPConfig(CLIPVisionConfig(8, 4, 12, 1, 2, 18), CLIPTextConfig(LENGTH, VOCAB, 12, 1, 2, 18), 7)
+TRANSFORMER = TransformerConfig(VOCAB, None, 12, 1, 1, 2, 2, 18, 18, dropout=0.0)
+RESNET = ResNetConfig((1, 1), "basic", "cifar", 3, (3, 5), num_classes=5)
+
+
+def batch(seed: int = 0) -> dict[str, np.ndarray]:
+    """What every text and image method reads; rows have between one and all of their tokens, labels and words."""
+    rng = np.random.default_rng(seed)
+    mask = (np.arange(LENGTH) < np.array([7, 1, 3, 2, 7, 6, 1, 5])[:, None]).astype(np.int32)
+    ids = rng.integers(5, VOCAB, (SIZE, LENGTH)).astype(np.int32) * mask
+    words = rng.integers(1, 4, SIZE)[:, None] > np.arange(3)
+    return {
+        "image": rng.normal(size=(SIZE, 8, 8, 3)).astype(np.float32),
+        "view_1": rng.normal(size=(SIZE, 8, 8, 3)).astype(np.float32),
+        "view_2": rng.normal(size=(SIZE, 8, 8, 3)).astype(np.float32),
+        "text": ids,
+        "input_ids": ids,
+        "attention_mask": mask,
+        "token_type_ids": np.zeros_like(ids),
+        "labels": np.where(mask == 1, ids % 5, -100).astype(np.int32),
+        "label": rng.integers(0, 5, SIZE).astype(np.int32),
+        "start": rng.integers(0, LENGTH, SIZE).astype(np.int32),
+        "end": rng.integers(0, LENGTH, SIZE).astype(np.int32),
+        "masked_positions": rng.integers(0, LENGTH, (SIZE, 3)).astype(np.int32),
+        "masked_ids": rng.integers(5, VOCAB, (SIZE, 3)).astype(np.int32),
+        "masked_weights": words.astype(np.float32),
+        "next_label": rng.integers(0, 2, SIZE).astype(np.int32),
+    }
+
+
+METHODS: dict[str, Callable[[str], Method]] = {
+    "causal": lambda d: CausalLM(DecoderConfig.llama(12, 1, 2, 18, vocab_size=VOCAB, dtype=d), z_loss=1e-3),
+    "bert": lambda d: BERT(replace(TEXT, mlm=True, nsp=True, dtype=d)),
+    "bert_classes": lambda d: TextClassification(replace(TEXT, classes=5, dtype=d)),
+    "bert_tags": lambda d: TokenClassification(replace(TEXT, pooler=False, token_classes=5, dtype=d)),
+    "bert_spans": lambda d: SpanExtraction(replace(TEXT, pooler=False, spans=True, dtype=d)),
+    "t5": lambda d: T5Seq2Seq(T5Config(VOCAB, 12, 1, 1, 2, 6, 18, dropout=0.0, dtype=d)),
+    "transformer": lambda d: Translation(replace(TRANSFORMER, dtype=d)),
+    "classification": lambda d: Classification(
+        ViTClassifier(replace(VISION, num_classes=5, dtype=d)), 5, label_smoothing=0.1
+    ),
+    "albef_classes": lambda d: AlbefClassification(replace(tiny.still(tiny.PAIRS), dtype=d)),
+    "albef_answers": lambda d: AlbefAnswering(replace(tiny.still(tiny.ANSWERS), dtype=d)),
+}
+"""Any cut of a batch is the whole of it."""
+
+
+def batch_of(name: str, seed: int = 0) -> dict[str, np.ndarray]:
+    return tiny.batch(seed) if name.startswith("albef") else batch(seed)
+
+
+def started(method: Method, rows: Any, optimizer: Any) -> Any:
+    state = jax.jit(functools.partial(create_state, method, optimizer))(jax.random.key(0), rows)
+    rng = np.random.default_rng(1)
+    noisy = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), state.params)
+    return state.replace(params=noisy)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_any_cut_of_a_batch_has_the_whole_ones_gradient(name: str):
+    """Micro-batches, devices and both; a mapped axis is one whether devices or `vmap` run it."""
+    method, rows = METHODS[name]("float32"), batch_of(name)
+    state = started(method, rows, Optimizer(adamw(1e-3)))
+
+    def gradient(rows: Any, axis_name: str | None = None, micro_batches: int = 1) -> Any:
+        def loss(*arguments: Any) -> Any:
+            return method.loss(*arguments, jnp.int32(0), axis_name)
+
+        return batch_gradient(loss, state.params, state.carry, rows, jax.random.key(2), axis_name, micro_batches)[:2]
+
+    def over_devices(rows: Any, micro_batches: int) -> Any:
+        halves = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), rows)
+        cut = jax.vmap(lambda part: gradient(part, "data", micro_batches), axis_name="data")(halves)
+        return jax.tree.map(lambda leaf: leaf[0], cut)
+
+    grads, metrics = jax.jit(gradient)(rows)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
+    assert largest > 1e-3 and np.isfinite(metrics["loss"])
+    cuts = [functools.partial(gradient, micro_batches=4), functools.partial(over_devices, micro_batches=2)]
+    if not name.startswith("albef"):  # which compiles for long
+        cuts += [functools.partial(gradient, micro_batches=2), functools.partial(over_devices, micro_batches=1)]
+    for cut in cuts:
+        parts, told = jax.jit(cut)(rows)
+        assert told.keys() == metrics.keys()
+        for metric, value in metrics.items():
+            np.testing.assert_allclose(told[metric], value, rtol=1e-5, atol=1e-6, err_msg=metric)
+        for path, leaf in tree.flatten(grads).items():
+            limit = 1e-5 * max(float(jnp.abs(leaf).max()), 0.03 * largest)
+            np.testing.assert_allclose(tree.flatten(parts)[path], leaf, atol=limit, rtol=0, err_msg=path)
