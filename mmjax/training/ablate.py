@@ -392,6 +392,8 @@ class _Loop:
                 periodic = config.checkpoint_every and step % config.checkpoint_every == 0
                 if stop is not None or step == config.steps or periodic:
                     self.receive(self.in_flight.flush())
+                    for metrics_writer in self.ablation.writers:
+                        metrics_writer.flush()
                     self.writer.save(self.lift.fetch(state), step, encode(data.get_state()))
                 if stop is not None and step < config.steps:
                     self.writer.wait()

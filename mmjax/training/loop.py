@@ -311,6 +311,8 @@ class _Run:
         data = gather_json(encode(self.data.get_state()))
         if self.writer is not None:
             self._wait_for_save(final=False)
+            if self.metrics is not None:
+                self.metrics.flush()
             self.writer.save(host, step, data, {"refused_updates": self.total_refused})
         self.saved_step = step
 

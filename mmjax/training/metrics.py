@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mmjax.training.event_file import EventFile
+from mmjax.training.event_file import UPLOAD_SECONDS, EventFile
 from mmjax.training.storage import BestEffort, is_local, write_file
 
 METRICS = "metrics.jsonl"
@@ -20,7 +21,9 @@ METRICS = "metrics.jsonl"
 class MetricsWriter:
     """One line a call in `metrics.jsonl`; numbers also to TensorBoard. Names have their group: `train/loss`.
 
-    What cannot be written is reported once a file, and written later if that becomes possible; nothing is raised.
+    What cannot be written is reported once a file, and written later if that becomes possible; nothing is raised. An
+    object store gets metrics.jsonl every `UPLOAD_SECONDS`, and with `flush`: before a checkpoint, so that a resumed run
+    has every line up to its step.
     """
 
     def __init__(
@@ -35,7 +38,7 @@ class MetricsWriter:
         self._attempt = BestEffort(warn)
         self._path = self._workdir / METRICS
         self._lines: list[dict[str, Any]] = []
-        self._size, self._pending = 0, b""
+        self._size, self._pending, self._uploaded = 0, b"", time.monotonic()
         with self._attempt(self._path):
             self._lines = [line for line in _read_lines(self._workdir) if line["step"] <= resume_step]
             if self._path.exists():
@@ -45,7 +48,10 @@ class MetricsWriter:
         self._board = EventFile(self._workdir / "tensorboard", resume_step + 1) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Numbers are logged; text and uint8 images [height, width, 3] become files in `artifacts/`."""
+        """Numbers are logged; text and uint8 images [height, width, 3] become files in `artifacts/`.
+
+        The numbers of a second evaluation at a step replace those of the first.
+        """
         numbers = {}
         for name, value in metrics.items():
             if isinstance(value, str) or np.ndim(value) > 0:
@@ -57,21 +63,40 @@ class MetricsWriter:
             return
         # JSON has no NaN; null keeps the line readable for every parser.
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        if self._replace(line):
+            return
         self._lines.append(line)
         self._pending += _encode([line])
-        self._flush()
+        if is_local(self._path) or time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+            self.flush()
         if self._board is not None:
             with self._attempt(self._workdir / "tensorboard"):
                 self._board.write(step, numbers)
 
-    def _flush(self) -> None:
+    def _replace(self, line: dict[str, Any]) -> bool:
+        """Whether a line of this step had one of the names; it has the new numbers then."""
+        for earlier in reversed(self._lines):
+            if earlier["step"] != line["step"]:
+                return False
+            if earlier.keys() & line.keys() != {"step"}:
+                earlier |= line
+                with self._attempt(self._path):
+                    write_file(self._path, _encode(self._lines))
+                    self._size, self._pending = len(_encode(self._lines)), b""
+                return True
+        return False
+
+    def flush(self) -> None:
         """Writes the lines that are not in the file yet."""
+        if not self._pending:
+            return
         with self._attempt(self._path):
             if is_local(self._path):
                 with open(self._path, "ab") as file:
                     file.truncate(self._size)  # what a failed write left
                     file.write(self._pending)
             else:  # object stores have no append
+                self._uploaded = time.monotonic()
                 self._path.write_bytes(_encode(self._lines))
             self._size, self._pending = self._size + len(self._pending), b""
 
@@ -116,8 +141,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Writes what is still missing."""
-        if self._pending:
-            self._flush()
+        self.flush()
         if self._board is not None:
             with self._attempt(self._workdir / "tensorboard"):
                 self._board.flush()

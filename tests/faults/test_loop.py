@@ -103,6 +103,7 @@ def test_workdir_of_a_clean_run(clean, runner):
     told = runner.run(clean)
     assert "is finished (60 of 60 steps): only evaluating" in told
     assert manifest(clean) == before
+    assert [json.loads(line) for line in (clean / "metrics.jsonl").read_text().splitlines()] == lines
 
 
 def test_killed_at_random_times_it_ends_in_the_same_bits(clean, runner, tmp_path):
