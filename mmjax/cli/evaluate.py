@@ -19,7 +19,7 @@ from mmjax.evaluation.classification import classification_scores
 from mmjax.evaluation.report import Score
 from mmjax.interface.config import config_from_json
 from mmjax.training import checkpoint
-from mmjax.training.experiment import load_experiment
+from mmjax.training.experiment import batch_shapes, load_experiment
 from mmjax.training.state import create_state
 
 FOLDER_TASKS = ("zero_shot", "knn", "linear_probe", "classification")
@@ -40,12 +40,8 @@ def load_run(workdir: str, experiment: str | None = None) -> tuple[Any, Any, int
         raise MmjaxError(f"{place} names no experiment file; --experiment EXPERIMENT.py does")
     config = config_from_json(load_experiment(file), told["experiment"], f"{place}: experiment")
     method, optimizer = config.method(), config.optimizer()
-    shapes = config.example_batch() if hasattr(config, "example_batch") else next(iter(config.train_data()))
-    narrow = {
-        name: jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
-        for name, leaf in shapes.items()
-    }
-    template = jax.eval_shape(lambda rng, batch: create_state(method, optimizer, rng, batch), jax.random.key(0), narrow)
+    shapes = batch_shapes(config, lambda: next(iter(config.train_data())))
+    template = jax.eval_shape(lambda rng, batch: create_state(method, optimizer, rng, batch), jax.random.key(0), shapes)
     restored = checkpoint.restore(workdir, template, warn=print)
     if restored is None:
         raise MmjaxError(f"{workdir} holds no checkpoint")

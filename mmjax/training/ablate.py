@@ -27,7 +27,7 @@ from mmjax.errors import MmjaxError
 from mmjax.training import ablation_report, checkpoint
 from mmjax.training.arms import How, choose, over_arms, stack, stacked_shapes, take
 from mmjax.training.checkpoint_format import encode
-from mmjax.training.experiment import ExperimentConfig, LoadWeights, parse_overrides
+from mmjax.training.experiment import ExperimentConfig, LoadWeights, batch_shapes, parse_overrides
 from mmjax.training.in_flight import InFlight, Received
 from mmjax.training.initialize import initialize_from
 from mmjax.training.interrupts import Interrupts
@@ -293,8 +293,15 @@ class _Ablation:
         """Trains and evaluates a group's arms; None if a signal came."""
         recipe: Any = group.config
         lift, data = self._lift(group), iter(recipe.train_data())
-        first = next(data)
-        host, start = self._initial_state(group, folder, first, data)
+        first: list[Any] = []
+
+        def peek() -> Any:
+            first.append(next(data))
+            return first[0]
+
+        host, start = self._initial_state(group, folder, batch_shapes(recipe, peek), data)
+        if start:
+            first.clear()
         evaluations = tuple(recipe.evaluations())
         for arm in group.arms:
             self._arm(arm).mkdir(parents=True, exist_ok=True)
@@ -302,7 +309,7 @@ class _Ablation:
         writer = checkpoint.CheckpointWriter(folder, group.config.keep)
         loop = _Loop(self, group, lift, writer, evaluations)
         try:
-            reached = loop.steps(lift.place(host), start, data, None if start else first)
+            reached = loop.steps(lift.place(host), start, data, first)
             if reached is None:
                 return None
             self._save_arms(group, lift.fetch(reached), [encode(data.get_state())])
@@ -322,8 +329,8 @@ class _Ablation:
                 writer.save(take(states, index), group.config.steps, data)
                 writer.wait()
 
-    def _initial_state(self, group: Group, folder: epath.Path, first: Any, data: Any) -> tuple[Any, int]:
-        create = _creation(group.config, first, group.arms[0].hparams)
+    def _initial_state(self, group: Group, folder: epath.Path, batch: Any, data: Any) -> tuple[Any, int]:
+        create = _creation(group.config, batch, group.arms[0].hparams)
         shapes = jax.eval_shape(create, jax.random.key(0))
         restored = checkpoint.restore(folder, stacked_shapes(shapes, len(group.arms)), warn=self._say)
         if restored is not None:
@@ -355,11 +362,10 @@ def _example_batch(config: Any) -> Mapping[str, Any]:
 def _creation(config: Any, batch: Mapping[str, Any], hparams: Mapping[str, float] | None = None) -> Any:
     """create(rng) -> one arm's fresh state, with the extra hyper-parameters that arms of this ablation hold."""
     method, optimizer = config.method(), config.optimizer()
-    shapes = {name: (leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype)) for name, leaf in batch.items()}
     extra = {name: np.float32(value) for name, value in (hparams or {}).items()}
 
     def create(rng: Any) -> Any:
-        zeros = {name: jax.numpy.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        zeros = {name: jax.numpy.zeros(leaf.shape, leaf.dtype) for name, leaf in batch.items()}
         state = create_state(method, optimizer, rng, zeros)
         return dataclasses.replace(state, hparams={**state.hparams, **extra})
 
@@ -375,16 +381,18 @@ class _Loop:
         self.last: list[dict[str, float]] = [{} for _ in group.arms]
         self.in_flight = InFlight(group.config.log_every)
 
-    def steps(self, state: Any, start: int, data: Any, first: Any) -> Any | None:
-        """From step `start` to the end; None if a signal stopped it (its state is saved)."""
+    def steps(self, state: Any, start: int, data: Any, first: list[Any]) -> Any | None:
+        """From step `start` to the end; None if a signal stopped it (its state is saved).
+
+        first: the batch that was taken from `data` before, if there was one.
+        """
         config, self.since, self.since_step = self.config, time.perf_counter(), start
         told = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("left"), TimeRemainingColumn())
         hidden = not self.ablation.console.is_terminal
         with Progress(*told, console=self.ablation.console, disable=hidden) as progress:
             task = progress.add_task("", total=config.steps, completed=start)
             for step in range(start + 1, config.steps + 1):
-                batch = first if first is not None else next(data)
-                first = None
+                batch = first.pop() if first else next(data)
                 state, metrics = self.lift.step(state, self.lift.place_batch(batch))
                 self.receive(self.in_flight.add(step, metrics))
                 progress.update(task, completed=step)

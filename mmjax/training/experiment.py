@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
+import jax
 import tyro
 
 from mmjax.errors import MmjaxError
@@ -179,6 +180,26 @@ def load_experiment(path: str | os.PathLike[str]) -> type[ExperimentConfig]:
     if missing:
         raise MmjaxError(f"{file}: Config lacks {'; '.join(missing)}")
     return config
+
+
+def batch_shapes(config: Any, first_batch: Callable[[], Batch]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the global batch, with the dtypes that devices hold.
+
+    They are those of `config.example_batch()`. Only a recipe without it decodes a batch: this process's first.
+    """
+    if hasattr(config, "example_batch"):
+        shapes = config.example_batch()
+    else:
+        count = jax.process_count()
+        batch = first_batch()
+        shapes = {
+            name: jax.ShapeDtypeStruct((leaf.shape[0] * count, *leaf.shape[1:]), leaf.dtype)
+            for name, leaf in batch.items()
+        }
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
+        for name, leaf in shapes.items()
+    }
 
 
 INTERVALS = {"log_every": 20, "eval_every": 4, "checkpoint_every": 4}

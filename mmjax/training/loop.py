@@ -23,7 +23,7 @@ from mmjax import tree
 from mmjax.errors import MmjaxError
 from mmjax.training import checkpoint
 from mmjax.training.checkpoint_format import CheckpointError, encode
-from mmjax.training.experiment import ExperimentConfig, LoadWeights
+from mmjax.training.experiment import ExperimentConfig, LoadWeights, batch_shapes
 from mmjax.training.in_flight import InFlight, Received
 from mmjax.training.initialize import initialize_from
 from mmjax.training.interrupts import Interrupts
@@ -127,14 +127,7 @@ class _Run:
 
     def _initial_state(self, method: Any) -> tuple[TrainState, int]:
         """The host state to start from and its step: the workdir's, else init_from's, else fresh."""
-        self.ahead = self._next_batch()
-        rows = jax.process_count()
-        shapes = {
-            name: jax.ShapeDtypeStruct(
-                (leaf.shape[0] * rows, *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype)
-            )
-            for name, leaf in self.ahead.items()
-        }
+        shapes = batch_shapes(self.config, self._peek)
 
         def create(rng: Any) -> TrainState:
             batch = {name: jax.numpy.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
@@ -236,6 +229,11 @@ class _Run:
         self._plot()
         self._wait_for_save(final=True)
         return self.last
+
+    def _peek(self) -> Mapping[str, Any]:
+        """The batch that `_next_batch` returns next."""
+        self.ahead = self._next_batch()
+        return self.ahead
 
     def _next_batch(self) -> Mapping[str, Any]:
         if self.ahead is not None:
