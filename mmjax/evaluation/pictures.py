@@ -1,4 +1,4 @@
-"""Pictures of what was found, as uint8 arrays [height, width, 3]; matplotlib without pyplot's global state."""
+"""Pictures of results, as uint8 arrays [height, width, 3]; matplotlib without pyplot's global state."""
 
 import io
 import textwrap
@@ -14,7 +14,7 @@ from PIL import Image
 from mmjax.types import Float, Int, MmjaxError, UInt8
 
 RIGHT, WRONG = "#1a9850", "#bbbbbb"
-Found = tuple[Int[np.ndarray, " rows"], Int[np.ndarray, "rows k"]]
+Ranking = tuple[Int[np.ndarray, " rows"], Int[np.ndarray, "rows k"]]
 """Indices of queries, and of each query's candidates, best first."""
 
 
@@ -22,11 +22,11 @@ def retrieval_picture(
     thumbnails: UInt8[np.ndarray, "n height width 3"],
     captions: Sequence[str],
     text_image: Int[np.ndarray, " m"],
-    image_queries: Found,
-    text_queries: Found,
+    image_queries: Ranking,
+    text_queries: Ranking,
     attribution: str | None = None,
 ) -> UInt8[np.ndarray, "pixels_high pixels_wide 3"]:
-    """Queries with what was found for them: on the left texts for images, on the right images for texts.
+    """Queries with their nearest candidates: on the left texts for images, on the right images for texts.
 
     Right answers are framed, or written, in green. `attribution` is a line at the foot.
     Raises MmjaxError for thumbnails that are not uint8 images, or captions that are not one a text.
@@ -50,49 +50,49 @@ def retrieval_picture(
 
 def _texts_of_images(
     figure: Figure,
-    place: SubplotSpec,
+    cell: SubplotSpec,
     rows: int,
     thumbnails: np.ndarray,
     captions: Sequence[str],
     text_image: np.ndarray,
-    found: Found,
+    ranking: Ranking,
 ) -> None:
-    grid = place.subgridspec(rows, 2, width_ratios=(1, 3.6), wspace=0.03, hspace=0.12)
-    for row, (query, candidates) in enumerate(zip(*found)):
+    grid = cell.subgridspec(rows, 2, width_ratios=(1, 3.6), wspace=0.03, hspace=0.12)
+    for row, (query, candidates) in enumerate(zip(*ranking)):
         axes = figure.add_subplot(grid[row, 0])
         axes.imshow(thumbnails[query], interpolation="nearest")
         _bare(axes)
-        words = figure.add_subplot(grid[row, 1])
-        words.axis("off")
+        caption = figure.add_subplot(grid[row, 1])
+        caption.axis("off")
         if row == 0:
             axes.set_title("image", fontsize=9)
-            words.set_title("nearest texts", fontsize=9, loc="left")
-        for line, text in enumerate(candidates):
+            caption.set_title("nearest texts", fontsize=9, loc="left")
+        for index, text in enumerate(candidates):
             right = text_image[text] == query
-            told = textwrap.shorten(captions[int(text)], 52, placeholder=" ...")
+            line = textwrap.shorten(captions[int(text)], 52, placeholder=" ...")
             colour, weight = (RIGHT, "bold") if right else ("#333333", "normal")
-            height = 1 - (line + 0.5) / len(candidates)
-            words.text(0, height, _plain(told), fontsize=8, color=colour, weight=weight, va="center")
+            height = 1 - (index + 0.5) / len(candidates)
+            caption.text(0, height, _plain(line), fontsize=8, color=colour, weight=weight, va="center")
 
 
 def _images_of_texts(
     figure: Figure,
-    place: SubplotSpec,
+    cell: SubplotSpec,
     rows: int,
     thumbnails: np.ndarray,
     captions: Sequence[str],
     text_image: np.ndarray,
-    found: Found,
+    ranking: Ranking,
 ) -> None:
-    k = found[1].shape[1]
-    grid = place.subgridspec(rows, k + 1, width_ratios=(2.2, *[1.0] * k), wspace=0.08, hspace=0.12)
-    for row, (query, candidates) in enumerate(zip(*found)):
-        words = figure.add_subplot(grid[row, 0])
-        words.axis("off")
-        told = "\n".join(textwrap.wrap(captions[int(query)], 26, max_lines=4, placeholder=" ..."))
-        words.text(0.97, 0.5, _plain(told), fontsize=8, ha="right", va="center")
+    k = ranking[1].shape[1]
+    grid = cell.subgridspec(rows, k + 1, width_ratios=(2.2, *[1.0] * k), wspace=0.08, hspace=0.12)
+    for row, (query, candidates) in enumerate(zip(*ranking)):
+        caption = figure.add_subplot(grid[row, 0])
+        caption.axis("off")
+        line = "\n".join(textwrap.wrap(captions[int(query)], 26, max_lines=4, placeholder=" ..."))
+        caption.text(0.97, 0.5, _plain(line), fontsize=8, ha="right", va="center")
         if row == 0:
-            words.set_title("text", fontsize=9, loc="right")
+            caption.set_title("text", fontsize=9, loc="right")
         for column, image in enumerate(candidates):
             axes = figure.add_subplot(grid[row, column + 1])
             axes.imshow(thumbnails[image], interpolation="nearest")
@@ -104,15 +104,15 @@ def _images_of_texts(
 def confusion_picture(
     matrix: Int[np.ndarray, "c c"], classes: Sequence[str], attribution: str | None = None
 ) -> UInt8[np.ndarray, "pixels_high pixels_wide 3"]:
-    """How often each class (row) was taken for each (column), rows as percentages, counts written where they fit."""
+    """How often each class (row) was predicted as each (column): percentages of a row, counts where they fit."""
     if matrix.shape != (len(classes), len(classes)):
         raise MmjaxError(f"matrix: need [{len(classes)}, {len(classes)}] for the classes, not {list(matrix.shape)}")
     share = 100.0 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     size = min(14.0, 2.5 + 0.45 * len(classes))
     figure = Figure(figsize=(size + 1, size), dpi=100, layout="constrained")
     axes = figure.add_subplot()
-    drawn = axes.imshow(share, vmin=0, vmax=100, cmap="viridis")
-    figure.colorbar(drawn, ax=axes, label="% of the class", shrink=0.8)
+    image = axes.imshow(share, vmin=0, vmax=100, cmap="viridis")
+    figure.colorbar(image, ax=axes, label="% of the class", shrink=0.8)
     if len(classes) <= 40:
         names = [_plain(textwrap.shorten(name, 24, placeholder=" ...")) for name in classes]
         axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=8)
@@ -130,16 +130,16 @@ def confusion_picture(
 
 
 def mistakes_picture(
-    images: UInt8[np.ndarray, "n height width c"], told: Sequence[str], attribution: str | None = None
+    images: UInt8[np.ndarray, "n height width c"], lines: Sequence[str], attribution: str | None = None
 ) -> UInt8[np.ndarray, "pixels_high pixels_wide 3"]:
-    """A grid of images with a line or two under each: what it is, and what it was taken for."""
-    if not 0 < len(images) == len(told):
-        raise MmjaxError(f"told: {len(told)} lines for {len(images)} images")
+    """A grid of images with a line or two under each: its class and the predicted one."""
+    if not 0 < len(images) == len(lines):
+        raise MmjaxError(f"lines: {len(lines)} of them for {len(images)} images")
     columns = min(8, len(images))
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(1.6 * columns, 2.1 * rows + 0.3), dpi=100, layout="constrained")
-    for place, (image, line) in enumerate(zip(images, told), 1):
-        axes = figure.add_subplot(rows, columns, place)
+    for index, (image, line) in enumerate(zip(images, lines), 1):
+        axes = figure.add_subplot(rows, columns, index)
         axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
         axes.set_xlabel("\n".join(textwrap.wrap(_plain(line), 22)), fontsize=7)
         _bare(axes)
@@ -188,7 +188,7 @@ def png(picture: UInt8[np.ndarray, "height width 3"]) -> bytes:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib shall not read as mathematics."""
+    """Text that matplotlib does not parse as mathematics."""
     return text.replace("$", r"\$")
 
 

@@ -1,4 +1,4 @@
-"""plan(EXPERIMENT.py, "v5e:8x8"): what a training step costs on a TPU slice that is not here.
+"""plan(EXPERIMENT.py, "v5e:8x8"): what a training step costs on a TPU slice that is not attached.
 
 The real step is compiled ahead of time for the described slice, on this machine's CPU: memory of a chip, operations,
 bytes moved, collectives, and the least time of a step. Nothing runs; only the experiment's shapes are needed.
@@ -28,7 +28,7 @@ from mmjax.training.state import create_state
 from mmjax.training.step import train_step
 
 MESSAGE = 2_000
-"""So many characters of a compiler's refusal are told: its reason may be lines below its kind."""
+"""Characters of a compiler's error that are reported: its reason may be lines below its kind."""
 SETTINGS = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 """Of the child: no device of this machine is used, libtpu does not look for a TPU's metadata server, and takes no lock,
 so that several plans can be made at once."""
@@ -52,33 +52,33 @@ def plan(experiment_file: str | os.PathLike[str], topology: str, arguments: Sequ
     Raises:
         MmjaxError: libtpu is not installed, no such slice, an experiment without example_batch, XLA's own refusal.
     """
-    # Said here with help on flags, not by the child.
+    # Reported here with help on flags, not by the child.
     parse_overrides(load_experiment(experiment_file), arguments, prog="mmjax plan")
     if importlib.util.find_spec("libtpu") is None:
         raise MmjaxError("plan compiles with TPU's compiler: pip install 'mmjax[tpu]' (libtpu; no TPU is needed)")
     with tempfile.TemporaryDirectory() as folder:
-        answer = pathlib.Path(folder) / "plan.json"
+        output = pathlib.Path(folder) / "plan.json"
         code = "import sys; from mmjax.training.plan import child; child(sys.argv[1:])"
-        command = [sys.executable, "-c", code, os.fspath(answer), os.fspath(experiment_file), topology, *arguments]
+        command = [sys.executable, "-c", code, os.fspath(output), os.fspath(experiment_file), topology, *arguments]
         ran = subprocess.run(command, env=os.environ | SETTINGS, capture_output=True, text=True)
-        if ran.returncode or not answer.is_file():
-            told = ran.stderr.strip().splitlines()[-1:] or [f"exit code {ran.returncode}"]
-            raise MmjaxError(f"plan: the compiler's process failed: {told[0]}")
-        told = json.loads(answer.read_text())
-    if "error" in told:
-        raise MmjaxError(told["error"])
-    return told
+        if ran.returncode or not output.is_file():
+            message = ran.stderr.strip().splitlines()[-1:] or [f"exit code {ran.returncode}"]
+            raise MmjaxError(f"plan: the compiler's process failed: {message[0]}")
+        result = json.loads(output.read_text())
+    if "error" in result:
+        raise MmjaxError(result["error"])
+    return result
 
 
 def child(argv: Sequence[str]) -> None:
-    """The compiling process: ANSWER EXPERIMENT TOPOLOGY FLAGS... Writes the plan, or {"error": text}, to ANSWER."""
-    answer, file, topology, *flags = argv
+    """The compiling process: OUTPUT EXPERIMENT TOPOLOGY FLAGS... Writes the plan, or {"error": text}, to OUTPUT."""
+    output, file, topology, *flags = argv
     try:
         config = parse_overrides(load_experiment(file), flags, prog="mmjax plan")
-        told = compile_step(config, describe_topology(topology))
+        result = compile_step(config, describe_topology(topology))
     except MmjaxError as error:
-        told = {"error": str(error)}
-    pathlib.Path(answer).write_text(json.dumps(told))
+        result = {"error": str(error)}
+    pathlib.Path(output).write_text(json.dumps(result))
 
 
 def describe_topology(name: str) -> Sequence[Any]:
@@ -99,8 +99,8 @@ def compile_step(config: Any, devices: Sequence[Any]) -> dict[str, Any]:
     if chip is None:
         raise MmjaxError(f"no peaks are known for {devices[0].device_kind!r}; there are {', '.join(roofline.CHIPS)}")
     lift, step, state, batch = _shapes(config, devices)
-    told: dict[str, Any] = {"chip": chip.name, "chips": len(devices), "batch_size": config.batch_size}
-    told["arguments"] = _per_field(state) | {"batch": _shard_bytes(batch)}
+    result: dict[str, Any] = {"chip": chip.name, "chips": len(devices), "batch_size": config.batch_size}
+    result["arguments"] = _per_field(state) | {"batch": _shard_bytes(batch)}
     began = time.perf_counter()
     try:
         compiled = lift.lower(state, batch).compile()
@@ -108,10 +108,10 @@ def compile_step(config: Any, devices: Sequence[Any]) -> dict[str, Any]:
         memory = roofline.out_of_memory(str(error))
         if memory is None:
             raise MmjaxError(f"XLA does not compile this step: {str(error).strip()[:MESSAGE]}") from error
-        return told | {"fits": False, "memory": memory}
+        return result | {"fits": False, "memory": memory}
     seconds = time.perf_counter() - began
     factor = roofline.loop_factor(jax.make_jaxpr(lambda state, batch: step(state, batch))(state, batch))
-    return told | {"fits": True, "compile_seconds": seconds} | _cost(compiled, chip, config, factor)
+    return result | {"fits": True, "compile_seconds": seconds} | _cost(compiled, chip, config, factor)
 
 
 def _shapes(config: Any, devices: Sequence[Any]) -> tuple[MeshLift, Any, Any, dict[str, Any]]:
@@ -179,16 +179,16 @@ def _cost(compiled: Any, chip: roofline.Chip, config: Any, loop_factor: float) -
     }
 
 
-def sentences(told: Mapping[str, Any]) -> list[str]:
-    """What is to be said of a plan beside its tables."""
-    if not told["fits"]:
-        missing = roofline.size(told["memory"]["missing"])
+def sentences(result: Mapping[str, Any]) -> list[str]:
+    """The conclusions of a plan, for below its tables."""
+    if not result["fits"]:
+        missing = roofline.size(result["memory"]["missing"])
         advice = "try more chips, a smaller batch, accumulate, fsdp or rematerialisation"
-        return [f"does not fit: {missing} more than a {told['chip']} chip has; {advice}"]
-    found = [f"bound by {told['bound']}; compiled in {told['compile_seconds']:.0f} s"]
-    if told["loops"]:
-        turns = ", ".join(map(str, told["loops"]))
-        found.append(
-            f"loops of {turns} turns: XLA counts a body once; work is scaled by their share of matrix products"
+        return [f"does not fit: {missing} more than a {result['chip']} chip has; {advice}"]
+    lines = [f"bound by {result['bound']}; compiled in {result['compile_seconds']:.0f} s"]
+    if result["loops"]:
+        lengths = ", ".join(map(str, result["loops"]))
+        lines.append(
+            f"loops of {lengths} iterations: XLA counts a body once; work is scaled by their share of matrix products"
         )
-    return found
+    return lines

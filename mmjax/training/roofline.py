@@ -1,4 +1,4 @@
-"""What a compiled program asks of a chip, and the least time that a step can take there.
+"""The work of a compiled program on a chip, and the least time that a step can take there.
 
 Collectives and loops are read from the program's text; peaks are the vendor's. Every time here is a lower bound: the
 work divided by a peak, each resource by itself.
@@ -70,9 +70,9 @@ class Collective:
 
 def collectives(text: str) -> list[Collective]:
     """The collectives of a compiled program's text, those within loops of a known length as often as they run."""
-    computations, entry = _computations(text)
-    times = _times(computations, entry)
-    found: dict[tuple[str, int, int], int] = {}
+    computations, main = _computations(text)
+    times = _times(computations, main)
+    counts: dict[tuple[str, int, int], int] = {}
     chains: set[tuple[str, ...]] = set()
     for name, lines in computations.items():
         for line in lines:
@@ -93,20 +93,20 @@ def collectives(text: str) -> list[Collective]:
             else:
                 size = _size(shape, kind, start)
             key = (kind, size, group)
-            found[key] = found.get(key, 0) + times.get(name, 0)
-    told = [Collective(*key, count) for key, count in found.items() if count]
-    return sorted(told, key=lambda one: -one.sent * one.count)
+            counts[key] = counts.get(key, 0) + times.get(name, 0)
+    used = [Collective(*key, count) for key, count in counts.items() if count]
+    return sorted(used, key=lambda one: -one.sent * one.count)
 
 
 def loops(text: str) -> list[int]:
-    """The known lengths of the program's loops that are longer than one turn."""
+    """The known lengths of the program's loops that run more than once."""
     computations, _ = _computations(text)
-    turns = {_turns(line, computations) for lines in computations.values() for line in lines}
-    return sorted(turns - {1}, reverse=True)
+    lengths = {_loop_length(line, computations) for lines in computations.values() for line in lines}
+    return sorted(lengths - {1}, reverse=True)
 
 
-def _turns(line: str, computations: Mapping[str, Sequence[str]]) -> int:
-    """How often a loop turns: the one constant that its condition compares the counter with; 1 for other lines."""
+def _loop_length(line: str, computations: Mapping[str, Sequence[str]]) -> int:
+    """How often a loop runs: the one constant that its condition compares the counter with; 1 for other lines."""
     condition = _CONDITION.search(line)
     if condition is None:
         return 1
@@ -116,32 +116,32 @@ def _turns(line: str, computations: Mapping[str, Sequence[str]]) -> int:
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     computations: dict[str, list[str]] = {}
-    entry = name = ""
+    main = name = ""
     for line in text.splitlines():
         header = _COMPUTATION.match(line)
         if header:
             name = header[2]
-            entry = name if header[1] else entry
+            main = name if header[1] else main
             computations[name] = []
         elif name:
             computations[name].append(line)
-    return computations, entry
+    return computations, main
 
 
-def _times(computations: Mapping[str, Sequence[str]], entry: str) -> dict[str, int]:
+def _times(computations: Mapping[str, Sequence[str]], main: str) -> dict[str, int]:
     """How often each computation runs in a step; a loop of unknown length counts once."""
     times: dict[str, int] = {}
 
     def visit(name: str, factor: int) -> None:
         times[name] = times.get(name, 0) + factor
         for line in computations.get(name, ()):
-            turns = _turns(line, computations)
+            length = _loop_length(line, computations)
             for one, branches in _CALLED.findall(line):
                 for called in [one] if one else [b.strip().lstrip("%") for b in branches.split(",")]:
                     if called in computations:
-                        visit(called, factor * turns)
+                        visit(called, factor * length)
 
-    visit(entry, 1)
+    visit(main, 1)
     return times
 
 
@@ -184,7 +184,7 @@ def loop_factor(jaxpr: Any) -> float:
 
 
 def matrix_flops(jaxpr: Any) -> float:
-    """Operations of a traced program's matrix products and convolutions, loops as often as they turn: what published
+    """Operations of a traced program's matrix products and convolutions, loops as often as they run: what published
     figures of efficiency count. A fused attention kernel's are not among them."""
     return _matrix_work(jaxpr)[1]
 
@@ -202,12 +202,12 @@ def _matrix_work(jaxpr: Any) -> tuple[float, float]:
         elif equation.primitive.name == "conv_general_dilated":
             work = out * math.prod(shapes[1]) / shapes[1][equation.params["dimension_numbers"].rhs_spec[0]]
             once, full = once + work, full + work
-        turns = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        length = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else (value,):
                 if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
                     inner_once, inner_full = _matrix_work(inner)
-                    once, full = once + inner_once, full + turns * inner_full
+                    once, full = once + inner_once, full + length * inner_full
     return once, full
 
 
@@ -215,11 +215,11 @@ def out_of_memory(message: str) -> dict[str, float] | None:
     """{"used", "capacity", "missing"} in bytes, from XLA's error about a program that does not fit; else None."""
     number = r"([\d.]+)([KMGT]?)"
     forms = (rf"Used {number} of {number} hbm", rf"\({number}\) exceeds available HBM \({number}\)")
-    found = next((match for form in forms if (match := re.search(form, message))), None)
-    if found is None:
+    match = next((match for form in forms if (match := re.search(form, message))), None)
+    if match is None:
         return None
     unit = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
-    used, capacity = float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]]
+    used, capacity = float(match[1]) * unit[match[2]], float(match[3]) * unit[match[4]]
     return {"used": used, "capacity": capacity, "missing": used - capacity}
 
 
@@ -236,13 +236,13 @@ def roofline(chip: Chip, flops: float, moved: float, network: Sequence[Collectiv
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
-def tables(told: Mapping[str, Any]) -> list[Table]:
+def tables(plan: Mapping[str, Any]) -> list[Table]:
     """For `rich.print`: memory, work and collectives of a plan (see `mmjax.training.plan.plan`)."""
-    shown = [_memory_table(told)]
-    if told["fits"]:
-        shown.append(_work_table(told))
-        if told["collectives"]:
-            shown.append(_collectives_table(told))
+    shown = [_memory_table(plan)]
+    if plan["fits"]:
+        shown.append(_work_table(plan))
+        if plan["collectives"]:
+            shown.append(_collectives_table(plan))
     return shown
 
 
@@ -269,14 +269,14 @@ def seconds(value: float) -> str:
     return f"{value * 1e9:.3g} ns"
 
 
-def _memory_table(told: Mapping[str, Any]) -> Table:
-    table = _table(f"memory of one of {told['chips']} {told['chip']} chips", "", "bytes")
-    for name, value in told["arguments"].items():
+def _memory_table(plan: Mapping[str, Any]) -> Table:
+    table = _table(f"memory of one of {plan['chips']} {plan['chip']} chips", "", "bytes")
+    for name, value in plan["arguments"].items():
         table.add_row(f"  {name}", size(value))
-    memory = told["memory"]
-    if not told["fits"]:
+    memory = plan["memory"]
+    if not plan["fits"]:
         table.add_section()
-        table.add_row("wanted", size(memory["used"]))
+        table.add_row("needed", size(memory["used"]))
         table.add_row("has", size(memory["capacity"]))
         table.add_row("missing", size(memory["missing"]))
         return table
@@ -288,21 +288,21 @@ def _memory_table(told: Mapping[str, Any]) -> Table:
     return table
 
 
-def _work_table(told: Mapping[str, Any]) -> Table:
+def _work_table(plan: Mapping[str, Any]) -> Table:
     table = _table("a step on one chip", "resource", "work", "at least")
-    work = {"compute": f"{told['flops'] / 1e12:.3g} TFLOP", "memory": f"{size(told['bytes'])} moved"}
-    work["network"] = f"{size(sum(row['sent'] * row['count'] for row in told['collectives']))} sent"
-    for name, value in told["roofline"].items():
-        table.add_row(name, work[name], seconds(value) + ("  <- bound" if name == told["bound"] else ""))
+    work = {"compute": f"{plan['flops'] / 1e12:.3g} TFLOP", "memory": f"{size(plan['bytes'])} moved"}
+    work["network"] = f"{size(sum(row['sent'] * row['count'] for row in plan['collectives']))} sent"
+    for name, value in plan["roofline"].items():
+        table.add_row(name, work[name], seconds(value) + ("  <- bound" if name == plan["bound"] else ""))
     table.add_section()
-    table.add_row("step", f"batch {told['batch_size']:,}", seconds(told["step_seconds"]))
-    table.add_row("", "at most", f"{told['examples_per_second']:,.0f} examples/s")
+    table.add_row("step", f"batch {plan['batch_size']:,}", seconds(plan["step_seconds"]))
+    table.add_row("", "at most", f"{plan['examples_per_second']:,.0f} examples/s")
     return table
 
 
-def _collectives_table(told: Mapping[str, Any], most: int = 12) -> Table:
+def _collectives_table(plan: Mapping[str, Any], most: int = 12) -> Table:
     table = _table("collectives of a step", "kind", "chips", "times", "bytes each", "sent in all")
-    rows = told["collectives"]
+    rows = plan["collectives"]
     for row in rows[:most]:
         cells = f"{row['group']}", f"{row['count']}", size(row["size"]), size(row["sent"] * row["count"])
         table.add_row(row["kind"], *cells)

@@ -51,8 +51,8 @@ ENTRY %main (p0: f32[7]) -> f32[7] {
 
 
 def test_collectives_of_a_program():
-    found = {(one.kind, one.size): one for one in collectives(PROGRAM)}
-    assert found == {
+    results = {(one.kind, one.size): one for one in collectives(PROGRAM)}
+    assert results == {
         ("reduce-scatter", 512 * 512 * 4): Collective("reduce-scatter", 512 * 512 * 4, 2, 1),
         ("all-gather", 1024 * 512 * 2): Collective("all-gather", 1024 * 512 * 2, 2, 3),
         ("all-reduce", 4 * (1 + 11 + 55)): Collective("all-reduce", 4 * 67, 8, 1),
@@ -87,8 +87,8 @@ def test_bytes_of_the_ring_algorithms():
 
 def test_roofline_by_hand():
     chip = CHIPS["TPU v5 lite"]
-    found = roofline.roofline(chip, 197e12, 0.5 * 8.19e11, [Collective("all-gather", 2 * 10**9, 2, 9)])
-    assert found == pytest.approx({"compute": 1.0, "memory": 0.5, "network": 0.05})
+    results = roofline.roofline(chip, 197e12, 0.5 * 8.19e11, [Collective("all-gather", 2 * 10**9, 2, 9)])
+    assert results == pytest.approx({"compute": 1.0, "memory": 0.5, "network": 0.05})
 
 
 @pytest.mark.parametrize(
@@ -100,8 +100,8 @@ def test_roofline_by_hand():
     ],
 )
 def test_out_of_memory_messages(message):
-    found = out_of_memory(message)
-    assert found == pytest.approx({"used": 20.27 * 2**30, "capacity": 15.75 * 2**30, "missing": 4.52 * 2**30})
+    results = out_of_memory(message)
+    assert results == pytest.approx({"used": 20.27 * 2**30, "capacity": 15.75 * 2**30, "missing": 4.52 * 2**30})
     assert out_of_memory("INVALID_ARGUMENT: something else") is None
 
 
@@ -118,26 +118,26 @@ def test_collectives_of_a_program_compiled_here():
 
 @needs_libtpu
 def test_plan_of_a_step():
-    told = plan(EXPERIMENT, "v5e:2x4", ["--batch_size", "128"])
-    json.dumps(told)
-    assert (told["chip"], told["chips"], told["batch_size"], told["fits"]) == ("v5e", 8, 128, True)
+    result = plan(EXPERIMENT, "v5e:2x4", ["--batch_size", "128"])
+    json.dumps(result)
+    assert (result["chip"], result["chips"], result["batch_size"], result["fits"]) == ("v5e", 8, 128, True)
     up, down = 1024 * 512 * 4, 512 * 4
     # Cut in two by fsdp: the kernel, its momentum copy and its two moments; the small leaf is whole everywhere.
-    arguments = told["arguments"]
+    arguments = result["arguments"]
     assert arguments["params"] == up // 2 + down
     assert arguments["ema"] == up // 2
     assert arguments["opt_state"] == 2 * (up // 2 + down) + 4
     assert arguments["batch"] == 128 // 8 * (1024 + 1) * 4
-    assert told["memory"]["arguments"] >= sum(arguments.values())
-    assert told["memory"]["aliased"] >= up // 2 * 4
+    assert result["memory"]["arguments"] >= sum(arguments.values())
+    assert result["memory"]["aliased"] >= up // 2 * 4
     # Forward and one backward matmul (the inputs need no gradient) of 16 rows a chip, and little else.
-    assert told["flops"] == pytest.approx(2 * 2 * 16 * 1024 * 512, rel=0.5)
-    found = {(row["kind"], row["size"], row["group"]) for row in told["collectives"]}
-    assert {("all-gather", up // 2, 2), ("reduce-scatter", up // 2, 2), ("all-reduce", up // 2, 4)} <= found
-    assert told["step_seconds"] == max(told["roofline"].values()) == told["roofline"][told["bound"]]
-    np.testing.assert_allclose(told["examples_per_second"], 128 / told["step_seconds"])
+    assert result["flops"] == pytest.approx(2 * 2 * 16 * 1024 * 512, rel=0.5)
+    results = {(row["kind"], row["size"], row["group"]) for row in result["collectives"]}
+    assert {("all-gather", up // 2, 2), ("reduce-scatter", up // 2, 2), ("all-reduce", up // 2, 4)} <= results
+    assert result["step_seconds"] == max(result["roofline"].values()) == result["roofline"][result["bound"]]
+    np.testing.assert_allclose(result["examples_per_second"], 128 / result["step_seconds"])
     console = Console(record=True, width=100, file=open("/dev/null", "w"))  # noqa: SIM115
-    for table in roofline.tables(told):
+    for table in roofline.tables(result):
         console.print(table)
     text = console.export_text()
     console.file.close()
@@ -146,13 +146,13 @@ def test_plan_of_a_step():
 
 @needs_libtpu
 def test_micro_batches_are_a_loop():
-    told = plan(EXPERIMENT, "v5e:2x4", ["--accumulate", "4", "--batch_size", "4096"])
-    assert told["loops"] == [3]
-    gathers = [row for row in told["collectives"] if row["kind"] == "all-gather" and row["size"] == 1024 * 512 * 2]
+    result = plan(EXPERIMENT, "v5e:2x4", ["--accumulate", "4", "--batch_size", "4096"])
+    assert result["loops"] == [3]
+    gathers = [row for row in result["collectives"] if row["kind"] == "all-gather" and row["size"] == 1024 * 512 * 2]
     assert sum(row["count"] for row in gathers) == 4
-    assert any("counts a body once" in sentence for sentence in sentences(told))
+    assert any("counts a body once" in sentence for sentence in sentences(result))
     # The same rows in four parts are the same matrix work.
-    assert told["flops"] == pytest.approx(2 * 2 * 512 * 1024 * 512, rel=0.05)
+    assert result["flops"] == pytest.approx(2 * 2 * 512 * 1024 * 512, rel=0.05)
 
 
 def test_loops_count_by_their_length():
@@ -172,12 +172,12 @@ def test_loops_count_by_their_length():
 
 @needs_libtpu
 def test_what_is_too_large_says_by_how_much():
-    told = plan(EXPERIMENT, "v5e:2x4", ["--width", "2000000"])
-    memory = told["memory"]
-    assert not told["fits"]
+    result = plan(EXPERIMENT, "v5e:2x4", ["--width", "2000000"])
+    memory = result["memory"]
+    assert not result["fits"]
     assert memory["missing"] == pytest.approx(memory["used"] - memory["capacity"])
     assert 0 < memory["missing"] < 30 * 2**30 and 15 * 2**30 < memory["capacity"] < 16 * 2**30
-    assert "does not fit" in sentences(told)[0] and "GiB more" in sentences(told)[0]
+    assert "does not fit" in sentences(result)[0] and "GiB more" in sentences(result)[0]
 
 
 @needs_libtpu
