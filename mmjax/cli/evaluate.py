@@ -16,10 +16,10 @@ from mmjax.data.image_folder import ImageFolder, split_folders
 from mmjax.errors import MmjaxError
 from mmjax.evaluation import knn, linear_probe, report, zero_shot
 from mmjax.evaluation.classification import classification_scores
-from mmjax.evaluation.report import Score
 from mmjax.interface.config import config_from_json
 from mmjax.training import checkpoint
 from mmjax.training.experiment import batch_shapes, load_experiment
+from mmjax.training.scores import Score, only_scores, table
 from mmjax.training.state import create_state
 
 FOLDER_TASKS = ("zero_shot", "knn", "linear_probe", "classification")
@@ -70,13 +70,11 @@ def scores_of(evaluation: Any, state: Any) -> dict[str, Score]:
     """An evaluation's scores; one that only knows how to log gives bare numbers, of n = 0 known items."""
     if hasattr(evaluation, "scores"):
         return dict(evaluation.scores(state.params, state))
-    found = evaluation.run(state.params, state)
-    numbers = {name: value for name, value in found.items() if not isinstance(value, str) and np.ndim(value) == 0}
-    return {name: Score(float(value), 0, unit="") for name, value in numbers.items()}
+    return only_scores(evaluation.run(state.params, state))
 
 
 def _tell(scores: Mapping[str, Score], folder: epath.Path, task: str, title: str, facts: Mapping[str, Any]) -> None:
-    rich.print(report.table(scores, title))
+    rich.print(table(scores, title))
     file = folder / "evaluations" / f"{task}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(report.to_json(scores, **facts))

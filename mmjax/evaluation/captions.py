@@ -17,7 +17,7 @@ from mmjax.evaluation.bootstrap import bootstrap_interval, ratio
 from mmjax.evaluation.caption_words import caption_words
 from mmjax.evaluation.pictures import mistakes_picture
 from mmjax.evaluation.protocol import Outcome, ScoredEvaluation
-from mmjax.evaluation.report import Score, metrics
+from mmjax.evaluation.report import Score
 from mmjax.types import Float, MmjaxError, Params
 
 ORDERS = 4
@@ -191,11 +191,11 @@ class CaptionsEvaluation(ScoredEvaluation):
         return self._judged(self.caption(params, state), pictures, True)
 
     def run(self, params: Params, state: Any) -> dict[str, Any]:
-        """Numbers for the loop; at the end with intervals, and NAME_examples: a line an image of `SHOWN`."""
+        """Scores for the loop; at the end with intervals, and NAME_examples: a line an image of `SHOWN`."""
         details = self.final_step is None or int(state.step) >= self.final_step
         captions = self.caption(params, state)
         outcome = self._judged(captions, details, details)
-        told: dict[str, Any] = metrics(outcome.scores, details) | dict(outcome.counts) | dict(outcome.pictures)
+        told: dict[str, Any] = dict(outcome.scores) | dict(outcome.counts) | dict(outcome.pictures)
         if details:
             lines = [f"{found} | {texts[0]}" for found, texts in zip(captions, self.references)]
             told[f"{self.name}_examples"] = "\n".join(["caption | a reference", *lines[:SHOWN]]) + "\n"

@@ -1,4 +1,4 @@
-"""What every evaluation of this folder shares: scores with intervals for `mmjax evaluate`, numbers for the loop."""
+"""What every evaluation of this folder shares: scores for `mmjax evaluate`, scores and pictures for the loop."""
 
 import abc
 import dataclasses
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.evaluation.report import Score, metrics
+from mmjax.training.scores import Score
 from mmjax.types import Params
 
 
@@ -27,8 +27,8 @@ class ScoredEvaluation(abc.ABC):
     Attributes:
         name: begins its metrics' names.
         every: steps between runs in training; 0 for the experiment's `eval_every`.
-        final_step: the step at which intervals, chance and pictures join the numbers (an experiment's `steps`); None
-            for every time.
+        final_step: the step at which pictures join the scores (an experiment's `steps`), and intervals that are slow to
+            compute; None for every time.
     """
 
     name: str
@@ -44,7 +44,7 @@ class ScoredEvaluation(abc.ABC):
         return dict(self.evaluate(params, state, pictures=False).scores)
 
     def run(self, params: Params, state: Any) -> dict[str, Any]:
-        """name -> number or picture, for the training loop."""
-        details = self.final_step is None or int(state.step) >= self.final_step
-        outcome = self.evaluate(params, state, pictures=details)
-        return metrics(outcome.scores, details) | dict(outcome.counts) | dict(outcome.pictures)
+        """name -> Score, number of items or picture, for the training loop."""
+        final = self.final_step is None or int(state.step) >= self.final_step
+        outcome = self.evaluate(params, state, pictures=final)
+        return dict(outcome.scores) | dict(outcome.counts) | dict(outcome.pictures)

@@ -12,7 +12,7 @@ import numpy as np
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.bootstrap import Metric, bootstrap_interval
 from mmjax.evaluation.protocol import Outcome, ScoredEvaluation
-from mmjax.evaluation.report import Score, metrics, proportion
+from mmjax.evaluation.report import Score, proportion
 from mmjax.generation.decodable import Decodable
 from mmjax.generation.engine import generate
 from mmjax.generation.options import GenerationOptions
@@ -126,11 +126,11 @@ class TranslationEvaluation(ScoredEvaluation):
         return self._judged({name: self.translate(params, options) for name, options in self.options.items()}, True)
 
     def run(self, params: Params, state: Any) -> dict[str, Any]:
-        """Numbers for the loop; at the end with intervals, and NAME_examples: a line an item of `SHOWN`."""
+        """Scores for the loop; at the end with intervals, and NAME_examples: a line an item of `SHOWN`."""
         details = self.final_step is None or int(state.step) >= self.final_step
         texts = {name: self.translate(params, options) for name, options in self.options.items()}
         outcome = self._judged(texts, details)
-        told: dict[str, Any] = metrics(outcome.scores, details) | dict(outcome.counts)
+        told: dict[str, Any] = dict(outcome.scores) | dict(outcome.counts)
         if details:
             rows = zip(self.sources, self.references, *texts.values())
             lines = [" | ".join(("source", "reference", *texts)), *(" | ".join(row) for row in rows)]

@@ -34,6 +34,7 @@ from mmjax.training.interrupts import Interrupts
 from mmjax.training.lift import Lift, create_lift, initialise
 from mmjax.training.metrics import MetricsWriter, read_metrics
 from mmjax.training.optimizer import LEARNING_RATE_SCALE
+from mmjax.training.scores import metrics as flatten
 from mmjax.training.state import create_state
 from mmjax.training.step import train_step
 from mmjax.training.storage import BestEffort, write_changed, write_file
@@ -435,10 +436,10 @@ class _Loop:
                 found = evaluation.run(one.params, one)
                 self.log(arm, step, {f"val/{name}": value for name, value in found.items()})
 
-    def log(self, arm: int, step: int, metrics: Mapping[str, Any]) -> None:
-        self.ablation.writers[arm].write(step, metrics)
-        numbers = {n: float(v) for n, v in metrics.items() if not isinstance(v, str) and np.ndim(v) == 0}
-        self.last[arm] |= numbers
+    def log(self, arm: int, step: int, outputs: Mapping[str, Any]) -> None:
+        self.ablation.writers[arm].write(step, outputs)
+        flat = flatten(outputs)
+        self.last[arm] |= {n: float(v) for n, v in flat.items() if not isinstance(v, str) and np.ndim(v) == 0}
 
     def finish(self, state: Any) -> list[dict[str, Any]]:
         """Evaluates the trained arms; a result each."""

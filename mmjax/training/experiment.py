@@ -31,7 +31,7 @@ class Evaluation(Protocol):
         ...
 
     def run(self, params: Params, state: Any) -> Mapping[str, Any]:
-        """name -> number (logged as `val/<name>`), text, or image uint8 [height, width, 3].
+        """name -> Score or number (logged as `val/<name>`), text, or image uint8 [height, width, 3].
 
         state: the whole TrainState, unreplicated, on the device (momentum parameters, statistics); valid in the call.
         """

@@ -6,30 +6,25 @@ and `artifacts/`. Running the same command again resumes it.
 
 import functools
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from mmjax import tree
 from mmjax.errors import MmjaxError
 from mmjax.training import checkpoint
 from mmjax.training.checkpoint_format import CheckpointError, encode
+from mmjax.training.console import RunConsole
 from mmjax.training.experiment import ExperimentConfig, LoadWeights, batch_shapes
 from mmjax.training.in_flight import InFlight, Received
 from mmjax.training.initialize import initialize_from
 from mmjax.training.interrupts import Interrupts
 from mmjax.training.lift import create_lift, gather_json, initialise
 from mmjax.training.metrics import MetricsWriter
-from mmjax.training.partition import FROZEN
+from mmjax.training.pace import Pace
+from mmjax.training.scores import metrics as flatten
 from mmjax.training.state import TrainState, create_state
 from mmjax.training.step import train_step
 from mmjax.training.workdir import Lock, write_config
@@ -78,11 +73,11 @@ class _Run:
         self.config, self.workdir = config, epath.Path(workdir)
         self.load_weights, self.experiment_file, self.interrupts = load_weights, experiment_file, interrupts
         self.primary = jax.process_index() == 0
-        self.console = Console(file=sys.stdout if self.primary else open(os.devnull, "w"), highlight=False)  # noqa: SIM115
+        self.console = RunConsole(config)
         self.last: dict[str, float] = {}
         self.in_flight = InFlight(config.log_every)
         self.saved_step = -1
-        self.idle = 0.0
+        self.pace = Pace()
         self.data: Any = None
         self.ahead: Any = None
 
@@ -102,17 +97,21 @@ class _Run:
         self.writer = (
             checkpoint.CheckpointWriter(self.workdir, config.keep, self._environment()) if self.primary else None
         )
-        self.data = iter(recipe.train_data())
+        train_data = recipe.train_data()
+        self.data = iter(train_data)
         host, start = self._initial_state(recipe.method())
         self.refused, self.total_refused = int(host.skipped.consecutive), int(host.skipped.total)
-        self._overview(host.params)
+        labels = self.optimizer.partition.labels(host.params)
+        self.console.start(self.workdir, train_data, recipe.model()[1], host.params, labels)
         state = self.lift.place(host)
         del host
         if self.primary:  # only now: a run that is refused leaves the workdir as it was
             changed = write_config(config, self.workdir, self.experiment_file)
             if changed:
-                self._say(f"config.json: {', '.join(changed)}")
-        self.metrics = MetricsWriter(self.workdir, config.tensorboard, start, self._warn) if self.primary else None
+                self.console.print(f"config.json: {', '.join(changed)}")
+        self.metrics = (
+            MetricsWriter(self.workdir, config.tensorboard, start, self.console.warn) if self.primary else None
+        )
         try:
             return self._finish(self._steps(state, start), start)
         except Exception as error:
@@ -134,18 +133,19 @@ class _Run:
             return create_state(method, self.optimizer, rng, batch)
 
         rng = jax.random.key(self.config.seed)
-        restored = checkpoint.restore(self.workdir, jax.eval_shape(create, rng), warn=self._warn)
+        restored = checkpoint.restore(self.workdir, jax.eval_shape(create, rng), warn=self.console.warn)
         if restored is not None:
             self._resume_data(restored)
             self.saved_step = restored.step
             changed = {k: (v, self._environment().get(k)) for k, v in restored.environment.items()}
             told = "; ".join(f"{k} was {v}, is {now}" for k, (v, now) in changed.items() if v != now)
-            self._say(f"resumed {self.workdir} at step {restored.step}" + (f" ({told})" if told else ""))
+            self.console.print(f"resumed {self.workdir} at step {restored.step}" + (f" ({told})" if told else ""))
             return restored.state, restored.step
-        host = initialise(create, rng)
+        with self.console.activity("initialising the parameters"):
+            host = initialise(create, rng)
         if self.config.init_from is not None:
             host, told = initialize_from(host, self.config.initial_weights(self.load_weights), self.config.init_from)
-            self._say(told)
+            self.console.print(told)
         return host, 0
 
     def _resume_data(self, restored: checkpoint.Restored) -> None:
@@ -167,8 +167,7 @@ class _Run:
             return state, start
         if start and self.metrics is not None and jax.process_count() == 1 and not self.metrics.has(start, "val/"):
             self._evaluate(state, start, self._due(start))  # killed after this step's save, before its evaluation
-        self.since, self.since_step = time.perf_counter(), start
-        with self._progress(start) as advance:
+        with self.console.progress(start) as advance:
             for step in range(start + 1, config.steps + 1):
                 try:
                     batch = self._next_batch()
@@ -178,33 +177,42 @@ class _Run:
                         self._save(state, step - 1)
                         self._wait_for_save(final=True)
                     raise
-                state, metrics = self.lift.step(state, self.lift.place_batch(batch))
-                if step == start + 1:  # what compiled does not count as speed
-                    jax.block_until_ready(metrics)
-                    self.since, self.since_step, self.idle = time.perf_counter(), step, 0.0
+                state, metrics = self._step(state, batch, first=step == start + 1)
+                self.pace.mark(step)
                 self._receive(self.in_flight.add(step, metrics))
-                advance(step, self.last)
+                advance(step, self.last, self.pace.seconds_left(config.steps))
                 stop = self.interrupts.requested(step)
                 if stop is not None:
                     self._drain()
                     self._save(state, step)
                     self._wait_for_save(final=True)
-                    self._say(f"{stop}: saved step {step} of {config.steps}; the same command goes on from there")
+                    self.console.print(
+                        f"{stop}: saved step {step} of {config.steps}; the same command goes on from there"
+                    )
                     return state, step
                 if step < config.steps:
                     self._periodic(state, step)
         return state, config.steps
 
+    def _step(self, state: Any, batch: Any, first: bool) -> tuple[Any, Any]:
+        """One step; the first is waited for, so that what compiled does not count as speed."""
+        if not first:
+            return self.lift.step(state, self.lift.place_batch(batch))
+        with self.console.compiling():
+            outputs = jax.block_until_ready(self.lift.step(state, self.lift.place_batch(batch)))
+        self.pace.restart()
+        return outputs
+
     def _periodic(self, state: Any, step: int) -> None:
-        began = time.perf_counter()
-        if self.config.checkpoint_every and step % self.config.checkpoint_every == 0:
-            self._drain()
-            self._save(state, step)
+        save = self.config.checkpoint_every and step % self.config.checkpoint_every == 0
         due = self._due(step)
-        if due:
-            self._drain()
+        if not save and not due:
+            return
+        self._drain()  # these steps are measured, what follows is not
+        with self.pace.pause():
+            if save:
+                self._save(state, step)
             self._evaluate(state, step, due)
-        self.idle += time.perf_counter() - began
 
     def _due(self, step: int) -> list[Any]:
         """The evaluations to run after a step."""
@@ -217,17 +225,20 @@ class _Run:
         skipped = list(getattr(self.data, "skipped", ()))
         if skipped:
             more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
-            self._warn(f"{len(skipped)} bad records were skipped: {', '.join(skipped[:3])}{more}")
+            self.console.warn(f"{len(skipped)} bad records were skipped: {', '.join(skipped[:3])}{more}")
         if step < self.config.steps:
             self._plot()
+            self.console.written(self.workdir)
             return self.last
         if start >= self.config.steps:
-            self._say(f"{self.workdir} is finished ({start} of {self.config.steps} steps): only evaluating")
+            self.last |= {} if self.metrics is None else self.metrics.last()
+            self.console.print(f"{self.workdir} is finished ({start} of {self.config.steps} steps): only evaluating")
         elif self.saved_step < step:
             self._save(state, step)
         self._evaluate(state, step, self.evaluations)
         self._plot()
         self._wait_for_save(final=True)
+        self.console.written(self.workdir)
         return self.last
 
     def _peek(self) -> Mapping[str, Any]:
@@ -259,43 +270,35 @@ class _Run:
                     f"of step {step - self.refused}"
                 )
             if step % self.config.log_every == 0 or step == self.config.steps:
-                self._log(step, {f"train/{name}": value for name, value in values.items()} | self._speed(step))
+                numbers = {f"train/{name}": value for name, value in values.items()} | self._speed(step)
+                self._log(step, numbers)
+                self.console.metrics(step, numbers, self.pace.seconds_left(self.config.steps))
 
     def _drain(self) -> None:
         """Waits for the dispatched steps and logs them."""
         self._receive(self.in_flight.flush())
 
     def _speed(self, step: int) -> dict[str, float]:
-        now = time.perf_counter()
-        seconds, done = now - self.since - self.idle, step - self.since_step
-        self.since, self.since_step, self.idle = now, step, 0.0
-        if done < 1 or seconds <= 0:
+        rate = self.pace.since_log(step)
+        if rate is None:
             return {}
-        return {
-            "perf/steps_per_second": done / seconds,
-            f"perf/{self.config.unit}_per_second": done * self.config.batch_size / seconds,
-        }
+        return {"perf/steps_per_second": rate, f"perf/{self.config.unit}_per_second": rate * self.config.batch_size}
 
-    def _log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        self.last.update(
-            {
-                name: float(value)
-                for name, value in metrics.items()
-                if not isinstance(value, str) and np.ndim(value) == 0
-            }
-        )
+    def _log(self, step: int, outputs: Mapping[str, Any]) -> None:
+        numbers = {name: value for name, value in flatten(outputs).items() if not isinstance(value, str)}
+        self.last.update({name: float(value) for name, value in numbers.items() if np.ndim(value) == 0})
         if self.metrics is not None:
-            self.metrics.write(step, metrics)
-        if not self.console.is_terminal:
-            told = "  ".join(f"{k.split('/')[-1]}={v:.4g}" for k, v in metrics.items() if isinstance(v, float | int))
-            self._say(f"step {step}/{self.config.steps}  {told}")
+            self.metrics.write(step, outputs)
 
     def _evaluate(self, state: Any, step: int, evaluations: Any) -> None:
         if not evaluations:
             return
         view = self.lift.view(state)
         for evaluation in evaluations:
-            self._log(step, {f"val/{name}": value for name, value in evaluation.run(view.params, view).items()})
+            with self.console.activity(f"evaluating {evaluation.name}"):
+                outputs = evaluation.run(view.params, view)
+            self._log(step, {f"val/{name}": value for name, value in outputs.items()})
+            self.console.scores(step, evaluation.name, outputs)
 
     def _plot(self) -> None:
         if self.metrics is not None:
@@ -321,9 +324,7 @@ class _Run:
         except CheckpointError as error:
             if final:
                 raise
-            self._warn(str(error))
-
-    # ------------------------------------------------------------------------------------------------------- words
+            self.console.warn(str(error))
 
     def _environment(self) -> dict[str, Any]:
         return {
@@ -333,46 +334,3 @@ class _Run:
             "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "jax": jax.__version__,
         }
-
-    def _overview(self, params: Any) -> None:
-        """A row a top-level module: arrays, parameters, trainable, frozen."""
-        labels = self.optimizer.partition.labels(params)
-        rows: dict[str, list[int]] = {}
-        for path, leaf in tree.flatten(params).items():
-            frozen = labels[path] == FROZEN
-            row = rows.setdefault(path.split("/")[0], [0, 0, 0])
-            row[0] += 1
-            row[2 if frozen else 1] += leaf.size
-        table = Table(title="parameters", title_justify="left")
-        table.add_column("module")
-        for name in ("arrays", "trainable", "frozen"):
-            table.add_column(name, justify="right")
-        for name, row in rows.items():
-            table.add_row(name, *(f"{value:,}" for value in row))
-        table.add_section()
-        table.add_row("total", *(f"{sum(row[i] for row in rows.values()):,}" for i in range(3)))
-        self.console.print(table)
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
-
-    def _warn(self, text: str) -> None:
-        self.console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
-
-    @contextmanager
-    def _progress(self, start: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-        """A bar on a terminal; elsewhere the log lines say it."""
-        if not self.console.is_terminal:
-            yield lambda step, last: None
-            return
-        told = TextColumn("loss {task.fields[loss]} · {task.fields[rate]} " + f"{self.config.unit}/s · left")
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), told, TimeRemainingColumn())
-        with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task("", total=self.config.steps, completed=start, loss="-", rate="-")
-
-            def advance(step: int, last: Mapping[str, float]) -> None:
-                loss, rate = last.get("train/loss"), last.get(f"perf/{self.config.unit}_per_second")
-                loss, rate = ("-" if value is None else f"{value:.4g}" for value in (loss, rate))
-                progress.update(task, completed=step, loss=loss, rate=rate)
-
-            yield advance

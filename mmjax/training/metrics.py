@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from mmjax.training.curves import draw
 from mmjax.training.event_file import UPLOAD_SECONDS, EventFile
+from mmjax.training.scores import Score, metrics
 from mmjax.training.storage import BestEffort, is_local, write_file
 
 METRICS = "metrics.jsonl"
+CURVES = "curves.png"
 
 
 class MetricsWriter:
@@ -38,6 +41,7 @@ class MetricsWriter:
         self._attempt = BestEffort(warn)
         self._path = self._workdir / METRICS
         self._lines: list[dict[str, Any]] = []
+        self._units: dict[str, str] = {}
         self._size, self._pending, self._uploaded = 0, b"", time.monotonic()
         with self._attempt(self._path):
             self._lines = [line for line in _read_lines(self._workdir) if line["step"] <= resume_step]
@@ -47,13 +51,14 @@ class MetricsWriter:
                 self._size = len(data)
         self._board = EventFile(self._workdir / "tensorboard", resume_step + 1) if tensorboard else None
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Numbers are logged; text and uint8 images [height, width, 3] become files in `artifacts/`.
+    def write(self, step: int, outputs: Mapping[str, Any]) -> None:
+        """Scores and numbers are logged; text and uint8 images [height, width, 3] become files in `artifacts/`.
 
         The numbers of a second evaluation at a step replace those of the first.
         """
         numbers = {}
-        for name, value in metrics.items():
+        self._units |= {name: value.unit for name, value in outputs.items() if isinstance(value, Score)}
+        for name, value in metrics(outputs).items():
             if isinstance(value, str) or np.ndim(value) > 0:
                 with self._attempt(self._workdir / "artifacts"):
                     self._artifact(step, name, value)
@@ -100,6 +105,12 @@ class MetricsWriter:
                 self._path.write_bytes(_encode(self._lines))
             self._size, self._pending = self._size + len(self._pending), b""
 
+    def last(self) -> dict[str, float]:
+        """The newest value of every metric."""
+        return {
+            name: value for line in self._lines for name, value in line.items() if name != "step" and value is not None
+        }
+
     def has(self, step: int, prefix: str) -> bool:
         """Whether a metric with this prefix was written at a step."""
         return any(name.startswith(prefix) for line in self._lines if line["step"] == step for name in line)
@@ -116,28 +127,11 @@ class MetricsWriter:
             Image.fromarray(np.asarray(value, np.uint8)).save(file, format="PNG")
 
     def plot(self) -> None:
-        """`curves.png`: a panel a metric over the steps of the whole run."""
-        series: dict[str, list[tuple[int, float]]] = {}
-        for line in self._lines:
-            for name, value in line.items():
-                if name != "step" and value is not None:
-                    series.setdefault(name, []).append((line["step"], value))
-        if not series:
-            return
-        from matplotlib.figure import Figure
-
-        columns = min(3, len(series))
-        rows = math.ceil(len(series) / columns)
-        figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
-        for index, (name, points) in enumerate(sorted(series.items())):
-            axes = figure.add_subplot(rows, columns, index + 1)
-            axes.plot(*zip(*points), marker="o" if len(points) < 20 else None, markersize=3, linewidth=1)
-            axes.set_title(name, fontsize=9)
-            axes.tick_params(labelsize=7)
-            axes.grid(alpha=0.3)
-        path = self._workdir / "curves.png"
-        with self._attempt(path), path.open("wb") as file:
-            figure.savefig(file, format="png", dpi=110)
+        """`curves.png`: one page of the whole run."""
+        with self._attempt(self._workdir / CURVES):
+            page = draw(self._lines, self._units, title=self._workdir.name)
+            if page is not None:
+                write_file(self._workdir / CURVES, page)
 
     def close(self) -> None:
         """Writes what is still missing."""

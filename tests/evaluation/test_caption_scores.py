@@ -10,6 +10,7 @@ import pytest
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.caption_words import caption_words
 from mmjax.evaluation.captions import CaptionsEvaluation, bleu, bleu_counts, caption_scores, cider, rouge_l
+from mmjax.training.scores import metrics
 
 # Recorded from stanford-corenlp 3.4.1 by pycocoevalcap 1.2's PTBTokenizer. Of 197 lines made to try it ours differ in
 # 13 (telephone numbers, odd apostrophes), of 7,435 words of technical prose in 33 (version numbers).
@@ -174,11 +175,11 @@ def test_evaluation_in_the_loop_and_at_its_end():
         attribution="By nobody",
         final_step=4,
     )
-    early = made.run(CAPTIONS[2], State)
+    early = metrics(made.run(CAPTIONS[2], State))
     assert early["captions_cider"] == pytest.approx(286.7715, abs=1e-3) and early["captions_n"] == 3
     assert not [name for name in early if name.endswith(("_low", "_examples", "_picture"))]
     State.step = 4
-    late = made.run("a red bus on a city street", State)
+    late = metrics(made.run("a red bus on a city street", State))
     assert late["captions_cider"] > early["captions_cider"] and late["captions_bleu_4_low"] <= late["captions_bleu_4"]
     lines = late["captions_examples"].splitlines()
     assert lines[0] == "caption | a reference" and lines[3] == f"{REFERENCES[2][0]} | {REFERENCES[2][0]}"

@@ -18,6 +18,7 @@ from mmjax.evaluation.classification import (
     surest_mistakes,
 )
 from mmjax.evaluation.pictures import mistakes_picture
+from mmjax.training.scores import metrics
 
 C = 7
 LOGITS = np.array([[3, 1, 0], [0, 2, 1], [5, 0, 4], [1, 1.5, 0], [0, 0, 9.0]])
@@ -89,7 +90,7 @@ def test_arrays_and_pipelines_are_judged_alike_and_pictures_come_at_the_end():
         assert scores["classification_loss"].value == pytest.approx(wanted["loss"].value, rel=1e-4)
     during = told.run(params, state)
     assert during["classification_n"] == 11 and not any(isinstance(v, np.ndarray) for v in during.values())
-    end = told.run(params, State(5, state.stats))
+    end = metrics(told.run(params, State(5, state.stats)))
     assert end["classification_confusion"].dtype == end["classification_mistakes"].dtype == np.uint8
     assert "classification_top1_low" in end
 

@@ -12,6 +12,7 @@ from mmjax.evaluation.grounding import (
     grounding_scores,
     intersection_over_union,
 )
+from mmjax.training.scores import metrics
 
 
 def boxes(rng, k, height, width):
@@ -123,6 +124,7 @@ def test_evaluation():
         step = 1
 
     asked = [expression((0, 0, 9, 9), [(0, 0, 9, 9)], "testA"), expression((5, 5, 9, 9), [(30, 5, 9, 9)], "testB")]
-    told = GroundingEvaluation(heats=lambda params, state: params, expressions=asked).run(np.ones((2, 4, 4)), State)
+    evaluation = GroundingEvaluation(heats=lambda params, state: params, expressions=asked)
+    told = metrics(evaluation.run(np.ones((2, 4, 4)), State))
     assert told["grounding_testA"] == 100 and told["grounding_testB"] == 0 and told["grounding_testA_chance"] == 100
     assert told["grounding_n"] == 2 and told["grounding_reused"] == 0

@@ -9,6 +9,7 @@ from mmjax.data.sources import ArraySource
 from mmjax.errors import MmjaxError
 from mmjax.evaluation import knn
 from mmjax.evaluation.knn import KNNEvaluation, knn_scores, knn_votes, nearest
+from mmjax.training.scores import metrics
 
 
 @struct.dataclass
@@ -124,7 +125,7 @@ def test_evaluation():
     common = {"encode": encode, "train_images": bank, "train_labels": labels, "batch_size": 17}
     made = KNNEvaluation(**common, test_images=queries, test_labels=truth, ks=(3, 20))
     kernel = np.random.default_rng(13).standard_normal((7, 5)).astype(np.float32)
-    told = made.run({"kernel": kernel}, State(5))
+    told = metrics(made.run({"kernel": kernel}, State(5)))
     expected = knn_scores(bank @ kernel, labels, queries @ kernel, truth, ks=(3, 20))
     assert told["knn_top1_k3"] == expected[3].value and told["knn_top1_k20"] == expected[20].value
     assert told["knn_n"] == 37 and told["knn_top1_k3_low"] < told["knn_top1_k3"] < told["knn_top1_k3_high"]

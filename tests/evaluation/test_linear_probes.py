@@ -13,6 +13,7 @@ from mmjax.evaluation.linear_probe import (
     sgd_probe,
     swept_probe,
 )
+from mmjax.training.scores import metrics
 
 
 @struct.dataclass
@@ -249,7 +250,7 @@ def test_evaluation():
     kernel = np.random.default_rng(16).standard_normal((7, 11)).astype(np.float32)
     common = {"encode": encode, "train_labels": labels, "test_images": test, "test_labels": truth, "batch_size": 53}
     made = LinearProbeEvaluation(train_images=images, **common)
-    told = made.run({"kernel": kernel}, State(1))
+    told = metrics(made.run({"kernel": kernel}, State(1)))
     expected = swept_probe(images @ kernel, labels).probe.scores(test @ kernel, truth)
     assert told["linear_probe_top1"] == pytest.approx(expected[1].value, abs=100 / 101)
     assert told["linear_probe_top5"] > told["linear_probe_top1"] and told["linear_probe_n"] == 101

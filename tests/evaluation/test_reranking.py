@@ -10,6 +10,7 @@ from rich.console import Console
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.rerank import FILL, Reranker, RerankEvaluation
 from mmjax.evaluation.retrieval import ranks_of_scores
+from mmjax.training.scores import metrics
 
 N, M = 23, 61
 OWNER = np.concatenate([np.arange(N), np.random.default_rng(9).integers(0, N, M - N)])
@@ -176,11 +177,11 @@ def test_evaluation_in_the_loop():
         thumbnails=np.zeros((N, 3, 3, 3), np.uint8),
         final_step=4,
     )
-    early = made.run(np.float32(1), State)
+    early = metrics(made.run(np.float32(1), State))
     lists = made.shortlists(np.float32(1))
     there = np.mean([(OWNER[row] == image).any() for image, row in enumerate(lists.texts)])
     assert early["image_to_text_R@1"] == pytest.approx(100 * there) and early["retrieval_n_texts"] == M
     assert early["R_mean"] > 95 and "retrieval_picture" not in early
-    worse = made.run(np.float32(-1), State)
+    worse = metrics(made.run(np.float32(-1), State))
     assert worse["R_mean"] < 5
     assert made.evaluate(np.float32(1), None).pictures["retrieval_picture"].dtype == np.uint8

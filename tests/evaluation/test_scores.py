@@ -9,7 +9,8 @@ import rich.console
 
 from mmjax.errors import MmjaxError
 from mmjax.evaluation import bootstrap, report
-from mmjax.evaluation.report import Score
+from mmjax.training import scores as training_scores
+from mmjax.training.scores import Score
 
 
 def test_bootstrap_of_a_mean_has_its_spread():
@@ -125,12 +126,12 @@ def test_table_json_and_metrics():
     assert report.from_json(report.to_json(scores, split="test")) == scores
     assert '"split": "test"' in report.to_json(scores, split="test")
     console = rich.console.Console(width=100, record=True, file=io.StringIO())
-    console.print(report.table(scores, "ImageNet"))
+    console.print(training_scores.table(scores, "ImageNet"))
     told = console.export_text()
     for word in ("ImageNet", "76.25", "75.90 - 76.60", "50,000", "0.10", "3.00 rank"):
         assert word in told
-    assert report.metrics(scores, details=False) == {"top1": 76.25, "median": 3.0}
-    assert report.metrics(scores) == {
+    assert training_scores.metrics(scores, details=False) == {"top1": 76.25, "median": 3.0}
+    assert training_scores.metrics(scores) == {
         "top1": 76.25, "median": 3.0, "top1_low": 75.9, "top1_high": 76.6, "top1_chance": 0.1
     }  # fmt: skip
     assert str(scores["top1"]) == "76.25% [75.90, 76.60] (n = 50000, chance 0.10)"

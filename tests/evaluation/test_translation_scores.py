@@ -9,6 +9,7 @@ from mmjax.errors import MmjaxError
 from mmjax.evaluation.translation import TranslationEvaluation, translation_scores
 from mmjax.generation.decodable import DecodeState
 from mmjax.generation.options import GenerationOptions
+from mmjax.training.scores import metrics
 
 REFERENCES = ["the cat sat on the mat", "a red car", "two dogs are playing in the park", "it rains"] * 5
 TRANSLATIONS = ["the cat sat on a mat", "a red car", "two dogs playing in a park", "it snows now"] * 5
@@ -81,11 +82,11 @@ def test_every_item_is_judged_once():
         batch_size=3,
         final_step=9,
     )
-    told = evaluation.run(jnp.asarray(0), State)
+    told = metrics(evaluation.run(jnp.asarray(0), State))
     assert told["translation_greedy_exact_match"] == 100 and told["translation_beam_bleu"] == pytest.approx(100)
     assert told["translation_n"] == 7 and "translation_examples" not in told
     State.step = 9
-    told = evaluation.run(jnp.asarray(1), State)
+    told = metrics(evaluation.run(jnp.asarray(1), State))
     assert told["translation_greedy_exact_match"] == 0 and told["translation_greedy_exact_match_high"] > 0
     lines = told["translation_examples"].splitlines()
     assert lines[0] == "source | reference | greedy | beam" and len(lines) == 8

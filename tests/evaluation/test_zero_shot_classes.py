@@ -15,6 +15,7 @@ from mmjax.evaluation.zero_shot import (
     zero_shot_logits,
     zero_shot_scores,
 )
+from mmjax.training.scores import metrics
 
 
 @struct.dataclass
@@ -139,7 +140,7 @@ def test_evaluation():
     params = {"scale": np.float32(3)}
     scores = made.scores(params, State(0))
     assert scores["zero_shot_top1"] == zero_shot_scores(images, labels, class_embeddings(texts, np.arange(12) // 2))[1]
-    told = made.run({"scale": np.float32(5)}, State(1))
+    told = metrics(made.run({"scale": np.float32(5)}, State(1)))
     assert told["zero_shot_top1"] == scores["zero_shot_top1"].value and told["zero_shot_n"] == 53
     assert told["zero_shot_top1"] < told["zero_shot_top5"] <= 100
     normal = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
