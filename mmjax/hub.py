@@ -116,7 +116,7 @@ def export(model: Model, folder: Source, layout: str = "hf", *, lossy: bool = Tr
 
     Returns what the layout cannot hold, a phrase each: a program other than mmjax assumes other values. mmjax loses
     nothing: it reads them from an entry of config.json ("mmjax") and from labels.json, which are written beside.
-    lossy: False raises in place of writing anything that a layout cannot hold.
+    lossy: False: raise if the layout cannot hold all of the model, before anything is written.
     Raises MmjaxError: a layout that the system does not have, or that cannot hold this model; weights in int8.
     Raises LossyExport, an MmjaxError: a loss with lossy=False.
     """
@@ -162,7 +162,7 @@ def _refuse_int8(model: Model, verb: str) -> None:
     if int8.holds_int8(model.params):
         raise MmjaxError(
             f"a model loaded with weights='int8' is not {verb}: its weights are rounded. Load it without, and "
-            f"that is {verb}; rounding takes place whenever it is loaded with weights='int8'"
+            f"that is {verb}; weights='int8' rounds them again at every load"
         )
 
 
@@ -211,11 +211,11 @@ def _is_own(folder: pathlib.Path) -> bool:
     return config_json is not None and "system" in config_json and "model" in config_json
 
 
-def _system(name: str, place: str) -> System:
+def _system(name: str, source: str) -> System:
     for system in SYSTEMS:
         if system.name == name:
             return system
-    raise MmjaxError(f"{place}: no system is called {name!r}; there are {', '.join(s.name for s in SYSTEMS)}")
+    raise MmjaxError(f"{source}: no system is called {name!r}; there are {', '.join(s.name for s in SYSTEMS)}")
 
 
 def _holds_labels(config_json: Mapping[str, Any] | None) -> bool:

@@ -205,7 +205,7 @@ def test_a_workdir_and_its_checkpoints_are_loaded(tmp_path, toy):
     np.testing.assert_array_equal(first.stats["mean"], toy.stats["mean"])
     assert newest.config == toy.config
     (tmp_path / "config.json").write_text(json.dumps(told | {"model": {"width": 6}}))
-    with pytest.raises(WeightsError, match=r"body/kernel \[3, 5\]: gives \[3, 5\], params/body/kernel wants \[3, 6\]"):
+    with pytest.raises(WeightsError, match=r"body/kernel \[3, 5\]: gives \[3, 5\], params/body/kernel has \[3, 6\]"):
         mmjax.load(tmp_path)
 
 

@@ -1,8 +1,8 @@
 """Reading and writing weight files: .safetensors, sharded .safetensors, .npz and PyTorch's own formats.
 
 A weight file comes from a stranger. Nothing in it is ever executed, every size in it is checked against the bytes that
-are there before anything is allocated, and every error names the file and the key. Arrays are read one at a time, when
-asked for.
+are there before anything is allocated, and every error names the file and the key. Arrays are read one at a time, on
+access.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from mmjax.weights.records import ZIP_ERRORS, Arrays, Record, Weights
 from mmjax.weights.table import Shape, WeightsError
 from mmjax.weights.torch_file import read_torch
 
-# The format's own cap is 100 MB. 8 MiB is room for 60,000 tensors, and keeps a hostile header cheap in memory.
+# The format's own cap is 100 MB. 8 MiB suffices for 60,000 tensors, and bounds the memory of a hostile header.
 MAX_HEADER = 2**23
 
 SAFETENSORS_DTYPES: dict[str, np.dtype] = {
@@ -45,7 +45,7 @@ SAFETENSORS_DTYPES: dict[str, np.dtype] = {
 
 
 def read_weights(path: str | os.PathLike[str], *, allow_nan: bool = False) -> Weights:
-    """Opens a weight file; the format is told by its name and checked against its first bytes.
+    """Opens a weight file; the format follows from its name and is checked against its first bytes.
 
     path: .safetensors, .safetensors.index.json (or .bin.index.json), .npz, or a PyTorch file (.pt, .pth, .bin, .tar):
     zip, TorchScript archive or the format before PyTorch 1.6. Dictionaries within a PyTorch file are joined with "/":
@@ -135,10 +135,10 @@ def _span(entry: Any, name: str) -> tuple[Shape, np.dtype, int, int]:
     dtype = SAFETENSORS_DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         raise WeightsError(f"{name}: dtype {str(entry['dtype'])[:40]} is not one of {', '.join(SAFETENSORS_DTYPES)}")
-    wanted = math.prod(shape) * dtype.itemsize
-    if offsets[1] - offsets[0] != wanted:
+    size = math.prod(shape) * dtype.itemsize
+    if offsets[1] - offsets[0] != size:
         raise WeightsError(
-            f"{name}: {entry['dtype']} {shape} needs {wanted} bytes, data_offsets {offsets} give "
+            f"{name}: {entry['dtype']} {shape} needs {size} bytes, data_offsets {offsets} hold "
             f"{offsets[1] - offsets[0]}"
         )
     return tuple(shape), dtype, offsets[0], offsets[1]
@@ -213,26 +213,26 @@ def write_atomically(path: pathlib.Path, chunks: Iterable[bytes]) -> None:
 
 def _read_index(path: pathlib.Path) -> dict[str, Record]:
     """Hugging Face's index of shards: {"weight_map": {key: file name}}; shards lie beside the index."""
-    places = parse_json(path.read_bytes(), path).get("weight_map")
-    if not isinstance(places, dict) or not places:
+    weight_map = parse_json(path.read_bytes(), path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{path}: it should hold a weight_map from keys to file names")
-    for key, name in places.items():
+    for key, name in weight_map.items():
         plain = isinstance(name, str) and pathlib.PureWindowsPath(name).name == name and name not in ("", ".", "..")
         if not plain or not name.endswith((".safetensors", ".bin")):
             raise WeightsError(
                 f"{path}: {key} is said to be in {str(name)[:200]!r}; a shard is a .safetensors or .bin file beside it"
             )
     records: dict[str, Record] = {}
-    for name in sorted(set(places.values())):
+    for name in sorted(set(weight_map.values())):
         shard = path.with_name(name)
         if not shard.is_file():
             raise WeightsError(f"{path}: the shard {name} is not there")
         inside = _read_safetensors(shard)[0] if name.endswith(".safetensors") else read_torch(shard)
-        expected = {key for key, place in places.items() if place == name}
+        expected = {key for key, file in weight_map.items() if file == name}
         if expected != inside.keys():
-            told = [f"{key} is missing" for key in sorted(expected - inside.keys())]
-            told += [f"{key} is not in the index" for key in sorted(inside.keys() - expected)]
-            raise WeightsError(f"{shard} does not fit {path.name}: {'; '.join(told)}")
+            problems = [f"{key} is missing" for key in sorted(expected - inside.keys())]
+            problems += [f"{key} is not in the index" for key in sorted(inside.keys() - expected)]
+            raise WeightsError(f"{shard} does not fit {path.name}: {'; '.join(problems)}")
         records.update(inside)
     return records
 

@@ -74,8 +74,8 @@ def read_gguf(path: str | os.PathLike[str], *, allow_nan: bool = False) -> GGUF:
             metadata, records = _read(_Cursor(data, path))
     shapes = {name: record.shape for name, record in records.items()}
     dtypes = {name: record.dtype for name, record in records.items()}
-    told = {key: value for key, value in metadata.items() if isinstance(value, str)}
-    return GGUF(metadata, Weights(Arrays(records, str(path), allow_nan), shapes, dtypes, str(path), told))
+    strings = {key: value for key, value in metadata.items() if isinstance(value, str)}
+    return GGUF(metadata, Weights(Arrays(records, str(path), allow_nan), shapes, dtypes, str(path), strings))
 
 
 def _package() -> Any:
@@ -90,19 +90,19 @@ def _package() -> Any:
 
 
 class _Cursor:
-    """A place in the file; nothing beyond its end is ever asked for."""
+    """A position in the file; it never passes the end."""
 
     def __init__(self, data: mmap.mmap, path: pathlib.Path):
-        self.data, self.path, self.place = data, path, len(MAGIC)
+        self.data, self.path, self.position = data, path, len(MAGIC)
 
     def error(self, problem: str) -> WeightsError:
         return WeightsError(f"{self.path}: {problem}")
 
     def take(self, size: int) -> bytes:
-        if size > len(self.data) - self.place:
-            raise self.error(f"cut or damaged: {size} bytes are announced at {self.place}, it has {len(self.data)}")
-        self.place += size
-        return self.data[self.place - size : self.place]
+        if size > len(self.data) - self.position:
+            raise self.error(f"cut or damaged: {size} bytes are announced at {self.position}, it has {len(self.data)}")
+        self.position += size
+        return self.data[self.position - size : self.position]
 
     def u32(self) -> int:
         return int.from_bytes(self.take(4), "little")
@@ -115,7 +115,7 @@ class _Cursor:
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self.error(f"the text at {self.place - len(raw)} is not UTF-8: {error}") from None
+            raise self.error(f"the text at {self.position - len(raw)} is not UTF-8: {error}") from None
 
     def value(self, kind: int) -> Any:
         """One value of the metadata."""
@@ -132,15 +132,15 @@ class _Cursor:
 
     def dtype(self, kind: int) -> np.dtype:
         if kind not in NUMBERS:
-            raise self.error(f"damaged: metadata of the unknown type {kind} at {self.place}")
+            raise self.error(f"damaged: metadata of the unknown type {kind} at {self.position}")
         return np.dtype(NUMBERS[kind])
 
 
 def _read(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Record]]:
     version = cursor.u32()
     if version not in VERSIONS:
-        told = "big-endian" if version & 0xFFFF == 0 else f"of version {version}"
-        raise cursor.error(f"{told}; GGUF is read little-endian in versions {VERSIONS}")
+        strings = "big-endian" if version & 0xFFFF == 0 else f"of version {version}"
+        raise cursor.error(f"{strings}; GGUF is read little-endian in versions {VERSIONS}")
     tensors, keys = cursor.u64(), cursor.u64()
     metadata: dict[str, Any] = {}
     for _ in range(keys):
@@ -159,14 +159,14 @@ def _read(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Record]]:
         if name in infos:
             raise cursor.error(f"the tensor {name[:200]} stands twice")
         infos[name] = _tensor_info(cursor, name)
-    start = -(-cursor.place // alignment) * alignment
+    start = -(-cursor.position // alignment) * alignment
     _check_places(cursor, infos, len(cursor.data) - start, alignment)
     return metadata, {name: _record(cursor.path, name, info, start + info.offset) for name, info in infos.items()}
 
 
 @dataclass(frozen=True)
 class _Info:
-    """Where a tensor lies and how: `stored` is the shape of its bytes, a row of blocks after another."""
+    """The position and format of a tensor: `stored` is the shape of its bytes, rows of blocks."""
 
     shape: Shape
     stored: Shape
@@ -206,13 +206,13 @@ def _check_places(cursor: _Cursor, infos: Mapping[str, _Info], size: int, alignm
             raise cursor.error(f"{name[:200]} ends at byte {end} of the data, the file has {max(size, 0)}: it is cut")
 
 
-def _record(path: pathlib.Path, name: str, info: _Info, place: int) -> Record:
+def _record(path: pathlib.Path, name: str, info: _Info, offset: int) -> Record:
     whole = {"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64}.get(info.kind.name)
     dtype = np.dtype(np.float32 if whole is None else whole)
 
     def read() -> np.ndarray:
         with path.open("rb") as file:
-            file.seek(place)
+            file.seek(offset)
             raw = np.frombuffer(file.read(info.size), np.uint8)
         if raw.size != info.size:
             raise WeightsError(f"{path}: {name} is cut")
@@ -283,17 +283,17 @@ def hf_weights(file: GGUF) -> Weights:
         raise WeightsError(f"{file.weights.file}: two tensors stand for one key")
     shapes = {key: record.shape for key, record in records.items()}
     dtypes = {key: record.dtype for key, record in records.items()}
-    arrays = Arrays(records, file.weights.file, allow_nan=True)  # NaN was asked about when the file was opened
+    arrays = Arrays(records, file.weights.file, allow_nan=True)  # checked when the file was opened
     return Weights(arrays, shapes, dtypes, file.weights.file, file.weights.metadata)
 
 
-def _after(op: Op, read: Callable[[], np.ndarray], place: str) -> np.ndarray:
+def _after(op: Op, read: Callable[[], np.ndarray], name: str) -> np.ndarray:
     try:
         return op.load(read())
     except WeightsError:
         raise
     except ValueError as error:
-        raise WeightsError(f"{place}: {error}") from None
+        raise WeightsError(f"{name}: {error}") from None
 
 
 def _hf_key(name: str) -> str:
@@ -309,11 +309,11 @@ def hf_config(file: GGUF) -> dict[str, Any]:
 
     Raises WeightsError: another architecture, or metadata that a LLaMA needs and the file lacks.
     """
-    metadata, shapes, place = file.metadata, file.weights.shapes, file.weights.file
+    metadata, shapes, source = file.metadata, file.weights.shapes, file.weights.file
     kind = metadata.get("general.architecture")
     if kind not in ARCHITECTURES:
-        raise WeightsError(f"{place}: general.architecture is {kind!r}; {' and '.join(ARCHITECTURES)} are read")
-    get = functools.partial(_number, metadata, kind, place)
+        raise WeightsError(f"{source}: general.architecture is {kind!r}; {' and '.join(ARCHITECTURES)} are read")
+    get = functools.partial(_number, metadata, kind, source)
     width, heads = get("embedding_length"), get("attention.head_count")
     embeddings = shapes.get("token_embd.weight", (0, 0))
     config = {
@@ -342,9 +342,9 @@ def hf_config(file: GGUF) -> dict[str, Any]:
     return config | {name: metadata.get(f"tokenizer.ggml.{key}") for name, key in tokens.items()}
 
 
-def _number(metadata: Mapping[str, Any], kind: str, place: str, key: str, default: float | None = None) -> Any:
+def _number(metadata: Mapping[str, Any], kind: str, source: str, key: str, default: float | None = None) -> Any:
     """A number of the architecture; float32 as the shortest decimal that is it (1e-05, not 9.999999747378752e-06)."""
     value = metadata.get(f"{kind}.{key}", default)
     if type(value) not in (int, float) or value < 0:
-        raise WeightsError(f"{place}: {kind}.{key} should be one number, it is {str(value)[:80]}")
+        raise WeightsError(f"{source}: {kind}.{key} should be one number, it is {str(value)[:80]}")
     return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -1,4 +1,4 @@
-"""What every format of weight files is read into: arrays by key, with shapes and dtypes known before any is read."""
+"""The contents of a weight file of any format: arrays by key, with shapes and dtypes known before any is read."""
 
 import struct
 import zipfile
@@ -20,12 +20,12 @@ ZIP_ERRORS = (
     NotImplementedError,
     RuntimeError,
 )
-"""All that `zipfile` raises at a damaged archive."""
+"""All exceptions of `zipfile` for a damaged archive."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One array of a file: its form, known from the header, and how to read it."""
+    """One array of a file: shape and dtype from the header, and a function that reads it."""
 
     shape: Shape
     dtype: np.dtype
@@ -33,7 +33,7 @@ class Record:
 
 
 class Arrays(Mapping[str, np.ndarray]):
-    """key -> array, read when asked for; NaN and infinity are refused unless `allow_nan`."""
+    """key -> array, read on access; NaN and infinity are refused unless `allow_nan`."""
 
     def __init__(self, records: Mapping[str, Record], file: str, allow_nan: bool = False):
         self._records, self._file, self._allow_nan = records, file, allow_nan

@@ -1,7 +1,7 @@
-"""Key tables: how the arrays of a public weight file map to our variables, as data that is read in both directions.
+"""Key tables: the mapping between the arrays of a public weight file and our variables, as data for both directions.
 
-A table is a tuple of entries. Loading walks it from left to right, saving from right to left, so one table serves both
-and a round trip is exact. Both directions refuse anything that does not fit, with one message that lists all of it.
+A table is a tuple of entries. Loading reads it from left to right, saving from right to left, so that one table serves
+both and a round trip is exact. Both directions refuse what does not fit, with one message that lists all of it.
 
     table = (
         Entry("conv1.weight", "params/stem/kernel", conv),
@@ -118,21 +118,21 @@ def unstack(n: int, axis: int = 0) -> Op:
     return Op(f"unstack({n}, {axis})", load, lambda *parts: np.stack(parts, axis), divides=True)
 
 
-def reshape(public: Shape, own: Shape | None = None) -> Op:
-    """The file's shape <-> ours. `own` may be left out in the last op of an entry: the target's shape is taken."""
+def reshape(public: Shape, ours: Shape | None = None) -> Op:
+    """The file's shape <-> ours. `ours` may be left out in the last op of an entry: the target's shape is taken."""
 
     def load(x: np.ndarray) -> np.ndarray:
         if tuple(x.shape) != tuple(public):
-            raise ValueError(f"shape {tuple(x.shape)}, wanted {tuple(public)}")
-        return x if own is None else x.reshape(own)
+            raise ValueError(f"shape {tuple(x.shape)}, expected {tuple(public)}")
+        return x if ours is None else x.reshape(ours)
 
-    return Op(f"reshape({tuple(public)})", load, lambda x: x.reshape(public), takes_target_shape=own is None)
+    return Op(f"reshape({tuple(public)})", load, lambda x: x.reshape(public), takes_target_shape=ours is None)
 
 
 def chain(*ops: Op) -> Op:
     """The ops one after the other, in loading order; an op of one array is applied to each part after a `split`."""
     if any(op.takes_target_shape for op in ops[:-1]):
-        raise MmjaxError(f"chain{ops}: only the last reshape may leave out its own shape")
+        raise MmjaxError(f"chain{ops}: only the last reshape may leave out the target shape")
 
     def load(*arrays: np.ndarray) -> Any:
         for op in ops:
@@ -256,7 +256,7 @@ class Layout:
         return names
 
 
-# ----------------------------------------------------------------------------------------------------------- both ways
+# ----------------------------------------------------------------------------------------------------- both directions
 
 
 def load_table(
@@ -265,11 +265,11 @@ def load_table(
     """Reads a file's arrays through a table into our variables.
 
     arrays: key -> array, after `Layout.unwrap`; read one at a time (a lazy mapping stays lazy).
-    shapes: the variables that the module wants, nested: leaves with `shape` and `dtype`, as of `jax.eval_shape`.
+    shapes: the variables of the module, nested: leaves with `shape` and `dtype`, as of `jax.eval_shape`.
     Floats of any width become the target's float dtype. Raises WeightsError, which lists every missing and unexpected
     key, every target left empty and every array of the wrong shape.
     """
-    wanted = flatten(shapes)
+    expected = flatten(shapes)
     problems = _Problems(f"{file} does not fit the model")
     present = {key for key in arrays if not any(fnmatch.fnmatchcase(key, glob) for glob in ignored)}
     filled: dict[str, Any] = {}
@@ -277,7 +277,7 @@ def load_table(
     for entry in table:
         problems.repeated += [key for key in entry.sources if key in used]
         problems.repeated += [path for path in entry.targets if path in filled]
-        problems.foreign += [path for path in entry.targets if path not in wanted]
+        problems.foreign += [path for path in entry.targets if path not in expected]
         used.update(entry.sources)
         filled.update(dict.fromkeys(entry.targets))
         if entry.copies:
@@ -285,19 +285,19 @@ def load_table(
             entry = _first_copy(entry, arrays, present, problems)
         absent = [key for key in entry.sources if key not in present]
         if not absent:
-            filled.update(_load_entry(entry, arrays, wanted, problems))
+            filled.update(_load_entry(entry, arrays, expected, problems))
         elif not entry.optional or len(absent) < len(entry.sources):
             problems.missing += absent
         elif entry.default is not None:
-            leaves = {path: wanted[path] for path in entry.targets if path in wanted}
+            leaves = {path: expected[path] for path in entry.targets if path in expected}
             filled.update({path: np.full(leaf.shape, entry.default, leaf.dtype) for path, leaf in leaves.items()})
-        elif any(path in wanted for path in entry.targets):
+        elif any(path in expected for path in entry.targets):
             problems.missing += absent
     problems.foreign = [path for path in problems.foreign if filled[path] is not None]
     problems.unexpected = sorted(present - used)
-    problems.unfilled = sorted(wanted.keys() - filled.keys())
+    problems.unfilled = sorted(expected.keys() - filled.keys())
     problems.check()
-    return unflatten({path: filled[path] for path in wanted})
+    return unflatten({path: filled[path] for path in expected})
 
 
 def _first_copy(entry: Entry, arrays: Mapping[str, Any], present: Set[str], problems: "_Problems") -> Entry:
@@ -309,31 +309,33 @@ def _first_copy(entry: Entry, arrays: Mapping[str, Any], present: Set[str], prob
 
 
 def _load_entry(
-    entry: Entry, arrays: Mapping[str, Any], wanted: Mapping[str, Any], problems: "_Problems"
+    entry: Entry, arrays: Mapping[str, Any], expected: Mapping[str, Any], problems: "_Problems"
 ) -> dict[str, np.ndarray]:
-    """The entry's targets, in the shape and dtype wanted; what does not fit goes to `problems`."""
+    """The entry's targets, in the expected shape and dtype; what does not fit goes to `problems`."""
     sources = [np.asarray(arrays[key]) for key in entry.sources]
-    told = ", ".join(f"{key} {list(array.shape)}" for key, array in zip(entry.sources, sources))
+    sources_text = ", ".join(f"{key} {list(array.shape)}" for key, array in zip(entry.sources, sources))
     try:
         parts = _as_tuple(entry.op.load(*sources))
     except (ValueError, IndexError) as error:
-        problems.misshapen.append(f"{told}: {entry.op} fails: {error}")
+        problems.misshapen.append(f"{sources_text}: {entry.op} fails: {error}")
         return {}
     if len(parts) != len(entry.targets):
-        problems.misshapen.append(f"{told}: {entry.op} gives {len(parts)} arrays for {len(entry.targets)} targets")
+        problems.misshapen.append(
+            f"{sources_text}: {entry.op} gives {len(parts)} arrays for {len(entry.targets)} targets"
+        )
         return {}
     loaded = {}
     for path, part in zip(entry.targets, parts):
-        if path not in wanted:
+        if path not in expected:
             loaded[path] = part
             continue
-        shape, dtype = tuple(wanted[path].shape), np.dtype(wanted[path].dtype)
+        shape, dtype = tuple(expected[path].shape), np.dtype(expected[path].dtype)
         if entry.op.takes_target_shape and part.size == math.prod(shape):
             part = part.reshape(shape)
         if part.shape != shape:
-            problems.misshapen.append(f"{told}: gives {list(part.shape)}, {path} wants {list(shape)}")
+            problems.misshapen.append(f"{sources_text}: gives {list(part.shape)}, {path} has {list(shape)}")
         elif _is_float(part.dtype) != _is_float(dtype):
-            problems.misshapen.append(f"{told}: is {part.dtype}, {path} wants {dtype}")
+            problems.misshapen.append(f"{sources_text}: is {part.dtype}, {path} has {dtype}")
         else:
             loaded[path] = np.array(part, dtype, order="C")
     return loaded
@@ -373,7 +375,7 @@ def save_table(table: Table, variables: Mapping[str, Any]) -> dict[str, np.ndarr
 
 
 class _Problems:
-    """Everything that does not fit, gathered so that one message can tell it all."""
+    """Everything that does not fit, collected for one message."""
 
     def __init__(self, title: str):
         self.title = title
@@ -386,7 +388,7 @@ class _Problems:
         self.untied: list[str] = []
 
     def check(self) -> None:
-        told = [
+        groups = [
             ("missing", self.missing),
             ("unexpected", self.unexpected),
             ("misshapen", self.misshapen),
@@ -395,6 +397,6 @@ class _Problems:
             ("named twice in the table", self.repeated),
             ("to be one array under two names", self.untied),
         ]
-        lines = [f"  {name} ({len(keys)}):\n    " + "\n    ".join(keys) for name, keys in told if keys]
+        lines = [f"  {name} ({len(keys)}):\n    " + "\n    ".join(keys) for name, keys in groups if keys]
         if lines:
             raise WeightsError("\n".join([self.title + ":", *lines]))

@@ -2,7 +2,7 @@
 
 A PyTorch file is a pickle beside raw storages. A pickle is a program; this module interprets the part of it that
 describes nested dictionaries of tensors, with a machine of its own: it knows the few globals below, maps each to an
-inert record, and stops at any other name with an error that tells it. Python's own unpickler never sees the file.
+inert record, and stops at any other name with an error that names it. Python's own unpickler never sees the file.
 
 Three containers are read: the zip of PyTorch >= 1.6, TorchScript archives (the same zip; its classes become plain
 trees of attributes: OpenAI's CLIP files), and the format before 1.6 (five pickles, then the storages).
@@ -134,7 +134,7 @@ def _key(value: Any) -> str | int:
 
 
 class _Mark:
-    """Where a run of stack items begins."""
+    """The beginning of a run of stack items."""
 
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
@@ -216,9 +216,9 @@ class Machine:
         return items
 
     def since_mark(self) -> list[Any]:
-        place = next(i for i in range(len(self.stack) - 1, -1, -1) if isinstance(self.stack[i], _Mark))
-        items = self.stack[place + 1 :]
-        del self.stack[place:]
+        start = next(i for i in range(len(self.stack) - 1, -1, -1) if isinstance(self.stack[i], _Mark))
+        items = self.stack[start + 1 :]
+        del self.stack[start:]
         return items
 
     def find(self, name: str) -> Any:
@@ -293,10 +293,10 @@ def _view(raw: bytes, tensor: Tensor) -> np.ndarray:
 def _records(tree: Any, raw: Callable[[str], bytes], path: pathlib.Path) -> dict[str, Record]:
     records: dict[str, Record] = {}
     try:
-        found = list(_tensors(tree))
+        tensors = list(_tensors(tree))
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
-    for key, tensor in found:
+    for key, tensor in tensors:
         if key in records:
             raise WeightsError(f"{path}: the key {key} stands twice")
 
@@ -391,29 +391,29 @@ def _read_legacy(path: pathlib.Path) -> dict[str, Record]:
             raise WeightsError(f"{path}: was written on a big-endian machine")
         tree = _interpret(Machine(storage), data, path)
         keys = _interpret(Machine(no_storage), data, path)
-        places = _legacy_places(keys, sizes, data.tell(), len(data), path)
+        spans = _legacy_spans(keys, sizes, data.tell(), len(data), path)
 
     def raw(key: str) -> bytes:
         with path.open("rb") as file:
-            file.seek(places[key][0])
-            return file.read(places[key][1])
+            file.seek(spans[key][0])
+            return file.read(spans[key][1])
 
     return _records(tree, raw, path)
 
 
-def _legacy_places(
+def _legacy_spans(
     keys: Any, sizes: Mapping[str, tuple[np.dtype, int]], start: int, end: int, path: pathlib.Path
 ) -> dict[str, tuple[int, int]]:
-    """Where each storage lies: (offset, bytes)."""
+    """{storage: (offset, bytes)}."""
     if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(sizes):
         raise WeightsError(f"{path}: its list of storages does not fit its tensors")
-    places = {}
+    spans = {}
     with path.open("rb") as file:
         for key in keys:
             dtype, count = sizes[key]
             file.seek(start)
             if int.from_bytes(file.read(8), "little") != count or start + 8 + count * dtype.itemsize > end:
                 raise WeightsError(f"{path}: the storage {key[:80]} is cut or has another size than its tensors say")
-            places[key] = (start + 8, count * dtype.itemsize)
+            spans[key] = (start + 8, count * dtype.itemsize)
             start += 8 + count * dtype.itemsize
-    return places
+    return spans

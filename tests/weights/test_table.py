@@ -153,7 +153,7 @@ def test_one_error_tells_every_misfit():
         "missing (2):\n    qkv\n    b\n",
         "unexpected (2):\n    extra.one\n    extra.two\n",
         "misshapen (2):",
-        "fc.weight [7, 11]: gives [11, 7], params/head/kernel wants [7, 11]",
+        "fc.weight [7, 11]: gives [11, 7], params/head/kernel has [7, 11]",
         "query [2, 21]: reshape((7, 2, 3)) fails: shape (2, 21), wanted (7, 2, 3)",
         "parameters that the table does not fill (1):\n    params/lonely",
         "targets that the module does not have (1):\n    params/nowhere",
@@ -166,7 +166,7 @@ def test_one_error_tells_every_misfit():
     "key, array, told",
     [
         ("count", np.array(2**31, np.int64), "does not fit int32"),
-        ("scale", np.arange(5), "scale [5]: is int64, params/norm/scale wants float32"),
+        ("scale", np.arange(5), "scale [5]: is int64, params/norm/scale has float32"),
         ("qkv", np.zeros((16, 7), np.float32), "qkv [16, 7]: chain(split(3, 0), linear) fails"),
         ("blocks", np.zeros((3, 5), np.float32), "axis 0 of (3, 5) should be 2 long"),
     ],

@@ -40,12 +40,12 @@ def _parts(config: AlbefConfig, momentum: bool) -> list[Entry]:
     return entries
 
 
-SHARED = Op("shared", lambda first, second: second, lambda both: (both, both), joins=True)
+SHARED = Op("shared", lambda first, second: second, lambda pair: (pair, pair), joins=True)
 """Two arrays of the file that were one in the original <-> one of ours; the second is taken, as torch does."""
 
 
 def _text_table(config: AlbefConfig) -> Table:
-    """With the prefix `bert.` where there is a head of masked words beside it."""
+    """With the prefix `bert.` where there is an MLM head beside it."""
     entries = bert.hf_table(config.text)
     if not config.text.mlm:
         entries = tuple(replace(entry, source=entry.sources[0].removeprefix("bert.")) for entry in entries)
@@ -54,8 +54,8 @@ def _text_table(config: AlbefConfig) -> Table:
         for name in (f"cross_attention/{letter}/{array}" for letter in "kv" for array in ("kernel", "bias")):
             one = by_target.pop(f"params/encoder/{first}/{name}")
             other = by_target[f"params/encoder/{second}/{name}"]
-            both = replace(other, source=(*one.sources, *other.sources), op=chain(other.op, SHARED))
-            by_target[f"params/encoder/{second}/{name}"] = both
+            pair = replace(other, source=(*one.sources, *other.sources), op=chain(other.op, SHARED))
+            by_target[f"params/encoder/{second}/{name}"] = pair
     return tuple(by_target.values())
 
 
@@ -78,20 +78,20 @@ def table(config: AlbefConfig) -> Table:
     return tuple(entries)
 
 
-def config_of(shapes: Shapes, told: Mapping[str, Any] | None) -> AlbefConfig:
+def config_of(shapes: Shapes, config_json: Mapping[str, Any] | None) -> AlbefConfig:
     """From the arrays' shapes; the numbers of heads from `vision_heads` and `text_heads` of config.json, if there.
 
     Raises MmjaxError for parts that do not fit each other.
     """
-    told = told or {}
+    config_json = config_json or {}
     vision = {k.removeprefix("visual_encoder."): s for k, s in shapes.items() if k.startswith("visual_encoder.")}
-    args = {"model_args": {"num_heads": told["vision_heads"]}} if "vision_heads" in told else None
+    args = {"model_args": {"num_heads": config_json["vision_heads"]}} if "vision_heads" in config_json else None
     has_mlm = "text_encoder.cls.predictions.bias" in shapes
     start = "text_encoder.bert." if has_mlm else "text_encoder."
-    text = text_config(shapes, start, has_mlm, told.get("text_heads"))
+    text = text_config(shapes, start, has_mlm, config_json.get("text_heads"))
     classes = shapes.get("cls_head.2.weight", (0,))[0]
     assigning = "ta_head.weight" in shapes
-    # Six layers that read and six that look, or six pairs of those.
+    # Six text layers and six cross-attention layers, or six pairs of those.
     pairs = (bool(classes) or assigning) and text.depth == 3 * (text.cross_from or 0)
     return AlbefConfig(
         timm_config(vision, args),
@@ -101,7 +101,7 @@ def config_of(shapes: Shapes, told: Mapping[str, Any] | None) -> AlbefConfig:
         pairs=pairs,
         assigning=assigning,
         classes=classes,
-        decoder=_decoder_config(shapes, told.get("text_heads")),
+        decoder=_decoder_config(shapes, config_json.get("text_heads")),
         queue=shapes.get("image_queue", (0, 0))[1],
         by_image="itm_head.weight" in shapes and not has_mlm,
         holds_state=any(key.startswith("visual_encoder_m.") for key in shapes),
@@ -114,11 +114,11 @@ def timm_config(shapes: Shapes, args: Mapping[str, Any] | None) -> ViTConfig:
 
 
 def text_config(shapes: Shapes, start: str, mlm: bool, heads: int | None) -> BertConfig:
-    """start: what stands before `embeddings.` and `encoder.`."""
+    """start: the prefix of `embeddings.` and `encoder.`."""
     vocabulary, width = shapes[f"{start}embeddings.word_embeddings.weight"]
-    found = [re.fullmatch(re.escape(start) + r"encoder\.layer\.(\d+)\.(.+)", key) for key in shapes]
-    layers = {int(match[1]) for match in found if match}
-    crossed = {int(match[1]) for match in found if match and match[2] == "crossattention.self.query.weight"}
+    matches = [re.fullmatch(re.escape(start) + r"encoder\.layer\.(\d+)\.(.+)", key) for key in shapes]
+    layers = {int(match[1]) for match in matches if match}
+    crossed = {int(match[1]) for match in matches if match and match[2] == "crossattention.self.query.weight"}
     return BertConfig(
         vocab_size=vocabulary,
         width=width,
@@ -139,7 +139,7 @@ def _decoder_config(shapes: Shapes, heads: int | None) -> BertConfig | None:
     return replace(text_config(shapes, "text_decoder.bert.", True, heads), causal=True)
 
 
-def recognises(keys: Set[str], told: Mapping[str, Any] | None) -> bool:
+def recognises(keys: Set[str], config_json: Mapping[str, Any] | None) -> bool:
     """BLIP has no token types."""
     types = {f"text_encoder.{bert}embeddings.token_type_embeddings.weight" for bert in ("bert.", "")}
     return "visual_encoder.blocks.0.attn.qkv.weight" in keys and bool(types & keys)

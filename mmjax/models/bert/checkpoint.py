@@ -3,7 +3,7 @@
     reader = tf.train.load_checkpoint("uncased_L-12_H-768_A-12/bert_model.ckpt")       # once, where TensorFlow is
     np.savez("bert_model.npz", **{name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()})
 
-The number of attention heads is in no file of weights. Hugging Face's config.json tells it; Google's heads are all 64
+The number of attention heads is in no file of weights. Hugging Face's config.json holds it; Google's heads are all 64
 wide.
 """
 
@@ -25,7 +25,7 @@ HF_ACTIVATIONS = {
 GOOGLE_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu"}
 """The function that Google's code calls gelu is the one by tanh (modeling.py:264-277)."""
 Shapes = Mapping[str, Shape]
-Told = Mapping[str, Any] | None
+ConfigJson = Mapping[str, Any] | None
 Dense = Callable[[str, str], list[Entry]]
 """(source, target) -> the entries of a matrix and its bias."""
 
@@ -51,38 +51,44 @@ def _encoder(config: BertConfig, layer: str, dense: Dense, norm: Dense) -> list[
 
 
 def _shapes_config(
-    shapes: Shapes, words: str, layer: str, kernel: str, told: Told, acts: Mapping[str, str]
+    shapes: Shapes, embeddings: str, layer: str, kernel: str, config_json: ConfigJson, acts: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The fields of a config that are the same whatever heads there are."""
-    told = told or {}
-    act, kind = told.get("hidden_act", "gelu"), told.get("position_embedding_type", "absolute")
-    if act not in acts or kind != "absolute" or told.get("is_decoder") or told.get("add_cross_attention"):
+    """The fields of a config that do not depend on the heads."""
+    config_json = config_json or {}
+    act, positions = config_json.get("hidden_act", "gelu"), config_json.get("position_embedding_type", "absolute")
+    if (
+        act not in acts
+        or positions != "absolute"
+        or config_json.get("is_decoder")
+        or config_json.get("add_cross_attention")
+    ):
         raise MmjaxError(
-            f"config.json: hidden_act={act!r} (one of {', '.join(acts)}), position_embedding_type={kind!r} (absolute), "
-            f"is_decoder={told.get('is_decoder', False)}: not a BERT encoder"
+            f"config.json: hidden_act={act!r} (one of {', '.join(acts)}), "
+            f"position_embedding_type={positions!r} (absolute), "
+            f"is_decoder={config_json.get('is_decoder', False)}: not a BERT encoder"
         )
-    vocabulary, width = shapes[f"{words}word_embeddings{kernel}"]
-    numbers = {found[1] for found in (re.match(layer, key) for key in shapes) if found}
+    vocabulary, width = shapes[f"{embeddings}word_embeddings{kernel}"]
+    numbers = {match[1] for match in (re.match(layer, key) for key in shapes) if match}
     return {
         "vocab_size": vocabulary,
         "width": width,
         "depth": len(numbers),
-        "heads": told.get("num_attention_heads", max(width // 64, 1)),
-        "positions": shapes[f"{words}position_embeddings{kernel}"][0],
-        "types": shapes[f"{words}token_type_embeddings{kernel}"][0],
+        "heads": config_json.get("num_attention_heads", max(width // 64, 1)),
+        "positions": shapes[f"{embeddings}position_embeddings{kernel}"][0],
+        "types": shapes[f"{embeddings}token_type_embeddings{kernel}"][0],
         "act": acts[act],
-        "epsilon": told.get("layer_norm_eps", 1e-12),
-        "dropout": told.get("hidden_dropout_prob", 0.1),
-        "attention_dropout": told.get("attention_probs_dropout_prob", 0.1),
-        "init_std": told.get("initializer_range", 0.02),
+        "epsilon": config_json.get("layer_norm_eps", 1e-12),
+        "dropout": config_json.get("hidden_dropout_prob", 0.1),
+        "attention_dropout": config_json.get("attention_probs_dropout_prob", 0.1),
+        "init_std": config_json.get("initializer_range", 0.02),
     }
 
 
-def _told(config: BertConfig, acts: Mapping[str, str]) -> dict[str, Any]:
-    """What config.json says of the sizes. Raises MmjaxError for what is no BERT by itself."""
+def _config_fields(config: BertConfig, acts: Mapping[str, str]) -> dict[str, Any]:
+    """The sizes in config.json. Raises MmjaxError for a decoder or a network with cross attention."""
     if config.cross_from is not None or config.causal:
         raise MmjaxError(f"cross_from={config.cross_from}, causal={config.causal}: BERT's layouts hold encoders alone")
-    act = next((name for name, own in acts.items() if own == config.act), None)
+    act = next((name for name, ours in acts.items() if ours == config.act), None)
     if act is None:
         raise MmjaxError(f"act={config.act!r}: this layout knows {', '.join(dict.fromkeys(acts.values()))}")
     return {
@@ -140,14 +146,14 @@ def hf_table(config: BertConfig) -> Table:
     return tuple(entries)
 
 
-def hf_config_of(shapes: Shapes, told: Told) -> BertConfig:
-    """Which heads there are is told by their keys. A `classifier` is of tokens where config.json names such a class, or
-    where there is no pooler."""
+def hf_config_of(shapes: Shapes, config_json: ConfigJson) -> BertConfig:
+    """The heads follow from their keys. A `classifier` is of tokens where config.json names such a class, or without a
+    pooler."""
     fields = _shapes_config(
-        shapes, "bert.embeddings.", r"bert\.encoder\.layer\.(\d+)\.", ".weight", told, HF_ACTIVATIONS
+        shapes, "bert.embeddings.", r"bert\.encoder\.layer\.(\d+)\.", ".weight", config_json, HF_ACTIVATIONS
     )
     pooler = "bert.pooler.dense.weight" in shapes
-    named = "BertForTokenClassification" in ((told or {}).get("architectures") or ())
+    named = "BertForTokenClassification" in ((config_json or {}).get("architectures") or ())
     outputs = shapes["classifier.weight"][0] if "classifier.weight" in shapes else 0
     return BertConfig(
         **fields,
@@ -171,23 +177,23 @@ def _architecture(config: BertConfig) -> str:
         "BertForQuestionAnswering": config.spans,
         "BertForNextSentencePrediction": config.nsp,
     }
-    return next((name for name, there in heads.items() if there), "BertModel")
+    return next((name for name, outputs in heads.items() if outputs), "BertModel")
 
 
 def hf_config(config: BertConfig) -> dict[str, Any]:
     """config.json; pad_token_id is left to transformers' default, 0."""
-    told = {"architectures": [_architecture(config)], "model_type": "bert"} | _told(config, HF_ACTIVATIONS)
-    told |= {"layer_norm_eps": config.epsilon, "tie_word_embeddings": True}
+    fields = {"architectures": [_architecture(config)], "model_type": "bert"} | _config_fields(config, HF_ACTIVATIONS)
+    fields |= {"layer_norm_eps": config.epsilon, "tie_word_embeddings": True}
     if config.classes == 1:
-        told["problem_type"] = "regression"
-    return told
+        fields["problem_type"] = "regression"
+    return fields
 
 
-def _is_hf(keys: Set[str], told: Told) -> bool:
-    """RoBERTa and others have the same keys without their prefix: config.json tells them apart."""
-    bert = (told or {}).get("model_type", "bert") == "bert"
-    wanted = {"bert.embeddings.token_type_embeddings.weight", "bert.encoder.layer.0.attention.self.query.weight"}
-    return bert and wanted <= keys
+def _is_hf(keys: Set[str], config_json: ConfigJson) -> bool:
+    """RoBERTa and others have the same keys without their prefix: config.json distinguishes them."""
+    bert = (config_json or {}).get("model_type", "bert") == "bert"
+    needed = {"bert.embeddings.token_type_embeddings.weight", "bert.encoder.layer.0.attention.self.query.weight"}
+    return bert and needed <= keys
 
 
 # -------------------------------------------------------------------------------------------------- Google, TensorFlow
@@ -205,7 +211,7 @@ def google_table(config: BertConfig) -> Table:
     def weights(source: str, target: str, names: tuple[str, str], kernel: str, op: Op = same) -> list[Entry]:
         slashed = source.replace(".", "/")
         pairs = zip(names, (kernel, "bias"), (op, same))
-        return [Entry(f"{slashed}{name}", f"params/{target}/{own}", how) for name, own, how in pairs]
+        return [Entry(f"{slashed}{name}", f"params/{target}/{ours}", transform) for name, ours, transform in pairs]
 
     def dense(source: str, target: str) -> list[Entry]:
         return weights(source, target, ("/kernel", "/bias"), "kernel")
@@ -239,9 +245,11 @@ def google_table(config: BertConfig) -> Table:
     return tuple(entries)
 
 
-def google_config_of(shapes: Shapes, told: Told) -> BertConfig:
-    """Heads by their names; sizes that no shape tells from config.json, if it is there."""
-    fields = _shapes_config(shapes, "bert/embeddings/", r"bert/encoder/layer_(\d+)/", "", told, GOOGLE_ACTIVATIONS)
+def google_config_of(shapes: Shapes, config_json: ConfigJson) -> BertConfig:
+    """Heads by their names; sizes that no shape determines from config.json, if it is there."""
+    fields = _shapes_config(
+        shapes, "bert/embeddings/", r"bert/encoder/layer_(\d+)/", "", config_json, GOOGLE_ACTIVATIONS
+    )
     return BertConfig(
         **fields,
         hidden=shapes["bert/encoder/layer_0/intermediate/dense/kernel"][1],
@@ -272,10 +280,10 @@ HF = Layout(
 )
 GOOGLE = Layout(
     "google",
-    lambda keys, told: "bert/encoder/layer_0/attention/self/query/kernel" in keys,
+    lambda keys, config_json: "bert/encoder/layer_0/attention/self/query/kernel" in keys,
     google_config_of,
     google_table,
-    hf_config=lambda config: _told(config, GOOGLE_ACTIVATIONS),
+    hf_config=lambda config: _config_fields(config, GOOGLE_ACTIVATIONS),
     file="bert_model.npz",
     renames=((r":0$", ""),),
     ignored=("*/adam_m", "*/adam_v", "global_step"),

@@ -15,9 +15,9 @@ from mmjax.weights.table import Entry, Layout, Op, Shape, Table, chain, conv, in
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 WIDE_HEADS = {1280: 16, 1408: 16, 1664: 16}
-"""Heads by width of open_clip's H, g and bigG vision towers, where no config tells them."""
+"""Heads by width of open_clip's H, g and bigG vision towers, where no config lists them."""
 Shapes = Mapping[str, Shape]
-Told = Mapping[str, Any] | None
+ConfigJson = Mapping[str, Any] | None
 
 
 def _dense(source: str, target: str, op: Op = linear) -> list[Entry]:
@@ -33,7 +33,7 @@ def _patches(vision: CLIPVisionConfig) -> Op:
 
 
 def _scalars(config: CLIPConfig) -> list[Entry]:
-    """Some files hold [1] where others hold []."""
+    """Some files have shape [1], others []."""
     names = ["logit_scale"] + (["logit_bias"] if config.init_bias is not None else [])
     return [Entry(name, f"params/{name}", SCALAR) for name in names]
 
@@ -45,7 +45,7 @@ SCALAR = Op("scalar", lambda x: x.reshape(()), lambda x: x)
 
 
 def openai_table(config: CLIPConfig, text: str = "") -> Table:
-    """Keys of openai/CLIP; text: what open_clip's CustomTextCLIP puts before those of the text tower."""
+    """Keys of openai/CLIP; text: the prefix of the text tower's keys in open_clip's CustomTextCLIP."""
     if config.act not in ("quick_gelu", "gelu"):
         raise MmjaxError(f"act={config.act!r}: OpenAI's and open_clip's CLIP know quick_gelu and gelu")
     entries = _scalars(config)
@@ -115,14 +115,14 @@ def _modified_resnet(vision: ModifiedResNetConfig) -> list[Entry]:
                 entries.append(Entry(f"visual.{source}{shortcut[0]}", f"params/vision/{target}{shortcut[1]}", conv))
                 entries += _batch_norm(f"visual.{source}downsample.1", f"vision/{target}shortcut_bn")
     entries.append(Entry("visual.attnpool.positional_embedding", "params/vision/attnpool/positions"))
-    for ours, theirs in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "c")):
-        entries += _dense(f"visual.attnpool.{theirs}_proj", f"vision/attnpool/{ours}")
+    for ours, public in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "c")):
+        entries += _dense(f"visual.attnpool.{public}_proj", f"vision/attnpool/{ours}")
     return entries
 
 
-def openai_config(shapes: Shapes, told: Told, text: str = "", act: str = "quick_gelu") -> CLIPConfig:
+def openai_config(shapes: Shapes, config_json: ConfigJson, text: str = "", act: str = "quick_gelu") -> CLIPConfig:
     """From shapes, as `build_model` does (model.py:399-422); open_clip_config.json goes before, if it is there."""
-    model = (told or {}).get("model_cfg", told) or {}
+    model = (config_json or {}).get("model_cfg", config_json) or {}
     length, width = shapes[f"{text}positional_embedding"]
     vocabulary, embed_dim = shapes[f"{text}token_embedding.weight"][0], shapes[f"{text}text_projection"][1]
     hidden, depth = _blocks(shapes, f"{text}transformer.resblocks")
@@ -138,35 +138,39 @@ def openai_config(shapes: Shapes, told: Told, text: str = "", act: str = "quick_
     )
 
 
-def _openai_vision(shapes: Shapes, told: Mapping[str, Any]) -> CLIPVisionConfig | ModifiedResNetConfig:
+def _openai_vision(shapes: Shapes, config_json: Mapping[str, Any]) -> CLIPVisionConfig | ModifiedResNetConfig:
     if "visual.proj" not in shapes:
         positions, features = shapes["visual.attnpool.positional_embedding"]
         stages = (_count(shapes, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
         one, two, three, four = stages
-        heads = features // told.get("head_width", 64)
+        heads = features // config_json.get("head_width", 64)
         return ModifiedResNetConfig(32 * round((positions - 1) ** 0.5), (one, two, three, four), features // 32, heads)
     width, _, patch, _ = shapes["visual.conv1.weight"]
     hidden, depth = _blocks(shapes, "visual.transformer.resblocks")
     grid = round((shapes["visual.positional_embedding"][0] - 1) ** 0.5)
-    heads = width // told["head_width"] if "head_width" in told else WIDE_HEADS.get(width, max(width // 64, 1))
+    heads = (
+        width // config_json["head_width"]
+        if "head_width" in config_json
+        else WIDE_HEADS.get(width, max(width // 64, 1))
+    )
     return CLIPVisionConfig(grid * patch, patch, width, depth, heads, hidden)
 
 
-def _blocks(shapes: Shapes, place: str) -> tuple[int, int]:
+def _blocks(shapes: Shapes, prefix: str) -> tuple[int, int]:
     """(width of the feed-forward, number of blocks)."""
-    return shapes[f"{place}.0.mlp.c_fc.weight"][0], _count(shapes, re.escape(place) + r"\.(\d+)\.")
+    return shapes[f"{prefix}.0.mlp.c_fc.weight"][0], _count(shapes, re.escape(prefix) + r"\.(\d+)\.")
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    return len({found[1] for found in (re.match(pattern, key) for key in shapes) if found})
+    return len({match[1] for match in (re.match(pattern, key) for key in shapes) if match})
 
 
 def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
-    """What open_clip_config.json says under "model_cfg"."""
+    """The "model_cfg" of open_clip_config.json."""
     text, vision = config.text, config.vision
-    told: dict[str, Any] = {"embed_dim": config.embed_dim, "quick_gelu": config.act == "quick_gelu"}
+    fields: dict[str, Any] = {"embed_dim": config.embed_dim, "quick_gelu": config.act == "quick_gelu"}
     if isinstance(vision, CLIPVisionConfig):
-        told["vision_cfg"] = {
+        fields["vision_cfg"] = {
             "image_size": vision.image_size,
             "layers": vision.depth,
             "width": vision.width,
@@ -175,11 +179,11 @@ def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
             "patch_size": vision.patch,
         }
     elif isinstance(vision, ModifiedResNetConfig):
-        told["vision_cfg"] = {"image_size": vision.image_size, "layers": list(vision.layers), "width": vision.width}
-        told["vision_cfg"]["head_width"] = vision.features // vision.heads
-    told["text_cfg"] = {"context_length": text.context_length, "vocab_size": text.vocab_size, "width": text.width}
-    told["text_cfg"] |= {"heads": text.heads, "layers": text.depth}
-    return told
+        fields["vision_cfg"] = {"image_size": vision.image_size, "layers": list(vision.layers), "width": vision.width}
+        fields["vision_cfg"]["head_width"] = vision.features // vision.heads
+    fields["text_cfg"] = {"context_length": text.context_length, "vocab_size": text.vocab_size, "width": text.width}
+    fields["text_cfg"] |= {"heads": text.heads, "layers": text.depth}
+    return fields
 
 
 # -------------------------------------------------------------------------------------------------------- Hugging Face
@@ -208,19 +212,19 @@ def hf_table(config: CLIPConfig) -> Table:
             source, target = f"{tower}_model.encoder.layers.{i}", f"{tower}/encoder/block_{i}"
             for j in (1, 2):
                 entries += _norm(f"{source}.layer_norm{j}", f"{target}/norm_{j}")
-            for ours, theirs in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "out")):
-                entries += _dense(f"{source}.self_attn.{theirs}_proj", f"{target}/attention/{ours}")
+            for ours, public in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "out")):
+                entries += _dense(f"{source}.self_attn.{public}_proj", f"{target}/attention/{ours}")
             entries += _dense(f"{source}.mlp.fc1", f"{target}/mlp/up") + _dense(
                 f"{source}.mlp.fc2", f"{target}/mlp/down"
             )
     return tuple(entries)
 
 
-def hf_config_of(shapes: Shapes, told: Told) -> CLIPConfig:
+def hf_config_of(shapes: Shapes, config_json: ConfigJson) -> CLIPConfig:
     """From config.json: heads and activation are nowhere else. Fields left out have CLIPConfig's defaults there."""
-    told = told or {}
-    text = {**(told.get("text_config") or {}), **(told.get("text_config_dict") or {})}
-    vision = {**(told.get("vision_config") or {}), **(told.get("vision_config_dict") or {})}
+    config_json = config_json or {}
+    text = {**(config_json.get("text_config") or {}), **(config_json.get("text_config_dict") or {})}
+    vision = {**(config_json.get("vision_config") or {}), **(config_json.get("vision_config_dict") or {})}
     length, width = shapes["text_model.embeddings.position_embedding.weight"]
     text_config = CLIPTextConfig(
         length,
@@ -250,7 +254,7 @@ def hf_config_of(shapes: Shapes, told: Told) -> CLIPConfig:
 
 def hf_config(config: CLIPConfig) -> dict[str, Any]:
     """config.json of a CLIPModel."""
-    act = next(name for name, own in ACTIVATIONS.items() if own == config.act)
+    act = next(name for name, ours in ACTIVATIONS.items() if ours == config.act)
     towers: dict[str, dict[str, Any]] = {}
     for name, tower in (("text_config", config.text), ("vision_config", config.vision)):
         assert isinstance(tower, CLIPTextConfig | CLIPVisionConfig)
@@ -266,26 +270,28 @@ def hf_config(config: CLIPConfig) -> dict[str, Any]:
         }
     text, vision = config.text, config.vision
     assert isinstance(vision, CLIPVisionConfig)
-    # Where the largest id is pooled, 2 tells transformers to do so.
+    # Where the largest id is pooled, 2 makes transformers do so.
     towers["text_config"] |= {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length}
     towers["text_config"] |= {"eos_token_id": 2 if text.eos is None else text.eos, "bos_token_id": None}
     towers["vision_config"] |= {"image_size": vision.image_size, "patch_size": vision.patch, "num_channels": 3}
-    told = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embed_dim}
-    return told | {"logit_scale_init_value": 2.6592} | towers
+    fields = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embed_dim}
+    return fields | {"logit_scale_init_value": 2.6592} | towers
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts
 
 
-def _recognise(needed: str, open_clip: bool | None) -> Callable[[Set[str], Told], bool]:
+def _recognise(needed: str, open_clip: bool | None) -> Callable[[Set[str], ConfigJson], bool]:
     """By a key, and where two layouts share their keys by whether open_clip's config is beside them."""
 
-    def recognise(keys: Set[str], told: Told) -> bool:
+    def recognise(keys: Set[str], config_json: ConfigJson) -> bool:
         if needed not in keys or not any(key.startswith(("visual.", "visual_projection")) for key in keys):
             return False
         if any(key.startswith(("visual.trunk.", "text.transformer.embeddings.")) for key in keys):
             return False  # open_clip around a tower of timm or of transformers
-        return open_clip is None or open_clip == bool(told and ("model_cfg" in told or "vision_cfg" in told))
+        return open_clip is None or open_clip == bool(
+            config_json and ("model_cfg" in config_json or "vision_cfg" in config_json)
+        )
 
     return recognise
 
@@ -305,7 +311,7 @@ OPENAI = Layout(
 OPEN_CLIP = Layout(
     "open_clip",
     _recognise("text_projection", True),
-    lambda shapes, told: openai_config(shapes, told, act="gelu"),
+    lambda shapes, config_json: openai_config(shapes, config_json, act="gelu"),
     openai_table,
     hf_config=lambda config: {"model_cfg": open_clip_config(config)},
     file="open_clip_model.safetensors",
@@ -314,7 +320,7 @@ OPEN_CLIP = Layout(
 OPEN_CLIP_CUSTOM_TEXT = Layout(
     "open_clip_custom_text",
     _recognise("text.text_projection", None),
-    lambda shapes, told: openai_config(shapes, told, *CUSTOM),
+    lambda shapes, config_json: openai_config(shapes, config_json, *CUSTOM),
     lambda config: openai_table(config, "text."),
     hf_config=lambda config: {"model_cfg": open_clip_config(config) | {"custom_text": True}},
     file="open_clip_model.safetensors",

@@ -11,7 +11,7 @@ Q, K, V = (f"attention/{name}" for name in "qkv")
 
 
 def table(config: DecoderConfig) -> Table:
-    """The table of the config's family; it refuses what the family's layout has no place for."""
+    """The table of the config's family; it refuses what the family's layout cannot hold."""
     return tuple(TABLES[config.family](config))
 
 
@@ -38,7 +38,7 @@ def parts(sizes: tuple[int, ...]) -> Op:
 
     def load(x: Any) -> Any:
         if x.shape[0] != ends[-1]:
-            raise ValueError(f"{x.shape[0]} rows, wanted {ends[-1]}")
+            raise ValueError(f"{x.shape[0]} rows, expected {ends[-1]}")
         return tuple(x[end - size : end] for size, end in zip(sizes, ends))
 
     def save(*arrays: Any) -> Any:
@@ -58,8 +58,8 @@ def _llama(c: DecoderConfig) -> list[Entry]:
             sizes = tuple(heads * c.head_width for heads in (c.heads, c.kv_heads, c.kv_heads))
             qkv = tuple(f"{target}/{name}" for name in (Q, K, V))
             entries += _packed(f"{source}.self_attn.qkv_proj", qkv, False, chain(parts(sizes), linear), same)
-            both = (f"{target}/mlp/gate", f"{target}/mlp/up")
-            entries += _packed(f"{source}.mlp.gate_up_proj", both, False, chain(split(2), linear), same)
+            gate_up = (f"{target}/mlp/gate", f"{target}/mlp/up")
+            entries += _packed(f"{source}.mlp.gate_up_proj", gate_up, False, chain(split(2), linear), same)
         else:
             for name in "qkv":
                 entries += _dense(f"{source}.self_attn.{name}_proj", f"{target}/attention/{name}", c.qkv_bias)

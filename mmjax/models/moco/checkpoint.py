@@ -29,11 +29,11 @@ def head_entries(source: str, target: str, config: MoCoConfig, layers: int, last
         return tuple(timm.dense(source, f"{target}/dense_0"))
     entries: list[Entry] = []
     for i in range(layers):
-        own = f"{target}/dense_{i}"
+        ours = f"{target}/dense_{i}"
         if config.version == 2:
-            entries += timm.dense(f"{source}.{2 * i}", own)
+            entries += timm.dense(f"{source}.{2 * i}", ours)
             continue
-        entries.append(Entry(f"{source}.{3 * i}.weight", f"params/{own}/kernel", linear))
+        entries.append(Entry(f"{source}.{3 * i}.weight", f"params/{ours}/kernel", linear))
         last = i == layers - 1
         if not last or last_norm:
             entries += _norm(f"{source}.{3 * i + 1}", f"{target}/bn_{i}", affine=not last)
@@ -42,8 +42,8 @@ def head_entries(source: str, target: str, config: MoCoConfig, layers: int, last
 
 def _norm(source: str, target: str, affine: bool) -> list[Entry]:
     entries = timm.norm(source, target) if affine else []
-    for public, own in (("running_mean", "mean"), ("running_var", "var")):
-        entries.append(Entry(f"{source}.{public}", f"stats/{target}/{own}"))
+    for public, ours in (("running_mean", "mean"), ("running_var", "var")):
+        entries.append(Entry(f"{source}.{public}", f"stats/{target}/{ours}"))
     count = Entry(f"{source}.num_batches_tracked", f"stats/{target}/count", int64, optional=True, default=0)
     return [*entries, count]
 
@@ -88,18 +88,18 @@ def table(config: MoCoConfig) -> Table:
 
 
 def _export_table(config: MoCoConfig) -> Table:
-    """Raises MmjaxError for stems that torchvision's keys do not tell."""
+    """Raises MmjaxError for stems that torchvision's keys do not determine."""
     backbone = config.backbone
     if isinstance(backbone, ResNetConfig) and (backbone.stem, backbone.shortcut) != ("imagenet", "projection"):
         raise MmjaxError(f"MoCo's layouts hold no ResNet with stem={backbone.stem!r}, shortcut={backbone.shortcut!r}")
     return table(config)
 
 
-def config_of(shapes: Shapes, told: Mapping[str, Any] | None, version: int) -> MoCoConfig:
+def config_of(shapes: Shapes, config_json: Mapping[str, Any] | None, version: int) -> MoCoConfig:
     """From the arrays' shapes. A ViT's heads are in none: 12 for the widths that MoCo v3 publishes, 384 and 768."""
     start = "base_encoder." if version == 3 else "encoder_q."
     encoder = {key.removeprefix(start): shape for key, shape in shapes.items() if key.startswith(start)}
-    held = any(key.startswith(("encoder_k.", "momentum_encoder.")) for key in shapes)
+    has_momentum = any(key.startswith(("encoder_k.", "momentum_encoder.")) for key in shapes)
     is_vit = "pos_embed" in encoder
     if is_vit:
         backbone: Any = _vit_config(encoder)
@@ -119,7 +119,7 @@ def config_of(shapes: Shapes, told: Mapping[str, Any] | None, version: int) -> M
         fields |= {"temperature": 0.2 if is_vit else 1.0}
     elif "queue" in shapes:
         fields["queue"] = shapes["queue"][1]
-    return MoCoConfig(backbone, version=version, holds_state=held, **fields)  # type: ignore[arg-type]
+    return MoCoConfig(backbone, version=version, holds_state=has_momentum, **fields)  # type: ignore[arg-type]
 
 
 def _vit_config(encoder: Shapes) -> ViTConfig:
@@ -130,13 +130,13 @@ def _vit_config(encoder: Shapes) -> ViTConfig:
     width = encoder["cls_token"][-1]
     if width % 12:
         raise MmjaxError(f"a ViT {width} wide: MoCo v3 has 12 heads, which do not divide it")
-    given = {key: shape for key, shape in encoder.items() if not key.startswith("head.")}
-    config = timm.config(given, {"model_args": {"num_heads": 12}})
+    backbone = {key: shape for key, shape in encoder.items() if not key.startswith("head.")}
+    config = timm.config(backbone, {"model_args": {"num_heads": 12}})
     return dataclasses.replace(config, positions="moco_v3", init="moco_v3", rule="bilinear")
 
 
 def _version_of(keys: Set[str]) -> int | None:
-    """None: no MoCo. ALBEF's momentum models have other prefixes."""
+    """The version; None for another system. ALBEF's momentum models have other prefixes."""
     if {"encoder_q.conv1.weight", "encoder_q.layer1.0.conv1.weight"} <= keys:
         return 1 if "encoder_q.fc.weight" in keys else 2 if "encoder_q.fc.0.weight" in keys else None
     return 3 if any(key.startswith("base_encoder.") for key in keys) and "predictor.0.weight" in keys else None

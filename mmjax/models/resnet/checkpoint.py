@@ -13,19 +13,19 @@ from mmjax.weights.table import Entry, Layout, Shape, Table, conv, int64, linear
 HF_STEM = "resnet.embedder.embedder"
 
 
-def norm_entries(public: str, own: str) -> Table:
+def norm_entries(public: str, ours: str) -> Table:
     """The five arrays of a torch BatchNorm; the oldest files have no num_batches_tracked."""
     return (
-        Entry(f"{public}.weight", f"params/{own}/scale"),
-        Entry(f"{public}.bias", f"params/{own}/bias"),
-        Entry(f"{public}.running_mean", f"stats/{own}/mean"),
-        Entry(f"{public}.running_var", f"stats/{own}/var"),
-        Entry(f"{public}.num_batches_tracked", f"stats/{own}/count", int64, optional=True, default=0),
+        Entry(f"{public}.weight", f"params/{ours}/scale"),
+        Entry(f"{public}.bias", f"params/{ours}/bias"),
+        Entry(f"{public}.running_mean", f"stats/{ours}/mean"),
+        Entry(f"{public}.running_var", f"stats/{ours}/var"),
+        Entry(f"{public}.num_batches_tracked", f"stats/{ours}/count", int64, optional=True, default=0),
     )
 
 
-def conv_entries(public_conv: str, public_norm: str, own_conv: str, own_norm: str) -> Table:
-    return (Entry(f"{public_conv}.weight", f"params/{own_conv}/kernel", conv), *norm_entries(public_norm, own_norm))
+def conv_entries(public_conv: str, public_norm: str, our_conv: str, our_norm: str) -> Table:
+    return (Entry(f"{public_conv}.weight", f"params/{our_conv}/kernel", conv), *norm_entries(public_norm, our_norm))
 
 
 def head_entries(public: str) -> Table:
@@ -37,13 +37,13 @@ def backbone_table(config: ResNetConfig, shortcut: str = "downsample") -> Table:
     table = list(conv_entries("conv1", "bn1", "stem_conv", "stem_bn"))
     for stage, blocks in enumerate(geometries(config), 1):
         for i, geometry in enumerate(blocks):
-            own, public = f"stage{stage}_block{i}", f"layer{stage}.{i}"
+            ours, public = f"stage{stage}_block{i}", f"layer{stage}.{i}"
             for j in range(1, 3 if config.block == "basic" else 4):
-                table += conv_entries(f"{public}.conv{j}", f"{public}.bn{j}", f"{own}/conv{j}", f"{own}/bn{j}")
+                table += conv_entries(f"{public}.conv{j}", f"{public}.bn{j}", f"{ours}/conv{j}", f"{ours}/bn{j}")
             projected = geometry.stride != 1 or geometry.inside != geometry.out
             if projected and config.shortcut == "projection":
                 start = f"{public}.{shortcut}"
-                table += conv_entries(f"{start}.0", f"{start}.1", f"{own}/shortcut_conv", f"{own}/shortcut_bn")
+                table += conv_entries(f"{start}.0", f"{start}.1", f"{ours}/shortcut_conv", f"{ours}/shortcut_bn")
     return tuple(table)
 
 
@@ -53,7 +53,7 @@ def torchvision_table(config: ResNetConfig) -> Table:
 
 
 def torchvision_config(
-    shapes: Mapping[str, Shape], told: Mapping[str, Any] | None = None, **fields: Any
+    shapes: Mapping[str, Shape], config_json: Mapping[str, Any] | None = None, **fields: Any
 ) -> ResNetConfig:
     """Sizes by the arrays' shapes. Strides leave no trace in them: v1.5 (stride in the 3x3), no dilation."""
     block = "bottleneck" if "layer1.0.conv3.weight" in shapes else "basic"
@@ -73,7 +73,7 @@ def torchvision_config(
     )
 
 
-def _is_torchvision(keys: Set[str], told: Mapping[str, Any] | None) -> bool:
+def _is_torchvision(keys: Set[str], config_json: Mapping[str, Any] | None) -> bool:
     needed = {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer4.0.conv1.weight"}
     return needed <= keys and "layer1.0.bn1.running_mean" in keys
 
@@ -109,32 +109,32 @@ def hf_table(config: ResNetConfig) -> Table:
     return tuple(Entry(_to_hf(e.sources[0]), e.target, e.op, e.optional, e.default) for e in entries)
 
 
-def hf_config_of(shapes: Mapping[str, Shape], told: Mapping[str, Any] | None) -> ResNetConfig:
+def hf_config_of(shapes: Mapping[str, Shape], config_json: Mapping[str, Any] | None) -> ResNetConfig:
     """From config.json; without one its defaults and the arrays' shapes.
 
     Raises MmjaxError for an activation other than ReLU, and bottlenecks whose width 4 does not divide.
     """
-    told = told or {}
-    if told.get("hidden_act", "relu") != "relu":
-        raise MmjaxError(f"config.json: hidden_act={told['hidden_act']!r}; only relu is known")
+    config_json = config_json or {}
+    if config_json.get("hidden_act", "relu") != "relu":
+        raise MmjaxError(f"config.json: hidden_act={config_json['hidden_act']!r}; only relu is known")
     match = [
         re.match(r"resnet\.encoder\.stages\.(\d)\.layers\.(\d+)\.layer\.(\d)\.convolution\.weight", k) for k in shapes
     ]
-    places = {(int(m[1]), int(m[2]), int(m[3])) for m in match if m}
-    stages = range(1 + max(stage for stage, _, _ in places))
-    deepest = max(layer for _, _, layer in places)
+    positions = {(int(m[1]), int(m[2]), int(m[3])) for m in match if m}
+    stages = range(1 + max(stage for stage, _, _ in positions))
+    deepest = max(layer for _, _, layer in positions)
     block = "bottleneck" if deepest == 2 else "basic"
     start = "resnet.encoder.stages.{}.layers.0.layer.{}.convolution.weight"
     outs = [shapes[start.format(stage, deepest)][0] for stage in stages]
     if block == "bottleneck" and any(out % 4 for out in outs):
         raise MmjaxError(f"config.json: hidden_sizes={outs} of bottlenecks should be multiples of 4")
     return ResNetConfig(
-        layers=tuple(len({block for s, block, _ in places if s == stage}) for stage in stages),
+        layers=tuple(len({block for s, block, _ in positions if s == stage}) for stage in stages),
         block=block,
         stem_width=shapes[f"{HF_STEM}.convolution.weight"][0],
         stage_widths=tuple(out // EXPANSION[block] for out in outs),
-        stride_in_1x1=block == "bottleneck" and bool(told.get("downsample_in_bottleneck", False)),
-        first_stage_stride=2 if told.get("downsample_in_first_stage", False) else 1,
+        stride_in_1x1=block == "bottleneck" and bool(config_json.get("downsample_in_bottleneck", False)),
+        first_stage_stride=2 if config_json.get("downsample_in_first_stage", False) else 1,
         num_classes=shapes["classifier.1.weight"][0] if "classifier.1.weight" in shapes else 0,
     )
 
@@ -142,7 +142,7 @@ def hf_config_of(shapes: Mapping[str, Shape], told: Mapping[str, Any] | None) ->
 def hf_config(config: ResNetConfig) -> dict[str, Any]:
     """The config.json of `ResNetForImageClassification`, or without a head of `ResNetModel`."""
     _check_hf(config)
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "architectures": ["ResNetForImageClassification" if config.num_classes else "ResNetModel"],
         "model_type": "resnet",
         "num_channels": 3,
@@ -155,7 +155,7 @@ def hf_config(config: ResNetConfig) -> dict[str, Any]:
         "downsample_in_bottleneck": config.stride_in_1x1,
         "torch_dtype": "float32",
     }
-    return told
+    return fields
 
 
 def _check_hf(config: ResNetConfig) -> None:
@@ -163,11 +163,11 @@ def _check_hf(config: ResNetConfig) -> None:
 
 
 def _refuse(config: ResNetConfig, layout: str, **fields: Any) -> None:
-    """Raises MmjaxError if a field has another value than the layout can hold."""
+    """Raises MmjaxError if a field has another value than the layout allows."""
     wrong = {name: getattr(config, name) for name, value in fields.items() if getattr(config, name) != value}
     if wrong:
-        told = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
-        raise MmjaxError(f"the layout {layout!r} holds no ResNet with {told}")
+        values = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
+        raise MmjaxError(f"the layout {layout!r} holds no ResNet with {values}")
 
 
 # --------------------------------------------------------------------------------------------------------------- CIFAR
@@ -178,7 +178,7 @@ def cifar_table(config: ResNetConfig) -> Table:
     return backbone_table(config, "shortcut") + (head_entries("linear") if config.num_classes else ())
 
 
-def cifar_config(shapes: Mapping[str, Shape], told: Mapping[str, Any] | None) -> ResNetConfig:
+def cifar_config(shapes: Mapping[str, Shape], config_json: Mapping[str, Any] | None) -> ResNetConfig:
     """Option A has no keys of its own, and a plain net the same keys as option A: A is taken."""
     projected = any(".shortcut." in key for key in shapes)
     return torchvision_config(
@@ -189,7 +189,7 @@ def cifar_config(shapes: Mapping[str, Shape], told: Mapping[str, Any] | None) ->
     )
 
 
-def _is_cifar(keys: Set[str], told: Mapping[str, Any] | None) -> bool:
+def _is_cifar(keys: Set[str], config_json: Mapping[str, Any] | None) -> bool:
     return {
         "conv1.weight",
         "layer1.0.bn1.running_mean",
@@ -200,7 +200,7 @@ def _is_cifar(keys: Set[str], told: Mapping[str, Any] | None) -> bool:
 LAYOUTS = (
     Layout(
         name="hf",
-        recognise=lambda keys, told: f"{HF_STEM}.convolution.weight" in keys,
+        recognise=lambda keys, config_json: f"{HF_STEM}.convolution.weight" in keys,
         config=hf_config_of,
         table=hf_table,
         hf_config=hf_config,

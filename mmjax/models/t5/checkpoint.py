@@ -1,7 +1,8 @@
 """T5's public form, Hugging Face's: T5ForConditionalGeneration, and T5EncoderModel where there is no decoder.
 
-Sizes are read from the arrays' shapes, whether the feed-forward is gated too: some copies of Flan-T5 say
-feed_forward_proj="gelu" for a gated one. config.json tells the activation and whether the decoder's output is scaled.
+Sizes are read from the arrays' shapes, and whether the feed-forward is gated: some copies of Flan-T5 have
+feed_forward_proj="gelu" for a gated one. config.json determines the activation and whether the decoder's output is
+scaled.
 """
 
 import re
@@ -14,25 +15,25 @@ from mmjax.weights.table import Entry, Layout, Shape, Table, linear
 
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 Shapes = Mapping[str, Shape]
-Told = Mapping[str, Any] | None
+ConfigJson = Mapping[str, Any] | None
 
 
 def hf_table(config: T5Config, source: str = "", target: str = "params/") -> Table:
-    """source, target: what stands before a T5 that is part of something else."""
-    # Old PyTorch files hold the embedding under every name that it has there.
+    """source, target: the prefixes of a T5 within another model."""
+    # Old PyTorch files contain the embedding under each of its names.
     again = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"] + ["lm_head.weight"] * config.tied
     copies = tuple(f"{source}{name}" for name in again)
     entries = [Entry(f"{source}shared.weight", f"{target}embedding", copies=copies)]
     stacks = [("encoder", config.depth)] + ([("decoder", config.decoder_depth)] if config.decoder_depth else [])
     for stack, depth in stacks:
-        theirs, ours = f"{source}{stack}", f"{target}{stack}"
-        table = f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        public, ours = f"{source}{stack}", f"{target}{stack}"
+        table = f"{public}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         entries += [
             Entry(table, f"{ours}/bias/table"),
-            Entry(f"{theirs}.final_layer_norm.weight", f"{ours}/norm/scale"),
+            Entry(f"{public}.final_layer_norm.weight", f"{ours}/norm/scale"),
         ]
         for i in range(depth):
-            entries += _block(f"{theirs}.block.{i}.layer", f"{ours}/block_{i}", stack == "decoder", config.gated)
+            entries += _block(f"{public}.block.{i}.layer", f"{ours}/block_{i}", stack == "decoder", config.gated)
     if config.decoder_depth and not config.tied:
         entries.append(Entry(f"{source}lm_head.weight", f"{target}head"))
     return tuple(entries)
@@ -41,27 +42,27 @@ def hf_table(config: T5Config, source: str = "", target: str = "params/") -> Tab
 def _block(source: str, target: str, decoder: bool, gated: bool) -> list[Entry]:
     entries: list[Entry] = []
     parts = [("SelfAttention", "attention")] + ([("EncDecAttention", "cross")] if decoder else [])
-    for i, (theirs, ours) in enumerate(parts):
+    for i, (public, ours) in enumerate(parts):
         entries.append(Entry(f"{source}.{i}.layer_norm.weight", f"{target}/{ours}_norm/scale"))
-        for name, own in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out")):
-            entries.append(Entry(f"{source}.{i}.{theirs}.{name}.weight", f"{target}/{ours}/{own}/kernel", linear))
+        for name, ours in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out")):
+            entries.append(Entry(f"{source}.{i}.{public}.{name}.weight", f"{target}/{ours}/{ours}/kernel", linear))
     last = f"{source}.{len(parts)}"
     entries.append(Entry(f"{last}.layer_norm.weight", f"{target}/mlp_norm/scale"))
     names = (("wi_0", "gate"), ("wi_1", "up")) if gated else (("wi", "up"),)
-    for name, own in (*names, ("wo", "down")):
-        entries.append(Entry(f"{last}.DenseReluDense.{name}.weight", f"{target}/mlp/{own}/kernel", linear))
+    for name, ours in (*names, ("wo", "down")):
+        entries.append(Entry(f"{last}.DenseReluDense.{name}.weight", f"{target}/mlp/{ours}/kernel", linear))
     return entries
 
 
-def hf_config_of(shapes: Shapes, told: Told, source: str = "") -> T5Config:
+def hf_config_of(shapes: Shapes, config_json: ConfigJson, source: str = "") -> T5Config:
     """Without config.json: what is published, T5 (relu, scaled) or 1.1 and Flan (gated tanh GELU, not scaled)."""
     first = f"{source}encoder.block.0.layer"
     vocab_size, width = shapes[f"{source}shared.weight"]
     buckets, heads = shapes[f"{first}.0.SelfAttention.relative_attention_bias.weight"]
     hidden = shapes[f"{first}.1.DenseReluDense.wo.weight"][1]
     gated = f"{first}.1.DenseReluDense.wi_0.weight" in shapes
-    scaled = _tied(told, gated)
-    told = told or {}
+    scaled = _tied(config_json, gated)
+    config_json = config_json or {}
     return T5Config(
         vocab_size,
         width,
@@ -70,36 +71,36 @@ def hf_config_of(shapes: Shapes, told: Told, source: str = "") -> T5Config:
         heads,
         shapes[f"{first}.0.SelfAttention.q.weight"][0] // heads,
         hidden,
-        _activation(told, gated),
+        _activation(config_json, gated),
         gated,
         # transformers 5 says of every T5 that it is tied, and writes a head where it is another array.
-        tied=f"{source}lm_head.weight" not in shapes or (scaled and "scale_decoder_outputs" not in told),
-        # transformers 5 writes tie_word_embeddings=true whatever it was, and tells in a field of its own.
-        scaled=bool(told.get("scale_decoder_outputs", scaled)),
+        tied=f"{source}lm_head.weight" not in shapes or (scaled and "scale_decoder_outputs" not in config_json),
+        # transformers 5 writes tie_word_embeddings=true whatever it was, and has another field for it.
+        scaled=bool(config_json.get("scale_decoder_outputs", scaled)),
         buckets=buckets,
-        max_distance=told.get("relative_attention_max_distance", 128),
-        epsilon=told.get("layer_norm_epsilon", 1e-6),
-        dropout=told.get("dropout_rate", 0.1),
-        pad=_ids(told.get("pad_token_id"), 0)[0],
-        eos=_ids(told.get("eos_token_id"), 1),
-        start=_ids(told.get("decoder_start_token_id"), 0)[0],
+        max_distance=config_json.get("relative_attention_max_distance", 128),
+        epsilon=config_json.get("layer_norm_epsilon", 1e-6),
+        dropout=config_json.get("dropout_rate", 0.1),
+        pad=_ids(config_json.get("pad_token_id"), 0)[0],
+        eos=_ids(config_json.get("eos_token_id"), 1),
+        start=_ids(config_json.get("decoder_start_token_id"), 0)[0],
     )
 
 
-def _tied(told: Told, gated: bool) -> bool:
-    """Whether the head is said to be the embedding; a config.json leaves out what is true."""
-    return told.get("tie_word_embeddings", True) if told else not gated
+def _tied(config_json: ConfigJson, gated: bool) -> bool:
+    """Whether the head is the embedding; a config.json leaves out true."""
+    return config_json.get("tie_word_embeddings", True) if config_json else not gated
 
 
 def _depth(shapes: Shapes, stack: str) -> int:
     pattern = re.escape(stack) + r"\.block\.(\d+)\."
-    return len({found[1] for found in (re.match(pattern, key) for key in shapes) if found})
+    return len({match[1] for match in (re.match(pattern, key) for key in shapes) if match})
 
 
-def _activation(told: Mapping[str, Any], gated: bool) -> str:
-    name = told.get("dense_act_fn")
+def _activation(config_json: Mapping[str, Any], gated: bool) -> str:
+    name = config_json.get("dense_act_fn")
     if name is None:
-        name = str(told.get("feed_forward_proj", "gated-gelu" if gated else "relu")).split("-")[-1]
+        name = str(config_json.get("feed_forward_proj", "gated-gelu" if gated else "relu")).split("-")[-1]
         name = "gelu_new" if name == "gelu" and gated else name  # what T5 1.1 and Flan mean by it
     if name not in ACTIVATIONS:
         raise MmjaxError(f"config.json: T5 with the activation {name!r}; known are {', '.join(ACTIVATIONS)}")
@@ -114,7 +115,7 @@ def _ids(value: int | list[int] | None, default: int) -> tuple[int, ...]:
 
 def hf_config(config: T5Config) -> dict[str, Any]:
     """config.json of a T5ForConditionalGeneration, or of a T5EncoderModel."""
-    act = next(name for name, own in ACTIVATIONS.items() if own == config.act)
+    act = next(name for name, ours in ACTIVATIONS.items() if ours == config.act)
     decoder = config.decoder_depth > 0
     return {
         "architectures": ["T5ForConditionalGeneration" if decoder else "T5EncoderModel"],
@@ -143,7 +144,7 @@ def hf_config(config: T5Config) -> dict[str, Any]:
     }
 
 
-def _recognise(keys: Set[str], told: Told) -> bool:
+def _recognise(keys: Set[str], config_json: ConfigJson) -> bool:
     return "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight" in keys
 
 

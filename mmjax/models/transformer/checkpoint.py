@@ -12,7 +12,7 @@ from mmjax.nn.sinusoids import sinusoids
 from mmjax.weights.table import Entry, Layout, Op, Shape, Table, chain, linear, reshape, split
 
 Shapes = Mapping[str, Shape]
-Told = Mapping[str, Any] | None
+ConfigJson = Mapping[str, Any] | None
 
 
 def _dense(source: str, target: str) -> list[Entry]:
@@ -26,9 +26,9 @@ def _norm(source: str, target: str) -> list[Entry]:
     return [Entry(f"{source}.weight", f"params/{target}/scale"), Entry(f"{source}.bias", f"params/{target}/bias")]
 
 
-def _depth(shapes: Shapes, place: str) -> int:
-    pattern = re.compile(re.escape(place) + r"\.(\d+)\.")
-    return len({found[1] for found in map(pattern.match, shapes) if found})
+def _depth(shapes: Shapes, prefix: str) -> int:
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    return len({match[1] for match in map(pattern.match, shapes) if match})
 
 
 # ------------------------------------------------------------------------------------------------- torch.nn.Transformer
@@ -37,7 +37,7 @@ def _depth(shapes: Shapes, place: str) -> int:
 def torch_table(config: TransformerConfig) -> Table:
     """transformer.*, src_embed, tgt_embed, generator. Raises MmjaxError where the matrices are other ones."""
     if config.shared_embeddings or config.tied_output or not config.output_bias:
-        raise MmjaxError("the torch layout has three matrices of its own: src_embed, tgt_embed and generator, biased")
+        raise MmjaxError("the torch layout has three separate matrices: src_embed, tgt_embed and generator, biased")
     entries = [
         Entry("src_embed.weight", "params/source_embedding"),
         Entry("tgt_embed.weight", "params/target_embedding"),
@@ -55,26 +55,26 @@ def torch_table(config: TransformerConfig) -> Table:
 def _torch_block(source: str, target: str, decoder: bool) -> list[Entry]:
     branches = [("self_attn", "attention", "norm_1")] + [("multihead_attn", "cross_attention", "cross_norm")] * decoder
     entries = _dense(f"{source}.linear1", f"{target}/mlp/up") + _dense(f"{source}.linear2", f"{target}/mlp/down")
-    for theirs, ours, _ in branches:
+    for public, ours, _ in branches:
         kernels, biases = (tuple(f"params/{target}/{ours}/{x}/{y}" for x in "qkv") for y in ("kernel", "bias"))
-        entries.append(Entry(f"{source}.{theirs}.in_proj_weight", kernels, chain(split(3), linear)))
-        entries.append(Entry(f"{source}.{theirs}.in_proj_bias", biases, split(3)))
-        entries += _dense(f"{source}.{theirs}.out_proj", f"{target}/{ours}/out")
+        entries.append(Entry(f"{source}.{public}.in_proj_weight", kernels, chain(split(3), linear)))
+        entries.append(Entry(f"{source}.{public}.in_proj_bias", biases, split(3)))
+        entries += _dense(f"{source}.{public}.out_proj", f"{target}/{ours}/out")
     for i, norm in enumerate([*(norm for _, _, norm in branches), "norm_2"], 1):
         entries += _norm(f"{source}.norm{i}", f"{target}/{norm}")
     return entries
 
 
-def torch_config(shapes: Shapes, told: Told) -> TransformerConfig:
-    """From shapes; what they do not tell by config.json, under the names of nn.Transformer's arguments: `nhead`
+def torch_config(shapes: Shapes, config_json: ConfigJson) -> TransformerConfig:
+    """From shapes; the rest from config.json, under the names of nn.Transformer's arguments: `nhead`
     (without it heads are 64 wide, as in the paper), `activation`, `norm_first`, `dropout`; and pad_token_id (0),
     decoder_start_token_id (1), eos_token_id (2)."""
-    told = told or {}
+    config_json = config_json or {}
     vocabulary, width = shapes["src_embed.weight"]
-    heads = told.get("nhead", max(width // 64, 1))
-    if told.get("layer_norm_eps", EPSILON) != EPSILON:
-        raise MmjaxError(f"config.json: layer_norm_eps={told['layer_norm_eps']}, where {EPSILON} is known")
-    dropout = told.get("dropout", 0.1)
+    heads = config_json.get("nhead", max(width // 64, 1))
+    if config_json.get("layer_norm_eps", EPSILON) != EPSILON:
+        raise MmjaxError(f"config.json: layer_norm_eps={config_json['layer_norm_eps']}, where {EPSILON} is known")
+    dropout = config_json.get("dropout", 0.1)
     return TransformerConfig(
         vocab_size=vocabulary,
         target_vocab_size=shapes["tgt_embed.weight"][0],
@@ -88,22 +88,22 @@ def torch_config(shapes: Shapes, told: Told) -> TransformerConfig:
         shared_embeddings=False,
         tied_output=False,
         output_bias=True,
-        act=_act(told.get("activation", "relu")),
-        norm_first=told.get("norm_first", False),
+        act=_act(config_json.get("activation", "relu")),
+        norm_first=config_json.get("norm_first", False),
         final_norm="transformer.encoder.norm.weight" in shapes,
         dropout=dropout,
         attention_dropout=dropout,
         activation_dropout=dropout,
-        pad=told.get("pad_token_id", 0),
-        eos=told.get("eos_token_id", 2),
-        start=told.get("decoder_start_token_id", 1),
+        pad=config_json.get("pad_token_id", 0),
+        eos=config_json.get("eos_token_id", 2),
+        start=config_json.get("decoder_start_token_id", 1),
     )
 
 
 def torch_config_json(config: TransformerConfig) -> dict[str, Any]:
     """What `torch_config` reads back."""
     if config.encoder_heads != config.decoder_heads or config.encoder_hidden != config.decoder_hidden:
-        raise MmjaxError("nn.Transformer has as many heads, and as wide feed-forwards, in both stacks")
+        raise MmjaxError("nn.Transformer has the same heads and feed-forward width in both stacks")
     return {
         "d_model": config.width,
         "nhead": config.encoder_heads,
@@ -164,8 +164,8 @@ def marian_table(config: TransformerConfig) -> Table:
 def _constant(table: np.ndarray) -> Op:
     """An array of the file that is no weight: written, and when read only compared. Files in half precision pass."""
 
-    def load(found: np.ndarray) -> tuple[()]:
-        if found.shape != table.shape or not np.allclose(found.astype(np.float32), table, rtol=0, atol=0.005):
+    def load(array: np.ndarray) -> tuple[()]:
+        if array.shape != table.shape or not np.allclose(array.astype(np.float32), table, rtol=0, atol=0.005):
             raise ValueError("this table is not Marian's sinusoids; learned positions are not known here")
         return ()
 
@@ -176,23 +176,23 @@ def _marian_block(source: str, target: str, decoder: bool) -> list[Entry]:
     branches = [("self_attn", "attention", "norm_1")] + [("encoder_attn", "cross_attention", "cross_norm")] * decoder
     entries = _dense(f"{source}.fc1", f"{target}/mlp/up") + _dense(f"{source}.fc2", f"{target}/mlp/down")
     entries += _norm(f"{source}.final_layer_norm", f"{target}/norm_2")
-    for theirs, ours, norm in branches:
-        entries += _norm(f"{source}.{theirs}_layer_norm", f"{target}/{norm}")
+    for public, ours, norm in branches:
+        entries += _norm(f"{source}.{public}_layer_norm", f"{target}/{norm}")
         for letter, name in ATTENTION.items():
-            entries += _dense(f"{source}.{theirs}.{name}", f"{target}/{ours}/{letter}")
+            entries += _dense(f"{source}.{public}.{name}", f"{target}/{ours}/{letter}")
     return entries
 
 
-def marian_config(shapes: Shapes, told: Told) -> TransformerConfig:
+def marian_config(shapes: Shapes, config_json: ConfigJson) -> TransformerConfig:
     """From shapes and config.json; a key that is missing there has MarianConfig's default, which no opus model has.
 
     Raises MmjaxError for an activation that is not known, several ends of a sentence, or another one that is forced.
     """
-    told = told or {}
-    eos, forced = (_one(told.get(name, 0), name) for name in ("eos_token_id", "forced_eos_token_id"))
+    config_json = config_json or {}
+    eos, forced = (_one(config_json.get(name, 0), name) for name in ("eos_token_id", "forced_eos_token_id"))
     if forced not in (None, eos):
         raise MmjaxError(f"config.json: forced_eos_token_id={forced}, where it is known to be eos_token_id={eos}")
-    shared = told.get("share_encoder_decoder_embeddings", True)
+    shared = config_json.get("share_encoder_decoder_embeddings", True)
     source = shapes["model.shared.weight" if shared else EMBEDDINGS[0]]
     known = shapes.get("model.encoder.embed_positions.weight")
     return TransformerConfig(
@@ -201,24 +201,24 @@ def marian_config(shapes: Shapes, told: Told) -> TransformerConfig:
         width=source[1],
         encoder_depth=_depth(shapes, "model.encoder.layers"),
         decoder_depth=_depth(shapes, "model.decoder.layers"),
-        encoder_heads=told.get("encoder_attention_heads", 16),
-        decoder_heads=told.get("decoder_attention_heads", 16),
+        encoder_heads=config_json.get("encoder_attention_heads", 16),
+        decoder_heads=config_json.get("decoder_attention_heads", 16),
         encoder_hidden=shapes["model.encoder.layers.0.fc1.weight"][0],
         decoder_hidden=shapes["model.decoder.layers.0.fc1.weight"][0],
         shared_embeddings=shared,
-        tied_output=told.get("tie_word_embeddings", True),
+        tied_output=config_json.get("tie_word_embeddings", True),
         output_bias=True,
-        scale_embedding=told.get("scale_embedding", False),
+        scale_embedding=config_json.get("scale_embedding", False),
         positions="concatenated",
-        max_length=told.get("max_position_embeddings", 1024 if known is None else known[0]),
-        act=_act(told.get("activation_function", "gelu")),
+        max_length=config_json.get("max_position_embeddings", 1024 if known is None else known[0]),
+        act=_act(config_json.get("activation_function", "gelu")),
         fixed_pad=True,
-        dropout=told.get("dropout", 0.1),
-        attention_dropout=told.get("attention_dropout", 0.0),
-        activation_dropout=told.get("activation_dropout", 0.0),
-        pad=told.get("pad_token_id", 58100),
+        dropout=config_json.get("dropout", 0.1),
+        attention_dropout=config_json.get("attention_dropout", 0.0),
+        activation_dropout=config_json.get("activation_dropout", 0.0),
+        pad=config_json.get("pad_token_id", 58100),
         eos=eos,
-        start=told.get("decoder_start_token_id", 58100),
+        start=config_json.get("decoder_start_token_id", 58100),
         forced_eos=forced is not None,
     )
 
@@ -233,16 +233,16 @@ def _one(ids: Any, name: str) -> Any:
 
 def marian_config_json(config: TransformerConfig) -> dict[str, Any]:
     """config.json of a MarianMTModel."""
-    act = next(name for name, own in ACTIVATIONS.items() if own == config.act)
-    told: dict[str, Any] = {"architectures": ["MarianMTModel"], "model_type": "marian", "is_encoder_decoder": True}
+    act = next(name for name, ours in ACTIVATIONS.items() if ours == config.act)
+    fields: dict[str, Any] = {"architectures": ["MarianMTModel"], "model_type": "marian", "is_encoder_decoder": True}
     for stack, depth, heads, hidden in (
         ("encoder", config.encoder_depth, config.encoder_heads, config.encoder_hidden),
         ("decoder", config.decoder_depth, config.decoder_heads, config.decoder_hidden),
     ):
-        told |= {f"{stack}_layers": depth, f"{stack}_attention_heads": heads, f"{stack}_ffn_dim": hidden}
+        fields |= {f"{stack}_layers": depth, f"{stack}_attention_heads": heads, f"{stack}_ffn_dim": hidden}
     rates = {name: getattr(config, name) for name in ("dropout", "attention_dropout", "activation_dropout")}
     return (
-        told
+        fields
         | rates
         | {
             "vocab_size": config.vocab_size,
@@ -267,13 +267,13 @@ def marian_config_json(config: TransformerConfig) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------------- layouts
 
 
-def _is_torch(keys: Set[str], told: Told) -> bool:
+def _is_torch(keys: Set[str], config_json: ConfigJson) -> bool:
     return {"src_embed.weight", "transformer.decoder.layers.0.multihead_attn.in_proj_weight"} <= keys
 
 
-def _is_marian(keys: Set[str], told: Told) -> bool:
+def _is_marian(keys: Set[str], config_json: ConfigJson) -> bool:
     """BART, Pegasus and others share most of these keys; they have norms of their embeddings or of their stacks."""
-    if told is not None and told.get("model_type", "marian") != "marian":
+    if config_json is not None and config_json.get("model_type", "marian") != "marian":
         return False
     others = {f"model.{stack}.{norm}.weight" for stack in ("encoder", "decoder") for norm in NORMS}
     return "model.decoder.layers.0.encoder_attn.q_proj.weight" in keys and not others & keys

@@ -36,9 +36,9 @@ def _family(config: ViTConfig) -> str:
         "representation": config.representation is not None and (dino or bool(config.num_classes)),
         "pool": config.pool != ("token_and_mean" if dino and config.num_classes else "token"),
     }
-    told = [name for name, bad in wrong.items() if bad]
-    if told:
-        raise MmjaxError(f"Hugging Face's {TYPES[family]} cannot hold this ViTConfig's {', '.join(told)}")
+    fields = [name for name, bad in wrong.items() if bad]
+    if fields:
+        raise MmjaxError(f"Hugging Face's {TYPES[family]} cannot hold this ViTConfig's {', '.join(fields)}")
     return family
 
 
@@ -105,9 +105,9 @@ def modules_table(config: ViTConfig) -> Table:
         key = entry.sources[0]
         if ".mlp.weights_in." in key:  # two matrices there
             if key.endswith("weight"):
-                place = entry.targets[0].removeprefix("params/").removesuffix("/gate/kernel")
+                prefix = entry.targets[0].removeprefix("params/").removesuffix("/gate/kernel")
                 start = key.removesuffix("weights_in.weight")
-                entries += [*dense(f"{start}gate_proj", f"{place}/gate"), *dense(f"{start}up_proj", f"{place}/up")]
+                entries += [*dense(f"{start}gate_proj", f"{prefix}/gate"), *dense(f"{start}up_proj", f"{prefix}/up")]
             continue
         for pattern, replacement in rules:
             key = re.sub(pattern, replacement, key)
@@ -117,24 +117,30 @@ def modules_table(config: ViTConfig) -> Table:
 
 def config(shapes: Mapping[str, Shape], config_json: Mapping[str, Any] | None) -> ViTConfig:
     """Sizes from the shapes; heads, epsilon, activation and rates from config.json, else their usual values."""
-    told = config_json or {}
+    config_json = config_json or {}
     base = next(prefix for prefix in PREFIXES if f"{prefix}{PATCHES}.weight" in shapes)
-    own = {key.removeprefix(base): shape for key, shape in shapes.items()}
-    width, channels, patch, _ = own[f"{PATCHES}.weight"]
+    ours = {key.removeprefix(base): shape for key, shape in shapes.items()}
+    width, channels, patch, _ = ours[f"{PATCHES}.weight"]
     if channels != 3:
         raise MmjaxError(f"{base}{PATCHES}.weight wants images of {channels} channels, not 3")
-    act = told.get("hidden_act", "gelu")
-    if act not in ACTIVATIONS or told.get("pooler_act", "tanh") != "tanh" or not told.get("qkv_bias", True):
+    act = config_json.get("hidden_act", "gelu")
+    if (
+        act not in ACTIVATIONS
+        or config_json.get("pooler_act", "tanh") != "tanh"
+        or not config_json.get("qkv_bias", True)
+    ):
         raise MmjaxError(f"config.json: hidden_act={act!r}, pooler_act and qkv_bias: this ViT is not supported")
-    dino, distilled = any(key.endswith("layer_scale1.lambda1") for key in own), "embeddings.distillation_token" in own
+    dino, distilled = any(key.endswith("layer_scale1.lambda1") for key in ours), "embeddings.distillation_token" in ours
     classes = shapes.get("classifier.weight", shapes.get("cls_classifier.weight", (0,)))[0]
-    size = told.get("image_size") or square(own["embeddings.position_embeddings"][1] - 1 - int(distilled), patch, base)
-    registers = own.get("embeddings.register_tokens", (1, 0))[1]
+    size = config_json.get("image_size") or square(
+        ours["embeddings.position_embeddings"][1] - 1 - int(distilled), patch, base
+    )
+    registers = ours.get("embeddings.register_tokens", (1, 0))[1]
     return ViTConfig(
         width=width,
-        depth=depth_of(own, "encoder.layer.") or depth_of(own, "layers."),
-        heads=told["num_attention_heads"] if "num_attention_heads" in told else heads_of(width),
-        hidden=_hidden(own),
+        depth=depth_of(ours, "encoder.layer.") or depth_of(ours, "layers."),
+        heads=config_json["num_attention_heads"] if "num_attention_heads" in config_json else heads_of(width),
+        hidden=_hidden(ours),
         patch=patch,
         image_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
         num_classes=classes,
@@ -142,16 +148,16 @@ def config(shapes: Mapping[str, Shape], config_json: Mapping[str, Any] | None) -
         distilled=distilled,
         distilled_head="distillation_classifier.weight" in shapes,
         registers=registers,
-        mask_token="embeddings.mask_token" in own,
+        mask_token="embeddings.mask_token" in ours,
         pool="token_and_mean" if dino and classes else "token",
         representation=shapes.get("pooler.dense.weight", (None,))[0],
         act=ACTIVATIONS[act],  # type: ignore[arg-type]
-        gated=any(key.endswith(("mlp.weights_out.weight", "mlp.down_proj.weight")) for key in own),
-        epsilon=told.get("layer_norm_eps", 1e-6 if dino else 1e-12),
-        layer_scale=told.get("layerscale_value", 1.0) if dino else None,
-        dropout=told.get("hidden_dropout_prob", 0.0),
-        attention_dropout=told.get("attention_probs_dropout_prob", 0.0),
-        drop_path=told.get("drop_path_rate", 0.0) if dino else 0.0,
+        gated=any(key.endswith(("mlp.weights_out.weight", "mlp.down_proj.weight")) for key in ours),
+        epsilon=config_json.get("layer_norm_eps", 1e-6 if dino else 1e-12),
+        layer_scale=config_json.get("layerscale_value", 1.0) if dino else None,
+        dropout=config_json.get("hidden_dropout_prob", 0.0),
+        attention_dropout=config_json.get("attention_probs_dropout_prob", 0.0),
+        drop_path=config_json.get("drop_path_rate", 0.0) if dino else 0.0,
         init="normal",
     )
 
@@ -167,13 +173,13 @@ def hf_config(config: ViTConfig) -> dict[str, Any]:
     c, family = config, _family(config)
     head = "ForImageClassification" + ("WithTeacher" if c.distilled_head else "") if c.num_classes else "Model"
     height, width = c.image_size
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "architectures": [TYPES[family] + head],
         "model_type": family,
         "hidden_size": c.width,
         "num_hidden_layers": c.depth,
         "num_attention_heads": c.heads,
-        "hidden_act": next(name for name, own in ACTIVATIONS.items() if own == c.act),
+        "hidden_act": next(name for name, ours in ACTIVATIONS.items() if ours == c.act),
         "layer_norm_eps": c.epsilon,
         "image_size": height if height == width else [height, width],
         "patch_size": c.patch,
@@ -184,13 +190,13 @@ def hf_config(config: ViTConfig) -> dict[str, Any]:
     }
     if c.layer_scale is None:
         return (
-            told
+            fields
             | {"intermediate_size": c.hidden}
             | ({"pooler_output_size": c.representation} if c.representation else {})
         )
-    told |= {"mlp_ratio": _ratio(c), "layerscale_value": c.layer_scale, "drop_path_rate": c.drop_path}
-    told |= {"use_swiglu_ffn": c.gated, "use_mask_token": c.mask_token}
-    return told | ({"num_register_tokens": c.registers} if c.registers else {})
+    fields |= {"mlp_ratio": _ratio(c), "layerscale_value": c.layer_scale, "drop_path_rate": c.drop_path}
+    fields |= {"use_swiglu_ffn": c.gated, "use_mask_token": c.mask_token}
+    return fields | ({"num_register_tokens": c.registers} if c.registers else {})
 
 
 def _ratio(config: ViTConfig) -> int:
@@ -212,7 +218,7 @@ ASSUMED = {"heads": "num_attention_heads", "epsilon": "layer_norm_eps", "act": "
 
 HF = Layout(
     name="hf",
-    recognise=lambda keys, told: _recognises(keys, told, ".attention.attention.query."),
+    recognise=lambda keys, config_json: _recognises(keys, config_json, ".attention.attention.query."),
     config=config,
     table=table,
     hf_config=hf_config,
@@ -220,7 +226,7 @@ HF = Layout(
 )
 HF_MODULES = Layout(
     name="hf_modules",
-    recognise=lambda keys, told: _recognises(keys, told, ".attention.q_proj."),
+    recognise=lambda keys, config_json: _recognises(keys, config_json, ".attention.q_proj."),
     config=config,
     table=modules_table,
     hf_config=hf_config,

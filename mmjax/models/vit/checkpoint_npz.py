@@ -55,8 +55,8 @@ def _table(config: ViTConfig, numbering: Mapping[str, str], mlp: str, positions:
         add("MAPHead_0/probe", "map_head/probe")
         of_head = {"norm": "LayerNorm_0", "attention": "MultiHeadDotProductAttention_0"}
         _add_block(c, of_head, "MlpBlock_0", lambda a, b, op: add(f"MAPHead_0/{a}", f"map_head/{b}", op))
-    for name, there in (("pre_logits", c.representation), ("head", c.num_classes)):
-        if there:
+    for name, present in (("pre_logits", c.representation), ("head", c.num_classes)):
+        if present:
             add(f"{name}/kernel", f"{name}/kernel")
             add(f"{name}/bias", f"{name}/bias")
     return tuple(entries)
@@ -75,9 +75,9 @@ def _add_block(config: ViTConfig, numbering: Mapping[str, str], mlp: str, add: A
             add(f"{source}/{name}/bias", f"{target}/{name[0]}/bias", reshape((h, k)))
         add(f"{source}/out/kernel", f"{target}/out/kernel", reshape((h, k, d)))
         add(f"{source}/out/bias", f"{target}/out/bias", same)
-    for name, own in (("Dense_0", "up"), ("Dense_1", "down")):
-        add(f"{mlp}/{name}/kernel", f"mlp/{own}/kernel", same)
-        add(f"{mlp}/{name}/bias", f"mlp/{own}/bias", same)
+    for name, ours in (("Dense_0", "up"), ("Dense_1", "down")):
+        add(f"{mlp}/{name}/kernel", f"mlp/{ours}/kernel", same)
+        add(f"{mlp}/{name}/bias", f"mlp/{ours}/bias", same)
 
 
 def _channels(root: RootConfig) -> int:
@@ -112,9 +112,9 @@ def _config(shapes: Mapping[str, Shape], config_json: Mapping[str, Any] | None) 
     fields: dict[str, Any] = {"positions": "big_vision", "class_position": False}
     if table is not None:
         # A table of 1 + N rows has one for the class token; N and 1 + N are never both squares.
-        placed = class_token and round((table[1] - 1) ** 0.5) ** 2 == table[1] - 1
-        size = square(table[1] - int(placed), patch * (root.stride if root else 1), "pos_embedding")
-        fields = {"image_size": size, "class_position": placed}
+        has_position = class_token and round((table[1] - 1) ** 0.5) ** 2 == table[1] - 1
+        size = square(table[1] - int(has_position), patch * (root.stride if root else 1), "pos_embedding")
+        fields = {"image_size": size, "class_position": has_position}
     return ViTConfig(
         width=width,
         depth=query[0] if scan else len(blocks),

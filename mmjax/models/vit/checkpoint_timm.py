@@ -29,7 +29,7 @@ def heads_of(width: int) -> int:
     Raises MmjaxError for a width that is no multiple of 64.
     """
     if width % 64:
-        raise MmjaxError(f"the number of heads of a ViT {width} wide is in no array: config.json should tell it")
+        raise MmjaxError(f"the number of heads of a ViT {width} wide is in no array: config.json should have it")
     return 16 if width in (1152, 1280, 1408, 1664) else width // 64
 
 
@@ -37,14 +37,14 @@ def square(tokens: int, stride: int, file: str) -> tuple[int, int]:
     """The image size whose patches make so many positions."""
     side = math.isqrt(tokens)
     if side * side != tokens:
-        raise MmjaxError(f"{file} has {tokens} patch positions, which is no square: config.json should tell image_size")
+        raise MmjaxError(f"{file} has {tokens} patch positions, which is no square: config.json should have image_size")
     return side * stride, side * stride
 
 
 def depth_of(shapes: Mapping[str, Shape], start: str) -> int:
-    """How many numbers follow `start` in the keys."""
-    found = {key.removeprefix(start).split(".")[0] for key in shapes if key.startswith(start)}
-    return len(found)
+    """The count of numbers that follow `start` in the keys."""
+    numbers = {key.removeprefix(start).split(".")[0] for key in shapes if key.startswith(start)}
+    return len(numbers)
 
 
 def table(config: ViTConfig) -> Table:
@@ -85,16 +85,16 @@ def _block(config: ViTConfig, source: str, target: str) -> list[Entry]:
 
 def gated(source: str, target: str) -> list[Entry]:
     """Gate and up in one matrix, the gate first."""
-    both = [f"params/{target}/{name}" for name in ("gate", "up")]
+    gate_up = [f"params/{target}/{name}" for name in ("gate", "up")]
     return [
-        Entry(f"{source}.weight", tuple(f"{part}/kernel" for part in both), chain(split(2), linear)),
-        Entry(f"{source}.bias", tuple(f"{part}/bias" for part in both), chain(split(2), same)),
+        Entry(f"{source}.weight", tuple(f"{part}/kernel" for part in gate_up), chain(split(2), linear)),
+        Entry(f"{source}.bias", tuple(f"{part}/bias" for part in gate_up), chain(split(2), same)),
     ]
 
 
 def config(shapes: Mapping[str, Shape], config_json: Mapping[str, Any] | None) -> ViTConfig:
     """Sizes from the shapes, heads from the `model_args` of timm's config.json; erf GELU, LayerNorm epsilon 1e-6."""
-    told = (config_json or {}).get("model_args", {})
+    model_args = (config_json or {}).get("model_args", {})
     width, _, patch, _ = shapes["patch_embed.proj.weight"]
     is_gated = "blocks.0.mlp.w3.weight" in shapes
     hidden = shapes["blocks.0.mlp.w3.weight"][1] if is_gated else shapes["blocks.0.mlp.fc1.weight"][0]
@@ -108,7 +108,7 @@ def config(shapes: Mapping[str, Shape], config_json: Mapping[str, Any] | None) -
     return ViTConfig(
         width=width,
         depth=depth_of(shapes, "blocks."),
-        heads=told["num_heads"] if "num_heads" in told else heads_of(width),
+        heads=model_args["num_heads"] if "num_heads" in model_args else heads_of(width),
         hidden=hidden,
         patch=patch,
         image_size=square(positions - int(class_position), patch, "pos_embed"),
