@@ -44,8 +44,8 @@ def _block(source: str, target: str, decoder: bool, gated: bool) -> list[Entry]:
     parts = [("SelfAttention", "attention")] + ([("EncDecAttention", "cross")] if decoder else [])
     for i, (public, ours) in enumerate(parts):
         entries.append(Entry(f"{source}.{i}.layer_norm.weight", f"{target}/{ours}_norm/scale"))
-        for name, ours in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out")):
-            entries.append(Entry(f"{source}.{i}.{public}.{name}.weight", f"{target}/{ours}/{ours}/kernel", linear))
+        for name, matrix in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out")):
+            entries.append(Entry(f"{source}.{i}.{public}.{name}.weight", f"{target}/{ours}/{matrix}/kernel", linear))
     last = f"{source}.{len(parts)}"
     entries.append(Entry(f"{last}.layer_norm.weight", f"{target}/mlp_norm/scale"))
     names = (("wi_0", "gate"), ("wi_1", "up")) if gated else (("wi", "up"),)
