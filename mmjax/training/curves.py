@@ -25,7 +25,7 @@ def draw(lines: Sequence[Mapping[str, Any]], units: Mapping[str, str], title: st
 
     units: of the scores, by their names in the lines: "%", "rank" ...
     """
-    series = varying(lines)
+    series = points_of(lines)
     panels = choose_panels(series)
     if not panels:
         return None
@@ -47,31 +47,32 @@ def draw(lines: Sequence[Mapping[str, Any]], units: Mapping[str, str], title: st
     return file.getvalue()
 
 
-def varying(lines: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
-    """name -> its points, of the metrics that take at least two values at two steps."""
+def points_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
+    """name -> its points, in the order of their steps."""
     series: dict[str, dict[int, float]] = {}
     for line in lines:
         for name, value in line.items():
             if name != "step" and value is not None:
                 series.setdefault(name, {})[line["step"]] = value
-    return {name: sorted(points.items()) for name, points in series.items() if len(set(points.values())) > 1}
+    return {name: sorted(points.items()) for name, points in series.items()}
 
 
 def choose_panels(series: Mapping[str, Points]) -> dict[str, list[str]]:
-    """Title of a panel -> the metrics in it, in the order of the page.
+    """Title of a panel -> the metrics in it, in the order of the page; of metrics with two different values at least.
 
     Metrics whose names differ in a number at the end share a panel: R@1, R@5, R@10. A score's interval and chance are
     drawn with it.
     """
     detail = {name + end for name in series for end in DETAILS}
     scores, training = {}, {}
-    for name in series:
+    varying = [name for name, points in series.items() if len({value for _, value in points}) > 1]
+    for name in varying:
         if name in detail or name == LOSS:
             continue
         group, _, rest = name.partition("/")
         title = re.sub(r"[_@]?(top|k)?\d+$", "", rest) or rest
         (scores if group == "val" else training).setdefault(f"{group}/{title}", []).append(name)
-    panels = {LOSS: [LOSS]} if LOSS in series else {}
+    panels = {LOSS: [LOSS]} if LOSS in varying else {}
     for title, names in (*scores.items(), *training.items()):
         panels[title] = names[: len(COLORS)]
     return dict(list(panels.items())[:PANELS])
@@ -111,7 +112,7 @@ def _panel(
         _interval(axes, name, series, color)
         if name in chances:
             axes.axhline(chances[name], color=color if several else "#777777", linestyle="--", linewidth=1)
-        ends.append(f"{line[-1]:.4g}")
+        ends.append(f"{line[-1]:.3g}" if several else f"{line[-1]:.4g}")
     unit = units.get(names[0], "")
     heading = title.removeprefix("val/").replace("_", " ") + ("@K" if names[0].startswith(f"{title}@") else "")
     axes.set_title(_plain(heading), loc="left", fontsize=10)

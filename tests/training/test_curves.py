@@ -16,7 +16,7 @@ def lines(steps=40):
         log.append({"step": step, "train/accuracy": step / steps, "train/loss": 5 - step / steps, "train/flat": 0.3})
         if step % 10 == 0:
             scores = {f"val/R@{k}": k + step / 10 for k in (1, 5, 10)}
-            scores |= {f"val/R@{k}_low": k - 1 + step / 10 for k in (1, 5, 10)} | {"val/R@1_high": 3 + step / 10}
+            scores |= {f"val/R@{k}_low": 0.0 for k in (1, 5, 10)} | {"val/R@1_high": 3 + step / 10}
             log.append(
                 {"step": step}
                 | scores
@@ -27,7 +27,7 @@ def lines(steps=40):
 
 
 def test_loss_first_then_scores_then_training_without_constants_and_single_points():
-    panels = curves.choose_panels(curves.varying(lines()))
+    panels = curves.choose_panels(curves.points_of(lines()))
     assert panels == {
         "train/loss": ["train/loss"],
         "val/R": ["val/R@1", "val/R@5", "val/R@10"],
@@ -35,7 +35,7 @@ def test_loss_first_then_scores_then_training_without_constants_and_single_point
         "train/accuracy": ["train/accuracy"],
     }
     many = [{"step": step} | {f"val/score_{letter}": step for letter in "abcdefghijklm"} for step in (1, 2)]
-    assert len(curves.choose_panels(curves.varying(many))) == curves.PANELS
+    assert len(curves.choose_panels(curves.points_of(many))) == curves.PANELS
 
 
 def test_a_page_has_labels_bands_chance_and_smooth_lines(monkeypatch):
@@ -56,7 +56,7 @@ def test_a_page_has_labels_bands_chance_and_smooth_lines(monkeypatch):
     assert {args[0] for args, _ in calls["set_xlabel"]} == {"step"}
     assert [args[0] for args, _ in calls["axhline"]] == [0.5] and calls["axhline"][0][1]["linestyle"] == "--"
     (((steps, low, high), _),) = calls["fill_between"]  # R@1 alone has both ends
-    assert (list(steps), list(low), list(high)) == ([10, 20, 30, 40], [1, 2, 3, 4], [4, 5, 6, 7])
+    assert (list(steps), list(low), list(high)) == ([10, 20, 30, 40], [0, 0, 0, 0], [4, 5, 6, 7])
     faint = [kwargs["alpha"] for _, kwargs in calls["plot"] if "alpha" in kwargs]
     assert len(faint) == 2  # loss and accuracy; four points of a score are drawn as they are
     labels = [kwargs.get("label") for _, kwargs in calls["plot"]]
