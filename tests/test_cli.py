@@ -95,16 +95,16 @@ def test_default_workdir_and_module(repository, tmp_path):
 
 
 def test_sigterm_is_a_success(tmp_path, monkeypatch, capsys):
-    from mmjax.training import loop
+    from mmjax.training.in_flight import InFlight
 
-    saved = loop._Run._keep
+    add = InFlight.add
 
     def stopped(self, step, metrics):
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        saved(self, step, metrics)
+        return add(self, step, metrics)
 
-    monkeypatch.setattr(loop._Run, "_keep", stopped)
+    monkeypatch.setattr(InFlight, "add", stopped)
     assert cli.main(["train", TOY, "--workdir", os.fspath(tmp_path)]) == 0
     assert "SIGTERM: saved step" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] in (["3"], ["4"])

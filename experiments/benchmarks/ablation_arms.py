@@ -24,14 +24,14 @@ import rich
 from rich.table import Table
 
 from mmjax.cli.runs import parse_over
-from mmjax.training.arms import How, over_arms, stack
+from mmjax.training.arms import ArmLoop, over_arms, stack
 from mmjax.training.experiment import load_experiment, parse_overrides
 from mmjax.training.lift import JitLift, initialise
 from mmjax.training.state import create_state
 from mmjax.training.step import train_step
 
 DEFAULT = pathlib.Path(__file__).parent.parent / "moco_openmoji.py"
-WAYS: tuple[How, ...] = ("vmap", "map", "unroll")
+WAYS: tuple[ArmLoop, ...] = ("vmap", "map", "unroll")
 
 
 def main() -> None:

@@ -31,16 +31,16 @@ def load_run(workdir: str, experiment: str | None = None) -> tuple[Any, Any, int
 
     experiment: the experiment's file, if it is not where config.json says.
     """
-    place = epath.Path(workdir) / "config.json"
-    if not place.exists():
-        raise MmjaxError(f"{place} is missing: {workdir} is no run of mmjax train")
-    told = json.loads(place.read_text())
-    file = experiment or told.get("experiment_file")
-    if file is None or "experiment" not in told or "ablation" in told:
-        raise MmjaxError(f"{place} names no experiment file; --experiment EXPERIMENT.py does")
-    config = config_from_json(load_experiment(file), told["experiment"], f"{place}: experiment")
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise MmjaxError(f"{path} is missing: {workdir} is no run of mmjax train")
+    stored = json.loads(path.read_text())
+    file = experiment or stored.get("experiment_file")
+    if file is None or "experiment" not in stored or "ablation" in stored:
+        raise MmjaxError(f"{path} names no experiment file; --experiment EXPERIMENT.py does")
+    config = config_from_json(load_experiment(file), stored["experiment"], f"{path}: experiment")
     method, optimizer = config.method(), config.optimizer()
-    shapes = batch_shapes(config, lambda: next(iter(config.train_data())))
+    shapes = batch_shapes(config)
     template = jax.eval_shape(lambda rng, batch: create_state(method, optimizer, rng, batch), jax.random.key(0), shapes)
     restored = checkpoint.restore(workdir, template, warn=print)
     if restored is None:
@@ -57,23 +57,22 @@ def run(workdir: str, task: str, experiment: str | None = None) -> None:
         raise MmjaxError(f"--task {task}: the experiment's evaluations are {names}")
     scores: dict[str, Score] = {}
     for evaluation in evaluations:
-        found = scores_of(evaluation, state)
-        told = {
+        named = {
             name if len(evaluations) == 1 or name.startswith(evaluation.name) else f"{evaluation.name}_{name}": score
-            for name, score in found.items()
+            for name, score in scores_of(evaluation, state).items()
         }
-        scores |= told
-    _tell(scores, epath.Path(workdir), task, f"{workdir} at step {step}", {"step": step})
+        scores |= named
+    _report(scores, epath.Path(workdir), task, f"{workdir} at step {step}", {"step": step})
 
 
 def scores_of(evaluation: Any, state: Any) -> dict[str, Score]:
-    """An evaluation's scores; one that only knows how to log gives bare numbers, of n = 0 known items."""
+    """An evaluation's scores; one without scores gives its numbers, with n = 0."""
     if hasattr(evaluation, "scores"):
         return dict(evaluation.scores(state.params, state))
     return only_scores(evaluation.run(state.params, state))
 
 
-def _tell(scores: Mapping[str, Score], folder: epath.Path, task: str, title: str, facts: Mapping[str, Any]) -> None:
+def _report(scores: Mapping[str, Score], folder: epath.Path, task: str, title: str, facts: Mapping[str, Any]) -> None:
     rich.print(table(scores, title))
     file = folder / "evaluations" / f"{task}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -103,23 +102,23 @@ def on_folder(source: str, task: str, data: str) -> None:
     else:
         scores = _with_labels(model, task, train, test)
     inside = epath.Path(source) if checkpoint.latest(source) is not None else epath.Path(".")
-    _tell(scores, inside, task, f"{source} on {data}", {"model": source, "data": os.path.abspath(data)})
+    _report(scores, inside, task, f"{source} on {data}", {"model": source, "data": os.path.abspath(data)})
 
 
 def read_images(folder: ImageFolder) -> tuple[list[np.ndarray], np.ndarray, list[str]]:
-    """(images, their rows in the folder, names of unreadable files): what cannot be read is said, not judged."""
-    images, rows, bad = [], [], []
+    """(images, their indices in the folder, names of unreadable files, which are reported and left out)."""
+    images, indices, bad = [], [], []
     for index in range(len(folder)):
         try:
             images.append(decode_image(folder[index]["image"], folder.record_name(index)))
-            rows.append(index)
+            indices.append(index)
         except MmjaxError as error:
             bad.append(str(error))
     if bad:
         print(f"warning: {len(bad)} of {len(folder)} images are unreadable and left out: {'; '.join(bad[:3])}")
     if not images:
         raise MmjaxError(f"{folder.root}: no readable image")
-    return images, np.asarray(rows), bad
+    return images, np.asarray(indices), bad
 
 
 def image_features(model: Any, images: Sequence[Any]) -> np.ndarray:
@@ -129,14 +128,14 @@ def image_features(model: Any, images: Sequence[Any]) -> np.ndarray:
     return _in_batches(model.encode_image, images)
 
 
-def _in_batches(ask: Callable[[list[Any]], Any], images: Sequence[Any]) -> np.ndarray:
-    found = []
+def _in_batches(apply: Callable[[list[Any]], Any], images: Sequence[Any]) -> np.ndarray:
+    outputs = []
     size = min(BATCH, len(images))
     for start in range(0, len(images), size):
         batch = list(images[start : start + size])
         full = batch + [batch[0]] * (size - len(batch))
-        found.append(np.asarray(ask(full), np.float32)[: len(batch)])
-    return np.concatenate(found)
+        outputs.append(np.asarray(apply(full), np.float32)[: len(batch)])
+    return np.concatenate(outputs)
 
 
 def text_features(model: Any, texts: Sequence[str]) -> np.ndarray:
@@ -153,47 +152,47 @@ def class_embeddings(model: Any, names: Sequence[str]) -> np.ndarray:
 
 
 def _labelled(model: Any, folder: ImageFolder) -> tuple[np.ndarray, np.ndarray]:
-    images, rows, _ = read_images(folder)
-    return image_features(model, images), np.asarray(folder.labels, np.int32)[rows]
+    images, indices, _ = read_images(folder)
+    return image_features(model, images), np.asarray(folder.labels, np.int32)[indices]
 
 
 def _zero_shot(model: Any, folder: ImageFolder) -> dict[str, Score]:
     embeddings = class_embeddings(model, [name.replace("_", " ") for name in folder.classes])
     features, labels = _labelled(model, folder)
-    found = zero_shot.zero_shot_scores(features, labels, embeddings)
-    return {f"zero_shot_top{k}": score for k, score in found.items()}
+    scores = zero_shot.zero_shot_scores(features, labels, embeddings)
+    return {f"zero_shot_top{k}": score for k, score in scores.items()}
 
 
 def _classification(model: Any, folder: ImageFolder) -> dict[str, Score]:
-    """By the model's own head: folders are its classes by name (`labels`), else by number, if there are as many."""
+    """By the model's head: folders are its classes by name (`labels`), else by number, if there are as many."""
     classes = getattr(model.config, "num_classes", 0)
     if not classes:
         raise MmjaxError(f"--task classification: this {model.system} has no head; knn and linear_probe need none")
     names = list(model.labels) or None
     unknown = [] if names is None else [name for name in folder.classes if name not in names]
     if unknown or (names is None and len(folder.classes) != classes):
-        told = f"{', '.join(unknown)}: not among its labels" if unknown else f"{len(folder.classes)} folders"
-        raise MmjaxError(f"{folder.root}: its folders are not the {classes} classes of the head: {told}")
-    images, rows, _ = read_images(folder)
+        reason = f"{', '.join(unknown)}: not among its labels" if unknown else f"{len(folder.classes)} folders"
+        raise MmjaxError(f"{folder.root}: its folders are not the {classes} classes of the head: {reason}")
+    images, indices, _ = read_images(folder)
     logits = _in_batches(lambda batch: model.forward(pixel_values=model.pixels(batch))["logits"], images)
     numbers = np.asarray([i if names is None else names.index(name) for i, name in enumerate(folder.classes)])
-    found = classification_scores(logits, numbers[np.asarray(folder.labels)[rows]])
-    return {f"classification_{name}": score for name, score in found.items()}
+    scores = classification_scores(logits, numbers[np.asarray(folder.labels)[indices]])
+    return {f"classification_{name}": score for name, score in scores.items()}
 
 
 def _with_labels(model: Any, task: str, train: ImageFolder, test: ImageFolder | None) -> dict[str, Score]:
     bank, bank_labels = _labelled(model, train)
-    asked, asked_labels = (None, None) if test is None else _labelled(model, test)
+    queries, query_labels = (None, None) if test is None else _labelled(model, test)
     if task == "knn":
-        k = min(20, len(bank) - (asked is None))
-        found = knn.knn_scores(bank, bank_labels, asked, asked_labels, ks=(k,))
-        return {f"knn_top1_k{k}": score for score in found.values()}
-    if asked is None or asked_labels is None:
+        k = min(20, len(bank) - (queries is None))
+        scores = knn.knn_scores(bank, bank_labels, queries, query_labels, ks=(k,))
+        return {f"knn_top1_k{k}": score for score in scores.values()}
+    if queries is None or query_labels is None:
         counter = [int((bank_labels[:row] == label).sum()) for row, label in enumerate(bank_labels)]
-        held = np.asarray(counter) % 5 == 4
-        if not held.any():
-            raise MmjaxError("linear_probe wants five images of a class, or train and test folders")
-        asked, asked_labels = bank[held], bank_labels[held]
-        bank, bank_labels = bank[~held], bank_labels[~held]
+        held_out = np.asarray(counter) % 5 == 4
+        if not held_out.any():
+            raise MmjaxError("linear_probe needs five images of a class, or train and test folders")
+        queries, query_labels = bank[held_out], bank_labels[held_out]
+        bank, bank_labels = bank[~held_out], bank_labels[~held_out]
     probe = linear_probe.swept_probe(bank, bank_labels, len(train.classes)).probe
-    return {f"linear_probe_top{k}": score for k, score in probe.scores(asked, asked_labels).items()}
+    return {f"linear_probe_top{k}": score for k, score in probe.scores(queries, query_labels).items()}

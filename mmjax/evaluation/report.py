@@ -1,4 +1,4 @@
-"""Scores from counts of successes, scores as JSON, and what a contrastive loss says of mutual information."""
+"""Scores from counts of successes, scores as JSON, and the bound on mutual information of a contrastive loss."""
 
 import dataclasses
 import json
@@ -38,9 +38,9 @@ def clustered_proportion(
 
 
 def to_json(scores: Mapping[str, Score], **facts: Any) -> str:
-    """{"name": {"value", "n", "low", "high", "chance", "unit"}, ...} and whatever else is to be said of them."""
-    rows = {name: dataclasses.asdict(score) for name, score in scores.items()}
-    return json.dumps({"scores": rows} | facts, indent=2, default=str) + "\n"
+    """{"name": {"value", "n", "low", "high", "chance", "unit"}, ...} and `facts` beside them."""
+    records = {name: dataclasses.asdict(score) for name, score in scores.items()}
+    return json.dumps({"scores": records} | facts, indent=2, default=str) + "\n"
 
 
 def from_json(text: str) -> dict[str, Score]:
@@ -50,7 +50,7 @@ def from_json(text: str) -> dict[str, Score]:
 
 @dataclasses.dataclass(frozen=True)
 class InformationBound:
-    """In nats: a lower bound on I(X; Y), and the most that the estimate can say, log n."""
+    """In nats: a lower bound on I(X; Y), and the most that the estimate can reach, log n."""
 
     nats: float
     ceiling: float
@@ -60,9 +60,9 @@ class InformationBound:
 
 
 def mutual_information_bound(loss: float, n: int) -> InformationBound:
-    """What a contrastive loss with n candidates, the right one among them, says of mutual information: log n - loss.
+    """The bound of a contrastive loss with n candidates, the right one among them: log n - loss.
 
-    From van den Oord et al. 2018, section 2.3. loss = log n tells nothing; loss near 0 tells "at least log n". Holds
+    From van den Oord et al. 2018, section 2.3. loss = log n gives the trivial bound 0; loss near 0 gives log n. Holds
     for one-hot targets without label smoothing only.
     """
     if n < 2 or not math.isfinite(loss):

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mmjax.errors import MmjaxError
 from mmjax.training import ablation_report, checkpoint
-from mmjax.training.arms import How, choose, over_arms, stack, stacked_shapes, take
+from mmjax.training.arms import ArmLoop, choose, over_arms, stack, stacked_shapes, take
 from mmjax.training.checkpoint_format import encode
 from mmjax.training.experiment import ExperimentConfig, LoadWeights, batch_shapes, parse_overrides
 from mmjax.training.in_flight import InFlight, Received
@@ -54,8 +54,8 @@ class Arm:
     @property
     def name(self) -> str:
         """A folder's name: "momentum=0.9,seed=1"."""
-        told = [f"{name}={value}" for name, value in self.values.items()]
-        return ",".join([*told, f"seed={self.seed}"]).replace("/", "_")
+        parts = [f"{name}={value}" for name, value in self.values.items()]
+        return ",".join([*parts, f"seed={self.seed}"]).replace("/", "_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def ablate(
     *,
     arguments: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
-    arms: Literal["auto"] | How = "auto",
+    arms: Literal["auto"] | ArmLoop = "auto",
     sequential: bool = False,
     load_weights: LoadWeights = checkpoint.load_params,
     experiment_file: str | None = None,
@@ -87,10 +87,10 @@ def ablate(
         arguments: overrides for all arms, as `parse_overrides` takes them.
         seeds: of initialisation and of the draws in the step; by default the experiment's one. The data's order has the
             experiment's seed in every arm.
-        arms: how the arms of a program are run, see `over_arms`; "auto" takes what was measured to be best here.
+        arms: the loop over a program's arms, see `over_arms`; "auto" is the one that measured fastest.
         sequential: one arm after another instead, with the same numbers to float tolerance.
 
-    Returns None if a signal stopped it; the same call goes on from there.
+    Returns None if a signal stopped it; the same call resumes from there.
 
     Raises:
         MmjaxError: a name that is neither, a value of the wrong type, a workdir in use or of another ablation.
@@ -114,14 +114,14 @@ def ablate(
 
 def fields(config: Any, prefix: str = "") -> dict[str, Any]:
     """{"model.width": value}: every leaf of nested config dataclasses under its name on the command line."""
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            found |= fields(value, f"{prefix}{field.name}.")
+            leaves |= fields(value, f"{prefix}{field.name}.")
         else:
-            found[prefix + field.name] = value
-    return found
+            leaves[prefix + field.name] = value
+    return leaves
 
 
 def find_field(config: Any, name: str) -> str | None:
@@ -167,11 +167,11 @@ def plan_groups(
         values = dict(zip(over, chosen))
         flags, numbers = list(arguments), {}
         for name, text in values.items():
-            found = _hparam(base, hparams, name, text)
-            if found is None:
+            hparam = _hparam(base, hparams, name, text)
+            if hparam is None:
                 flags += [f"--{find_field(base, name)}", text]
             else:
-                numbers[found[0]] = found[1]
+                numbers[hparam[0]] = hparam[1]
         config = parse_overrides(kind, flags, prog="mmjax ablate") if len(flags) > len(arguments) else base
         arms = next((arms for known, arms in groups if known == config), None)
         if arms is None:
@@ -187,9 +187,9 @@ def plan_groups(
 class _Ablation:
     """One call of `ablate`: what its groups share."""
 
-    def __init__(self, workdir: epath.Path, how: How, interrupts: Interrupts, load_weights: LoadWeights):
+    def __init__(self, workdir: epath.Path, arm_loop: ArmLoop, interrupts: Interrupts, load_weights: LoadWeights):
         self.workdir, self.interrupts, self.load_weights = workdir, interrupts, load_weights
-        self.how: How = how
+        self.arm_loop: ArmLoop = arm_loop
         self.console = Console(highlight=False)
         self.lifts: list[tuple[ExperimentConfig, int, Lift]] = []
         self.writers: list[MetricsWriter] = []
@@ -204,7 +204,7 @@ class _Ablation:
     ) -> None:
         base: Any = parse_overrides(kind, arguments, prog="mmjax ablate")
         self.base, self.over, self.seeds = base, {name: list(values) for name, values in over.items()}, seeds
-        create = _creation(base, _example_batch(base))
+        create = _creation(base)
         hparams = sorted(jax.eval_shape(create, jax.random.key(0)).hparams)
         self.groups = plan_groups(kind, arguments, over, seeds, hparams)
         if sequential:
@@ -217,25 +217,25 @@ class _Ablation:
         self._write_description(experiment_file)
         results: list[dict[str, Any]] = []
         for index, group in enumerate(self.groups):
-            self._say_group(index, group)
+            self._print_group(index, group)
             done = self._run_group(group, self._group_folder(index))
             if done is None:
                 return None
             results += done
         compiles = sum(lift.compiles for *_, lift in self.lifts)
-        facts = {"over": self.over, "arms": self.how, "sequential": self.sequential, "compiles": compiles}
+        facts = {"over": self.over, "arms": self.arm_loop, "sequential": self.sequential, "compiles": compiles}
         curves = {arm.name: read_metrics(self._arm(arm)) for group in self.groups for arm in group.arms}
         for result in results:
             result["metrics"] |= ablation_report.course_means(curves[result["arm"]], self.base.courses)
-        told = facts | {"steps": self.base.steps} | ablation_report.summary(self.over, results, self.base.published)
-        attempt = BestEffort(self._say)
+        summary = facts | {"steps": self.base.steps} | ablation_report.summary(self.over, results, self.base.published)
+        attempt = BestEffort(self._print)
         with attempt(self.workdir / "ablation.json"):
-            write_file(self.workdir / "ablation.json", (json.dumps(told, indent=2) + "\n").encode())
+            write_file(self.workdir / "ablation.json", (json.dumps(summary, indent=2) + "\n").encode())
         with attempt(self.workdir / "ablation.png"):
-            ablation_report.plot(self.workdir / "ablation.png", told, curves)
-        self.console.print(ablation_report.table(told))
+            ablation_report.plot(self.workdir / "ablation.png", summary, curves)
+        self.console.print(ablation_report.table(summary))
         self.console.print(f"{self.workdir}/ablation.json, ablation.png", markup=False, soft_wrap=True)
-        return told
+        return summary
 
     def _arm(self, arm: Arm) -> epath.Path:
         return self.workdir / "arms" / arm.name
@@ -251,7 +251,7 @@ class _Ablation:
         for index, group in enumerate(self.groups):
             folder = self._group_folder(index)
             if checkpoint.latest(folder) is not None:
-                create = _creation(group.config, _example_batch(group.config), group.arms[0].hparams)
+                create = _creation(group.config, group.arms[0].hparams)
                 shapes = jax.eval_shape(create, jax.random.key(0))
                 checkpoint.check_fits(folder, stacked_shapes(shapes, len(group.arms)))
 
@@ -267,14 +267,14 @@ class _Ablation:
     def _group_folder(self, index: int) -> epath.Path:
         return self.workdir / "groups" / str(index)
 
-    def _say_group(self, index: int, group: Group) -> None:
+    def _print_group(self, index: int, group: Group) -> None:
         names = "; ".join(arm.name for arm in group.arms)
-        kept = "one program" if len(group.arms) == 1 else f"one program ({self.how})"
+        program = "one program" if len(group.arms) == 1 else f"one program ({self.arm_loop})"
         why = ""
         if len(self.groups) > 1:
             why = f"group {index + 1} of {len(self.groups)}, one after another because "
-            why += "--sequential asks for it: " if self.sequential else "their shapes or programs differ: "
-        self._say(f"{why}{len(group.arms)} {'arm' if len(group.arms) == 1 else 'arms'} in {kept}: {names}")
+            why += "of --sequential: " if self.sequential else "their shapes or programs differ: "
+        self._print(f"{why}{len(group.arms)} {'arm' if len(group.arms) == 1 else 'arms'} in {program}: {names}")
 
     def _lift(self, group: Group) -> Lift:
         """The lift of a group; arms run one after another share the program of their config."""
@@ -284,8 +284,8 @@ class _Ablation:
                 return lift
         recipe: Any = group.config
         one = functools.partial(train_step, recipe.method(), recipe.optimizer(), accumulate=group.config.accumulate)
-        how: How = "unroll" if arms == 1 else self.how
-        step = over_arms(one, how, arms)
+        arm_loop: ArmLoop = "unroll" if arms == 1 else self.arm_loop
+        step = over_arms(one, arm_loop, arms)
         lift = create_lift(group.config.lift, step, group.config.mesh, stacked=True)
         self.lifts.append((group.config, arms, lift))
         return lift
@@ -294,27 +294,21 @@ class _Ablation:
         """Trains and evaluates a group's arms; None if a signal came."""
         recipe: Any = group.config
         lift, data = self._lift(group), iter(recipe.train_data())
-        first: list[Any] = []
-
-        def peek() -> Any:
-            first.append(next(data))
-            return first[0]
-
-        host, start = self._initial_state(group, folder, batch_shapes(recipe, peek), data)
-        if start:
-            first.clear()
+        host, start = self._initial_state(group, folder, data)
         evaluations = tuple(recipe.evaluations())
         for arm in group.arms:
             self._arm(arm).mkdir(parents=True, exist_ok=True)
-        self.writers = [MetricsWriter(self._arm(arm), group.config.tensorboard, start, self._say) for arm in group.arms]
+        self.writers = [
+            MetricsWriter(self._arm(arm), group.config.tensorboard, start, self._print) for arm in group.arms
+        ]
         writer = checkpoint.CheckpointWriter(folder, group.config.keep)
         loop = _Loop(self, group, lift, writer, evaluations)
         try:
-            reached = loop.steps(lift.place(host), start, data, first)
-            if reached is None:
+            trained = loop.steps(lift.place(host), start, data)
+            if trained is None:
                 return None
-            self._save_arms(group, lift.fetch(reached), [encode(data.get_state())])
-            return loop.finish(reached)
+            self._save_arms(group, lift.fetch(trained), [encode(data.get_state())])
+            return loop.finish(trained)
         finally:
             writer.wait()
             for metrics in self.writers:
@@ -323,46 +317,41 @@ class _Ablation:
     def _save_arms(self, group: Group, states: Any, data: Any) -> None:
         """Makes each arm's folder what `mmjax train` would have left."""
         for index, arm in enumerate(group.arms):
-            place = self._arm(arm)
-            if checkpoint.latest(place) != group.config.steps:
-                write_config(group.config, place, self.experiment_file)
-                writer = checkpoint.CheckpointWriter(place)
+            folder = self._arm(arm)
+            if checkpoint.latest(folder) != group.config.steps:
+                write_config(group.config, folder, self.experiment_file)
+                writer = checkpoint.CheckpointWriter(folder)
                 writer.save(take(states, index), group.config.steps, data)
                 writer.wait()
 
-    def _initial_state(self, group: Group, folder: epath.Path, batch: Any, data: Any) -> tuple[Any, int]:
-        create = _creation(group.config, batch, group.arms[0].hparams)
+    def _initial_state(self, group: Group, folder: epath.Path, data: Any) -> tuple[Any, int]:
+        create = _creation(group.config, group.arms[0].hparams)
         shapes = jax.eval_shape(create, jax.random.key(0))
-        restored = checkpoint.restore(folder, stacked_shapes(shapes, len(group.arms)), warn=self._say)
+        restored = checkpoint.restore(folder, stacked_shapes(shapes, len(group.arms)), warn=self._print)
         if restored is not None:
             data.set_state(restored.data)
-            self._say(f"resumed {folder} at step {restored.step}")
+            self._print(f"resumed {folder} at step {restored.step}")
             return restored.state, restored.step
         states = []
         for arm in group.arms:
             state = initialise(create, jax.random.key(arm.seed))
             if group.config.init_from is not None:
-                state, told = initialize_from(
+                state, message = initialize_from(
                     state, group.config.initial_weights(self.load_weights), group.config.init_from
                 )
                 if arm is group.arms[0]:
-                    self._say(told)
+                    self._print(message)
             chosen = {name: np.float32(value) for name, value in arm.hparams.items()}
             states.append(dataclasses.replace(state, hparams={**state.hparams, **chosen}))
         return stack(states), 0
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
 
 
-def _example_batch(config: Any) -> Mapping[str, Any]:
-    """Arrays, or their shapes, of the global batch."""
-    return config.example_batch() if hasattr(config, "example_batch") else next(iter(config.train_data()))
-
-
-def _creation(config: Any, batch: Mapping[str, Any], hparams: Mapping[str, float] | None = None) -> Any:
+def _creation(config: Any, hparams: Mapping[str, float] | None = None) -> Any:
     """create(rng) -> one arm's fresh state, with the extra hyper-parameters that arms of this ablation hold."""
-    method, optimizer = config.method(), config.optimizer()
+    method, optimizer, batch = config.method(), config.optimizer(), batch_shapes(config)
     extra = {name: np.float32(value) for name, value in (hparams or {}).items()}
 
     def create(rng: Any) -> Any:
@@ -382,19 +371,15 @@ class _Loop:
         self.last: list[dict[str, float]] = [{} for _ in group.arms]
         self.in_flight = InFlight(group.config.log_every)
 
-    def steps(self, state: Any, start: int, data: Any, first: list[Any]) -> Any | None:
-        """From step `start` to the end; None if a signal stopped it (its state is saved).
-
-        first: the batch that was taken from `data` before, if there was one.
-        """
+    def steps(self, state: Any, start: int, data: Any) -> Any | None:
+        """From step `start` to the end; None if a signal stopped it (its state is saved)."""
         config, self.since, self.since_step = self.config, time.perf_counter(), start
-        told = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("left"), TimeRemainingColumn())
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("left"), TimeRemainingColumn())
         hidden = not self.ablation.console.is_terminal
-        with Progress(*told, console=self.ablation.console, disable=hidden) as progress:
+        with Progress(*columns, console=self.ablation.console, disable=hidden) as progress:
             task = progress.add_task("", total=config.steps, completed=start)
             for step in range(start + 1, config.steps + 1):
-                batch = first.pop() if first else next(data)
-                state, metrics = self.lift.step(state, self.lift.place_batch(batch))
+                state, metrics = self.lift.step(state, self.lift.place_batch(next(data)))
                 self.receive(self.in_flight.add(step, metrics))
                 progress.update(task, completed=step)
                 stop = self.ablation.interrupts.requested(step)
@@ -406,7 +391,7 @@ class _Loop:
                     self.writer.save(self.lift.fetch(state), step, encode(data.get_state()))
                 if stop is not None and step < config.steps:
                     self.writer.wait()
-                    self.ablation._say(f"{stop}: saved step {step} of {config.steps}; the same command goes on")
+                    self.ablation._print(f"{stop}: saved step {step} of {config.steps}; the same command resumes it")
                     return None
                 due = [e for e in self.evaluations if (e.every or config.eval_every)]
                 due = [e for e in due if step % (e.every or config.eval_every) == 0 and step < config.steps]
@@ -416,7 +401,7 @@ class _Loop:
         return state
 
     def receive(self, received: Received) -> None:
-        """Logs the steps due; an arm whose updates are refused goes on beside the others."""
+        """Logs the steps due; an arm whose updates are refused does not stop the others."""
         for step, arms in received:
             if step % self.config.log_every and step != self.config.steps:
                 continue
@@ -424,17 +409,17 @@ class _Loop:
             self.since, self.since_step = time.perf_counter(), step
             for arm, values in enumerate(arms):
                 self.log(arm, step, {f"train/{name}": value for name, value in values.items()})
-            told = "  ".join(f"{arm.name}: {values['loss']:.4g}" for arm, values in zip(self.group.arms, arms))
+            losses = "  ".join(f"{arm.name}: {values['loss']:.4g}" for arm, values in zip(self.group.arms, arms))
             if not self.ablation.console.is_terminal:
-                self.ablation._say(f"step {step}/{self.config.steps}  {rate:.3g} steps/s  loss  {told}")
+                self.ablation._print(f"step {step}/{self.config.steps}  {rate:.3g} steps/s  loss  {losses}")
 
     def evaluate(self, state: Any, step: int, evaluations: Any) -> None:
         view = self.lift.view(state)
         for arm in range(len(self.group.arms)):
             one = take(view, arm)
             for evaluation in evaluations:
-                found = evaluation.run(one.params, one)
-                self.log(arm, step, {f"val/{name}": value for name, value in found.items()})
+                outputs = evaluation.run(one.params, one)
+                self.log(arm, step, {f"val/{name}": value for name, value in outputs.items()})
 
     def log(self, arm: int, step: int, outputs: Mapping[str, Any]) -> None:
         self.ablation.writers[arm].write(step, outputs)

@@ -1,4 +1,4 @@
-"""What an ablation found: means and spreads over seeds, the paper's figures beside them, a table and a picture."""
+"""The results of an ablation: means and spreads over seeds, the paper's figures beside them, a table and a picture."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,9 @@ import numpy as np
 from rich.table import Table
 
 DETAILS = ("_low", "_high", "_chance", "_n")
-"""Ends of the names of metrics that say more of another one: in ablation.json, not in the table."""
+"""Ends of the names of metrics that belong to another one: in ablation.json, not in the table."""
 MEAN = "mean/"
-"""Begins the names of metrics that are told by their mean over the run."""
+"""Begins the names of means over the run."""
 COLUMNS = 6
 """Metrics that the table and the picture show; all of them are in ablation.json."""
 
@@ -23,11 +23,11 @@ def summary(
     results: {"values": name -> text, "seed", "metrics": name -> number}. published: name -> {value: number or word}, of
     an experiment that repeats a paper's ablation; used where one name alone is varied.
     """
-    rows: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for result in results:
-        rows.setdefault(tuple(result["values"].values()), []).append(result)
+        groups.setdefault(tuple(result["values"].values()), []).append(result)
     table = []
-    for values, members in rows.items():
+    for values, members in groups.items():
         names = dict.fromkeys(name for member in members for name in member["metrics"])
         row: dict[str, Any] = {"values": dict(zip(over, values)), "metrics": {n: _spread(members, n) for n in names}}
         if len(over) == 1:
@@ -53,8 +53,8 @@ def course_means(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> di
 
 def _spread(members: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
     """Mean and sample standard deviation over the seeds whose number is there and finite."""
-    found = [member["metrics"].get(name) for member in members]
-    finite = [value for value in found if value is not None and math.isfinite(value)]
+    values = [member["metrics"].get(name) for member in members]
+    finite = [value for value in values if value is not None and math.isfinite(value)]
     std = float(np.std(finite, ddof=1)) if len(finite) > 1 else None
     return {"mean": float(np.mean(finite)) if finite else None, "std": std, "n": len(finite)}
 
@@ -71,27 +71,27 @@ def lookup(published: Mapping[Any, Any], text: str) -> Any:
     return None
 
 
-def shown_metrics(told: Mapping[str, Any]) -> list[str]:
-    """The metrics worth a column: those of the evaluations, the loss, means over the run that were asked for, and
+def shown_metrics(ablation: Mapping[str, Any]) -> list[str]:
+    """The metrics worth a column: those of the evaluations, the loss, the configured means over the run, and
     refused updates where there were any."""
-    first = dict.fromkeys(name for row in told["table"] for name in row["metrics"])
+    first = dict.fromkeys(name for row in ablation["table"] for name in row["metrics"])
     val = [name for name in first if name.startswith("val/") and not name.endswith(DETAILS)]
     chosen = [*val[: COLUMNS - 1], "train/loss", *(name for name in first if name.startswith(MEAN))]
-    refused = any((row["metrics"].get("train/skipped_updates") or {}).get("mean") for row in told["table"])
+    refused = any((row["metrics"].get("train/skipped_updates") or {}).get("mean") for row in ablation["table"])
     return [name for name in chosen if name in first] + (["train/skipped_updates"] if refused else [])
 
 
-def table(told: Mapping[str, Any]) -> Table:
+def table(ablation: Mapping[str, Any]) -> Table:
     """For `rich.print`."""
-    names, metrics = list(told["over"]), shown_metrics(told)
-    seeds = max(row["metrics"][metrics[0]]["n"] for row in told["table"]) if metrics else 1
+    names, metrics = list(ablation["over"]), shown_metrics(ablation)
+    seeds = max(row["metrics"][metrics[0]]["n"] for row in ablation["table"]) if metrics else 1
     after = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
-    figures = any(row.get("published") is not None for row in told["table"])
-    title = f"after {told['steps']} steps{after}"
+    figures = any(row.get("published") is not None for row in ablation["table"])
+    title = f"after {ablation['steps']} steps{after}"
     shown = Table(title=title, title_justify="left", min_width=len(title))
     for name in [*names, *metrics, *(["published"] if figures else [])]:
         shown.add_column(name, justify="right")
-    for row in told["table"]:
+    for row in ablation["table"]:
         cells = [row["values"][name] for name in names] + [_cell(row["metrics"].get(name)) for name in metrics]
         figure = row.get("published")
         shown.add_row(*cells, *(["" if figure is None else str(figure)] if figures else []))
@@ -104,23 +104,23 @@ def _cell(spread: Mapping[str, Any] | None) -> str:
     return f"{spread['mean']:.4g}" + ("" if spread["std"] is None else f" ± {spread['std']:.2g}")
 
 
-def plot(path: Any, told: Mapping[str, Any], curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def plot(path: Any, ablation: Mapping[str, Any], curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """A panel a metric over the ablated values, and the training loss of every arm over steps.
 
     curves: arm -> the lines of its metrics.jsonl.
     """
     from matplotlib.figure import Figure
 
-    metrics = shown_metrics(told)
+    metrics = shown_metrics(ablation)
     columns = min(3, len(metrics) + 1)
     rows = math.ceil((len(metrics) + 1) / columns)
     figure = Figure(figsize=(4.6 * columns, 3.2 * rows), layout="constrained")
     figures = {
-        i: row["published"] for i, row in enumerate(told["table"]) if isinstance(row.get("published"), int | float)
+        i: row["published"] for i, row in enumerate(ablation["table"]) if isinstance(row.get("published"), int | float)
     }
     for index, name in enumerate(metrics):
         axes = figure.add_subplot(rows, columns, index + 1)
-        _values_panel(axes, told, name)
+        _values_panel(axes, ablation, name)
         if index == 0 and figures:
             axes.plot(list(figures), list(figures.values()), "D--", color="grey", label="published (its own setting)")
             axes.legend(fontsize=6)
@@ -138,20 +138,22 @@ def plot(path: Any, told: Mapping[str, Any], curves: Mapping[str, Sequence[Mappi
         figure.savefig(file, format="png", dpi=110)
 
 
-def _values_panel(axes: Any, told: Mapping[str, Any], name: str) -> None:
-    """Values of the first name along the axis (in the order given, evenly spaced), a line for each of the others'."""
-    first, *others = told["over"]
+def _values_panel(axes: Any, ablation: Mapping[str, Any], name: str) -> None:
+    """Values of the first name along the axis, evenly spaced; a line for each of the others'."""
+    first, *others = ablation["over"]
     lines: dict[str, list[tuple[int, float, float]]] = {}
-    for row in told["table"]:
+    for row in ablation["table"]:
         spread = row["metrics"].get(name)
         if spread is not None and spread["mean"] is not None:
             label = ", ".join(f"{other}={row['values'][other]}" for other in others)
-            place = list(told["over"][first]).index(row["values"][first])
-            lines.setdefault(label, []).append((place, spread["mean"], spread["std"] or 0.0))
+            position = list(ablation["over"][first]).index(row["values"][first])
+            lines.setdefault(label, []).append((position, spread["mean"], spread["std"] or 0.0))
     for label, points in lines.items():
-        places, means, stds = zip(*points)
-        axes.errorbar(places, means, yerr=stds, marker="o", markersize=4, linewidth=1, capsize=3, label=label or None)
-    axes.set_xticks(range(len(told["over"][first])), told["over"][first])
+        positions, means, stds = zip(*points)
+        axes.errorbar(
+            positions, means, yerr=stds, marker="o", markersize=4, linewidth=1, capsize=3, label=label or None
+        )
+    axes.set_xticks(range(len(ablation["over"][first])), ablation["over"][first])
     axes.set_title(name, fontsize=9)
     axes.set_xlabel(first, fontsize=8)
     axes.tick_params(labelsize=7)

@@ -9,10 +9,10 @@ import numpy as np
 
 from mmjax.types import Batch, Metrics
 
-How = Literal["vmap", "map", "unroll"]
+ArmLoop = Literal["vmap", "map", "unroll"]
 
-MEASURED: dict[str, How] = {"cpu": "unroll", "gpu": "vmap", "tpu": "vmap"}
-"""The way of `over_arms` that `--arms auto` takes; `experiments/benchmarks/ablation_arms.py` measures it.
+MEASURED: dict[str, ArmLoop] = {"cpu": "unroll", "gpu": "vmap", "tpu": "vmap"}
+"""The loop of `over_arms` that `--arms auto` takes; `experiments/benchmarks/ablation_arms.py` measures it.
 
 Four arms of MoCo on a small ResNet, 2 CPU cores, against four single steps: unroll 0.85, map 0.92, vmap 1.37 of their
 time (under `vmap` over weights a convolution becomes a grouped one). A whole run of 40 steps to four processes: map
@@ -21,17 +21,17 @@ from `vmap`, and a program no longer than one arm's.
 """
 
 
-def choose(how: Literal["auto"] | How) -> How:
-    """The way for this process's backend, where it is left to us."""
-    if how != "auto":
-        return how
+def choose(loop: Literal["auto"] | ArmLoop) -> ArmLoop:
+    """The loop for this process's backend where `loop` is "auto"."""
+    if loop != "auto":
+        return loop
     return MEASURED.get(jax.default_backend(), "vmap")
 
 
-def over_arms(step: Callable[..., tuple[Any, Metrics]], how: How, arms: int) -> Callable[..., tuple[Any, Metrics]]:
+def over_arms(step: Callable[..., tuple[Any, Metrics]], loop: ArmLoop, arms: int) -> Callable[..., tuple[Any, Metrics]]:
     """`step(state, batch, axis_name=None)` for one arm -> the same for `arms` stacked states.
 
-    how: "vmap" computes the arms side by side, "map" one after another in a compiled loop, "unroll" one after another
+    loop: "vmap" computes the arms side by side, "map" one after another in a compiled loop, "unroll" one after another
         in a program `arms` times as long.
     Returns a function whose state and metrics have a leading axis of `arms`; the batch is shared.
     """
@@ -40,9 +40,9 @@ def over_arms(step: Callable[..., tuple[Any, Metrics]], how: How, arms: int) -> 
         def one(state: Any) -> tuple[Any, Metrics]:
             return step(state, batch, axis_name)
 
-        if how == "vmap":
+        if loop == "vmap":
             return jax.vmap(one)(states)
-        if how == "map":
+        if loop == "map":
             return jax.lax.map(one, states)
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one(take(states, arm)) for arm in range(arms)))
 

@@ -182,16 +182,17 @@ def load_experiment(path: str | os.PathLike[str]) -> type[ExperimentConfig]:
     return config
 
 
-def batch_shapes(config: Any, first_batch: Callable[[], Batch]) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(config: Any, first_batch: Callable[[], Batch] | None = None) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the global batch, with the dtypes that devices hold.
 
-    They are those of `config.example_batch()`. Only a recipe without it decodes a batch: this process's first.
+    They are those of `config.example_batch()`. Only a recipe without it decodes a batch: this process's first, from
+    `first_batch()`, by default from `config.train_data()`.
     """
     if hasattr(config, "example_batch"):
         shapes = config.example_batch()
     else:
         count = jax.process_count()
-        batch = first_batch()
+        batch = next(iter(config.train_data())) if first_batch is None else first_batch()
         shapes = {
             name: jax.ShapeDtypeStruct((leaf.shape[0] * count, *leaf.shape[1:]), leaf.dtype)
             for name, leaf in batch.items()

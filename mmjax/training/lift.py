@@ -6,7 +6,7 @@
 
 The state is donated to each step. Programs are compiled ahead of time, once a batch shape, and counted. All run on one
 process or on several (`jax.distributed.initialize` before the first use of a device); each process then brings its
-own part of the global batch.
+part of the global batch.
 """
 
 import abc
@@ -71,16 +71,16 @@ class Lift(abc.ABC):
 
     @property
     def shards(self) -> int:
-        """In how many parts the global batch is cut."""
+        """The number of parts that the global batch is cut in."""
         return 1
 
     @abc.abstractmethod
     def place(self, state: Any) -> Any:
-        """Host (or one device's) state -> the state on the devices, in buffers of its own."""
+        """Host (or one device's) state -> the state on the devices, in new buffers."""
 
     @abc.abstractmethod
     def place_batch(self, batch: Batch) -> Any:
-        """This process's rows of the global batch -> the batch on the devices. 64-bit integers become 32-bit."""
+        """This process's part of the global batch -> the batch on the devices. 64-bit integers become 32-bit."""
 
     def view(self, state: Any) -> Any:
         """The state as ordinary device arrays without replicas, for evaluation; valid until the next step."""
@@ -118,7 +118,7 @@ class Lift(abc.ABC):
         for name, leaf in batch.items():
             if leaf.shape[0] % parts:
                 raise MmjaxError(
-                    f"batch[{name!r}] has {leaf.shape[0]} rows on this process, not a multiple of {parts} devices"
+                    f"batch[{name!r}] has {leaf.shape[0]} examples on this process, not a multiple of {parts} devices"
                 )
 
 
@@ -180,7 +180,7 @@ class PmapLift(Lift):
         return self.lower(state, batch).compile()  # counted where it is traced
 
     def step(self, state: Any, batch: Any) -> tuple[Any, Any]:
-        # Not the program compiled ahead of time: with several processes that wants global shapes, pmap local ones.
+        # Not the program compiled ahead of time: with several processes that needs global shapes, pmap local ones.
         return self._mapped(state, batch)
 
 
@@ -216,7 +216,7 @@ class MeshLift(Lift):
         return jax.tree_util.tree_map_with_path(sharding, state)
 
     def spec(self, path: str, leaf: Any) -> P:
-        """How the leaf at a slash path is cut. Raises MmjaxError if a rule does not fit the leaf."""
+        """The partition of the leaf at a slash path. Raises MmjaxError if a rule does not fit the leaf."""
         if _is_key(leaf):
             return P()
         for pattern, axes in self.config.rules:
@@ -314,7 +314,7 @@ def _concatenate(steps: list[list[jax.Array]]) -> jax.Array:
 def initialise(create: Callable[[Any], Any], rng: Any) -> Any:
     """`create(rng)` as a host state, computed on this process's first device.
 
-    Compiled: a forward pass that only tells shapes then costs nothing.
+    Compiled: a forward pass whose shapes alone are used then costs nothing.
     """
     return jax.tree.map(_fetch, jax.jit(create)(rng))
 

@@ -1,6 +1,6 @@
 """train(config, workdir): from a recipe to trained parameters, through kills, signals, bad records and full disks.
 
-A workdir holds `config.json`, `metrics.jsonl`, `curves.png`, `checkpoints/<step>/`, and where asked for `tensorboard/`
+A workdir holds `config.json`, `metrics.jsonl`, `curves.png`, `checkpoints/<step>/`, and where configured `tensorboard/`
 and `artifacts/`. Running the same command again resumes it.
 """
 
@@ -39,11 +39,11 @@ def train(
     """Trains to `config.steps`, or until a signal; returns the last metrics, `train/...` and `val/...`.
 
     Resumes the workdir if it has a checkpoint, else starts from `config.init_from`, else from scratch. On SIGTERM or
-    Ctrl-C the step under way is saved and the function returns; the same call goes on from there.
+    Ctrl-C the current step is saved and the function returns; the same call resumes from there.
 
     Args:
         load_weights: reads `config.init_from`; by default our own checkpoints, verified.
-        experiment_file: is kept in config.json.
+        experiment_file: recorded in config.json.
 
     Raises:
         MmjaxError: the workdir is in use, not writable, or holds another experiment; `max_refused` updates in a row
@@ -113,7 +113,7 @@ class _Run:
             MetricsWriter(self.workdir, config.tensorboard, start, self.console.warn) if self.primary else None
         )
         try:
-            return self._finish(self._steps(state, start), start)
+            return self._finish(*self._steps(state, start), start)
         except Exception as error:
             try:
                 self._wait_for_save(final=True)
@@ -138,14 +138,14 @@ class _Run:
             self._resume_data(restored)
             self.saved_step = restored.step
             changed = {k: (v, self._environment().get(k)) for k, v in restored.environment.items()}
-            told = "; ".join(f"{k} was {v}, is {now}" for k, (v, now) in changed.items() if v != now)
-            self.console.print(f"resumed {self.workdir} at step {restored.step}" + (f" ({told})" if told else ""))
+            changes = "; ".join(f"{k} was {v}, is {now}" for k, (v, now) in changed.items() if v != now)
+            self.console.print(f"resumed {self.workdir} at step {restored.step}" + (f" ({changes})" if changes else ""))
             return restored.state, restored.step
         with self.console.activity("initialising the parameters"):
             host = initialise(create, rng)
         if self.config.init_from is not None:
-            host, told = initialize_from(host, self.config.initial_weights(self.load_weights), self.config.init_from)
-            self.console.print(told)
+            host, message = initialize_from(host, self.config.initial_weights(self.load_weights), self.config.init_from)
+            self.console.print(message)
         return host, 0
 
     def _resume_data(self, restored: checkpoint.Restored) -> None:
@@ -153,7 +153,7 @@ class _Run:
         if len(states) != count and any(state != states[0] for state in states):
             raise MmjaxError(
                 f"{self.workdir}: step {restored.step} holds the differing data positions of {len(states)} processes; "
-                f"it cannot go on with {count}"
+                f"it cannot resume with {count}"
             )
         self.data.set_state(states[jax.process_index() if len(states) == count else 0])
         self.ahead = None
@@ -186,9 +186,7 @@ class _Run:
                     self._drain()
                     self._save(state, step)
                     self._wait_for_save(final=True)
-                    self.console.print(
-                        f"{stop}: saved step {step} of {config.steps}; the same command goes on from there"
-                    )
+                    self.console.print(f"{stop}: saved step {step} of {config.steps}; the same command resumes it")
                     return state, step
                 if step < config.steps:
                     self._periodic(state, step)
@@ -219,8 +217,7 @@ class _Run:
         every = [(evaluation.every or self.config.eval_every, evaluation) for evaluation in self.evaluations]
         return [evaluation for period, evaluation in every if period and step % period == 0]
 
-    def _finish(self, reached: tuple[Any, int], start: int) -> dict[str, float]:
-        state, step = reached
+    def _finish(self, state: Any, step: int, start: int) -> dict[str, float]:
         self._drain()
         skipped = list(getattr(self.data, "skipped", ()))
         if skipped:

@@ -1,4 +1,4 @@
-"""Run by test_lift.py in processes of their own: the device count is fixed before jax starts.
+"""Run by test_lift.py in new processes: the device count is fixed before jax starts.
 
 lifts_child.py OUT LIFTS [PROCESS COUNT PORT]
 """

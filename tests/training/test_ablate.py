@@ -49,25 +49,25 @@ def assert_close(got: Any, want: Any, tolerance: float = 1e-6) -> None:
     for key, leaf in state_leaves(want).items():
         if key == "rng":
             continue
-        value, wanted = np.asarray(state_leaves(got)[key]), np.asarray(leaf)
-        assert np.abs(value - wanted).max() <= tolerance * max(np.abs(wanted).max(), 1e-6), key
+        value, expected = np.asarray(state_leaves(got)[key]), np.asarray(leaf)
+        assert np.abs(value - expected).max() <= tolerance * max(np.abs(expected).max(), 1e-6), key
 
 
-@pytest.mark.parametrize("how", ["vmap", "map", "unroll"])
+@pytest.mark.parametrize("arm_loop", ["vmap", "map", "unroll"])
 @pytest.mark.parametrize("name", ["jit", "pmap", "mesh"])
-def test_arms_in_one_program_equal_single_steps(kind, how, name):
+def test_arms_in_one_program_equal_single_steps(kind, arm_loop, name):
     config = kind()
     step = functools.partial(train_step, config.method(), config.optimizer())
     states = [make_state(config, seed, momentum) for seed, momentum in [(0, 0.0), (1, 0.9), (0, 0.5)]]
-    lift = create_lift(name, over_arms(step, how, 3), config.mesh, stacked=True)
-    placed, rows = lift.place(stack(states)), config.train_data()
+    lift = create_lift(name, over_arms(step, arm_loop, 3), config.mesh, stacked=True)
+    placed, batches = lift.place(stack(states)), config.train_data()
     for _ in range(4):
-        batch = next(rows)
+        batch = next(batches)
         placed, metrics = lift.step(placed, lift.place_batch(batch))
-        found = lift.fetch_arms(metrics)
+        arms = lift.fetch_arms(metrics)
         for arm in range(3):
-            states[arm], wanted = step(states[arm], batch)
-            assert found[arm]["loss"] == pytest.approx(float(wanted["loss"]), rel=1e-5)
+            states[arm], expected = step(states[arm], batch)
+            assert arms[arm]["loss"] == pytest.approx(float(expected["loss"]), rel=1e-5)
     assert lift.compiles == 1
     for arm in range(3):
         assert_close(take(lift.fetch(placed), arm), states[arm], 1e-5)
@@ -79,17 +79,17 @@ def test_no_lift_cuts_the_arm_axis():
     lift.config = dataclasses.replace(kind_mesh(), min_size=8, rules=(("**/out/kernel", (None, "tensor")),))
     lift.mesh = jax.sharding.AbstractMesh((1, 3, 5), ("data", "fsdp", "tensor"))
     state = {"out": {"kernel": np.zeros((7, 10), np.float32)}, "stem": np.zeros((9, 2), np.float32)}
-    found = lift.shardings(stacked_shapes(state, 3))
-    assert tuple(found["out"]["kernel"].spec) == (None, None, "tensor")
-    assert tuple(found["stem"].spec) == (None, "fsdp", None)
+    shardings = lift.shardings(stacked_shapes(state, 3))
+    assert tuple(shardings["out"]["kernel"].spec) == (None, None, "tensor")
+    assert tuple(shardings["stem"].spec) == (None, "fsdp", None)
 
 
 def kind_mesh() -> Any:
     return load_experiment(TOY)().mesh
 
 
-def results(told: Any) -> dict[str, dict[str, float]]:
-    return {result["arm"]: result["metrics"] for result in told["results"]}
+def results(outputs: Any) -> dict[str, dict[str, float]]:
+    return {result["arm"]: result["metrics"] for result in outputs["results"]}
 
 
 @pytest.fixture(scope="module")
@@ -99,22 +99,22 @@ def together(kind, tmp_path_factory):
 
 
 def test_together_equals_sequential(kind, together, tmp_path):
-    _, told = together
+    _, outputs = together
     alone = ablate(kind, OVER, tmp_path, arguments=SHORT, seeds=[0, 1], sequential=True)
-    assert told["compiles"] == alone["compiles"] == 1
+    assert outputs["compiles"] == alone["compiles"] == 1
     assert (
-        results(told).keys()
+        results(outputs).keys()
         == results(alone).keys()
         == {f"momentum={m},seed={s}" for m in OVER["momentum"] for s in (0, 1)}
     )
-    for arm, metrics in results(told).items():
+    for arm, metrics in results(outputs).items():
         assert metrics == pytest.approx(results(alone)[arm], rel=1e-5), arm
-    norms = [metrics["val/momentum_norm"] for metrics in results(told).values()]
+    norms = [metrics["val/momentum_norm"] for metrics in results(outputs).values()]
     assert len(set(np.round(norms, 6))) == 6
 
 
 def test_an_arm_is_what_train_gives(kind, together, tmp_path):
-    """momentum=0.9 is the toy's own value: the arm of seed 0 ends as the plain run does."""
+    """momentum=0.9 is the toy's default: the arm of seed 0 ends as the plain run does."""
     last = train(kind(steps=7, log_every=1, eval_every=0, tensorboard=False), tmp_path)
     arm = results(together[1])["momentum=0.9,seed=0"]
     for name in ("train/loss", "val/norm", "val/momentum_norm"):
@@ -122,35 +122,35 @@ def test_an_arm_is_what_train_gives(kind, together, tmp_path):
 
 
 def test_what_it_writes(together):
-    workdir, told = together
+    workdir, outputs = together
     written = json.loads((workdir / "ablation.json").read_text())
-    assert written == json.loads(json.dumps(told))
+    assert written == json.loads(json.dumps(outputs))
     assert (workdir / "ablation.png").read_bytes().startswith(b"\x89PNG")
     lines = read_metrics(workdir / "arms" / "momentum=0.99,seed=1")
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 8))
-    row = next(row for row in told["table"] if row["values"] == {"momentum": "0.99"})
-    losses = [results(told)[f"momentum=0.99,seed={seed}"]["train/loss"] for seed in (0, 1)]
+    row = next(row for row in outputs["table"] if row["values"] == {"momentum": "0.99"})
+    losses = [results(outputs)[f"momentum=0.99,seed={seed}"]["train/loss"] for seed in (0, 1)]
     assert row["metrics"]["train/loss"]["mean"] == pytest.approx(sum(losses) / 2)
     assert row["metrics"]["train/loss"]["std"] == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5)
 
 
 def test_an_arm_is_a_workdir(kind, together, tmp_path):
     """Trained on from where the ablation left it, the arm goes on as the plain run of its seed does."""
-    place = tmp_path / "arm"
-    shutil.copytree(together[0] / "arms" / "momentum=0.9,seed=0", place)
+    folder = tmp_path / "arm"
+    shutil.copytree(together[0] / "arms" / "momentum=0.9,seed=0", folder)
     longer = kind(steps=9, log_every=1, eval_every=0, tensorboard=False)
-    last = train(longer, place)
+    last = train(longer, folder)
     assert last == pytest.approx(
         train(longer, tmp_path / "plain") | {k: last[k] for k in last if "perf" in k}, rel=1e-5
     )
-    assert [line["step"] for line in read_metrics(place) if "train/loss" in line] == list(range(1, 10))
+    assert [line["step"] for line in read_metrics(folder) if "train/loss" in line] == list(range(1, 10))
 
 
 def test_again_only_evaluates_and_another_grid_is_refused(kind, together, capsys):
-    workdir, told = together
+    workdir, outputs = together
     again = ablate(kind, OVER, workdir, arguments=SHORT, seeds=[0, 1], arms="vmap")
     assert again["compiles"] == 0
-    assert results(again) == results(told)
+    assert results(again) == results(outputs)
     assert "resumed" in capsys.readouterr().out
     with pytest.raises(MmjaxError, match="choose another --workdir"):
         ablate(kind, {"momentum": ["0", "0.5", "0.99"]}, workdir, arguments=SHORT, seeds=[0, 1])
@@ -172,32 +172,32 @@ def test_a_signal_stops_it_and_it_goes_on(kind, together, tmp_path, monkeypatch)
     assert stopped is not None and 0 < stopped < 7
     assert ablate(kind, OVER, tmp_path, **arguments)["compiles"] == 1
     manifests = [
-        (place / "groups" / "0" / "checkpoints" / "7" / "manifest.json").read_text()
-        for place in (tmp_path, together[0])
+        (folder / "groups" / "0" / "checkpoints" / "7" / "manifest.json").read_text()
+        for folder in (tmp_path, together[0])
     ]
     assert manifests[0] == manifests[1]
 
 
 def test_learning_rate_scales_every_update(kind, tmp_path):
-    told = ablate(kind, {"learning_rate": ["0.01", "0.03"]}, tmp_path, arguments=SHORT, arms="unroll")
-    assert told["compiles"] == 1
+    outputs = ablate(kind, {"learning_rate": ["0.01", "0.03"]}, tmp_path, arguments=SHORT, arms="unroll")
+    assert outputs["compiles"] == 1
     for rate in ("0.01", "0.03"):
         config = kind(steps=7, log_every=1, eval_every=0, tensorboard=False)
         config = dataclasses.replace(
             config, optimizer_config=dataclasses.replace(config.optimizer_config, learning_rate=float(rate))
         )
         last = train(config, tmp_path / f"alone{rate}")
-        assert results(told)[f"learning_rate={rate},seed=0"]["train/loss"] == pytest.approx(
+        assert results(outputs)[f"learning_rate={rate},seed=0"]["train/loss"] == pytest.approx(
             last["train/loss"], rel=1e-5
         )
 
 
 def test_fields_of_the_config_run_one_after_another(kind, tmp_path, capsys):
-    told = ablate(kind, {"batch_size": ["4", "16"], "momentum": ["0", "0.9"]}, tmp_path, arguments=SHORT)
-    assert told["compiles"] == 2
+    outputs = ablate(kind, {"batch_size": ["4", "16"], "momentum": ["0", "0.9"]}, tmp_path, arguments=SHORT)
+    assert outputs["compiles"] == 2
     assert "their shapes or programs differ" in capsys.readouterr().out
-    assert len({metrics["train/loss"] for metrics in results(told).values()}) == 2
-    assert len({metrics["val/momentum_norm"] for metrics in results(told).values()}) == 4
+    assert len({metrics["train/loss"] for metrics in results(outputs).values()}) == 2
+    assert len({metrics["val/momentum_norm"] for metrics in results(outputs).values()}) == 4
 
 
 def test_names_and_values_that_are_nothing(kind, tmp_path):
@@ -219,9 +219,9 @@ def test_published_figures_stand_beside_ours():
         57.8,
         None,
     ]
-    found = [{"values": {"momentum": text}, "seed": 0, "metrics": {"train/loss": 1.0}} for text in ("0", "0.9")]
-    told = ablation_report.summary({"momentum": ["0", "0.9"]}, found, {"momentum": figures})
-    assert [row["published"] for row in told["table"]] == ["fails", 55.2]
+    results = [{"values": {"momentum": text}, "seed": 0, "metrics": {"train/loss": 1.0}} for text in ("0", "0.9")]
+    outputs = ablation_report.summary({"momentum": ["0", "0.9"]}, results, {"momentum": figures})
+    assert [row["published"] for row in outputs["table"]] == ["fails", 55.2]
     nothing = [{"values": {"momentum": "0"}, "seed": 0, "metrics": {"train/loss": float("nan")}}]
     row = ablation_report.summary({"momentum": ["0"]}, nothing)["table"][0]
     assert row["metrics"]["train/loss"] == {"mean": None, "std": None, "n": 0} and row["published"] is None
@@ -233,8 +233,8 @@ def test_a_course_is_told_by_its_mean_over_the_run():
     means = ablation_report.course_means(lines + broken, ("key_drift", "not_there"))
     assert means == {"mean/key_drift": pytest.approx(0.2)}
     results = [{"values": {"m": "0"}, "metrics": {"train/loss": 1.0, "train/key_drift": 0.0, **means}}]
-    told = ablation_report.summary({"m": ["0"]}, results)
-    assert ablation_report.shown_metrics(told) == ["train/loss", "mean/key_drift"]
+    outputs = ablation_report.summary({"m": ["0"]}, results)
+    assert ablation_report.shown_metrics(outputs) == ["train/loss", "mean/key_drift"]
 
 
 def test_states_of_arms_are_whole(kind):

@@ -40,7 +40,7 @@ class Scored(TOY):
 
 
 def plain(text):
-    """Without control codes; a line of the bar that was drawn over is a line of its own."""
+    """Without control codes; each state of the bar is a line."""
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text.replace("\r", "\n"))
 
 

@@ -17,7 +17,7 @@ from mmjax.training.lift import JitLift, MeshConfig, MeshLift, PmapLift, create_
 
 
 def children(repository, tmp_path, lifts, devices, processes=1):
-    """Runs lifts_child.py and returns what its first process found."""
+    """Runs lifts_child.py and returns the results of its first process."""
     out = tmp_path / "out.json"
     environment = os.environ | {
         "PYTHONPATH": os.fspath(repository),
@@ -36,8 +36,8 @@ def children(repository, tmp_path, lifts, devices, processes=1):
     ]
     try:
         for run in runs:
-            told = run.communicate(timeout=120)[1]
-            assert run.returncode == 0, told[-3000:]
+            log = run.communicate(timeout=120)[1]
+            assert run.returncode == 0, log[-3000:]
     finally:
         for run in runs:
             run.kill()
@@ -64,12 +64,12 @@ def assert_same(result, one_device):
         key = jax.tree_util.keystr(path, simple=True, separator="/")
         if key == "rng":
             continue
-        wanted = np.asarray(leaf, np.float64).ravel()
-        scale = max(np.abs(wanted).max(), 1e-12)
-        assert np.abs(np.array(result["leaves"][key]) - wanted).max() <= 1e-5 * scale, key
+        expected = np.asarray(leaf, np.float64).ravel()
+        scale = max(np.abs(expected).max(), 1e-12)
+        assert np.abs(np.array(result["leaves"][key]) - expected).max() <= 1e-5 * scale, key
     assert result["compiles"] == 1
     assert result["same_after_placing"]
-    assert len({told["hash"] for told in result["hashes"]}) == 1
+    assert len({item["hash"] for item in result["hashes"]}) == 1
 
 
 def test_lifts_agree_on_eight_devices(repository, tmp_path, one_device):
@@ -89,7 +89,7 @@ def test_lifts_agree_on_two_processes(repository, tmp_path, one_device):
     results = children(repository, tmp_path, "pmap,mesh,fsdp", devices=2, processes=2)
     for result in results.values():
         assert_same(result, one_device)
-        assert [told["position"] for told in result["hashes"]] == [0, 1]
+        assert [item["position"] for item in result["hashes"]] == [0, 1]
 
 
 def test_one_compile_a_shape():
@@ -141,7 +141,7 @@ def test_bad_arguments_are_told():
         MeshLift(toy.step, MeshConfig(data=7, fsdp=11))
     lift = PmapLift(toy.step)
     lift._local = 3
-    with pytest.raises(MmjaxError, match=r"batch\['x'\] has 8 rows"):
+    with pytest.raises(MmjaxError, match=r"batch\['x'\] has 8 examples"):
         lift.place_batch(next(toy.Data(8)))
     with pytest.raises(MmjaxError, match="beyond 32 bits"):
         JitLift(toy.step).place_batch({"index": np.array([2**40])})
