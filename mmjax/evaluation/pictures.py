@@ -134,7 +134,7 @@ def mistakes_picture(
 ) -> UInt8[np.ndarray, "pixels_high pixels_wide 3"]:
     """A grid of images with a line or two under each: its class and the predicted one."""
     if not 0 < len(images) == len(lines):
-        raise MmjaxError(f"lines: {len(lines)} of them for {len(images)} images")
+        raise MmjaxError(f"lines: {len(lines)} lines for {len(images)} images")
     columns = min(8, len(images))
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(1.6 * columns, 2.1 * rows + 0.3), dpi=100, layout="constrained")
