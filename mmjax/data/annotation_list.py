@@ -1,6 +1,6 @@
 """Files that list images and what is said of them, row by row: JSON, JSONL, CSV, TSV; several may make one list.
 
-What is wrong with a file is a MmjaxError at the start; what is wrong with one row is a BadRecord when it is asked for.
+An error in a file is a MmjaxError at the start; an error in one entry is a BadRecord on access.
 """
 
 import bisect
@@ -24,7 +24,7 @@ File = str | os.PathLike[str]
 
 
 class AnnotationFile:
-    """One file. A JSONL file is read row by row when asked for; the others are parsed once in each process.
+    """One file. A JSONL file is read line by line on access; other files are parsed once in each process.
 
     Raises MmjaxError, naming the file: not there, not of these formats, empty.
     """
@@ -44,7 +44,7 @@ class AnnotationFile:
             self.fingerprint = hashlib.sha256(self.file.read_bytes()).hexdigest()
             self._length = len(self._rows())
         if not self._length:
-            raise MmjaxError(f"{self.file}: no rows")
+            raise MmjaxError(f"{self.file}: no entries")
 
     def __getstate__(self) -> dict[str, Any]:
         # Workers parse the file themselves: that is faster than sending a million dicts through a pipe.
@@ -55,17 +55,17 @@ class AnnotationFile:
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         if self._offsets is None:
-            row = self._rows()[index]
+            record = self._rows()[index]
         else:
             start, end = (int(offset) for offset in self._offsets[index : index + 2])
-            with self.file.open("rb") as opened:
-                opened.seek(start)
-                row = _parse(opened.read(end - start), self.row_name(index))
-        if not isinstance(row, Mapping):
-            raise BadRecord("list: not an object", self.row_name(index), f"it is a {type(row).__name__}")
-        return row
+            with self.file.open("rb") as stream:
+                stream.seek(start)
+                record = _parse(stream.read(end - start), self.record_name(index))
+        if not isinstance(record, Mapping):
+            raise BadRecord("list: not an object", self.record_name(index), f"it is a {type(record).__name__}")
+        return record
 
-    def row_name(self, index: int) -> str:
+    def record_name(self, index: int) -> str:
         return f"{self.file}[{index}]"
 
     def _rows(self) -> list[Any]:
@@ -75,18 +75,18 @@ class AnnotationFile:
 
 
 class AnnotationList:
-    """The rows of one file, or of several one after another; what a row becomes is for the classes that inherit.
+    """The entries of one file, or of several in sequence; subclasses turn an entry into a record.
 
-    files: one or several. images: the folder that the rows' paths are below; by default each file's own.
+    files: one or several. images: the folder of the entries' paths; by default each file's folder.
     name: for messages; by default the files'.
     """
 
     def __init__(self, files: File | Sequence[File], images: File | None = None, name: str | None = None):
         """Raises MmjaxError, naming the file: see `AnnotationFile`; and for no file at all."""
-        given = [files] if isinstance(files, str | os.PathLike) else list(files)
-        if not given:
+        paths = [files] if isinstance(files, str | os.PathLike) else list(files)
+        if not paths:
             raise MmjaxError("a list of annotations needs a file")
-        self.files = tuple(AnnotationFile(file) for file in given)
+        self.files = tuple(AnnotationFile(file) for file in paths)
         self.images = None if images is None else pathlib.Path(images)
         self.name = name or " + ".join(each.file.name for each in self.files)
         self._ends = list(itertools.accumulate(map(len, self.files)))
@@ -101,43 +101,45 @@ class AnnotationList:
         return self._ends[-1]
 
     def record_name(self, index: int) -> str:
-        file, place = self._place(index)
-        return file.row_name(place)
+        file, position = self._locate(index)
+        return file.record_name(position)
 
-    def row(self, index: int) -> Mapping[str, Any]:
-        """A row as it stands in its file. Raises BadRecord "list: not an object", "list: not JSON"."""
-        file, place = self._place(index)
-        return file[place]
+    def record(self, index: int) -> Mapping[str, Any]:
+        """An entry as in its file. Raises BadRecord "list: not an object", "list: not JSON"."""
+        file, position = self._locate(index)
+        return file[position]
 
-    def rows(self) -> Iterator[Mapping[str, Any]]:
-        return (self.row(index) for index in range(len(self)))
+    def records(self) -> Iterator[Mapping[str, Any]]:
+        return (self.record(index) for index in range(len(self)))
 
-    def field(self, index: int, row: Mapping[str, Any], key: str, kind: type | tuple[type, ...]) -> Any:
-        """`row[key]`. Raises BadRecord "list: no KEY", naming the record, where it is missing or of another type."""
-        value = row.get(key)
+    def field(self, index: int, record: Mapping[str, Any], key: str, kind: type | tuple[type, ...]) -> Any:
+        """`record[key]`. Raises BadRecord "list: no KEY", naming the record, where it is missing or of another type."""
+        value = record.get(key)
         if not isinstance(value, kind):
-            raise BadRecord(f"list: no {key}", self.record_name(index), f"it is {value!r:.40}; keys {sorted(row)[:8]}")
+            raise BadRecord(
+                f"list: no {key}", self.record_name(index), f"it is {value!r:.40}; keys {sorted(record)[:8]}"
+            )
         return value
 
-    def text(self, index: int, row: Mapping[str, Any], key: str) -> str:
+    def text(self, index: int, record: Mapping[str, Any], key: str) -> str:
         """A text by the rules of `mmjax.data.decoding`. Raises BadRecord."""
-        return clean_caption(self.field(index, row, key, str), self.record_name(index))
+        return clean_caption(self.field(index, record, key, str), self.record_name(index))
 
     def image(self, index: int, name: str, folder: pathlib.Path | None = None) -> bytes:
-        """An image's bytes, below `images` or the given folder. Raises BadRecord: "file: missing", ..."""
-        return read_bytes(inside(folder or self.images or self._place(index)[0].file.parent, name))
+        """An image's bytes, below `images` or `folder`. Raises BadRecord: "file: missing", ..."""
+        return read_bytes(inside(folder or self.images or self._locate(index)[0].file.parent, name))
 
-    def _place(self, index: int) -> tuple[AnnotationFile, int]:
+    def _locate(self, index: int) -> tuple[AnnotationFile, int]:
         index = range(len(self))[index]
         number = bisect.bisect_right(self._ends, index)
         return self.files[number], index - (self._ends[number - 1] if number else 0)
 
 
 def _line_offsets(file: pathlib.Path) -> tuple[np.ndarray, str]:
-    """Where the lines begin (and the last one ends), without the empty ones; and the file's SHA-256."""
+    """The offsets of the non-empty lines and of the end, and the file's SHA-256."""
     digest, offsets, position = hashlib.sha256(), [], 0
-    with file.open("rb") as opened:
-        for line in opened:
+    with file.open("rb") as stream:
+        for line in stream:
             digest.update(line)
             if line.strip():
                 offsets.append(position)
@@ -155,7 +157,7 @@ def _parse(line: bytes, name: str) -> Any:
 
 
 def read_json(file: pathlib.Path) -> Any:
-    """What a JSON file tells. Raises MmjaxError naming it."""
+    """The content of a JSON file. Raises MmjaxError naming it."""
     try:
         return json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -163,30 +165,32 @@ def read_json(file: pathlib.Path) -> Any:
 
 
 def _json_rows(file: pathlib.Path) -> list[Any]:
-    told = read_json(file)
-    if isinstance(told, list):
-        return told
-    if isinstance(told, dict) and isinstance(told.get("images"), list):
-        return _coco_rows(told)
-    kind = f"an object with {sorted(told)[:8]}" if isinstance(told, dict) else type(told).__name__
-    raise MmjaxError(f"{file}: expected a list of rows or COCO's images and annotations, found {kind}")
+    content = read_json(file)
+    if isinstance(content, list):
+        return content
+    if isinstance(content, dict) and isinstance(content.get("images"), list):
+        return _coco_records(content)
+    kind = f"an object with {sorted(content)[:8]}" if isinstance(content, dict) else type(content).__name__
+    raise MmjaxError(f"{file}: expected a list of entries or COCO's images and annotations, not {kind}")
 
 
-def _coco_rows(told: Mapping[str, Any]) -> list[Any]:
+def _coco_records(content: Mapping[str, Any]) -> list[Any]:
     captions: dict[Any, list[str]] = {}
-    for annotation in told.get("annotations", ()):
+    for annotation in content.get("annotations", ()):
         captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    rows = []
-    for image in told["images"]:
+    records = []
+    for image in content["images"]:
         texts = captions.get(image.get("id", image.get("cocoid")), image.get("sentences"))
-        # Karpathy's files tell the folder apart from the name.
+        # Karpathy's files have the folder apart from the name.
         name = os.path.join(image.get("filepath", ""), image.get("file_name") or image.get("filename", ""))
-        rows.append({"image": name, "captions": texts} | {k: image[k] for k in ("id", "cocoid", "split") if k in image})
-    return rows
+        records.append(
+            {"image": name, "captions": texts} | {k: image[k] for k in ("id", "cocoid", "split") if k in image}
+        )
+    return records
 
 
 def _csv_rows(file: pathlib.Path) -> list[Any]:
     # Undecodable bytes become lone surrogates, which `clean_caption` refuses row by row.
-    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
-        rows = list(csv.DictReader(opened, delimiter="\t" if file.suffix == ".tsv" else ","))
-    return [{key: value for key, value in row.items() if key is not None} for row in rows]
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        records = list(csv.DictReader(stream, delimiter="\t" if file.suffix == ".tsv" else ","))
+    return [{key: value for key, value in record.items() if key is not None} for record in records]

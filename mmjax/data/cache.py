@@ -1,4 +1,4 @@
-"""Arrays kept on disk between runs: renderings, features of frozen networks. All can be computed again at any time."""
+"""Arrays cached on disk between runs: renderings, features of frozen networks. All can be computed again."""
 
 import contextlib
 import os

@@ -40,7 +40,7 @@ class CleanText(transforms.Map):
 
 @dataclass(frozen=True)
 class EncodeCaption(transforms.RandomMap):
-    """`text` (or one of `texts`, drawn at random, where a record has several) -> `input_ids`, `attention_mask`: int32
+    """`text` (or one of `texts`, sampled, where a record has several) -> `input_ids`, `attention_mask`: int32
     [length], as `mmjax.text.captions.caption_columns` makes them.
 
     sep: whether [SEP] ends the text: BLIP has it, ALBEF does not.

@@ -3,7 +3,7 @@
     names = load_emoji_names("de")
     names.train[0]    # ("1st place medal", "goldmedaille")
 
-Which pairs there are, and which are held out, is decided by these rules:
+These rules determine the pairs, and which are held out:
   1. Every emoji with both names, one pair an English name; skin-tone variants are dropped. All is lower case.
   2. An English name is held out if its hash falls in the lowest fifth.
   3. Aliases of a trained name are further English sides of its pair, but for those that are held-out names.
@@ -39,18 +39,18 @@ def load_emoji_names(language: str = "de") -> EmojiNames:
     emoji.config.load_language(language)
     pairs: dict[str, str] = {}
     aliases: dict[str, list[str]] = {}
-    for character, told in emoji.EMOJI_DATA.items():
-        if language not in told or any(ord(c) in SKIN_TONES for c in character):
+    for character, fields in emoji.EMOJI_DATA.items():
+        if language not in fields or any(ord(c) in SKIN_TONES for c in character):
             continue
-        name = _words(told["en"])
-        pairs.setdefault(name, _words(told[language]))
-        aliases.setdefault(name, []).extend(_words(alias) for alias in told.get("alias", ()))
-    held = {name for name in pairs if is_held_out(name, HELD_OUT_SHARE)}
+        name = _words(fields["en"])
+        pairs.setdefault(name, _words(fields[language]))
+        aliases.setdefault(name, []).extend(_words(alias) for alias in fields.get("alias", ()))
+    held_out = {name for name in pairs if is_held_out(name, HELD_OUT_SHARE)}
     train: dict[Pair, None] = {}
-    for name in (name for name in pairs if name not in held):
-        texts = (name, *(alias for alias in aliases[name] if alias not in held))
+    for name in (name for name in pairs if name not in held_out):
+        texts = (name, *(alias for alias in aliases[name] if alias not in held_out))
         train |= {(text, pairs[name]): None for text in texts}
-    return EmojiNames(tuple(train), tuple((name, pairs[name]) for name in pairs if name in held))
+    return EmojiNames(tuple(train), tuple((name, pairs[name]) for name in pairs if name in held_out))
 
 
 def _words(shortcode: str) -> str:

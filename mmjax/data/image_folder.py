@@ -18,10 +18,18 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", 
 class ImageFolder:
     """Records {"image": bytes, "label": int, "text": class name}; {"image": bytes} if there are no sub-folders.
 
-    classes: the sub-folders by name, without hidden ones; `label` counts them. Given, they are numbered as there, and
-        some may lack a sub-folder. Files are sorted by class, then by path.
+    classes: the sub-folders by name, without hidden ones; `label` is the index in them. If passed, they are
+        numbered as passed, and some may lack a sub-folder. Files are sorted by class, then by path.
 
-    Raises MmjaxError: no such folder, no image in it, or a sub-folder that is none of the given classes.
+    Raises MmjaxError: no such folder, no image in it, or a sub-folder that is not among `classes`.
+
+    >>> import tempfile
+    >>> folder = pathlib.Path(tempfile.mkdtemp(), "cat")
+    >>> folder.mkdir()
+    >>> _ = (folder / "tom.png").write_bytes(b"...")
+    >>> source = ImageFolder(folder.parent)
+    >>> source.classes, source[0]
+    (('cat',), {'image': b'...', 'label': 0, 'text': 'cat'})
     """
 
     def __init__(self, root: str | os.PathLike[str], name: str | None = None, classes: Sequence[str] | None = None):
@@ -35,10 +43,10 @@ class ImageFolder:
         if unknown:
             raise MmjaxError(f"{self.root}: {', '.join(unknown)}: not among the classes {', '.join(self.classes)}")
         folders = self.classes or (".",)
-        found = [(label, path) for label, folder in enumerate(folders) for path in self._images(folder)]
-        if not found:
+        images = [(label, path) for label, folder in enumerate(folders) for path in self._images(folder)]
+        if not images:
             raise MmjaxError(f"{self.root}: no image ({', '.join(sorted(SUFFIXES))}) in it")
-        self.labels, self.paths = [label for label, _ in found], [path for _, path in found]
+        self.labels, self.paths = [label for label, _ in images], [path for _, path in images]
 
     def _images(self, folder: str) -> list[str]:
         paths = []
@@ -73,13 +81,13 @@ class ImageFolder:
         Which ones follows from the paths below the root alone: the same on every machine and in every run, and images
         that join later move few of the others.
         """
-        held: list[int] = []
+        held_out: list[int] = []
         for label in sorted(set(self.labels)):
-            rows = [i for i, own in enumerate(self.labels) if own == label]
-            rows.sort(key=lambda i: hashlib.sha256(self.paths[i].encode(errors="surrogateescape")).digest())
-            held += rows[: min(max(math.floor(share * len(rows) + 0.5), 1), len(rows) - 1)]
-        kept = sorted(set(range(len(self))) - set(held))
-        return self.select(kept), self.select(sorted(held))
+            indices = [i for i, other in enumerate(self.labels) if other == label]
+            indices.sort(key=lambda i: hashlib.sha256(self.paths[i].encode(errors="surrogateescape")).digest())
+            held_out += indices[: min(max(math.floor(share * len(indices) + 0.5), 1), len(indices) - 1)]
+        rest = sorted(set(range(len(self))) - set(held_out))
+        return self.select(rest), self.select(sorted(held_out))
 
     @property
     def fingerprint(self) -> str:
@@ -114,7 +122,7 @@ def labelled_split(root: str | os.PathLike[str], held_out: float) -> tuple[Image
         raise MmjaxError(f"held_out={held_out}: a share from 0 to below 1")
     train, test = split_folders(root)
     if len(train.classes) < 2:
-        raise MmjaxError(f"{train.root}: {', '.join(train.classes)} is its only class; there is nothing to tell apart")
+        raise MmjaxError(f"{train.root}: {', '.join(train.classes)} is its only class; a classifier needs two")
     empty = sorted({train.classes[i] for i in set(range(len(train.classes))) - set(train.labels)})
     if empty:
         raise MmjaxError(f"{train.root}: no image ({', '.join(sorted(SUFFIXES))}) of the classes {', '.join(empty)}")

@@ -28,7 +28,7 @@ class OnEach(transforms.RandomMap):
 
 @dataclass(frozen=True)
 class SwapImages(transforms.RandomMap):
-    """With probability `p` the images change places, and the words left and right in `text` (BLIP on NLVR2).
+    """With probability `p` the images are swapped, and the words left and right in `text` (BLIP on NLVR2).
 
     It stands after `CleanText`. BLIP swaps in its evaluation too, whose scores are therefore random; here a pipeline
     for evaluation leaves this out.

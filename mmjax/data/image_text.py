@@ -3,7 +3,7 @@
 What is recognised, row by row:
     image           image, file_name, filename, filepath, image_path, img (in that order); below the `images` folder
     text, texts     caption, captions, text, title, sentences: a string, a list of strings, or Karpathy's [{"raw": ...}]
-    everything else is handed on under its own name (conversations, question, answer, id, ...)
+    all other fields pass through under their names (conversations, question, answer, id, ...)
 COCO's {"images": [...], "annotations": [...]} gives one record an image, with all its captions in `texts`.
 
     ImageTextList(["coco.json", "vg.json", "cc3m.jsonl"], images)       # ALBEF's and BLIP's pre-training and captioning
@@ -29,7 +29,7 @@ TEXT_KEYS = ("caption", "captions", "text", "title", "sentences")
 class ImageTextList(AnnotationList):
     """Records {"image": bytes, "text": str, "texts": (str, ...), ...} of annotation files.
 
-    numbered: `image_id` is then a number from 0, the same for the rows of one image: for those with one `image_id` in
+    numbered: `image_id` is then a number from 0, the same for all entries of one image: those with one `image_id` in
         the files, or where a row has none, one path. Images are numbered in the order in which they first come.
 
     Raises MmjaxError, naming the file: not there, not of these formats, empty.
@@ -46,35 +46,35 @@ class ImageTextList(AnnotationList):
         self._numbers = self._numbered() if numbered else None
 
     def __getitem__(self, index: int) -> Record:
-        row = self.row(index)
-        name = self._image_name(row)
+        entry = self.record(index)
+        name = self._image_name(entry)
         if name is None:
-            raise BadRecord("list: no image named", self.record_name(index), f"keys {sorted(row)[:8]}")
-        record: Record = {key: value for key, value in row.items() if key not in (*IMAGE_KEYS, *TEXT_KEYS)}
+            raise BadRecord("list: no image named", self.record_name(index), f"keys {sorted(entry)[:8]}")
+        record: Record = {key: value for key, value in entry.items() if key not in (*IMAGE_KEYS, *TEXT_KEYS)}
         if self._numbers is not None:
             record["image_id"] = int(self._numbers[index])
-        texts = _texts(row, f"{self.record_name(index)} {name}")
+        texts = _texts(entry, f"{self.record_name(index)} {name}")
         if texts:
             record |= {"text": texts[0], "texts": texts}
         return record | {"image": self.image(index, name)}
 
     def _numbered(self) -> Int[np.ndarray, " n"]:
-        """int32 [n]; a row that is bad gets a number of its own, which nothing reads."""
-        seen: dict[Any, int] = {}
+        """int32 [n]; a bad entry has a unique number, which nothing reads."""
+        numbers_by_name: dict[Any, int] = {}
         numbers = np.empty(len(self), np.int32)
         for index in range(len(self)):
             try:
-                row = self.row(index)
-                told = row.get("image_id")
-                known: Any = told if isinstance(told, int | str) else (self._image_name(row), "path")
+                entry = self.record(index)
+                value = entry.get("image_id")
+                known: Any = value if isinstance(value, int | str) else (self._image_name(entry), "path")
             except BadRecord:
                 known = (index, "bad")
-            numbers[index] = seen.setdefault(known, len(seen))
+            numbers[index] = numbers_by_name.setdefault(known, len(numbers_by_name))
         return numbers
 
     @staticmethod
-    def _image_name(row: Mapping[str, Any]) -> str | None:
-        return next((row[key] for key in IMAGE_KEYS if isinstance(row.get(key), str) and row[key]), None)
+    def _image_name(entry: Mapping[str, Any]) -> str | None:
+        return next((entry[key] for key in IMAGE_KEYS if isinstance(entry.get(key), str) and entry[key]), None)
 
 
 def retrieval_texts(pairs: ImageTextList) -> tuple[tuple[str, ...], Int[np.ndarray, " m"]]:
@@ -85,19 +85,19 @@ def retrieval_texts(pairs: ImageTextList) -> tuple[tuple[str, ...], Int[np.ndarr
     texts: list[str] = []
     owners: list[int] = []
     for index in range(len(pairs)):
-        own = _texts(pairs.row(index), pairs.record_name(index))
-        if not own:
+        captions = _texts(pairs.record(index), pairs.record_name(index))
+        if not captions:
             raise MmjaxError(f"{pairs.record_name(index)}: no text, under none of {', '.join(TEXT_KEYS)}")
-        texts += own
-        owners += [index] * len(own)
+        texts += captions
+        owners += [index] * len(captions)
     return tuple(texts), np.array(owners, np.int32)
 
 
-def _texts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    told: Any = next((row[key] for key in TEXT_KEYS if row.get(key) is not None), None)
-    if told is None:
+def _texts(entry: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    value: Any = next((entry[key] for key in TEXT_KEYS if entry.get(key) is not None), None)
+    if value is None:
         return ()
-    several = told if isinstance(told, list | tuple) else [told]
+    several = value if isinstance(value, list | tuple) else [value]
     raw: list[Any] = [text.get("raw") if isinstance(text, Mapping) else text for text in several]
     if not raw:
         raise BadRecord("caption: empty", name)

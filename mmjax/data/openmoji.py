@@ -7,7 +7,7 @@ Which drawings are left out, and which go to which side, is decided by these rul
   1. Only drawings that have a name and a group; skin-tone variants are dropped. Flags of countries have Unicode's name
      ("flag: Chad"), which `emoji` shortens ("Chad").
   2. Near-duplicates are dropped: of drawings whose renderings differ by less than 5 of 255 (root mean square of 16 x 16
-     averages at 64 px) one is kept, the one with the shortest name ("cook", not "man cook").
+     averages at 64 px) only one remains, the one with the shortest name ("cook", not "man cook").
   3. A name is held out if its hash falls in the lowest fifth. `hold_out="family"` is harder: what is hashed is the name
      without gender and direction, so that "man climbing" is on the side of "woman climbing".
   4. `texts` are the name and its aliases. An alias that occurs on the other side too is dropped there, so that no
@@ -33,7 +33,7 @@ from mmjax.errors import MmjaxError
 
 ATTRIBUTION = "All emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
 RULE_SIZE = 64
-"""Sameness is judged at this size whatever the size asked for, so that the split does not depend on it."""
+"""Duplicates are determined at this size, so that the split does not depend on the requested size."""
 NEAR = 5.0
 HELD_OUT_SHARE = 0.2
 SKIN_TONES = {f"{code:X}" for code in range(0x1F3FB, 0x1F400)}
@@ -77,14 +77,14 @@ def load_openmoji(
     drawings, dropped = _drawings()
     folder = pathlib.Path(cache) if cache is not None else cache_folder()
     small = _renderings(drawings, RULE_SIZE, folder)
-    kept = _distinct(drawings, small)
-    dropped["near-duplicate"] = len(drawings) - len(kept)
-    images = (small if size == RULE_SIZE else _renderings(drawings, size, folder))[kept]
-    drawings = [drawings[i] for i in kept]
+    distinct = _distinct(drawings, small)
+    dropped["near-duplicate"] = len(drawings) - len(distinct)
+    images = (small if size == RULE_SIZE else _renderings(drawings, size, folder))[distinct]
+    drawings = [drawings[i] for i in distinct]
     keys = [_stem(d.name) if hold_out == "family" else d.name.lower() for d in drawings]
-    held = np.array([is_held_out(key, HELD_OUT_SHARE) for key in keys])
+    held_out_mask = np.array([is_held_out(key, HELD_OUT_SHARE) for key in keys])
     groups = tuple(sorted({drawing.group for drawing in drawings}))
-    texts = _texts(drawings, held)
+    texts = _texts(drawings, held_out_mask)
     everything = ArraySource(
         name=f"openmoji-{size}",
         image=images,
@@ -94,8 +94,8 @@ def load_openmoji(
         subgroup=[drawing.subgroup for drawing in drawings],
         label=np.array([groups.index(drawing.group) for drawing in drawings], np.int32),
     )
-    train = everything.select(np.flatnonzero(~held).tolist(), f"openmoji-{size}-train")
-    held_out = everything.select(np.flatnonzero(held).tolist(), f"openmoji-{size}-held-out")
+    train = everything.select(np.flatnonzero(~held_out_mask).tolist(), f"openmoji-{size}-train")
+    held_out = everything.select(np.flatnonzero(held_out_mask).tolist(), f"openmoji-{size}-held-out")
     return OpenMoji(train, held_out, groups, dropped)
 
 
@@ -147,9 +147,9 @@ def _render(path: pathlib.Path, size: int, resvg_py: Any) -> np.ndarray:
     # Without the system's fonts, so that every machine draws the same.
     png = resvg_py.svg_to_bytes(svg_path=str(path), width=size, height=size, skip_system_fonts=True)
     with Image.open(io.BytesIO(bytes(png))) as file:
-        drawn = file.convert("RGBA")
+        picture = file.convert("RGBA")
     canvas = Image.new("RGBA", (size, size), (255, 255, 255, 255))
-    canvas.alpha_composite(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2))
+    canvas.alpha_composite(picture, ((size - picture.width) // 2, (size - picture.height) // 2))
     return np.asarray(canvas.convert("RGB"))
 
 
@@ -173,11 +173,11 @@ def _distinct(drawings: list[Drawing], images: np.ndarray) -> list[int]:
     small = images.reshape(n, 16, side, 16, side, 3).mean((2, 4), dtype=np.float32).reshape(n, -1)
     squares = (small**2).sum(1)
     alike = (squares[:, None] + squares[None] - 2 * small @ small.T) / small.shape[1] < NEAR**2
-    kept: list[int] = []
+    indices: list[int] = []
     for i in sorted(range(n), key=lambda i: (len(drawings[i].name), drawings[i].name)):
-        if not alike[i, kept].any():
-            kept.append(i)
-    return sorted(kept)
+        if not alike[i, indices].any():
+            indices.append(i)
+    return sorted(indices)
 
 
 def _stem(name: str) -> str:
@@ -185,13 +185,13 @@ def _stem(name: str) -> str:
     return " ".join(GENDER.sub(" ", name.lower()).split()) or name.lower()
 
 
-def _texts(drawings: list[Drawing], held: np.ndarray) -> list[tuple[str, ...]]:
+def _texts(drawings: list[Drawing], held_out_mask: np.ndarray) -> list[tuple[str, ...]]:
     """Name and aliases of each drawing; aliases that the other side uses are left out (rule 4)."""
     sides: tuple[set[str], set[str]] = (set(), set())
-    for drawing, side in zip(drawings, held):
+    for drawing, side in zip(drawings, held_out_mask):
         sides[int(side)].update(text.lower() for text in (drawing.name, *drawing.aliases))
     texts = []
-    for drawing, side in zip(drawings, held):
+    for drawing, side in zip(drawings, held_out_mask):
         aliases = [a for a in drawing.aliases if a.lower() not in sides[1 - int(side)]]
         texts.append(tuple(dict.fromkeys((drawing.name, *aliases))))
     return texts

@@ -3,14 +3,15 @@
     pipeline = Pipeline(source, batch_size=256, seed=0, transforms=(RandomResizedCrop(224), RandomFlip()), workers=8)
     batches = iter(pipeline)
     batch = next(batches)           # {"image": uint8 [b, 224, 224, 3], "label": int32 [b], "index": int64 [b]}
-    state = batches.get_state()     # plain JSON; `iter(pipeline)` in another process, set_state(state): goes on
+    state = batches.get_state()     # plain JSON; `iter(pipeline)` in another process, set_state(state): resumes
 
-Epochs. Each epoch is a permutation of the records, cut into whole batches: no record is twice in an epoch, and what
-does not fill a batch waits for another epoch. Grain shuffles, runs the worker processes and carries arrays from them.
+Epochs. Each epoch is a permutation of the records, cut into whole batches: no record occurs twice in an epoch, and
+records that do not fill a batch are left to later epochs. Grain shuffles, runs the worker processes and transfers
+arrays from them.
 
-Bad records. A record that raises `BadRecord` is replaced by the one that sits at its place one batch later in the epoch
-(or, if that is bad too, by the next after it), so batches keep their shape, the other records keep their places, and no
-batch depends on workers or on processes. Each is counted once and written to `quarantine`.
+Bad records. A record that raises `BadRecord` is replaced by the one at its position one batch later in the epoch
+(or, if that is bad too, by the next after it). So batches have a constant shape, the other records stay at their
+positions, and no batch depends on workers or on processes. Each is counted once and written to `quarantine`.
 """
 
 import collections
@@ -40,7 +41,7 @@ ENDLESS = 2**62
 FEW = 10_000
 """The share of bad records is judged among at least so many (or all, of a smaller source)."""
 RESTARTS = 3
-"""So many times in a row lost worker processes are started again."""
+"""Lost worker processes are restarted so many times in succession."""
 
 
 class TooManyBadRecords(MmjaxError):
@@ -51,8 +52,8 @@ class TooManyBadRecords(MmjaxError):
 class Pipeline:
     """Batches of a source; `iter` of it starts from the beginning.
 
-    batch_size: of all processes together; process p gets rows p b/P to (p + 1) b/P of each batch.
-    transforms: applied to each record in order; random ones get a generator that depends on seed, epoch and place.
+    batch_size: of all processes together; process p gets records p b/P to (p + 1) b/P of each batch.
+    transforms: applied to each record in order; random ones get a generator that depends on seed, epoch and position.
         A field that is text or bytes at the end is not batched; numbers become int32 or float32.
     workers: processes; 0 prepares batches in a thread of this one.
     epochs: None repeats for ever.
@@ -60,6 +61,11 @@ class Pipeline:
     max_bad_fraction: the share of bad records, of those of this process, past which TooManyBadRecords is raised.
     quarantine: a JSON-lines file that names each bad record; None only counts them.
     prefetch: batches prepared ahead (per worker).
+
+    >>> from mmjax.data.sources import ArraySource
+    >>> pipeline = Pipeline(ArraySource(label=np.arange(6)), batch_size=2, shuffle=False, epochs=1)
+    >>> [batch["label"].tolist() for batch in pipeline]
+    [[0, 1], [2, 3], [4, 5]]
     """
 
     source: Source
@@ -104,14 +110,14 @@ class Pipeline:
         return dataclasses.replace(self, **fields)
 
     def allowed(self, step: int) -> float:
-        """How many bad records are bearable up to and with `step`."""
+        """The number of bad records that are allowed up to and including `step`."""
         share = len(self.source) / self.process_count
-        seen = (step + 1) * self.batch_size / self.process_count
-        return self.max_bad_fraction * min(share, max(seen, FEW))
+        visited = (step + 1) * self.batch_size / self.process_count
+        return self.max_bad_fraction * min(share, max(visited, FEW))
 
 
 class PipelineIterator:
-    """The batches of a pipeline from some step on; `get_state` and `set_state` say from which.
+    """The batches of a pipeline from some step on; `get_state` and `set_state` store and restore the step.
 
     bad: {reason: record indices}, of the batches handed out so far.
     """
@@ -144,7 +150,7 @@ class PipelineIterator:
         self.step, self.bad = self.step + 1, bad
         if self.pipeline.workers == 0:
             return loaded["batch"]
-        # Out of the shared memory that workers fill: there is little of it, and a batch may be kept for long.
+        # Copied from the workers' shared memory: it is small, and a batch may live long.
         return {key: np.array(value) for key, value in loaded["batch"].items()}
 
     def _load(self) -> dict[str, Any]:
@@ -165,11 +171,11 @@ class PipelineIterator:
                 logging.getLogger(__name__).warning("a data worker died at step %d; starting again", self.step)
         raise AssertionError("unreachable")
 
-    def _merged(self, found: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    def _merged(self, bad_records: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
         known = {index for indices in self.bad.values() for index in indices}
-        new = [row for row in found if row["index"] not in known]
-        reasons = sorted(self.bad.keys() | {row["reason"] for row in new})
-        fresh = {reason: [row["index"] for row in new if row["reason"] == reason] for reason in reasons}
+        new = [record for record in bad_records if record["index"] not in known]
+        reasons = sorted(self.bad.keys() | {record["reason"] for record in new})
+        fresh = {reason: [record["index"] for record in new if record["reason"] == reason] for reason in reasons}
         return {reason: sorted({*self.bad.get(reason, ()), *fresh[reason]}) for reason in reasons}
 
     def _complaint(self, count: int, bad: Mapping[str, list[int]], last: Sequence[Mapping[str, Any]]) -> str:
@@ -184,18 +190,21 @@ class PipelineIterator:
 
     @property
     def bad_counts(self) -> dict[str, int]:
-        """How many distinct bad records were met, by reason."""
+        """The number of distinct bad records so far, by reason."""
         return {reason: len(indices) for reason, indices in self.bad.items()}
 
     @property
     def skipped(self) -> list[str]:
-        """The bad records met so far, each with its reason."""
+        """The bad records so far, each with its reason."""
         name = self.pipeline.source.record_name
         return [f"{name(index)} ({reason})" for reason, indices in self.bad.items() for index in indices]
 
     def get_state(self) -> dict[str, Any]:
         """What `set_state` needs, as JSON types; equal for equal histories, whatever the workers."""
-        return self._identity() | {"step": self.step, "bad": {reason: list(rows) for reason, rows in self.bad.items()}}
+        return self._identity() | {
+            "step": self.step,
+            "bad": {reason: list(indices) for reason, indices in self.bad.items()},
+        }
 
     def _identity(self) -> dict[str, Any]:
         pipeline = self.pipeline
@@ -203,17 +212,17 @@ class PipelineIterator:
         return {"version": 1, "source": self._fingerprint, "batch_size": pipeline.batch_size} | order
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on after the batch at which `state` was taken.
+        """Resumes after the batch at which `state` was taken.
 
         Raises MmjaxError for the state of another order: other source, seed, batch size.
         """
         wrong = {name: (state.get(name), here) for name, here in self._identity().items() if state.get(name) != here}
         if wrong:
-            told = ", ".join(f"{name} was {was!r}, is {now!r}" for name, (was, now) in wrong.items())
-            raise MmjaxError(f"{self.pipeline.source.name}: this state is of another order of records: {told}")
+            changes = ", ".join(f"{name} was {was!r}, is {now!r}" for name, (was, now) in wrong.items())
+            raise MmjaxError(f"{self.pipeline.source.name}: this state is of another order of records: {changes}")
         self.close()
         self.step = int(state["step"])
-        self.bad = {reason: list(rows) for reason, rows in state["bad"].items()}
+        self.bad = {reason: list(indices) for reason, indices in state["bad"].items()}
 
     def close(self) -> None:
         """Stops the workers; the next batch starts them again."""
@@ -229,16 +238,16 @@ class Quarantine:
         self.path = pathlib.Path(path)
         self._indices: set[int] | None = None
 
-    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        if not rows:
+    def add(self, records: Sequence[Mapping[str, Any]]) -> None:
+        if not records:
             return
         if self._indices is None:
             self._indices = self._read()
-        new = [row for row in rows if row["index"] not in self._indices]
-        self._indices.update(row["index"] for row in new)
+        new = [record for record in records if record["index"] not in self._indices]
+        self._indices.update(record["index"] for record in new)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.writelines(json.dumps(dict(row)) + "\n" for row in new)
+            file.writelines(json.dumps(dict(record)) + "\n" for record in new)
 
     def _read(self) -> set[int]:
         """The records already listed; a last line that a kill cut short is cut off."""
@@ -261,7 +270,7 @@ def _batches(pipeline: Pipeline, start: int, end: int) -> grain.IterDataset:
 
 
 class _Loader(grain.transforms.Map):
-    """step -> {"batch": arrays or None, "bad": rows}: a pure function, so that workers can share the steps out."""
+    """step -> {"batch": arrays or None, "bad": records}: a pure function, so that workers can share the steps out."""
 
     def __init__(self, pipeline: Pipeline):
         self.pipeline = pipeline
@@ -275,28 +284,28 @@ class _Loader(grain.transforms.Map):
         epoch, step = divmod(int(element), pipeline.steps_per_epoch)
         local = pipeline.batch_size // pipeline.process_count
         start = step * pipeline.batch_size + pipeline.process_index * local
-        rows: list[Record] = []
+        records: list[Record] = []
         bad: dict[int, dict[str, Any]] = {}
-        for place in range(start, min(start + local, len(pipeline.source))):
-            row = self._good_row(epoch, place, bad, pipeline.allowed(element))
-            if row is None:
+        for position in range(start, min(start + local, len(pipeline.source))):
+            record = self._good_record(epoch, position, bad, pipeline.allowed(element))
+            if record is None:
                 return {"batch": None, "bad": list(bad.values())}
-            rows.append(row)
-        return {"batch": _collate(rows, pipeline.source), "bad": list(bad.values())}
+            records.append(record)
+        return {"batch": _collate(records, pipeline.source), "bad": list(bad.values())}
 
-    def _good_row(self, epoch: int, place: int, bad: dict[int, dict[str, Any]], allowed: float) -> Record | None:
-        """The record at a place of an epoch, or the next good one after the same place of the next batch.
+    def _good_record(self, epoch: int, position: int, bad: dict[int, dict[str, Any]], allowed: float) -> Record | None:
+        """The record at a position of an epoch, or the next good one from the same position of the next batch on.
 
         None when there are more bad ones than allowed: then the search stops.
         """
         n = len(self.pipeline.source)
-        others = (place + self.pipeline.batch_size + k for k in range(n))
-        for candidate in itertools.chain((place,), others):
+        others = (position + self.pipeline.batch_size + k for k in range(n))
+        for candidate in itertools.chain((position,), others):
             index = self.order[epoch * n + candidate % n] % n
             if index in bad:
                 continue
             try:
-                return self._row(index, np.random.default_rng((self.pipeline.seed, epoch, place)))
+                return self._record(index, np.random.default_rng((self.pipeline.seed, epoch, position)))
             except BadRecord as error:
                 name = error.name or self.pipeline.source.record_name(index)
                 bad[index] = {"index": index, "name": name, "reason": error.reason, "detail": error.detail}
@@ -304,7 +313,7 @@ class _Loader(grain.transforms.Map):
                 break
         return None
 
-    def _row(self, index: int, rng: np.random.Generator) -> Record:
+    def _record(self, index: int, rng: np.random.Generator) -> Record:
         record = self.pipeline.source[index]
         for transform in self.pipeline.transforms:
             record = transformed(transform, record, rng)
@@ -312,7 +321,7 @@ class _Loader(grain.transforms.Map):
 
 
 def transformed(transform: Transform, record: Record, rng: np.random.Generator) -> Record:
-    """What a transform of any kind makes of a record."""
+    """The record after a transform of any kind."""
     made: Any
     if isinstance(transform, grain.transforms.RandomMap):
         made = transform.random_map(record, rng)
@@ -323,27 +332,27 @@ def transformed(transform: Transform, record: Record, rng: np.random.Generator) 
     return made
 
 
-def _collate(rows: list[Record], source: Source) -> dict[str, np.ndarray]:
-    """Records -> arrays [b, ...]; what is not a number or an array of numbers stays behind."""
+def _collate(records: list[Record], source: Source) -> dict[str, np.ndarray]:
+    """Records -> arrays [b, ...]; fields that are no numbers or arrays of numbers are left out."""
     numbers = np.ndarray | np.generic | int | float
-    keys = [key for key, value in sorted(rows[0].items()) if isinstance(value, numbers)]
+    keys = [key for key, value in sorted(records[0].items()) if isinstance(value, numbers)]
     batch = {}
     for key in keys:
-        lacking = next((row for row in rows if not isinstance(row.get(key), numbers)), None)
-        if lacking is not None:
-            first, other = (source.record_name(int(row["index"])) for row in (rows[0], lacking))
+        incomplete = next((record for record in records if not isinstance(record.get(key), numbers)), None)
+        if incomplete is not None:
+            first, other = (source.record_name(int(record["index"])) for record in (records[0], incomplete))
             raise MmjaxError(
                 f"{key!r} must be a number in every record of a batch, as in {first}: {other} has "
-                f"{lacking.get(key)!r:.40}; Keep among the transforms leaves out what is not needed"
+                f"{incomplete.get(key)!r:.40}; Keep among the transforms leaves out what is not needed"
             )
-        values = [_as_array(row[key]) for row in rows]
+        values = [_as_array(record[key]) for record in records]
         shapes = collections.Counter((value.shape, value.dtype.name) for value in values)
         if len(shapes) > 1:
-            wanted = shapes.most_common(1)[0][0]
-            odd = next(i for i, value in enumerate(values) if (value.shape, value.dtype.name) != wanted)
+            expected = shapes.most_common(1)[0][0]
+            odd = next(i for i, value in enumerate(values) if (value.shape, value.dtype.name) != expected)
             raise MmjaxError(
-                f"{key!r} must have one shape in a batch: {source.record_name(int(rows[odd]['index']))} gives "
-                f"{values[odd].dtype} {list(values[odd].shape)}, others {wanted[1]} {list(wanted[0])}; for images, "
+                f"{key!r} must have one shape in a batch: {source.record_name(int(records[odd]['index']))} gives "
+                f"{values[odd].dtype} {list(values[odd].shape)}, others {expected[1]} {list(expected[0])}; for images, "
                 "RandomResizedCrop or Resize among the transforms makes one size"
             )
         # Not np.stack, which took 17 ms for 64 images of 224 px where this takes 0.3.

@@ -170,7 +170,7 @@ def trivial_augment_space(share: float, sign: float) -> dict[str, Callable[[Imag
 
 @dataclass(frozen=True)
 class TrivialAugmentWide(transforms.RandomMap):
-    """One operation of fourteen at a strength drawn from 31 (arXiv 2103.10158)."""
+    """One operation of fourteen at a strength sampled from 31 (arXiv 2103.10158)."""
 
     def random_map(self, element: Record, rng: np.random.Generator) -> Record:
         share = int(rng.integers(BINS)) / (BINS - 1)

@@ -1,7 +1,7 @@
 """Random-access sources: `source[i]` is a record, a dict with encoded images as bytes, captions as str, labels as int.
 
-A source knows nothing of order, decoding or batches. Files are opened when a record is asked for, so that a source
-travels to worker processes as a few paths.
+A source knows nothing of order, decoding or batches. Files are opened on access, so that a source is sent to worker
+processes as a few paths.
 """
 
 import gzip
@@ -41,7 +41,9 @@ class Source(Protocol):
 class ArraySource:
     """Columns in memory: arrays [n, ...] and sequences of n values.
 
-        ArraySource(image=images, label=labels, name="digits")
+    >>> source = ArraySource(image=np.zeros((3, 8, 8, 3), np.uint8), label=np.arange(3), name="digits")
+    >>> len(source), source[1]["label"], source.record_name(1)
+    (3, 1, 'digits[1]')
 
     Raises MmjaxError for columns of different lengths.
     """
@@ -136,11 +138,11 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
                 raise MmjaxError(f"{file}: not an IDX file, it starts with {head!r}")
             dtype = np.dtype(IDX_TYPES[head[2]])
             shape = struct.unpack(f">{head[3]}I", opened.read(4 * head[3]))
-            wanted = math.prod(shape) * dtype.itemsize
-            data = opened.read(wanted + 1)  # no more than that, whatever gzip would unpack to
+            size = math.prod(shape) * dtype.itemsize
+            data = opened.read(size + 1)  # bounded, however much gzip would unpack
     except (EOFError, OSError, struct.error, zlib.error) as error:
         raise MmjaxError(f"{file}: {type(error).__name__}: {error}") from error
-    if len(data) != wanted:
-        told = "more" if len(data) > wanted else f"{len(data)}"
-        raise MmjaxError(f"{file}: the header says {list(shape)} {dtype.name}, {wanted} bytes; there are {told}")
+    if len(data) != size:
+        count = "more" if len(data) > size else f"{len(data)}"
+        raise MmjaxError(f"{file}: the header says {list(shape)} {dtype.name}, {size} bytes; there are {count}")
     return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="))

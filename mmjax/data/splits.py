@@ -1,4 +1,4 @@
-"""Which records are held out: by name, so that it does not depend on what other records there are."""
+"""Which records are held out: by name, independent of the other records."""
 
 import hashlib
 

@@ -51,7 +51,7 @@ class Documented:
 
 def stdlib_documented(root: str | os.PathLike[str] | None = None) -> list[Documented]:
     """Every module, class and function with a documentation string, but for those under an `if` and in functions."""
-    return [told for name, tree in _modules(root) if name != TOPICS for told in _documented(tree, name)]
+    return [documented for name, tree in _modules(root) if name != TOPICS for documented in _documented(tree, name)]
 
 
 def _modules(root: str | os.PathLike[str] | None) -> Iterator[tuple[str, ast.Module]]:

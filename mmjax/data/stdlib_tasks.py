@@ -26,7 +26,7 @@ WORD = re.compile(r"\w+|[^\w\s]")
 RETURNS = re.compile(r"\b[Rr]eturns?:?\s+(?P<answer>[^.;\n]+(?:\n[ \t]*\S[^.;\n]*)?)")
 """Up to the end of the sentence, two lines at most."""
 WIDEST = 60
-"""Words of a text that is asked about."""
+"""The maximum of words of a text with a question."""
 
 
 def package_texts(documented: Sequence[Documented] | None = None, least: int = LEAST) -> list[LabelledText]:
@@ -35,37 +35,37 @@ def package_texts(documented: Sequence[Documented] | None = None, least: int = L
     documented: what is documented; None: `stdlib_documented()`.
     """
     texts: dict[str, LabelledText] = {}
-    for told in stdlib_documented() if documented is None else documented:
-        package = pathlib.PurePath(told.module).parts[0].removesuffix(".py")
-        texts.setdefault(told.text, LabelledText(told.text, package, place=f"{told.module}: {told.name}"))
+    for item in stdlib_documented() if documented is None else documented:
+        package = pathlib.PurePath(item.module).parts[0].removesuffix(".py")
+        texts.setdefault(item.text, LabelledText(item.text, package, place=f"{item.module}: {item.name}"))
     counts = collections.Counter(text.label for text in texts.values())
     return [text for text in texts.values() if counts[text.label] >= least]
 
 
 def parameter_words(documented: Sequence[Documented] | None = None) -> list[TaggedWords]:
     """Paragraphs of functions' documentation strings that name a parameter at all; such words are B-PARAMETER."""
-    found = []
-    for told in stdlib_documented() if documented is None else documented:
-        for paragraph in re.split(r"\n\s*\n", told.text):
+    sentences = []
+    for item in stdlib_documented() if documented is None else documented:
+        for paragraph in re.split(r"\n\s*\n", item.text):
             words = tuple(WORD.findall(paragraph))
-            tags = tuple("B-PARAMETER" if word in told.parameters else "O" for word in words)
+            tags = tuple("B-PARAMETER" if word in item.parameters else "O" for word in words)
             if "B-PARAMETER" in tags:
-                found.append(TaggedWords(words, tags, told.module, told.module))
-    return found
+                sentences.append(TaggedWords(words, tags, item.module, item.module))
+    return sentences
 
 
 def return_questions(documented: Sequence[Documented] | None = None) -> list[Question]:
     """A question a function with a documentation string of 8 to 60 words, answered if it says that it returns."""
-    found = []
+    questions = []
     number = itertools.count()
-    for told in stdlib_documented() if documented is None else documented:
-        if not told.parameters or not 8 <= len(told.text.split()) <= WIDEST:
+    for item in stdlib_documented() if documented is None else documented:
+        if not item.parameters or not 8 <= len(item.text.split()) <= WIDEST:
             continue
-        says = RETURNS.search(told.text)
+        match = RETURNS.search(item.text)
         answers = ()
-        if says is not None:
-            text = says["answer"].rstrip()
-            answers = ((text, says.start("answer")),)
-        question = f"What does {told.name} return?"
-        found.append(Question(f"{told.module}:{next(number)}", question, told.text, answers, told.module))
-    return found
+        if match is not None:
+            text = match["answer"].rstrip()
+            answers = ((text, match.start("answer")),)
+        question = f"What does {item.name} return?"
+        questions.append(Question(f"{item.module}:{next(number)}", question, item.text, answers, item.module))
+    return questions

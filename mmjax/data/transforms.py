@@ -1,6 +1,6 @@
 """What happens to one record on the host, as Grain transforms: decoding, cropping to one size, text to ids.
 
-A pipeline calls `random_map(record, rng)` with a generator of the record's own, so that the result depends neither on
+A pipeline calls `random_map(record, rng)` with a generator for the record, so that the result depends neither on
 workers nor on what was read before. Heavier augmentation (colour, blur) runs on the device.
 """
 
@@ -28,7 +28,7 @@ def _picture(value: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 @dataclass(frozen=True)
 class Decode(transforms.Map):
-    """`image`: bytes -> uint8 [height, width, 3], every image in its own size."""
+    """`image`: bytes -> uint8 [height, width, 3], each image in its original size."""
 
     max_pixels: int = MAX_PIXELS
 
@@ -38,7 +38,7 @@ class Decode(transforms.Map):
 
 @dataclass(frozen=True)
 class Keep(transforms.Map):
-    """Only these fields go on. A list of several files has more of them in some rows, and a batch cannot hold those."""
+    """Only these fields remain. A list of several files has more fields in some records, which a batch cannot hold."""
 
     fields: tuple[str, ...]
 
@@ -141,7 +141,7 @@ class RandomFlip(transforms.RandomMap):
 
 
 def drawn_text(element: Record, several: bool, rng: np.random.Generator) -> str:
-    """`text`, or with `several` one of `texts` drawn at random where a record has them. Raises BadRecord."""
+    """`text`, or with `several` one of `texts` sampled where a record has them. Raises BadRecord."""
     texts = element.get("texts") if several else None
     text = texts[rng.integers(len(texts))] if texts else element.get("text")
     if text is None:
@@ -151,7 +151,7 @@ def drawn_text(element: Record, several: bool, rng: np.random.Generator) -> str:
 
 @dataclass(frozen=True)
 class EncodeText(transforms.RandomMap):
-    """`text` (or one of `texts`, drawn at random, where a record has several) -> int32 [l].
+    """`text` (or one of `texts`, sampled, where a record has several) -> int32 [l].
 
     encode: strings -> ids [b, l] of a constant l, as the tokenizers of `mmjax.text` do.
     several: draw from `texts`; False always takes `text`.

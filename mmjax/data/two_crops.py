@@ -11,7 +11,7 @@ from mmjax.data.transforms import Decode, RandomResizedCrop
 
 @dataclass(frozen=True)
 class TwoCrops(transforms.RandomMap):
-    """`image`: bytes or uint8 -> `view_1`, `view_2` in its place, uint8 [size, size, 3]: decoded once, cropped twice.
+    """`image`: bytes or uint8 -> `view_1`, `view_2` instead, uint8 [size, size, 3]: decoded once, cropped twice.
 
     crop: its `shrink` does nothing here, since the whole image is decoded.
     """

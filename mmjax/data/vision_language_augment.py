@@ -1,7 +1,7 @@
-"""RandAugment as ALBEF and BLIP have it: ten operations on uint8 pixels, each drawn one applied half the time.
+"""RandAugment as ALBEF and BLIP have it: ten operations on uint8 pixels, each sampled one applied half the time.
 
 Facts: ALBEF `dataset/randaugment.py`, BLIP `transform/randaugment.py`, which call OpenCV. Pixels are OpenCV 4's to the
-bit (5 rounds places less), with two faults of theirs put right, on purpose:
+bit (5 rounds coordinates less), with two faults of theirs put right, on purpose:
     AutoContrast computes -low in eight bits there, where it is 256 - low: every channel without a black pixel comes out
         all but white. Here contrast is stretched.
     Sharpness casts to eight bits without clipping there: what is sharpened past white comes out dark, and past black
@@ -88,17 +88,17 @@ def _single(matrix: list[list[float]]) -> Float[np.ndarray, "2 3"]:
 def warp(image: Pixels, matrix: Float[np.ndarray, "2 3"]) -> Pixels:
     """The pixel at (x, y) goes to `matrix` (x, y, 1); grey from outside. OpenCV 4's `warpAffine`, bilinear, to the bit.
 
-    Places are rounded to 1/1024 and then to 1/32 of a pixel, so that weights are whole numbers of 1/1024.
+    Coordinates are rounded to 1/1024 and then to 1/32 of a pixel, so that weights are whole numbers of 1/1024.
     """
     height, width = image.shape[:2]
     (a, b, left), (c, d, top) = matrix.tolist()
     scale = 1 / (a * d - b * c)
     a, b, c, d = d * scale, -b * scale, -c * scale, a * scale  # from where each pixel comes
     columns, rows = np.arange(width), np.arange(height)[:, None]
-    x = _places(a * columns, b * rows - (a * left + b * top))
-    y = _places(c * columns, d * rows - (c * left + d * top))
-    # One frame of grey, and every place outside moved into it. The three channels are one 64-bit number, 21 bits apart,
-    # so that one product weighs them all: at most 255 * 1024 each.
+    x = _fixed_point(a * columns, b * rows - (a * left + b * top))
+    y = _fixed_point(c * columns, d * rows - (c * left + d * top))
+    # One frame of grey, and every position outside is clipped to it. The three channels are one 64-bit number, 21 bits
+    # apart, so that one product weighs them all: at most 255 * 1024 each.
     values = np.full((height + 2, width + 2, 3), GREY, np.uint64)
     values[1:-1, 1:-1] = image
     packed = (values[..., 0] | values[..., 1] << 21 | values[..., 2] << 42).ravel()
@@ -115,7 +115,7 @@ def warp(image: Pixels, matrix: Float[np.ndarray, "2 3"]) -> Pixels:
     return warped
 
 
-def _places(along: np.ndarray, across: np.ndarray) -> np.ndarray:
+def _fixed_point(along: np.ndarray, across: np.ndarray) -> np.ndarray:
     """Whole numbers of 1/32 of a pixel, int64 [height, width]."""
     return (np.rint(across * 1024).astype(np.int64) + 16 + np.rint(along * 1024).astype(np.int64)) >> 5
 

@@ -1,8 +1,8 @@
-"""WebDataset tars by random access, through an index of our own: nothing is extracted, nothing is lost in silence.
+"""WebDataset tars by random access, through an index of our own: nothing is extracted, and no loss is silent.
 
 Python's `tarfile` (and what is built on it) stops without a word at the first damaged header: of six ways to damage one
 member of a shard, five lose the rest of the shard unnoticed. Here every header's checksum is checked; behind a damaged
-one the next good header is searched; what was lost is a record of its own that raises BadRecord, so that a pipeline
+one the next good header is searched; each lost member is a record that raises BadRecord, so that a pipeline
 counts it, names it with shard and offset, and stops if it is too much:
 
     tar: damaged header      the checksum is wrong, or the header is zeroed while more follows
@@ -82,17 +82,17 @@ class WebDataset:
         self.problems: list[tuple[pathlib.Path, Member]] = []
         for number, shard in enumerate(self.shards):
             digest.update(shard.name.encode())
-            key, seen = None, set()
+            key, sample_suffixes = None, set()
             for member in read_members(shard):
                 digest.update(f"{member.name} {member.offset} {member.size} {member.problem}".encode())
                 if member.problem:
                     self.problems.append((shard, member))
                     continue
                 stem, suffix = _split(member.name)
-                if stem != key or suffix in seen:
+                if stem != key or suffix in sample_suffixes:
                     samples.append((number, len(members), member.start))
-                    key, seen = stem, set()
-                seen.add(suffix)
+                    key, sample_suffixes = stem, set()
+                sample_suffixes.add(suffix)
                 crc = -1 if member.crc32 is None else member.crc32
                 members.append((member.offset, member.size, suffixes.setdefault(suffix, len(suffixes)), crc))
         # Arrays, not objects: ten million samples are to be sent to worker processes.
@@ -102,7 +102,7 @@ class WebDataset:
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
-        # What was lost comes last, as records that say so.
+        # Lost members come last, as records that raise BadRecord.
         return len(self._samples) - 1 + len(self.problems)
 
     def __getitem__(self, index: int) -> Record:
@@ -143,23 +143,23 @@ class WebDataset:
 def find_shards(shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[pathlib.Path]:
     """The shards of a folder, a pattern, or a list. Raises MmjaxError: none, missing, compressed."""
     if isinstance(shards, str | os.PathLike):
-        told = os.fspath(shards)
-        if os.path.isdir(told):
-            found = sorted(glob.glob(os.path.join(glob.escape(told), "*.tar")))
+        source = os.fspath(shards)
+        if os.path.isdir(source):
+            paths = sorted(glob.glob(os.path.join(glob.escape(source), "*.tar")))
         else:
-            patterns = _expand(told)
-            found = sorted(glob.glob(told)) if len(patterns) == 1 and glob.has_magic(told) else patterns
+            patterns = _expand(source)
+            paths = sorted(glob.glob(source)) if len(patterns) == 1 and glob.has_magic(source) else patterns
     else:
-        told, found = "the list of shards", [os.fspath(shard) for shard in shards]
-    if not found:
-        raise MmjaxError(f"{told}: no .tar file fits")
-    missing = [path for path in found if not os.path.isfile(path)]
+        source, paths = "the list of shards", [os.fspath(shard) for shard in shards]
+    if not paths:
+        raise MmjaxError(f"{source}: no .tar file fits")
+    missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
-        raise MmjaxError(f"{told}: {len(missing)} of {len(found)} shards are missing: {', '.join(missing[:5])}")
-    packed = [path for path in found if not path.endswith(".tar")]
+        raise MmjaxError(f"{source}: {len(missing)} of {len(paths)} shards are missing: {', '.join(missing[:5])}")
+    packed = [path for path in paths if not path.endswith(".tar")]
     if packed:
         raise MmjaxError(f"{packed[0]}: shards are read by random access and must be plain .tar files")
-    return [pathlib.Path(path) for path in found]
+    return [pathlib.Path(path) for path in paths]
 
 
 def _expand(pattern: str) -> list[str]:
@@ -219,7 +219,7 @@ def _label(data: bytes, name: str) -> int:
 
 
 def read_members(shard: pathlib.Path) -> Iterator[Member]:
-    """The regular files of a shard in order, with a problem in the place of each that is lost.
+    """The regular files of a shard in order, with a problem instead of each lost one.
 
     With an index beside the shard, what it lists and the shard lacks is a problem too.
     """
@@ -235,10 +235,10 @@ def read_members(shard: pathlib.Path) -> Iterator[Member]:
     refused = [member for member in scanned if member.problem == "tar: refused member"]
 
     def checked(member: Member) -> Member:
-        found = there.get((member.name, member.offset, member.size))
-        if found is None:
+        match = there.get((member.name, member.offset, member.size))
+        if match is None:
             return dataclasses.replace(member, problem="tar: missing member")
-        return dataclasses.replace(member, start=found.start)
+        return dataclasses.replace(member, start=match.start)
 
     # The index knows what was lost, so that the guesses about damage are not needed.
     return iter(sorted([*map(checked, listed), *refused], key=lambda member: member.offset))
@@ -247,17 +247,17 @@ def read_members(shard: pathlib.Path) -> Iterator[Member]:
 def write_index(shard: str | os.PathLike[str]) -> pathlib.Path:
     """Writes SHARD.index.json: name, offset, size and CRC-32 of each member. Raises MmjaxError if it is damaged."""
     path = pathlib.Path(shard)
-    rows = []
+    members = []
     with path.open("rb") as file:
         for member in _scan(path):
             if member.problem and member.problem != "tar: refused member":
                 raise MmjaxError(f"{path}: {member.problem} at byte {member.offset}; index a whole shard")
             if not member.problem:
                 crc = zlib.crc32(_read_at(file, member.offset, member.size))
-                rows.append([member.name, member.offset, member.size, crc])
+                members.append([member.name, member.offset, member.size, crc])
     target = pathlib.Path(f"{path}.index.json")
     partial = target.with_suffix(".tmp")
-    partial.write_text(json.dumps(rows))
+    partial.write_text(json.dumps(members))
     os.replace(partial, target)
     return target
 
@@ -324,7 +324,7 @@ def _header_follows(file: BinaryIO, position: int, total: int) -> bool:
 
 def _header_at(file: BinaryIO, position: int) -> Header | None:
     """The member whose headers begin at `position`; None if one of their checksums is wrong."""
-    told: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
     for _ in range(4):  # at most a long name, a long link and a pax header before the member's own
         fields = _fields(_read_at(file, position, BLOCK))
         if fields is None:
@@ -332,10 +332,10 @@ def _header_at(file: BinaryIO, position: int) -> Header | None:
         name, size, kind = fields
         position += BLOCK
         if kind not in (b"L", b"K", b"x", b"g"):
-            return Header(told.get("path", name), told.get("size", size), kind, position)
+            return Header(overrides.get("path", name), overrides.get("size", size), kind, position)
         if size > MAX_HEADER_DATA:
             return None
-        told |= _long(kind, _read_at(file, position, size))
+        overrides |= _long(kind, _read_at(file, position, size))
         position += -(-size // BLOCK) * BLOCK
     return None
 
@@ -367,18 +367,18 @@ def _long(kind: bytes, data: bytes) -> dict[str, Any]:
     """What an extra header says of the next member: its long name (GNU), or path and size (pax)."""
     if kind == b"L":
         return {"path": data.rstrip(b"\0").decode("utf-8", "surrogateescape")}
-    told: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     while kind == b"x" and (match := re.match(rb"(\d+) ([^=\n]+)=", data)):
         length = int(match[1])
         value = data[match.end() : length - 1]
         if match[2] == b"path":
-            told["path"] = value.decode("utf-8", "surrogateescape")
+            fields["path"] = value.decode("utf-8", "surrogateescape")
         if match[2] == b"size" and value.isdigit():
-            told["size"] = int(value)
+            fields["size"] = int(value)
         if length <= match.end():
             break
         data = data[length:]
-    return told
+    return fields
 
 
 def _allowed(name: str, kind: bytes) -> bool:
