@@ -64,11 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(verbs: argparse._SubParsersAction, name: str, run: Verb, about: str, fields: bool = False):
+def _add(verbs: argparse._SubParsersAction, name: str, run: Verb, description: str, fields: bool = False):
     """A verb's parser. fields: it takes EXPERIMENT.py and passes flags that it does not know to the experiment."""
-    more = "" if not fields else " Any other flag sets a field: mmjax %(prog)s EXPERIMENT.py --help lists them."
-    about = about + more.replace("mmjax %(prog)s", f"mmjax {name}")
-    verb = verbs.add_parser(name, help=about.split(". ")[0], description=about, allow_abbrev=False, add_help=not fields)
+    suffix = "" if not fields else " Any other flag sets a field: mmjax %(prog)s EXPERIMENT.py --help lists them."
+    description = description + suffix.replace("mmjax %(prog)s", f"mmjax {name}")
+    verb = verbs.add_parser(
+        name, help=description.split(". ")[0], description=description, allow_abbrev=False, add_help=not fields
+    )
     verb.set_defaults(verb=name, run=run, takes_fields=fields, parser=verb)
     if fields:
         verb.add_argument("experiment", nargs="?", metavar="EXPERIMENT.py", help="a file with a class Config")
@@ -79,11 +81,11 @@ def _add(verbs: argparse._SubParsersAction, name: str, run: Verb, about: str, fi
 
 
 def _train(verbs: argparse._SubParsersAction) -> None:
-    about = "Train an experiment. The same command resumes it; SIGTERM and Ctrl-C save first."
-    verb = _add(verbs, "train", _run_train, about, fields=True)
+    description = "Train an experiment. The same command resumes it; SIGTERM and Ctrl-C save first."
+    verb = _add(verbs, "train", _run_train, description, fields=True)
     verb.add_argument("--workdir", metavar="DIR", help="default: workdirs/<name of the experiment's file>")
-    told = "one of several processes, which find each other by the cluster's environment (jax.distributed)"
-    verb.add_argument("--distributed", action="store_true", help=told)
+    help_text = "one of several processes, which find each other by the cluster's environment (jax.distributed)"
+    verb.add_argument("--distributed", action="store_true", help=help_text)
 
 
 def _run_train(flags: argparse.Namespace, fields: list[str]) -> None:
@@ -93,8 +95,8 @@ def _run_train(flags: argparse.Namespace, fields: list[str]) -> None:
 
 
 def _ablate(verbs: argparse._SubParsersAction) -> None:
-    about = "Train many arms of an experiment as one program and compare them. The same command resumes it."
-    verb = _add(verbs, "ablate", _run_ablate, about, fields=True)
+    description = "Train many arms of an experiment as one program and compare them. The same command resumes it."
+    verb = _add(verbs, "ablate", _run_ablate, description, fields=True)
     verb.add_argument(
         "--over",
         action="append",
@@ -103,8 +105,8 @@ def _ablate(verbs: argparse._SubParsersAction) -> None:
         help="a hyper-parameter or field and its values; twice or more: their grid",
     )
     verb.add_argument("--seeds", metavar="0,1,2", help="every choice of values with each seed")
-    told = "how arms share a program; auto: what was measured to be best on this backend"
-    verb.add_argument("--arms", choices=["auto", "vmap", "map", "unroll"], default="auto", help=told)
+    help_text = "how the arms run in one program; auto: the fastest measured on this backend"
+    verb.add_argument("--arms", choices=["auto", "vmap", "map", "unroll"], default="auto", help=help_text)
     verb.add_argument("--sequential", action="store_true", help="one arm after another instead: the same numbers")
     verb.add_argument("--workdir", metavar="DIR", help="default: workdirs/<name of the experiment's file>_ablation")
 
@@ -116,8 +118,8 @@ def _run_ablate(flags: argparse.Namespace, fields: list[str]) -> None:
 
 
 def _plan(verbs: argparse._SubParsersAction) -> None:
-    about = "Tell the memory, work, collectives and least time of a step on a TPU slice. No TPU is needed."
-    verb = _add(verbs, "plan", _run_plan, about, fields=True)
+    description = "Print the memory, work, collectives and minimal time of a step on a TPU slice. No TPU is needed."
+    verb = _add(verbs, "plan", _run_plan, description, fields=True)
     verb.add_argument(
         "--topology", metavar="v5e:8x8", help="version and shape: v4:2x2x1, v5e:16x16, v5p:2x2x2, v6e:4x4"
     )
@@ -130,17 +132,17 @@ def _run_plan(flags: argparse.Namespace, fields: list[str]) -> int:
 
 
 def _evaluate(verbs: argparse._SubParsersAction) -> None:
-    about = "Evaluate a trained run by its own protocols, or any model on a folder of images."
-    verb = _add(verbs, "evaluate", lambda flags, _: _run_evaluate(flags), about)
+    description = "Evaluate a trained run by its own protocols, or any model on a folder of images."
+    verb = _add(verbs, "evaluate", lambda flags, _: _run_evaluate(flags), description)
     verb.add_argument(
         "source", metavar="WORKDIR", help="a run of mmjax train; with --data also a weight file or hub id"
     )
     verb.add_argument("--task", metavar="NAME", default="all", help="default: all of the experiment's")
-    told = (
+    help_text = (
         "images in a folder a class (or train/ and test/ of such); NAME: zero_shot, knn, linear_probe, classification"
     )
-    verb.add_argument("--data", metavar="DIR", help=told)
-    verb.add_argument("--experiment", metavar="EXPERIMENT.py", help="where the experiment's file lies now, if it moved")
+    verb.add_argument("--data", metavar="DIR", help=help_text)
+    verb.add_argument("--experiment", metavar="EXPERIMENT.py", help="the experiment's file, if it moved")
 
 
 def _run_evaluate(flags: argparse.Namespace) -> None:
@@ -156,64 +158,60 @@ def _run_evaluate(flags: argparse.Namespace) -> None:
 
 
 def _classify(verbs: argparse._SubParsersAction) -> None:
-    about = "Say which of some labels fits each image; of BERT, each text."
-    verb = _add(verbs, "classify", lambda flags, _: _run_classify(flags), about)
+    description = "Print the most probable labels of each image; with BERT, of each text."
+    verb = _add(verbs, "classify", lambda flags, _: _run_classify(flags), description)
     verb.add_argument("source", metavar="MODEL", help="a workdir, a folder, a weight file or a hub id")
-    verb.add_argument("asked", nargs="+", metavar="IMAGE_OR_TEXT")
-    verb.add_argument(
-        "--labels", metavar="A,B,C", help="default: the run's labels.json, or what a head's classes are called"
-    )
+    verb.add_argument("inputs", nargs="+", metavar="IMAGE_OR_TEXT")
+    verb.add_argument("--labels", metavar="A,B,C", help="default: the model's class names")
 
 
 def _run_classify(flags: argparse.Namespace) -> None:
-    from mmjax.cli import ask
+    from mmjax.cli import images
 
-    ask.classify(flags.source, flags.asked, flags.labels)
+    images.classify(flags.source, flags.inputs, flags.labels)
 
 
 def _retrieve(verbs: argparse._SubParsersAction) -> None:
-    about = "Find the images of a folder that are nearest to an image or a text, and draw them."
-    verb = _add(verbs, "retrieve", lambda flags, _: _run_retrieve(flags), about)
+    description = "Find the images of a folder that are nearest to an image or a text, and store a picture of them."
+    verb = _add(verbs, "retrieve", lambda flags, _: _run_retrieve(flags), description)
     verb.add_argument("source", metavar="MODEL", help="a workdir, a folder, a weight file or a hub id")
     query = verb.add_mutually_exclusive_group(required=True)
-    query.add_argument("--image", metavar="FILE", help="what to look for")
-    query.add_argument("--text", metavar="T", help="what to look for")
-    verb.add_argument(
-        "--folder", metavar="DIR", help="the images that are searched; default: MODEL/images, if a run has them"
-    )
-    verb.add_argument("-k", type=int, default=5, help="how many (default 5)")
+    query.add_argument("--image", metavar="FILE", help="the query")
+    query.add_argument("--text", metavar="T", help="the query")
+    verb.add_argument("--folder", metavar="DIR", help="the images to search; default: MODEL/images, if a run has them")
+    verb.add_argument("-k", type=int, default=5, help="number of images (default 5)")
     verb.add_argument("--picture", metavar="FILE", default="retrieved.png", help="default: retrieved.png")
 
 
 def _run_retrieve(flags: argparse.Namespace) -> None:
-    from mmjax.cli import ask
+    from mmjax.cli import images
 
-    ask.retrieve(flags.source, flags.image, flags.text, flags.folder, flags.k, flags.picture)
+    images.retrieve(flags.source, flags.image, flags.text, flags.folder, flags.k, flags.picture)
 
 
 def _generate(verbs: argparse._SubParsersAction) -> None:
-    about = "Let a language model go on from prompts. A single one is told as it comes."
-    verb = _add(verbs, "generate", lambda flags, _: _run_generate(flags), about)
+    description = "Generate text from prompts with a language model. The text of a single prompt is streamed."
+    verb = _add(verbs, "generate", lambda flags, _: _run_generate(flags), description)
     verb.add_argument("source", metavar="MODEL", help="a workdir, a folder, a weight file (GGUF too) or a hub id")
     verb.add_argument("prompts", nargs="+", metavar="PROMPT")
     _generation_flags(verb)
-    verb.add_argument("--num_beams", type=int, metavar="N", help="search with so many beams")
-    verb.add_argument("--num_return_sequences", type=int, metavar="N", help="so many texts a prompt")
+    verb.add_argument("--num_beams", type=int, metavar="N", help="number of beams")
+    verb.add_argument("--num_return_sequences", type=int, metavar="N", help="number of texts per prompt")
 
 
 def _generation_flags(verb: argparse.ArgumentParser) -> None:
-    """Flags left out are left to the model."""
+    """The model has defaults for the flags left out."""
     verb.add_argument("--max_new_tokens", type=int, metavar="N", help="default: 64")
-    verb.add_argument("--temperature", type=float, metavar="T", help="draw; default: the most probable token")
-    verb.add_argument("--top_k", type=int, metavar="K", help="draw among the K most probable")
-    verb.add_argument("--top_p", type=float, metavar="P", help="draw among the fewest that hold P")
+    verb.add_argument("--temperature", type=float, metavar="T", help="sample; default: the most probable token")
+    verb.add_argument("--top_k", type=int, metavar="K", help="sample from the K most probable tokens")
+    verb.add_argument("--top_p", type=float, metavar="P", help="sample from the smallest set with probability P")
     verb.add_argument("--repetition_penalty", type=float, metavar="R")
-    verb.add_argument("--stop", action="append", metavar="TEXT", help="end there; may be given more than once")
-    verb.add_argument("--seed", type=int, metavar="N", help="of draws (default 0)")
-    told = "what parameters are kept in and computed with; default: as the file's layout says"
-    verb.add_argument("--dtype", choices=["float32", "bfloat16"], help=told)
-    told = "keep matrices in a byte a weight, for a model that is large for its device (extra int8)"
-    verb.add_argument("--weights", choices=["int8"], help=told)
+    verb.add_argument("--stop", action="append", metavar="TEXT", help="end at this text; repeatable")
+    verb.add_argument("--seed", type=int, metavar="N", help="of sampling (default 0)")
+    help_text = "dtype of the parameters and the computation; default: the layout's, float32"
+    verb.add_argument("--dtype", choices=["float32", "bfloat16"], help=help_text)
+    help_text = "store matrices in one byte per weight, for a model that is large for its device (extra int8)"
+    verb.add_argument("--weights", choices=["int8"], help=help_text)
 
 
 def _generation_options(flags: argparse.Namespace) -> dict[str, object]:
@@ -227,30 +225,30 @@ def _loading_options(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_generate(flags: argparse.Namespace) -> None:
-    from mmjax.cli import speak
+    from mmjax.cli import generation
 
-    speak.generate(flags.source, flags.prompts, _loading_options(flags), _generation_options(flags))
+    generation.generate(flags.source, flags.prompts, _loading_options(flags), _generation_options(flags))
 
 
 def _chat(verbs: argparse._SubParsersAction) -> None:
-    about = "Talk to a language model, a line a turn. The end of input ends it."
-    verb = _add(verbs, "chat", lambda flags, _: _run_chat(flags), about)
+    description = "Chat with a language model, one line per turn. The end of input ends the chat."
+    verb = _add(verbs, "chat", lambda flags, _: _run_chat(flags), description)
     verb.add_argument("source", metavar="MODEL", help="a workdir, a folder, a weight file (GGUF too) or a hub id")
-    verb.add_argument("--system", metavar="TEXT", help="what the model is told first; default: its template's")
+    verb.add_argument("--system", metavar="TEXT", help="system message; default: the template's")
     _generation_flags(verb)
 
 
 def _run_chat(flags: argparse.Namespace) -> None:
-    from mmjax.cli import speak
+    from mmjax.cli import generation
 
-    speak.chat(flags.source, flags.system, _loading_options(flags), _generation_options(flags))
+    generation.chat(flags.source, flags.system, _loading_options(flags), _generation_options(flags))
 
 
 def _convert(verbs: argparse._SubParsersAction) -> None:
-    about = "Write a model in another layout: a public one (hf, ...) or our own (mmjax)."
-    verb = _add(verbs, "convert", lambda flags, _: _run_convert(flags), about)
+    description = "Write a model in another layout: a public one (hf, ...) or our own (mmjax)."
+    verb = _add(verbs, "convert", lambda flags, _: _run_convert(flags), description)
     verb.add_argument("source", metavar="SRC", help="a workdir, a folder, a weight file or a hub id")
-    verb.add_argument("target", metavar="DST", help="a folder, made if it is not there")
+    verb.add_argument("target", metavar="DST", help="a folder; created if missing")
     verb.add_argument("--layout", metavar="NAME", required=True, help="mmjax models lists them")
     lossy = "write it even if the layout cannot hold all of the model; what it cannot hold is printed"
     verb.add_argument("--lossy", action="store_true", help=lossy)
@@ -266,10 +264,12 @@ def _run_convert(flags: argparse.Namespace) -> None:
 def _tokenizer(verbs: argparse._SubParsersAction) -> None:
     verb = _add(verbs, "tokenizer", lambda flags, _: _run_tokenizer(flags), "Learn a tokenizer from text files.")
     verb.add_argument("action", choices=["train"])
-    verb.add_argument("places", nargs="+", metavar="FILE_OR_FOLDER", help="a text a line; of a folder every .txt file")
-    told = "BERT's, GPT-2's or T5's way of cutting"
-    verb.add_argument("--kind", required=True, choices=["wordpiece", "byte_bpe", "unigram"], help=told)
-    verb.add_argument("--vocab_size", type=int, required=True, metavar="N", help="ids at most")
+    verb.add_argument(
+        "sources", nargs="+", metavar="FILE_OR_FOLDER", help="one text per line; for a folder, every .txt file"
+    )
+    help_text = "the algorithm of BERT, GPT-2 or T5"
+    verb.add_argument("--kind", required=True, choices=["wordpiece", "byte_bpe", "unigram"], help=help_text)
+    verb.add_argument("--vocab_size", type=int, required=True, metavar="N", help="maximal number of ids")
     verb.add_argument("--out", metavar="FILE", default="tokenizer.json", help="default: tokenizer.json")
     verb.add_argument("--special", metavar="A,B,C", help="further special tokens, such as <image>")
 
@@ -277,7 +277,7 @@ def _tokenizer(verbs: argparse._SubParsersAction) -> None:
 def _run_tokenizer(flags: argparse.Namespace) -> None:
     from mmjax.cli import tokenizer
 
-    tokenizer.train(flags.places, flags.kind, flags.vocab_size, flags.out, flags.special)
+    tokenizer.train(flags.sources, flags.kind, flags.vocab_size, flags.out, flags.special)
 
 
 def _models(verbs: argparse._SubParsersAction) -> None:

@@ -1,4 +1,4 @@
-"""The verbs that let a model write: generate, chat."""
+"""The verbs that generate text: generate, chat."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,34 +12,34 @@ from mmjax.interface.generation import GeneratingModel
 
 
 def generate(source: str, prompts: Sequence[str], loading: dict[str, Any], options: dict[str, Any]) -> None:
-    """Each prompt with what the model makes of it; a single one as it comes.
+    """Prints each prompt with its generated text; that of a single prompt is streamed.
 
     loading: keywords of `hub.load`; options: of `generate`.
     """
     model = load(source, **loading)
     if not isinstance(model, GeneratingModel):
-        raise MmjaxError(f"{model.system} does not write text")
+        raise MmjaxError(f"{model.system} does not generate text")
     if len(prompts) == 1 and options.get("num_beams", 1) == 1 and options.get("num_return_sequences", 1) == 1:
-        _tell(model.stream(prompts[0], **options), prompts[0] if model.padding_side == "left" else "")
+        _print_pieces(model.stream(prompts[0], **options), prompts[0] if model.padding_side == "left" else "")
         return
-    for prompt, told in zip(prompts, model.generate(list(prompts), **options)):
-        for text in [told] if isinstance(told, str) else told:
+    for prompt, generated in zip(prompts, model.generate(list(prompts), **options)):
+        for text in [generated] if isinstance(generated, str) else generated:
             rich.get_console().rule()
             print(f"{prompt if model.padding_side == 'left' else ''}{text}")
 
 
 def chat(source: str, system: str | None, loading: dict[str, Any], options: dict[str, Any]) -> None:
-    """A conversation, a line of standard input a turn, until it ends."""
+    """A conversation: each line of standard input is a turn."""
     from mmjax.models.language.conversation import Conversation
     from mmjax.models.language.tasks import LanguageModel
 
     model = load(source, **loading)
     if not isinstance(model, LanguageModel):
-        raise MmjaxError(f"{model.system} is no language model to talk to")
-    talk = Conversation(model, system, **options)
+        raise MmjaxError(f"{model.system} is not a language model for chat")
+    conversation = Conversation(model, system, **options)
     for line in _lines():
         if line:
-            _tell(talk.say(line))
+            _print_pieces(conversation.say(line))
 
 
 def _lines() -> Iterator[str]:
@@ -50,7 +50,7 @@ def _lines() -> Iterator[str]:
             return
 
 
-def _tell(pieces: Iterator[str], first: str = "") -> None:
+def _print_pieces(pieces: Iterator[str], first: str = "") -> None:
     print(first, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)

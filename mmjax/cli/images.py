@@ -1,4 +1,4 @@
-"""The verbs that ask a model: classify, retrieve."""
+"""The verbs that apply a model to images: classify (texts too), retrieve."""
 
 import pathlib
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from mmjax.evaluation.retrieval import top_candidates
 from mmjax.training.storage import local_copy
 
 
-def classify(source: str, asked: Sequence[str], labels: str | None) -> None:
+def classify(source: str, inputs: Sequence[str], labels: str | None) -> None:
     """A table: the most probable labels of each image, or of each text, with the model's probabilities.
 
-    asked: files of images; of a BERT, texts.
-    labels: what a model with a text tower chooses from, or names for a head's classes.
+    inputs: files of images; for a BERT, texts.
+    labels: the names to choose from, or the names of a head's classes, joined by commas; None: the model's own.
     """
     model = load(source)
     if not hasattr(model, "classify"):
@@ -32,16 +32,16 @@ def classify(source: str, asked: Sequence[str], labels: str | None) -> None:
     of_images = model.classified == "image"
     if names is None and of_images and hasattr(model, "encode_text"):
         raise MmjaxError("--labels A,B,C: there is no labels.json beside the model, so nothing to choose from")
-    found = model.classify([read_image(file) for file in asked] if of_images else list(asked), names)
+    predictions = model.classify([read_image(name) for name in inputs] if of_images else list(inputs), names)
     table = Table(Column(model.classified, overflow="fold"), "label", "probability")
-    for file, row in zip(asked, found):
-        for place, (name, share) in enumerate(row):
-            table.add_row("" if place else file, name, f"{100 * share:.1f} %")
+    for name, classes in zip(inputs, predictions):
+        for rank, (label, probability) in enumerate(classes):
+            table.add_row("" if rank else name, label, f"{100 * probability:.1f} %")
     _show(table)
 
 
 def _show(table: Table) -> None:
-    """As wide as the terminal is now, and letter by letter: brackets and colons of a name are no markup."""
+    """At the width of the terminal, and literally: brackets and colons of a name are no markup."""
     Console(markup=False, emoji=False).print(table)
 
 
@@ -66,46 +66,48 @@ def read_image(file: str) -> np.ndarray:
 def retrieve(source: str, image: str | None, text: str | None, folder: str | None, k: int, picture: str) -> None:
     """The k images of a folder nearest to the query by cosine: a table, and a picture of them.
 
-    folder: None takes `images` in the source, where an experiment puts drawings or photographs of its own.
+    folder: None: `images` in the source, where an experiment stores its held-out images.
     """
     if k < 1:
         raise MmjaxError(f"-k {k}: at least 1")
-    own = epath.Path(source) / "images"
-    if folder is None and not own.is_dir():
-        raise MmjaxError(f"--folder DIR: {source} has no images of its own to search")
+    stored = epath.Path(source) / "images"
+    if folder is None and not stored.is_dir():
+        raise MmjaxError(f"--folder DIR: {source} has no folder `images` to search")
     model = load(source)
-    with local_copy(own) if folder is None else nullcontext(folder) as searched:
+    with local_copy(stored) if folder is None else nullcontext(folder) as searched:
         index = ImageFolder(searched)
-        images, rows, _ = read_images(index)
+        images, indices, _ = read_images(index)
     features = image_features(model, images)
     if text is not None:
-        query, asked = text_features(model, [text]), None
+        query_features, query_image = text_features(model, [text]), None
     else:
-        asked = read_image(image or "")
-        query = image_features(model, [asked])
-    found = np.asarray(top_candidates(query, features, min(k, len(images))))[0]
-    cosines = _unit(features[found]) @ _unit(query)[0]
+        query_image = read_image(image or "")
+        query_features = image_features(model, [query_image])
+    nearest = np.asarray(top_candidates(query_features, features, min(k, len(images))))[0]
+    cosines = _unit(features[nearest]) @ _unit(query_features)[0]
     title = f"nearest to {text or image}"
     table = Table("", Column("image", overflow="fold"), "cosine", title=title, title_justify="left")
-    for place, (row, cosine) in enumerate(zip(found, cosines), 1):
-        table.add_row(str(place), index.record_name(int(rows[row])), f"{cosine:.3f}")
+    for rank, (i, cosine) in enumerate(zip(nearest, cosines), 1):
+        table.add_row(str(rank), index.record_name(int(indices[i])), f"{cosine:.3f}")
     _show(table)
-    _draw(picture, text or str(image), asked, [images[row] for row in found], cosines)
+    _draw(picture, text or str(image), query_image, [images[i] for i in nearest], cosines)
     print(picture)
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
-def _draw(file: str, title: str, asked: np.ndarray | None, images: Sequence[np.ndarray], cosines: Any) -> None:
+def _draw(file: str, title: str, query_image: np.ndarray | None, images: Sequence[np.ndarray], cosines: Any) -> None:
     from matplotlib.figure import Figure
 
-    shown = ([] if asked is None else [("query", asked)]) + [(f"{c:.3f}", i) for c, i in zip(cosines, images)]
-    figure = Figure(figsize=(2.2 * len(shown), 2.8), layout="constrained")
+    panels = ([] if query_image is None else [("query", query_image)]) + [
+        (f"{c:.3f}", i) for c, i in zip(cosines, images)
+    ]
+    figure = Figure(figsize=(2.2 * len(panels), 2.8), layout="constrained")
     figure.suptitle(title.replace("$", r"\$"), fontsize=10)
-    for place, (label, image) in enumerate(shown, 1):
-        axes = figure.add_subplot(1, len(shown), place)
+    for position, (label, image) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), position)
         axes.imshow(image)
         axes.set_title(label, fontsize=9)
         axes.set_axis_off()
