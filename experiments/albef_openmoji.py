@@ -46,13 +46,13 @@ class Config(ExperimentConfig):
     """Of minutes on two cores.
 
     Attributes:
-        hold_out: what no training text shares with a held-out one, see `mmjax.data.openmoji`.
+        hold_out: the rule of the split, see `mmjax.data.openmoji`.
         image_size, patch: sides in pixels, of the drawings and of what becomes a token.
         vocab_size: pieces that are learned from the training names.
         length: tokens of a text, [CLS] included.
         width, vision_depth, text_depth: of both encoders; the second half of the text's layers looks at the image.
         queue: keys of earlier batches, a multiple of the batch. Of so few drawings a longer one holds most of them, and
-            with them what a drawing is to be told from: itself, as of the epoch before.
+            with them the negatives of a drawing: itself, as of the epoch before.
         momentum: of the momentum encoders; they are to follow within a shorter run than the paper's.
         alpha: the momentum encoders' share of the targets; it rises over `alpha_steps` batches.
         k: drawings or names that the matching head sees for each query.

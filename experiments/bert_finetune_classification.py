@@ -57,8 +57,8 @@ class Config(FineTuningRecipe[LabelledText]):
     @functools.cached_property
     def classes(self) -> tuple[str, ...]:
         """Their names; () in regression. A file of its own to judge by has none that training has not."""
-        train, held = self.examples
-        return () if self.regression else class_names(train if self.test else [*train, *held])
+        train, held_out = self.examples
+        return () if self.regression else class_names(train if self.test else [*train, *held_out])
 
     @property
     def class_labels(self) -> tuple[str, ...]:

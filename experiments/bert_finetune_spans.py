@@ -73,16 +73,16 @@ class Config(FineTuningRecipe[Question]):
         return SpanExtraction(self.network)
 
     def evaluations(self) -> tuple[Evaluation, ...]:
-        train, held = self.examples
-        asked, columns = self._columns(held)
+        train, held_out = self.examples
+        windows, columns = self._columns(held_out)
         inputs = {name: column for name, column in columns.items() if name not in ("start", "end")}
-        told = AnswersEvaluation(
+        evaluation = AnswersEvaluation(
             logits=self.method().predict,
             columns=inputs,
-            asked=asked,
-            questions=held,
+            asked=windows,
+            questions=held_out,
             longest=self.longest,
             null_threshold=None if all(question.answers for question in train) else self.null_threshold,
             final_step=self.steps,
         )
-        return (told,)
+        return (evaluation,)

@@ -52,8 +52,8 @@ class Config(FineTuningRecipe[TaggedWords]):
 
     @functools.cached_property
     def tags(self) -> tuple[str, ...]:
-        train, held = self.examples
-        return tag_names(train if self.test else [*train, *held])
+        train, held_out = self.examples
+        return tag_names(train if self.test else [*train, *held_out])
 
     @property
     def class_labels(self) -> tuple[str, ...]:
@@ -71,17 +71,17 @@ class Config(FineTuningRecipe[TaggedWords]):
         return TokenClassification(self.network)
 
     def evaluations(self) -> tuple[Evaluation, ...]:
-        train, held = self.examples
-        rows, columns = tagged_columns(held, self.tokenizer, self.length, self.tags)
+        train, held_out = self.examples
+        rows, columns = tagged_columns(held_out, self.tokenizer, self.length, self.tags)
         del columns["labels"]
-        guess = lexicon_tags(train, [sentence.words for sentence in held])
-        told = TagsEvaluation(
+        guess = lexicon_tags(train, [sentence.words for sentence in held_out])
+        evaluation = TagsEvaluation(
             logits=self.method().predict,
             columns=columns,
             rows=rows,
             tags=self.tags,
-            sentences=held,
+            sentences=held_out,
             guess=guess,
             final_step=self.steps,
         )
-        return (told,)
+        return (evaluation,)

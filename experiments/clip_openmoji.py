@@ -3,7 +3,7 @@
     mmjax train experiments/clip_openmoji.py --workdir workdirs/clip_openmoji
 
 About 1,500 drawings are trained on, every fifth name is held out; no training text is a held-out one
-(`mmjax.data.openmoji`; `--hold_out family` is the harder split). Beside training, on the held-out drawings: retrieval
+(`mmjax.data.openmoji`; `--hold_out family` is the harder split). During training, on the held-out drawings: retrieval
 both ways, zero-shot classification over the names of the nine groups, and how much the features tell about each other
 at least (log N - L).
 """
@@ -42,7 +42,7 @@ class Config(ExperimentConfig):
     """Of about 6 minutes on two cores.
 
     Attributes:
-        hold_out: what no training text shares with a held-out one, see `mmjax.data.openmoji`.
+        hold_out: the rule of the split, see `mmjax.data.openmoji`.
         image_size: side of the drawings in pixels.
         vocab_size: ids of the byte-pair encoding that is learned from the training names.
         width: channels of the image tower's first stage; each of the others has twice those of the one before.
@@ -75,7 +75,7 @@ class Config(ExperimentConfig):
     def captioned(self) -> ArraySource:
         """The training drawings; a caption is the name, an alias, or the name with its group or subgroup behind it.
 
-        The name stands twice, so that of the draws of a drawing without aliases half are what will be asked for.
+        The name is listed twice, so that half of the samples of a drawing are the name that evaluation uses.
         """
         columns = self.pairs.train.columns
         kinds = zip(columns["texts"], columns["group"], columns["subgroup"])

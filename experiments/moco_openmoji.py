@@ -4,7 +4,7 @@
     mmjax ablate experiments/moco_openmoji.py --over momentum=0,0.9,0.99,0.999,0.9999 --workdir workdirs/momentum
 
 About 1,500 drawings, a network of ten convolutions, a queue of eight batches: the mechanism is the paper's, the scale
-is not. Scores beside training are those of the drawings' nine groups, on held-out drawings; names and groups play
+is not. The scores during training are those of the drawings' nine groups, on held-out drawings; names and groups play
 no part in the training. A run of a few hundred steps is short beside the memory of a momentum of 0.999 or more:
 their key encoders are then still close to where they started.
 """
@@ -45,9 +45,9 @@ class Config(ExperimentConfig):
         width: channels of the backbone's first stage; each of the others has twice those of the one before.
         dim: of the features that are compared.
         momentum, temperature: of the momentum encoder and of the loss.
-        queue: keys held, a multiple of batch_size.
+        queue: number of keys, a multiple of batch_size.
         bn_groups: parts of the batch that are normalised each by itself; keys are shuffled between them.
-        drift_rows: images that the drift of the key encoder is told by.
+        drift_rows: number of images that the drift of the key encoder is measured on.
         learning_rate: peak; warmup and half a cosine.
     """
 

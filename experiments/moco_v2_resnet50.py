@@ -26,10 +26,10 @@ class Config(MoCoRecipe):
     Attributes:
         learning_rate: of the first epoch; falls by a half cosine over the epochs, constant within each.
         weight_decay: of every parameter, norms and biases included.
-        queue: keys held, a multiple of batch_size.
+        queue: number of keys, a multiple of batch_size.
         momentum, temperature: of the momentum encoder and of the loss.
         bn_groups: parts of the batch that are normalised each by itself.
-        drift_rows: images that the drift of the key encoder is told by; 0: not at all.
+        drift_rows: number of images that the drift of the key encoder is measured on; 0: none.
     """
 
     steps: int = 200 * 5_004

@@ -3,7 +3,7 @@
     mmjax plan experiments/moco_v3_vit_s16.py --topology v5e:4x8        # what it takes, without data or devices
     mmjax train experiments/moco_v3_vit_s16.py --data imagenet/train
 
-The constants are those of facebookresearch/moco-v3 CONFIG.md. The patch projection stays as it was drawn. The
+The constants are those of facebookresearch/moco-v3 CONFIG.md. The patch projection keeps its random initialisation. The
 original computes in float16 with a loss scale, this in bfloat16 without. Crops are made on the host, the rest of the
 augmentation on the device with a true Gaussian blur, where PIL has three box filters.
 """

@@ -42,7 +42,7 @@ class Config(ImageNetRecipe):
 
     Attributes:
         resize: short side of the images that are judged, before their central crop of 224 pixels.
-        learning_rate: peak, held constant within each epoch.
+        learning_rate: peak, constant within each epoch.
         schedule: a tenth every 30 epochs ("steps"), or half a cosine to 0.
         warmup_epochs: from a hundredth of the rate upwards.
         weight_decay: of every parameter; decay_norms=False leaves out those of the norms.

@@ -44,11 +44,11 @@ def digits(size: int) -> tuple[ArraySource, ArraySource]:
     """(training, test) records: image float32 [size, size, 3], normalised, and label."""
     from sklearn.datasets import load_digits
 
-    told: Any = load_digits()
-    small = jnp.asarray(told.images[..., None] / 16, jnp.float32)
+    dataset: Any = load_digits()
+    small = jnp.asarray(dataset.images[..., None] / 16, jnp.float32)
     images = np.asarray(jax.image.resize(small, (len(small), size, size, 1), "bilinear"))
     images = np.repeat((images - MEAN) / STD, 3, axis=-1).astype(np.float32)
-    source = ArraySource(name="digits", image=images, label=told.target.astype(np.int32))
+    source = ArraySource(name="digits", image=images, label=dataset.target.astype(np.int32))
     return source.select(range(len(source) - TEST)), source.select(range(len(source) - TEST, len(source)))
 
 
@@ -90,8 +90,10 @@ class Config(ExperimentConfig):
     def evaluations(self) -> tuple[Evaluation, ...]:
         """By the running statistics, on all test digits at once."""
         images, labels = (np.asarray(digits(self.size)[1].columns[name]) for name in ("image", "label"))
-        told = ClassificationEvaluation(logits=self.method().predict, images=images, labels=labels, batch_size=TEST)
-        return (told,)
+        evaluation = ClassificationEvaluation(
+            logits=self.method().predict, images=images, labels=labels, batch_size=TEST
+        )
+        return (evaluation,)
 
     def model(self) -> tuple[str, ResNetConfig]:
         return "resnet", self.network
@@ -120,8 +122,8 @@ def gradient_norms(config: Config, params: Any, carry: Any, batch: Any) -> list[
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains one net (or goes on with it) and measures its gradients before and after."""
     last = train(config, workdir, experiment_file=str(pathlib.Path(__file__).resolve()))
-    rows = digits(config.size)[0].columns
-    batch = {name: jnp.asarray(column[: config.batch_size]) for name, column in rows.items()}
+    columns = digits(config.size)[0].columns
+    batch = {name: jnp.asarray(column[: config.batch_size]) for name, column in columns.items()}
     if "val/classification_top1" not in last:
         raise SystemExit(f"{workdir}: interrupted and saved; the same command goes on from there")
     # Drawn from the run's seed, not the run's own draw: the law of the initial weights is what matters.
@@ -143,19 +145,19 @@ def plot(runs: list[dict[str, Any]], file: pathlib.Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
-    colors = {depth: f"C{i}" for i, depth in enumerate(sorted({told["depth"] for told in runs}))}
-    for told in runs:
-        plain = told["skip"] == "none"
-        name = f"{'plain' if plain else 'ResNet'}-{told['depth']}"
-        style = {"color": colors[told["depth"]], "linestyle": "--" if plain else "-", "label": name}
-        axes[0].plot(told["step"], told["loss"], **style)
+    colors = {depth: f"C{i}" for i, depth in enumerate(sorted({result["depth"] for result in runs}))}
+    for result in runs:
+        plain = result["skip"] == "none"
+        name = f"{'plain' if plain else 'ResNet'}-{result['depth']}"
+        style = {"color": colors[result["depth"]], "linestyle": "--" if plain else "-", "label": name}
+        axes[0].plot(result["step"], result["loss"], **style)
         for axis, when in zip(axes[1:], ("start", "end")):
-            norms = told[f"gradient_at_{when}"]
+            norms = result[f"gradient_at_{when}"]
             axis.plot(np.linspace(0, 1, len(norms)), norms, **style)
     for axis, title, label in zip(
         axes,
         ("Training loss", "Gradient of each kernel, at initialisation", "The same, after training"),
-        ("step", "place in the net (0 = first layer)", "place in the net (0 = first layer)"),
+        ("step", "layer (0 = first)", "layer (0 = first)"),
     ):
         axis.set(title=title, xlabel=label, yscale="log")
         axis.legend(fontsize=8)
@@ -171,23 +173,23 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=Config.size)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
-    told = parser.parse_args()
+    options = parser.parse_args()
     runs = []
-    for depth in map(int, told.depths.split(",")):
+    for depth in map(int, options.depths.split(",")):
         for skip in ("pad", "none"):
             config = Config(
-                seed=told.seed,
-                steps=told.steps,
-                batch_size=told.batch_size,
-                size=told.size,
+                seed=options.seed,
+                steps=options.steps,
+                batch_size=options.batch_size,
+                size=options.size,
                 depth=depth,
                 skip=skip,  # type: ignore[arg-type]
-                warmup=max(told.steps // 20, 1),
-                log_every=max(told.steps // 40, 1),
+                warmup=max(options.steps // 20, 1),
+                log_every=max(options.steps // 40, 1),
             )
-            runs.append(run(config, told.workdir / f"{'plain' if skip == 'none' else 'resnet'}{depth}"))
-            (told.workdir / "depth.json").write_text(json.dumps(runs, indent=1) + "\n")
-            plot(runs, told.workdir / "depth.png")
+            runs.append(run(config, options.workdir / f"{'plain' if skip == 'none' else 'resnet'}{depth}"))
+            (options.workdir / "depth.json").write_text(json.dumps(runs, indent=1) + "\n")
+            plot(runs, options.workdir / "depth.png")
             new = runs[-1]
             start = new["gradient_at_start"]
             print(

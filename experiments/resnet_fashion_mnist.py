@@ -135,7 +135,7 @@ class Config(ExperimentConfig):
     def evaluations(self) -> tuple[Evaluation, ...]:
         """All 10,000 test pictures, whole, by the averaged weights."""
         test = fashion(self.data, "t10k").columns
-        told = ClassificationEvaluation(
+        evaluation = ClassificationEvaluation(
             logits=self.classification.predict,
             images=np.asarray(test["image"]),
             labels=np.asarray(test["label"]),
@@ -143,7 +143,7 @@ class Config(ExperimentConfig):
             final_step=self.steps,
             attribution="Fashion-MNIST, Zalando SE, MIT",
         )
-        return (told,)
+        return (evaluation,)
 
     def model(self) -> tuple[str, ResNetConfig]:
         return "resnet", self.network

@@ -5,7 +5,7 @@
 
 About 1,500 names are trained on, every fifth English name is held out (`mmjax.data.emoji_names`). So few can teach
 what parts names are made of ("woman running", "flag ...") and no word that is in none of them; what is judged is
-what a word's parts give away. Beside training and at its end: BLEU, chrF and exact matches of held-out names, greedy
+what a word's parts give away. During training and at its end: BLEU, chrF and exact matches of held-out names, greedy
 and with four beams; some translations are written to `artifacts`.
 """
 

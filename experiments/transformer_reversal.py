@@ -2,7 +2,7 @@
 
     mmjax train experiments/transformer_reversal.py --workdir workdirs/transformer_reversal
 
-Random strings of 3 to 12 letters; what is held out is never trained on. All held-out strings should come out right.
+Random strings of 3 to 12 letters; held-out strings are never trained on. All held-out strings should come out right.
 `mmjax.load("workdirs/transformer_reversal").translate("mmjax")` gives "xajmm".
 """
 
@@ -62,10 +62,10 @@ class Config(ExperimentConfig):
     def strings(self) -> tuple[list[str], list[str]]:
         """(trained, held out), a function of the sizes alone."""
         rng = np.random.default_rng(0)
-        letters, found = np.array(list(string.ascii_lowercase)), dict[str, None]()
-        while len(found) < self.examples + self.held_out:
-            found["".join(rng.choice(letters, rng.integers(3, self.longest + 1)))] = None
-        texts = list(found)
+        letters, strings = np.array(list(string.ascii_lowercase)), dict[str, None]()
+        while len(strings) < self.examples + self.held_out:
+            strings["".join(rng.choice(letters, rng.integers(3, self.longest + 1)))] = None
+        texts = list(strings)
         return texts[self.held_out :], texts[: self.held_out]
 
     @functools.cached_property

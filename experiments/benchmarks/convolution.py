@@ -77,23 +77,23 @@ def layer_sides(layer: Layer, batch: int) -> tuple[dict[str, Timed], dict[str, T
     image = torch.tensor(np.asarray(x)).permute(0, 3, 1, 2).contiguous().requires_grad_(layer.inside > 3)
     weight = torch.tensor(np.asarray(kernel)).permute(3, 2, 0, 1).contiguous().requires_grad_()
 
-    def theirs() -> Any:
+    def torch_convolution() -> Any:
         return torch.nn.functional.conv2d(
             image, weight, stride=layer.stride, padding=layer.padding, groups=layer.groups
         )
 
-    out = theirs()
+    out = torch_convolution()
     torch_dy = torch.randn(out.shape)
     dy = jnp.asarray(torch_dy.permute(0, 2, 3, 1).contiguous().numpy())
     dys = jnp.stack([dy] * 4)
-    wanted = [tensor for tensor in (image, weight) if tensor.requires_grad]
+    inputs = [tensor for tensor in (image, weight) if tensor.requires_grad]
 
     def torch_forward() -> Any:
         with torch.no_grad():
-            return theirs()
+            return torch_convolution()
 
     forward: dict[str, Timed] = {"torch": torch_forward}
-    backward: dict[str, Timed] = {"torch": lambda: torch.autograd.grad(out, wanted, torch_dy, retain_graph=True)}
+    backward: dict[str, Timed] = {"torch": lambda: torch.autograd.grad(out, inputs, torch_dy, retain_graph=True)}
     arms: dict[str, Timed] = {}
     for name, function in (("xla", xla_conv), ("ours", our_conv)):
 
@@ -140,13 +140,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--arms", action=argparse.BooleanOptionalAction, default=True, help="measure vmap and lax.map")
-    told = parser.parse_args()
-    torch.set_num_threads(told.threads)
-    print(f"batch {told.batch_size}, float32, ms, median of {told.rounds} rounds on {jax.default_backend()}")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"batch {options.batch_size}, float32, ms, median of {options.rounds} rounds on {jax.default_backend()}")
     heads = ("forward: torch, xla, ours, ratio", "backward: the same", "x4: xla, ours; vmap, map")
     print(" " * 23, *(f"{head:>31}" for head in heads))
     for layer in LAYERS:
-        print(layer_row(layer, told.batch_size, told.rounds, told.arms), flush=True)
+        print(layer_row(layer, options.batch_size, options.rounds, options.arms), flush=True)
 
 
 if __name__ == "__main__":

@@ -119,17 +119,18 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
-    told = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        write_images(pathlib.Path(folder), told.images, told.width, told.height)
-        setting = Setting(pathlib.Path(folder), told.workers, told.batch_size, told.batches)
+        write_images(pathlib.Path(folder), options.images, options.width, options.height)
+        setting = Setting(pathlib.Path(folder), options.workers, options.batch_size, options.batches)
         sides = {"torch": torch_loader, "mmjax": ours, "mmjax, shrink": lambda s: ours(s, shrink=True)}
         rates: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(told.rounds):
+        for _ in range(options.rounds):
             for name, side in sides.items():
                 rates[name].append(images_per_second(iter(side(setting)), setting))
     print(
-        f"{told.images} JPEGs of {told.width} x {told.height}, {told.workers} workers, median of {told.rounds} rounds"
+        f"{options.images} JPEGs of {options.width} x {options.height}, {options.workers} workers, "
+        f"median of {options.rounds} rounds"
     )
     for name, values in rates.items():
         ratios = [value / base for value, base in zip(values, rates["torch"])]

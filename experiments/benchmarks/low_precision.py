@@ -1,4 +1,4 @@
-"""SmolLM2-135M in float32, in bfloat16 and with int8 weights: what is lost, what is held, how fast it writes.
+"""SmolLM2-135M in float32, in bfloat16 and with int8 weights: loss of accuracy, memory, speed of generation.
 
     python -m experiments.benchmarks.low_precision [--model FILE.gguf] [--tokens 2048] [--rounds 3]
 

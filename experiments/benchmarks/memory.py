@@ -15,7 +15,7 @@ PROBES = 4096
 
 
 def forget_peak() -> None:
-    """The peak of the resident set starts again from what is held now (Linux; making the inputs takes more)."""
+    """The peak of the resident set is reset to the current size (Linux; making the inputs takes more)."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -35,10 +35,10 @@ def answer(function: Callable[..., Any], arguments: Sequence[Any]) -> None:
     forget_peak()
     before = resident(peak=False)
     results = jax.block_until_ready(compiled(*arguments))
-    told = {"temporary_mib": memory.temp_size_in_bytes / 2**20, "resident_mib": resident(peak=True) - before}
+    result = {"temporary_mib": memory.temp_size_in_bytes / 2**20, "resident_mib": resident(peak=True) - before}
     leaves = (np.asarray(leaf).reshape(-1) for leaf in jax.tree.leaves(results))
     probes = [leaf[:: max(leaf.size // PROBES, 1)].tolist() for leaf in leaves]
-    print(json.dumps(told | {"probes": probes}), flush=True)
+    print(json.dumps(result | {"probes": probes}), flush=True)
     del results, leaves
     for _ in sys.stdin:
         began = time.perf_counter()
@@ -49,9 +49,9 @@ def answer(function: Callable[..., Any], arguments: Sequence[Any]) -> None:
 def compare(sides: Mapping[str, Sequence[str]], rounds: int) -> None:
     """Runs the sides, each the arguments of this program that make it `answer`, and prints a row a side.
 
-    Differences are relative to the largest value of the first side's. Timed calls alternate; the best is told.
+    Differences are relative to the largest value of the first side's. Timed calls alternate; the best is printed.
     """
-    children, found = {}, {}
+    children, results = {}, {}
     for name, arguments in sides.items():  # one after another: memory is measured with nobody else at work
         command = [sys.executable, "-m", sys.modules["__main__"].__spec__.name, *arguments]  # type: ignore[union-attr]
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -59,19 +59,19 @@ def compare(sides: Mapping[str, Sequence[str]], rounds: int) -> None:
         line = child.stdout.readline()
         if not line:
             raise SystemExit(f"the side {name!r} died: {child.wait()}")
-        children[name], found[name] = child, json.loads(line) | {"seconds": []}
+        children[name], results[name] = child, json.loads(line) | {"seconds": []}
     for _ in range(rounds):
         for name, child in children.items():
             print(file=child.stdin, flush=True)
-            found[name]["seconds"].append(json.loads(child.stdout.readline())["seconds"])
+            results[name]["seconds"].append(json.loads(child.stdout.readline())["seconds"])
     for child in children.values():
         child.communicate()
-    first = next(iter(found.values()))["probes"]
-    width = max(map(len, found))
+    first = next(iter(results.values()))["probes"]
+    width = max(map(len, results))
     print(f"{'':{width}s}   XLA temporaries   resident set grew by   seconds (best)   largest difference")
-    for name, told in found.items():
-        error = max(float(np.abs(np.subtract(a, b)).max() / np.abs(b).max()) for a, b in zip(told["probes"], first))
+    for name, result in results.items():
+        error = max(float(np.abs(np.subtract(a, b)).max() / np.abs(b).max()) for a, b in zip(result["probes"], first))
         print(
-            f"{name:{width}s}   {told['temporary_mib']:11.0f} MiB   {told['resident_mib']:16.0f} MiB   "
-            f"{min(told['seconds']):14.2f}   {error:18.1e}"
+            f"{name:{width}s}   {result['temporary_mib']:11.0f} MiB   {result['resident_mib']:16.0f} MiB   "
+            f"{min(result['seconds']):14.2f}   {error:18.1e}"
         )

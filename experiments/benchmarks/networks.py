@@ -65,11 +65,11 @@ def data(name: str, batch: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     if name == "bert":
         ids = rng.integers(1000, 30_000, (batch, LENGTH)).astype(np.int32)
-        places = np.stack([rng.choice(LENGTH, MASKED, replace=False) for _ in range(batch)]).astype(np.int32)
-        told = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-        told |= {"masked_positions": places, "masked_ids": np.take_along_axis(ids, places, 1)}
+        positions = np.stack([rng.choice(LENGTH, MASKED, replace=False) for _ in range(batch)]).astype(np.int32)
+        batch_arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+        batch_arrays |= {"masked_positions": positions, "masked_ids": np.take_along_axis(ids, positions, 1)}
         ones = np.ones((batch, MASKED), np.float32)
-        return told | {"masked_weights": ones, "next_label": rng.integers(0, 2, batch).astype(np.int32)}
+        return batch_arrays | {"masked_weights": ones, "next_label": rng.integers(0, 2, batch).astype(np.int32)}
     image = rng.normal(size=(batch, SIDE, SIDE, 3)).astype(np.float32)
     if name != "clip":
         return {"image": image, "label": rng.integers(0, CLASSES, batch).astype(np.int32)}
@@ -85,8 +85,8 @@ def recipe(name: str, sizes: Sizes, dtype: Any) -> tuple[Any, Optimizer, Callabl
         method: Any = CLIP(CLIPConfig.b32(vision=vision, text=text, dtype=dtype))
 
         def logits(params: Any, stats: Any, batch: Any) -> Any:
-            told: Any = CLIPNetwork(method.config).apply({"params": params}, batch["image"], batch["text"])
-            image, words = (l2_normalize(told[tower]["embeds"]) for tower in ("vision", "text"))
+            outputs: Any = CLIPNetwork(method.config).apply({"params": params}, batch["image"], batch["text"])
+            image, words = (l2_normalize(outputs[tower]["embeds"]) for tower in ("vision", "text"))
             return jnp.exp(params["logit_scale"]) * image @ words.T
 
         return method, Optimizer(adamw(**ADAMW)), logits
@@ -94,8 +94,10 @@ def recipe(name: str, sizes: Sizes, dtype: Any) -> tuple[Any, Optimizer, Callabl
         pretraining = BERT(BertConfig.base(depth=sizes.depth, mlm=True, nsp=True, dtype=dtype))
 
         def words(params: Any, stats: Any, batch: Any) -> Any:
-            told: Any = Bert(pretraining.config).apply({"params": params}, batch["input_ids"], batch["attention_mask"])
-            return told["mlm_logits"], told["nsp_logits"]
+            outputs: Any = Bert(pretraining.config).apply(
+                {"params": params}, batch["input_ids"], batch["attention_mask"]
+            )
+            return outputs["mlm_logits"], outputs["nsp_logits"]
 
         return pretraining, Optimizer(adamw(**ADAMW)), words
     if name == "vit":
@@ -118,18 +120,18 @@ def ours(name: str, batch: int, sizes: Sizes, dtype: str) -> tuple[dict[str, Tim
     lift, examples = JitLift(step), data(name, batch)
     state = lift.place(jax.jit(lambda rng: create_state(method, optimizer, rng, examples))(jax.random.key(0)))
     placed = lift.place_batch(examples)
-    given = jax.tree.map(jnp.copy, (state.params, state.stats))  # the step donates the state's own
+    inputs = jax.tree.map(jnp.copy, (state.params, state.stats))  # the step donates the state's own
     work = {
-        "forward": matrix_flops(jax.make_jaxpr(forward)(*given, placed)),
+        "forward": matrix_flops(jax.make_jaxpr(forward)(*inputs, placed)),
         "step": matrix_flops(jax.make_jaxpr(lambda state, batch: step(state, batch))(state, placed)),
     }
-    compiled, held = jax.jit(forward), [state]
+    compiled, states = jax.jit(forward), [state]
 
     def train() -> None:
-        held[0], metrics = lift.step(held[0], placed)
-        jax.block_until_ready((metrics["loss"], held[0].params))
+        states[0], metrics = lift.step(states[0], placed)
+        jax.block_until_ready((metrics["loss"], states[0].params))
 
-    return {"forward": lambda: jax.block_until_ready(compiled(*given, placed)), "step": train}, work
+    return {"forward": lambda: jax.block_until_ready(compiled(*inputs, placed)), "step": train}, work
 
 
 def peak(dtype: str, size: int, rounds: int = 5) -> float:
@@ -145,22 +147,22 @@ def peak(dtype: str, size: int, rounds: int = 5) -> float:
     return 10 * 2 * size**3 / min(seconds)
 
 
-def rows(name: str, batch: int, rounds: int, sizes: Sizes, dtype: str, best: float, alone: bool) -> list[str]:
+def measure(name: str, batch: int, rounds: int, sizes: Sizes, dtype: str, best: float, alone: bool) -> list[str]:
     """Lines of the table."""
     mine, work = ours(name, batch, sizes, dtype)
-    theirs: dict[str, Timed] = {}
+    torch_timed: dict[str, Timed] = {}
     if not alone:
         from experiments.benchmarks import networks_torch
 
-        theirs = networks_torch.theirs(name, data(name, batch), sizes.blocks, sizes.depth, CLASSES, SGD, ADAMW)
+        torch_timed = networks_torch.timed(name, data(name, batch), sizes.blocks, sizes.depth, CLASSES, SGD, ADAMW)
     lines = []
     for what in ("forward", "step"):
-        sides = {"mmjax": mine[what]} | ({"PyTorch": theirs[what]} if theirs else {})
+        sides = {"mmjax": mine[what]} | ({"PyTorch": torch_timed[what]} if torch_timed else {})
         seconds = alternate(sides, rounds)
         middle = {side: statistics.median(values) for side, values in seconds.items()}
         rate = work[what] / middle["mmjax"]
         other = "- | -"
-        if theirs:
+        if torch_timed:
             each = [a / b for a, b in zip(seconds["mmjax"], seconds["PyTorch"])]
             spread = f"{ratio(seconds, 'mmjax', 'PyTorch'):.2f} ({min(each):.2f} to {max(each):.2f})"
             other = f"{1e3 * middle['PyTorch']:.1f} | {spread}"
@@ -178,15 +180,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(NAMES), default=list(NAMES))
     parser.add_argument("--alone", action="store_true", help="without PyTorch")
     parser.add_argument("--tiny", action="store_true", help="a block a stage or a tower, to try the script")
-    told = parser.parse_args()
+    options = parser.parse_args()
     accelerated = jax.default_backend() != "cpu"
     dtype = "bfloat16" if accelerated else "float32"
-    sizes = Sizes((1, 1, 1, 1), 1) if told.tiny else Sizes()
+    sizes = Sizes((1, 1, 1, 1), 1) if options.tiny else Sizes()
     best = peak(dtype, 8192 if accelerated else 1024)
-    print(f"{jax.devices()[0].device_kind}, {dtype}, batch {told.batch}: one product does {best / 1e12:.3g} TFLOP/s\n")
+    print(
+        f"{jax.devices()[0].device_kind}, {dtype}, batch {options.batch}: one product does {best / 1e12:.3g} TFLOP/s\n"
+    )
     print("| network | | mmjax ms | PyTorch ms | ratio | TFLOP/s | of the product's |\n|---|---|---|---|---|---|---|")
-    for name in told.only:
-        print(*rows(name, told.batch, told.rounds, sizes, dtype, best, told.alone), sep="\n", flush=True)
+    for name in options.only:
+        print(*measure(name, options.batch, options.rounds, sizes, dtype, best, options.alone), sep="\n", flush=True)
         gc.collect()
 
 

@@ -37,14 +37,14 @@ def model(name: str, blocks: tuple[int, ...], depth: int, classes: int) -> Any:
 def texts(data: Mapping[str, np.ndarray], device: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """(BERT's inputs, its labels: -100 where nothing is masked)."""
     names = ("input_ids", "attention_mask", "token_type_ids")
-    given = {name: torch.tensor(data[name]).long().to(device) for name in names}
+    inputs = {name: torch.tensor(data[name]).long().to(device) for name in names}
     labels = np.full(data["input_ids"].shape, -100, np.int64)
     np.put_along_axis(labels, data["masked_positions"], data["masked_ids"], 1)
-    told = {"labels": torch.tensor(labels), "next_sentence_label": torch.tensor(data["next_label"]).long()}
-    return given, {name: value.to(device) for name, value in told.items()}
+    targets = {"labels": torch.tensor(labels), "next_sentence_label": torch.tensor(data["next_label"]).long()}
+    return inputs, {name: value.to(device) for name, value in targets.items()}
 
 
-def theirs(
+def timed(
     name: str,
     data: Mapping[str, np.ndarray],
     blocks: tuple[int, ...],
@@ -60,14 +60,14 @@ def theirs(
     half = device.type == "cuda"
     network = model(name, blocks, depth, classes).to(device)
     if name == "bert":
-        given, targets = texts(data, device)
+        inputs, targets = texts(data, device)
     else:
-        given, targets = {"pixel_values": torch.tensor(data["image"]).permute(0, 3, 1, 2).contiguous().to(device)}, {}
+        inputs, targets = {"pixel_values": torch.tensor(data["image"]).permute(0, 3, 1, 2).contiguous().to(device)}, {}
     if half and name != "bert":
         network = network.to(memory_format=torch.channels_last)
-        given["pixel_values"] = given["pixel_values"].contiguous(memory_format=torch.channels_last)
+        inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
     if name == "clip":
-        given |= {"input_ids": torch.tensor(data["text"]).long().to(device)}
+        inputs |= {"input_ids": torch.tensor(data["text"]).long().to(device)}
     labels = torch.tensor(data["label"]).long().to(device) if "label" in data else None
     if name == "resnet":
         rates = {"lr": sgd["learning_rate"], "momentum": sgd["momentum"], "weight_decay": sgd["weight_decay"]}
@@ -87,7 +87,7 @@ def theirs(
     def forward() -> None:
         network.eval()
         with torch.no_grad(), precision():
-            network(**given)
+            network(**inputs)
         wait()
 
     def step() -> None:
@@ -95,11 +95,11 @@ def theirs(
         optimizer.zero_grad()
         with precision():
             if targets:
-                loss = network(**given, **targets).loss
+                loss = network(**inputs, **targets).loss
             elif labels is None:
-                loss = network(**given, return_loss=True).loss
+                loss = network(**inputs, return_loss=True).loss
             else:
-                loss = torch.nn.functional.cross_entropy(network(**given).logits.float(), labels)
+                loss = torch.nn.functional.cross_entropy(network(**inputs).logits.float(), labels)
         loss.backward()
         optimizer.step()
         if name == "clip":

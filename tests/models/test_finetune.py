@@ -74,7 +74,7 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(models, digits, tmp_
     before, after = config.start, checkpoint.load_params(tmp_path)
     start, end = tree.flatten(before.params), tree.flatten(after["params"])
     assert end.keys() - start.keys() == {"head/kernel", "head/bias"}
-    depth = depths(end, config.handle.layers(before.config))
+    depth = depths(end, config.model_class.layers(before.config))
     lowest = {"head": BLOCKS[name] + 2, 2: BLOCKS[name] - 1, "all": 0}[tune]
     trained = {path for path in end if depth[path] >= lowest or path.startswith("head/")}
     moved = {path for path in start if not np.array_equal(start[path], end[path])}
@@ -93,7 +93,7 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(models, digits, tmp_
     assert all(same) if tune != "all" else not any(same)
 
     model = mmjax.load(tmp_path)
-    assert type(model) is config.handle and model.preprocess == config.preprocess
+    assert type(model) is config.model_class and model.preprocess == config.preprocess
     assert tree.tree_hash(jax.tree.map(np.asarray, dict(model.params))) == tree.tree_hash(dict(after["params"]))
     images = np.random.default_rng(1).integers(0, 256, (2, 29, 31, 3), np.uint8)
     pixels = np.stack([config.preprocess.to_uint8(image) for image in images])
@@ -117,7 +117,7 @@ def test_parameter_counts_by_hand(models, digits):
     wanted["all"] = wanted[3] + embeddings
     for tune, count in wanted.items():
         config = configured(models, digits, "vit", tune=tune)
-        shapes = config.handle.shapes(config.start.config)["params"]
+        shapes = config.model_class.shapes(config.start.config)["params"]
         trainable, frozen = config.optimizer().partition.split(shapes)
         assert tree.count(trainable) == count and tree.count(frozen) == wanted["all"] - count
 
@@ -147,7 +147,7 @@ def test_features_once_are_the_same_as_images_each_time(models, digits, name):
 
 def test_the_rate_falls_a_layer_at_a_time(models, digits):
     config = configured(models, digits, "resnet", tune="all")
-    layers = config.handle.layers(config.start.config)
+    layers = config.model_class.layers(config.start.config)
     params = {**config.start.params, "head": {"kernel": jnp.ones((7, CLASSES)), "bias": jnp.ones(CLASSES)}}
     grads = jax.tree.map(jnp.ones_like, params)
     found = {}
