@@ -37,6 +37,9 @@ def load_lora(model: Model, folder: str | os.PathLike[str], layout: str = "hf") 
     layout: the layout whose module names the file has; for the ViT of transformers 5 "hf_modules".
     Existing adapters of the model are replaced.
     Raises MmjaxError: no such layout, or an adapter that does not fit the model, or is more than LoRA.
+
+    >>> vlm = load_lora(mmjax.load("openai/clip-vit-base-patch32"), "folder")  # doctest: +SKIP
+    >>> merged = vlm.replace(params=mmjax.training.lora.merge_lora(vlm.params))  # doctest: +SKIP
     """
     file = pathlib.Path(folder) / CONFIG
     config = parse_json(file.read_bytes(), file) if file.is_file() else {}

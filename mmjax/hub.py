@@ -77,6 +77,16 @@ def load(
     `notes` of the model lists what no file determines and was assumed.
     Raises MmjaxError: no such file, an architecture that no system knows, weights that do not fit, or int8 for a
     system that has none.
+
+    >>> import pathlib, tempfile
+    >>> from mmjax.models.resnet.tasks import ResNetConfig, ResNetModel
+    >>> config = ResNetConfig((1,), "basic", "cifar", 4, (4,), num_classes=2)
+    >>> zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), ResNetModel.shapes(config))
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> save(ResNetModel(config, **zeros, labels=("cat", "dog")), folder)
+    >>> model = load(folder)
+    >>> model.system, model.labels, model.forward(jnp.zeros((1, 32, 32, 3)))["logits"].shape
+    ('resnet', ('cat', 'dog'), (1, 2))
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise MmjaxError(f"dtype={dtype!r}: parameters are float32 or bfloat16")
@@ -99,6 +109,15 @@ def save(model: Model, folder: Source) -> None:
     """Writes our own format: config.json, model.safetensors, tokenizer.json, labels.json; `load` restores every bit.
 
     Raises MmjaxError for weights in int8.
+
+    >>> import pathlib, tempfile
+    >>> from mmjax.models.resnet.tasks import ResNetConfig, ResNetModel
+    >>> config = ResNetConfig((1,), "basic", "cifar", 4, (4,), num_classes=2)
+    >>> zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), ResNetModel.shapes(config))
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> save(ResNetModel(config, **zeros, labels=("cat", "dog")), folder)
+    >>> sorted(file.name for file in folder.iterdir())
+    ['config.json', 'labels.json', 'model.safetensors']
     """
     _refuse_int8(model, "saved")
     folder = pathlib.Path(folder)
@@ -119,6 +138,17 @@ def export(model: Model, folder: Source, layout: str = "hf", *, lossy: bool = Tr
     lossy: False: raise if the layout cannot hold all of the model, before anything is written.
     Raises MmjaxError: a layout that the system does not have, or that cannot hold this model; weights in int8.
     Raises LossyExport, an MmjaxError: a loss with lossy=False.
+
+    >>> import pathlib, tempfile
+    >>> from mmjax.models.resnet.tasks import ResNetConfig, ResNetModel
+    >>> config = ResNetConfig((1,), "basic", "cifar", 4, (4,), shortcut="none", num_classes=2)
+    >>> zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), ResNetModel.shapes(config))
+    >>> model = ResNetModel(config, **zeros, preprocess=ImagePreprocessing.imagenet(32, 32))
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> export(model, folder, "cifar")
+    ("shortcut='none' (read as 'pad')",)
+    >>> load(folder).config.shortcut  # mmjax reads it back
+    'none'
     """
     _refuse_int8(model, "exported")
     chosen = _layout(model, layout)
