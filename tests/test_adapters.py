@@ -29,22 +29,22 @@ def clip() -> CLIPModel:
 
 
 def with_adapters(model: Any, *patterns: str, rank: int = 3, alpha: float = 7.0) -> Any:
-    drawn = init_lora(jax.random.key(0), model.params, LoRAConfig(patterns, rank, alpha))
-    moved = tree.map_with_path(lambda path, x: x + 0.1 if path.endswith("lora_b") else x, drawn)
+    initial = init_lora(jax.random.key(0), model.params, LoRAConfig(patterns, rank, alpha))
+    moved = tree.map_with_path(lambda path, x: x + 0.1 if path.endswith("lora_b") else x, initial)
     return model.replace(params=tree.merge(model.params, moved))
 
 
 def test_a_round_trip_gives_the_same_bits(tmp_path):
     model = with_adapters(clip(), "text/encoder/*/attention/q", "**/mlp/up")
     export_lora(model, tmp_path, dropout=0.1)
-    arrays, told = (
+    arrays, config = (
         load_file(tmp_path / "adapter_model.safetensors"),
         json.loads((tmp_path / "adapter_config.json").read_text()),
     )
     key = "base_model.model.text_model.encoder.layers.1.self_attn.q_proj.lora_A.weight"
     assert arrays[key].shape == (3, 30) and len(arrays) == 2 * (2 + 3)
     np.testing.assert_array_equal(arrays[key].T, model.params["text"]["encoder"]["block_1"]["attention"]["q"]["lora_a"])
-    assert (told["r"], told["lora_alpha"], told["lora_dropout"], told["alpha_pattern"]) == (3, 7.0, 0.1, {})
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"], config["alpha_pattern"]) == (3, 7.0, 0.1, {})
     again = load_lora(clip(), tmp_path)
     assert tree.tree_hash(again.params) == tree.tree_hash(tree.merge(model.params))
     assert tree.tree_hash(load_lora(again, tmp_path).params) == tree.tree_hash(again.params)
@@ -53,10 +53,10 @@ def test_a_round_trip_gives_the_same_bits(tmp_path):
 def test_several_ranks_and_alphas(tmp_path):
     model = with_adapters(with_adapters(clip(), "text/**/q"), "text/**/v", rank=2, alpha=5.0)
     export_lora(model, tmp_path)
-    told = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert sorted(told["rank_pattern"].values()) == [2, 2] and sorted(told["alpha_pattern"].values()) == [5.0, 5.0]
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert sorted(config["rank_pattern"].values()) == [2, 2] and sorted(config["alpha_pattern"].values()) == [5.0, 5.0]
     assert tree.tree_hash(load_lora(clip(), tmp_path).params) == tree.tree_hash(model.params)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**told, "alpha_pattern": {}, "use_rslora": True}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "alpha_pattern": {}, "use_rslora": True}))
     scale = load_lora(clip(), tmp_path).params["text"]["encoder"]["block_0"]["attention"]["v"]["lora_scale"]
     assert abs(float(scale) - 7 / 2**0.5) < 1e-6
 
@@ -72,17 +72,17 @@ def test_what_does_not_fit_is_told(tmp_path):
     with pytest.raises(MmjaxError, match=r"adapter_config.json: not there"):
         load_lora(clip(), tmp_path)
     export_lora(model, tmp_path)
-    file, place = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
-    arrays, told = load_file(file), place.read_text()
+    file, config_file = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    arrays, config = load_file(file), config_file.read_text()
     for change, message in (
         ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["classifier"]}, "modules_to_save"),
         ({"peft_type": "IA3"}, "peft_type"),
     ):
-        place.write_text(json.dumps({**json.loads(told), **change}))
+        config_file.write_text(json.dumps({**json.loads(config), **change}))
         with pytest.raises(MmjaxError, match=message):
             load_lora(clip(), tmp_path)
-    place.write_text(told)
+    config_file.write_text(config)
     layer = "base_model.model.text_model.encoder.layers.0.self_attn.q_proj"
     for name, array, message in (
         (f"{layer}.lora_A.weight", np.zeros((3, 29), np.float32), r"q_proj: \[29, 3\] @ \[3, 30\] for \[30, 30\]"),
@@ -120,21 +120,21 @@ def test_peft_computes_the_same_with_our_adapters_and_we_with_its(tmp_path):
         return transformers.CLIPModel.from_pretrained(tmp_path / "base").eval()
 
     ids = torch.tensor(np.asarray(IDS))
-    theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    reference = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
     ours = jax.jit(adapted(lambda params: model.outputs({"params": params}, {"input_ids": IDS})))
     with torch.no_grad():
-        close(ours(model.params)["text_model_output"]["last_hidden_state"], theirs.text_model(ids).last_hidden_state)
+        close(ours(model.params)["text_model_output"]["last_hidden_state"], reference.text_model(ids).last_hidden_state)
     merged = model.replace(params=merge_lora(model.params)).forward(input_ids=IDS)
     assert np.abs(merged["text_embeds"] - ours(model.params)["text_embeds"]).max() < 1e-5
     assert np.abs(merged["text_embeds"] - clip().forward(input_ids=IDS)["text_embeds"]).max() > 0.01
 
-    told = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "k_proj", "fc1", "text_projection"])
-    wrapped = peft.get_peft_model(base(), told)
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "k_proj", "fc1", "text_projection"])
+    wrapped = peft.get_peft_model(base(), config)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    wrapped.save_pretrained(tmp_path / "theirs")
-    read = load_lora(clip(), tmp_path / "theirs")
+    wrapped.save_pretrained(tmp_path / "reference")
+    read = load_lora(clip(), tmp_path / "reference")
     assert tree.flatten(read.params)["vision/encoder/block_0/mlp/up/lora_scale"] == 1.5
     with torch.no_grad():
         features = wrapped.get_text_features(ids)
@@ -150,20 +150,22 @@ def test_a_vit_by_the_names_of_its_modules(tmp_path):
     import transformers
 
     sizes = {"hidden_size": 30, "num_hidden_layers": 2, "num_attention_heads": 5, "intermediate_size": 37}
-    theirs = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=14, patch_size=7)).eval()
-    theirs.save_pretrained(tmp_path / "base")
-    names = {name.split(".")[-1] for name, module in theirs.named_modules() if "layers.0.attention." in name}
-    told = peft.LoraConfig(r=2, lora_alpha=3, target_modules=sorted(name for name in names if name.endswith("_proj")))
-    wrapped = peft.get_peft_model(theirs, told).eval()
+    reference = transformers.ViTForImageClassification(
+        transformers.ViTConfig(**sizes, image_size=14, patch_size=7)
+    ).eval()
+    reference.save_pretrained(tmp_path / "base")
+    names = {name.split(".")[-1] for name, module in reference.named_modules() if "layers.0.attention." in name}
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=sorted(name for name in names if name.endswith("_proj")))
+    wrapped = peft.get_peft_model(reference, config).eval()
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    wrapped.save_pretrained(tmp_path / "theirs")
-    read = load_lora(mmjax.load(tmp_path / "base"), tmp_path / "theirs", layout="hf_modules")
+    wrapped.save_pretrained(tmp_path / "reference")
+    read = load_lora(mmjax.load(tmp_path / "base"), tmp_path / "reference", layout="hf_modules")
     pixels = np.random.default_rng(0).standard_normal((2, 14, 14, 3), np.float32)
     merged = read.replace(params=merge_lora(read.params)).forward(pixel_values=pixels)
     with torch.no_grad():
         close(merged["logits"], wrapped(torch.tensor(pixels.transpose(0, 3, 1, 2))).logits)
     export_lora(read, tmp_path / "back", layout="hf_modules")
-    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "back"))
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("reference", "back"))
     assert first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)

@@ -71,16 +71,16 @@ def test_help_imports_no_jax(repository):
     code += (
         "except SystemExit: pass\nassert not {'jax', 'numpy', 'flax', 'tyro'} & set(sys.modules), sys.modules.keys()"
     )
-    told = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=60)
-    assert told.returncode == 0, told.stderr
+    process = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0, process.stderr
     for verb in ("train", "ablate", "plan", "evaluate", "classify", "retrieve", "convert", "tokenizer", "models"):
-        assert f"\n    {verb}" in told.stdout
+        assert f"\n    {verb}" in process.stdout
 
 
 def test_train_writes_a_workdir_with_its_fields(run_dir):
-    told = json.loads((run_dir / "config.json").read_text())
-    assert told["experiment_file"] == TOY
-    assert told["experiment"]["optimizer_config"] == {"learning_rate": 0.02}
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["experiment_file"] == TOY
+    assert config["experiment"]["optimizer_config"] == {"learning_rate": 0.02}
     assert (run_dir / "checkpoints" / "5" / "manifest.json").is_file()
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4, 5]
@@ -89,8 +89,8 @@ def test_train_writes_a_workdir_with_its_fields(run_dir):
 def test_default_workdir_and_module(repository, tmp_path):
     command = [sys.executable, "-W", "error", "-m", "mmjax", "train", TOY, "--steps", "2"]
     environment = os.environ | {"PYTHONPATH": os.fspath(repository)}
-    told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert told.returncode == 0, told.stderr
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
     assert (tmp_path / "workdirs" / "toy_experiment" / "checkpoints" / "2").is_dir()
 
 
@@ -111,7 +111,7 @@ def test_sigterm_is_a_success(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, message",
     [
         (["train", "nowhere.py"], "mmjax train: nowhere.py: no such experiment file"),
         (["evaluate", "nowhere", "--task", "knn"], "mmjax evaluate: nowhere/config.json is missing"),
@@ -122,16 +122,16 @@ def test_sigterm_is_a_success(tmp_path, monkeypatch, capsys):
         (["plan", TOY], "mmjax plan: --topology"),
     ],
 )
-def test_bad_input_is_one_line_and_code_2(arguments, told, capsys, tmp_path, monkeypatch):
+def test_bad_input_is_one_line_and_code_2(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(arguments) == 2
     captured = capsys.readouterr()
-    assert told in captured.err and captured.err.count("\n") == 1
+    assert message in captured.err and captured.err.count("\n") == 1
     assert "Traceback" not in captured.err + captured.out
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, message",
     [
         (["train", TOY, "--stepz", "3"], "stepz"),
         (["ablate", TOY, "--over", "momentum=0,1", "--steps", "many"], "steps"),
@@ -139,11 +139,11 @@ def test_bad_input_is_one_line_and_code_2(arguments, told, capsys, tmp_path, mon
         (["fly"], "invalid choice"),
     ],
 )
-def test_wrong_flags_exit_2(arguments, told, capsys):
+def test_wrong_flags_exit_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_help_of_an_experiment_lists_its_fields(capsys):
@@ -172,8 +172,8 @@ def test_over():
 def test_ablate_through_the_command_line(tmp_path, capsys):
     flags = ["--over", "momentum=0,0.99", "--workdir", os.fspath(tmp_path), "--steps", "3", "--arms", "unroll"]
     assert cli.main(["ablate", TOY, *flags]) == 0
-    told = json.loads((tmp_path / "ablation.json").read_text())
-    assert (told["arms"], told["compiles"], len(told["results"])) == ("unroll", 1, 2)
+    report = json.loads((tmp_path / "ablation.json").read_text())
+    assert (report["arms"], report["compiles"], len(report["results"])) == ("unroll", 1, 2)
     out = capsys.readouterr().out
     assert "one program (unroll)" in out and "after 3 steps" in out
 
@@ -235,10 +235,10 @@ def test_classify(towers, pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     image = os.fspath(pictures / "green" / "3.png")
     assert cli.main(["classify", "owner/name", image, "--labels", "red,green,blue"]) == 0
-    rows = [line.strip("│").split("│") for line in capsys.readouterr().out.splitlines() if "%" in line]
-    assert [cell.strip() for cell in rows[0][:2]] == [image, "green"] and float(rows[0][2].rstrip(" %")) > 50
-    assert {row[1].strip() for row in rows} == {"red", "green", "blue"}
-    assert sum(float(row[2].rstrip(" %")) for row in rows) == pytest.approx(100, abs=0.2)
+    cells = [line.strip("│").split("│") for line in capsys.readouterr().out.splitlines() if "%" in line]
+    assert [cell.strip() for cell in cells[0][:2]] == [image, "green"] and float(cells[0][2].rstrip(" %")) > 50
+    assert {row[1].strip() for row in cells} == {"red", "green", "blue"}
+    assert sum(float(row[2].rstrip(" %")) for row in cells) == pytest.approx(100, abs=0.2)
     assert cli.main(["classify", "owner/name", image]) == 2
     assert "no labels.json" in capsys.readouterr().err
     monkeypatch.setattr(TwoTowers, "labels", ("blue", "green"))
@@ -248,18 +248,18 @@ def test_classify(towers, pictures, tmp_path, capsys, monkeypatch):
     assert "nowhere.png: no such image" in capsys.readouterr().err
 
 
-def test_a_long_name_is_told_letter_by_letter(towers, pictures, tmp_path, capsys, monkeypatch):
+def test_a_long_name_is_printed_literally(towers, pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "50")
     image = os.fspath(shutil.copy(pictures / "green" / "3.png", tmp_path / "a[b] :cat: 3.png"))
     assert cli.main(["classify", "owner/name", image, "--labels", "red,green"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
-    told = "".join(line.split("│")[1].strip() for line in lines)
-    assert told.replace(" ", "") == image.replace(" ", "") and len(lines) > 2
+    name = "".join(line.split("│")[1].strip() for line in lines)
+    assert name.replace(" ", "") == image.replace(" ", "") and len(lines) > 2
 
 
 def test_retrieve(towers, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "300")
-    picture = tmp_path / "found.png"
+    picture = tmp_path / "nearest.png"
     for query in (["--text", "a blue thing"], ["--image", os.fspath(pictures / "blue" / "1.png")]):
         flags = ["--folder", os.fspath(pictures), "-k", "7", "--picture", os.fspath(picture)]
         assert cli.main(["retrieve", "owner/name", *query, *flags]) == 0

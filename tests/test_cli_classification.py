@@ -18,7 +18,7 @@ from mmjax.models.resnet.tasks import ResNetModel
 
 
 def test_a_head_is_judged_on_folders(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
-    """Folders are classes by their names in labels.json; what the handle answers is what is counted."""
+    """Folders are classes by their names in labels.json; the score counts what `classify` returns."""
     config = ResNetConfig((1,), "basic", "cifar", 4, (4,), num_classes=3)
     shapes = ResNetModel.shapes(config)
     rng = np.random.default_rng(0)
@@ -27,10 +27,10 @@ def test_a_head_is_judged_on_folders(tmp_path: pathlib.Path, monkeypatch: pytest
     preprocess = ImagePreprocessing((8, 8), None)
     model = ResNetModel(config, params, stats, preprocess=preprocess)
     mmjax.save(model, tmp_path / "model")
-    for place in range(30):
-        folder = tmp_path / "images" / ("pear", "apple")[place % 2]
+    for i in range(30):
+        folder = tmp_path / "images" / ("pear", "apple")[i % 2]
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (9, 11, 3), np.uint8)).save(folder / f"{place}.png")
+        Image.fromarray(rng.integers(0, 256, (9, 11, 3), np.uint8)).save(folder / f"{i}.png")
     monkeypatch.chdir(tmp_path)
     arguments = ["evaluate", str(tmp_path / "model"), "--task", "classification", "--data", str(tmp_path / "images")]
     assert cli.main(arguments) != 0  # two folders, three classes

@@ -1,4 +1,4 @@
-"""load, save and export, on a system made for the occasion: a folder's worth of code and one line in SYSTEMS."""
+"""load, save and export, on a system made for these tests: one folder of code and one line in SYSTEMS."""
 
 import dataclasses
 import json
@@ -89,8 +89,14 @@ def toy_config(shapes, config_json):
 
 
 LAYOUTS = (
-    Layout("hf", lambda keys, told: "body.weight" in keys, toy_config, toy_table, lambda config: {"model_type": "toy"}),
-    Layout("npz", lambda keys, told: "body.weightz" in keys, toy_config, toy_table, file="toy.npz"),
+    Layout(
+        "hf",
+        lambda keys, config_json: "body.weight" in keys,
+        toy_config,
+        toy_table,
+        lambda config: {"model_type": "toy"},
+    ),
+    Layout("npz", lambda keys, _: "body.weightz" in keys, toy_config, toy_table, file="toy.npz"),
 )
 
 
@@ -190,8 +196,13 @@ def test_a_hub_id_is_downloaded_and_loaded(tmp_path, toy, monkeypatch):
 
 
 def test_a_workdir_and_its_checkpoints_are_loaded(tmp_path, toy):
-    told = {"system": "toy", "model": dataclasses.asdict(toy.config), "experiment": {"steps": 3}, "tokenizer": None}
-    (tmp_path / "config.json").write_text(json.dumps(told))
+    config_json = {
+        "system": "toy",
+        "model": dataclasses.asdict(toy.config),
+        "experiment": {"steps": 3},
+        "tokenizer": None,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config_json))
     with pytest.raises(MmjaxError, match=r"neither model\.safetensors nor a checkpoint"):
         mmjax.load(tmp_path)
     writer = CheckpointWriter(tmp_path)
@@ -204,7 +215,7 @@ def test_a_workdir_and_its_checkpoints_are_loaded(tmp_path, toy):
     np.testing.assert_array_equal(first.params["body"]["bias"], toy.params["body"]["bias"] * 9)
     np.testing.assert_array_equal(first.stats["mean"], toy.stats["mean"])
     assert newest.config == toy.config
-    (tmp_path / "config.json").write_text(json.dumps(told | {"model": {"width": 6}}))
+    (tmp_path / "config.json").write_text(json.dumps(config_json | {"model": {"width": 6}}))
     with pytest.raises(WeightsError, match=r"body/kernel \[3, 5\]: gives \[3, 5\], params/body/kernel has \[3, 6\]"):
         mmjax.load(tmp_path)
 
@@ -220,14 +231,14 @@ def changed(folder: pathlib.Path, toy: Model, **arrays) -> pathlib.Path:
     return folder
 
 
-def test_missing_unexpected_and_misshapen_keys_are_told_in_one_error(tmp_path, toy):
+def test_missing_unexpected_and_misshapen_keys_are_listed_in_one_error(tmp_path, toy):
     wrong = {"head.bias": None, "extra.weight": np.ones(2, np.float32), "body.bias": np.ones(6, np.float32)}
     with pytest.raises(WeightsError) as caught:
         mmjax.load(changed(tmp_path, toy, **wrong))
-    told = str(caught.value)
-    assert str(tmp_path / "model.safetensors") in told
+    message = str(caught.value)
+    assert str(tmp_path / "model.safetensors") in message
     for piece in ("missing (1):\n    head.bias", "unexpected (1):\n    extra.weight", "body.bias [6]: gives [6]"):
-        assert piece in told
+        assert piece in message
 
 
 def test_nan_weights_are_refused(tmp_path, toy):
@@ -235,7 +246,7 @@ def test_nan_weights_are_refused(tmp_path, toy):
         mmjax.load(changed(tmp_path, toy, mean=np.array([1, 2, np.nan, 3, 4], np.float32)))
 
 
-def test_a_config_that_cannot_be_told_is_told(tmp_path, toy):
+def test_a_config_that_cannot_be_determined_is_an_error(tmp_path, toy):
     with pytest.raises(WeightsError, match=r"looks like toy in the hf layout, .* KeyError: 'head\.weight'"):
         mmjax.load(changed(tmp_path, toy, **{"head.weight": None}))
 
@@ -279,7 +290,7 @@ def test_a_cut_file_and_a_pickle_with_code_are_refused(tmp_path, toy):
 
 
 @pytest.mark.parametrize(
-    "told, message",
+    "config_json, message",
     [
         (
             {"system": "toy", "model": {"widht": 5}},
@@ -288,14 +299,14 @@ def test_a_cut_file_and_a_pickle_with_code_are_refused(tmp_path, toy):
         ({"system": "nothing", "model": {}}, r"config\.json: no system is called 'nothing'; there are toy"),
     ],
 )
-def test_a_config_of_ours_with_a_slip_is_told(tmp_path, toy, told, message):
+def test_an_invalid_config_of_ours_is_an_error(tmp_path, toy, config_json, message):
     mmjax.save(toy, tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(told))
+    (tmp_path / "config.json").write_text(json.dumps(config_json))
     with pytest.raises(MmjaxError, match=message):
         mmjax.load(tmp_path)
 
 
-def test_sources_that_are_nothing_are_told(tmp_path, toy):
+def test_sources_that_are_nothing_are_errors(tmp_path, toy):
     with pytest.raises(MmjaxError, match="neither a file nor a folder, nor a hub id"):
         mmjax.load(tmp_path / "nowhere")
     with pytest.raises(MmjaxError, match="holds no weight file"):
@@ -332,7 +343,7 @@ def test_importing_mmjax_imports_neither_jax_nor_numpy():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-def test_the_registry_names_real_rooms():
+def test_the_registry_names_real_packages():
     root = pathlib.Path(mmjax.__file__).parent.parent
     for system in SYSTEMS:
         assert (root / system.module.replace(".", "/")).is_dir(), system.name

@@ -42,8 +42,8 @@ def test_help_needs_no_jax():
 
 
 def test_data_and_text_work_where_there_is_no_jax():
-    """Grain takes jax where it finds it; nothing of ours does, so here it must not be found."""
-    told = python(
+    """Grain imports jax if it is installed; no module of ours does, so here it is hidden."""
+    output = python(
         """
 import importlib, pkgutil
 import numpy as np
@@ -65,11 +65,11 @@ print(batch["image"].shape, sorted(name for name in sys.modules if name.split(".
 """,
         missing=HEAVY,
     )
-    assert told == "(2, 5, 5, 3) ['jax']"  # the None that was put there
+    assert output == "(2, 5, 5, 3) ['jax']"  # the None that was put there
 
 
 def test_every_module_imports_without_what_is_optional():
-    told = python(
+    output = python(
         """
 import importlib, pkgutil
 import mmjax
@@ -81,7 +81,7 @@ print(len(names), *(layout.name for system in SYSTEMS for layout in system.layou
 """,
         missing=OPTIONAL,
     )
-    assert int(told.split()[0]) > 80 and " hf " in told
+    assert int(output.split()[0]) > 80 and " hf " in output
 
 
 TOY = """
@@ -114,8 +114,8 @@ PIECES = FILE + "from mmjax.text.tokenizer import Tokenizer; Tokenizer.from_sent
 def test_a_missing_extra_is_one_error_that_says_what_to_install(package, extra, call, tmp_path):
     (tmp_path / "toy.py").write_text(TOY)
     call = call.format(folder=str(tmp_path))
-    told = python(
+    output = python(
         f"from mmjax.errors import MmjaxError\ntry: {call}\nexcept MmjaxError as error: print(error)",
         missing=(package,),
     )
-    assert package in told and f"mmjax[{extra}]" in told and "\n" not in told
+    assert package in output and f"mmjax[{extra}]" in output and "\n" not in output

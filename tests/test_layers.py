@@ -1,6 +1,6 @@
-"""The picture of the house: every import in the package points down, and data and text never reach jax.
+"""The layers of the package: every import points down, and data and text never reach jax.
 
-Imports are read from the source, those inside functions too: a late import hides an arrow, it does not turn it.
+Imports are read from the source, those inside functions too: a late import is an arrow as well.
 """
 
 import ast
@@ -48,7 +48,7 @@ COMPILERS = {
     "AbstractMesh",
     "sharding",
 }
-"""What of jax places or compiles a step."""
+"""The names of jax that place or compile a step."""
 
 
 def module_name(path: pathlib.Path) -> str:
@@ -66,16 +66,16 @@ def tree_of(path: pathlib.Path) -> ast.Module:
 
 def imports(path: pathlib.Path) -> set[str]:
     """Everything a file imports, as dotted names down to the module: `from mmjax import hub` is mmjax.hub."""
-    found: set[str] = set()
+    names_imported: set[str] = set()
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names_imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, f"{path}:{node.lineno}: relative import"
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             modules = names & MODULES.keys()
-            found |= modules | ({node.module} if names - modules else set())
-    return found
+            names_imported |= modules | ({node.module} if names - modules else set())
+    return names_imported
 
 
 def room(module: str) -> str:
@@ -89,20 +89,20 @@ def own_imports(module: str) -> set[str]:
 
 def reached(module: str) -> set[str]:
     """The package's modules that are loaded with this one, their parents' __init__ apart from the package's own."""
-    seen, waiting = set(), [module]
+    visited, waiting = set(), [module]
     while waiting:
         name = waiting.pop()
-        if name not in seen:
-            seen.add(name)
+        if name not in visited:
+            visited.add(name)
             parents = [".".join(name.split(".")[:depth]) for depth in range(2, name.count(".") + 1)]
             waiting += [*own_imports(name), *(parent for parent in parents if parent in MODULES)]
-    return seen
+    return visited
 
 
 def test_every_room_has_a_floor():
-    found = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
-    assert found <= LEVEL.keys(), f"not in the picture: {sorted(found - LEVEL.keys())}"
-    assert {"training", "models", "data", "nn", "evaluation"} <= found
+    rooms = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert rooms <= LEVEL.keys(), f"not in FLOORS: {sorted(rooms - LEVEL.keys())}"
+    assert {"training", "models", "data", "nn", "evaluation"} <= rooms
 
 
 def test_the_reader_sees_late_and_nested_imports(tmp_path):
@@ -162,7 +162,7 @@ def test_systems_share_networks_but_no_training_and_no_tasks(module):
 
 def compilers(tree: ast.AST) -> list[tuple[int, str]]:
     """(line, name) of what compiles or places: `jax.jit`, `from jax import pmap`, `jax.sharding.Mesh`."""
-    found = []
+    compiling = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -175,9 +175,13 @@ def compilers(tree: ast.AST) -> list[tuple[int, str]]:
         for name in names:
             first, *rest = name.split(".")
             if first == "jax" and COMPILERS & set(rest):
-                found.append((node.lineno, name))
-    # `jax.sharding` inside `jax.sharding.Mesh` is the same place
-    return [(line, name) for line, name in found if not any(o.startswith(name + ".") for at, o in found if at == line)]
+                compiling.append((node.lineno, name))
+    # `jax.sharding` inside `jax.sharding.Mesh` is the same use
+    return [
+        (line, name)
+        for line, name in compiling
+        if not any(o.startswith(name + ".") for at, o in compiling if at == line)
+    ]
 
 
 def on_training_path(module: str) -> bool:
@@ -188,11 +192,11 @@ def on_training_path(module: str) -> bool:
 
 @pytest.mark.parametrize("module", [name for name in MODULES if on_training_path(name)])
 def test_only_lift_compiles_the_training_path(module):
-    found = compilers(tree_of(MODULES[module]))
+    compiling = compilers(tree_of(MODULES[module]))
     if module == "mmjax.training.lift":
-        assert {"jax.jit", "jax.pmap", "jax.make_mesh"} <= {name for _, name in found}
+        assert {"jax.jit", "jax.pmap", "jax.make_mesh"} <= {name for _, name in compiling}
     else:
-        assert not found, "; ".join(f"{MODULES[module]}:{line}: {name}" for line, name in found)
+        assert not compiling, "; ".join(f"{MODULES[module]}:{line}: {name}" for line, name in compiling)
 
 
 @pytest.mark.parametrize("module", MODULES)

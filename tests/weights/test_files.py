@@ -72,13 +72,13 @@ def test_a_dtype_that_the_format_lacks_is_named(tmp_path):
 
 def test_shards_are_joined(tmp_path):
     ours = arrays()
-    places = {}
+    shards = {}
     for i, key in enumerate(ours):
-        places[key] = f"model-{i % 2}.safetensors"
-    for name in set(places.values()):
-        write_safetensors(tmp_path / name, {key: ours[key] for key in ours if places[key] == name})
+        shards[key] = f"model-{i % 2}.safetensors"
+    for name in set(shards.values()):
+        write_safetensors(tmp_path / name, {key: ours[key] for key in ours if shards[key] == name})
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": shards}))
     same(read_weights(index).arrays, ours)
 
 

@@ -24,7 +24,7 @@ HEADS, KV_HEADS, HEAD, WIDTH, FFN, VOCAB = 6, 2, 16, 96, 160, 37
 
 
 def write_tiny(path: pathlib.Path, kind: str = "llama", tied: bool = False) -> dict[str, np.ndarray]:
-    """A LLaMA of two layers, written by gguf's own writer, in four kinds of storage; returns what it was given."""
+    """A LLaMA of two layers, written by the package gguf, in four kinds of storage; returns its arrays."""
     rng = np.random.default_rng(11)
     writer = gguf.GGUFWriter(path, kind)
     writer.add_block_count(2)
@@ -51,21 +51,21 @@ def write_tiny(path: pathlib.Path, kind: str = "llama", tied: bool = False) -> d
         if kind == "qwen2":
             shapes |= {f"blk.{i}.attn_{x}.bias": block[f"attn_{x}"][:1] for x in "qkv"}
     types = gguf.GGMLQuantizationType
-    given = {}
+    stored = {}
     for name, shape in shapes.items():
-        given[name] = rng.normal(size=shape).astype(np.float32)
+        stored[name] = rng.normal(size=shape).astype(np.float32)
         storage = types.Q8_0 if "ffn" in name and len(shape) == 2 else types.BF16 if "attn_v" in name else types.F32
         if "attn_k.weight" in name:
-            writer.add_tensor(name, given[name].astype(np.float16))
+            writer.add_tensor(name, stored[name].astype(np.float16))
         elif storage == types.F32:
-            writer.add_tensor(name, given[name])
+            writer.add_tensor(name, stored[name])
         else:
-            writer.add_tensor(name, gguf.quantize(given[name], storage), raw_dtype=storage)
+            writer.add_tensor(name, gguf.quantize(stored[name], storage), raw_dtype=storage)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return given
+    return stored
 
 
 @pytest.fixture(scope="module")
@@ -75,20 +75,20 @@ def tiny(tmp_path_factory):
 
 
 def test_reads_what_the_package_wrote(tiny):
-    path, given = tiny
+    path, stored = tiny
     file = read_gguf(path)
-    assert file.weights.shapes == {name: array.shape for name, array in given.items()}
+    assert file.weights.shapes == {name: array.shape for name, array in stored.items()}
     assert file.metadata["general.architecture"] == "llama" and file.metadata["llama.rope.freq_base"] == 100000.0
     assert file.metadata["test.names"] == ["é", "", "c"]
     np.testing.assert_array_equal(file.metadata["test.numbers"], [3, 1, 2])
     bounds = {"ffn": 2e-2, "attn_v": 1e-2, "attn_k": 1e-3}
-    for name, array in given.items():
+    for name, array in stored.items():
         bound = next((bound for part, bound in bounds.items() if part in name and "norm" not in name), 0)
         read = file.weights.arrays[name]
         assert read.dtype == np.float32 and np.abs(read - array).max() <= bound * np.abs(array).max(), name
     for tensor in gguf.GGUFReader(path).tensors:
-        wanted = gguf.dequantize(tensor.data, tensor.tensor_type)
-        np.testing.assert_array_equal(file.weights.arrays[tensor.name], wanted)
+        expected = gguf.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(file.weights.arrays[tensor.name], expected)
 
 
 def test_unpermute_is_invertible_and_pairs_halves():
@@ -105,13 +105,13 @@ def test_unpermute_is_invertible_and_pairs_halves():
 
 
 def test_keys_and_config_are_hugging_faces(tiny):
-    path, given = tiny
+    path, stored = tiny
     file = read_gguf(path)
     weights, config = hf_weights(file), hf_config(file)
-    assert len(weights.arrays) == len(given)
+    assert len(weights.arrays) == len(stored)
     q = weights.arrays["model.layers.1.self_attn.q_proj.weight"]
-    np.testing.assert_array_equal(q, unpermute(HEADS).load(given["blk.1.attn_q.weight"]))
-    np.testing.assert_array_equal(weights.arrays["lm_head.weight"], given["output.weight"])
+    np.testing.assert_array_equal(q, unpermute(HEADS).load(stored["blk.1.attn_q.weight"]))
+    np.testing.assert_array_equal(weights.arrays["lm_head.weight"], stored["output.weight"])
     assert config["rms_norm_eps"] == 1e-5 and config["head_dim"] == HEAD and config["vocab_size"] == VOCAB
     assert (config["num_key_value_heads"], config["tie_word_embeddings"]) == (KV_HEADS, False)
 
@@ -124,17 +124,17 @@ def test_transformers_reads_the_same_model(tmp_path, kind):
     pytest.importorskip("accelerate")  # which transformers wants for GGUF alone
 
     write_tiny(tmp_path / "tiny.gguf", kind, tied=True)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
     file = read_gguf(tmp_path / "tiny.gguf")
     weights, config = hf_weights(file), hf_config(file)
-    wanted = {key: value.numpy() for key, value in theirs.state_dict().items() if key != "lm_head.weight"}
-    assert weights.arrays.keys() == wanted.keys()
-    for key, array in wanted.items():
+    expected = {key: value.numpy() for key, value in reference.state_dict().items() if key != "lm_head.weight"}
+    assert weights.arrays.keys() == expected.keys()
+    for key, array in expected.items():
         np.testing.assert_array_equal(weights.arrays[key], array, err_msg=key)
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "vocab_size"):
-        assert config[name] == getattr(theirs.config, name)
-    assert theirs.config.rope_parameters["rope_theta"] == config["rope_theta"]
-    assert config["architectures"] == [type(theirs).__name__] and config["attention_bias"] == (kind == "qwen2")
+        assert config[name] == getattr(reference.config, name)
+    assert reference.config.rope_parameters["rope_theta"] == config["rope_theta"]
+    assert config["architectures"] == [type(reference).__name__] and config["attention_bias"] == (kind == "qwen2")
 
 
 # ------------------------------------------------------------------------------------------------------ hostile files
@@ -186,12 +186,12 @@ DAMAGED = {
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_file_is_one_error_and_little_memory(tmp_path, name):
-    content, told = DAMAGED[name]
+    content, message = DAMAGED[name]
     path = tmp_path / "bad.gguf"
     path.write_bytes(content)
     tracemalloc.start()
     try:
-        with pytest.raises(WeightsError, match=rf"bad\.gguf.*{told}"):
+        with pytest.raises(WeightsError, match=rf"bad\.gguf.*{message}"):
             read_gguf(path)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
@@ -252,11 +252,11 @@ def test_the_real_files_weights(smollm2):
     file = read_gguf(smollm2)
     weights, config = hf_weights(file), hf_config(file)
     assert sum(int(np.prod(shape)) for shape in weights.shapes.values()) == 134_515_008
-    wanted = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
-    wanted |= {"head_dim": 64, "intermediate_size": 1536, "vocab_size": 49152, "max_position_embeddings": 8192}
-    wanted |= {"rms_norm_eps": 1e-5, "rope_theta": 100000.0, "tie_word_embeddings": True, "attention_bias": False}
-    wanted |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "model_type": "llama"}
-    assert {name: config[name] for name in wanted} == wanted
+    expected = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    expected |= {"head_dim": 64, "intermediate_size": 1536, "vocab_size": 49152, "max_position_embeddings": 8192}
+    expected |= {"rms_norm_eps": 1e-5, "rope_theta": 100000.0, "tie_word_embeddings": True, "attention_bias": False}
+    expected |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "model_type": "llama"}
+    assert {name: config[name] for name in expected} == expected
     # Q4_1 by hand: blocks of 32 values in 20 bytes: scale and least as halves, then low nibbles before high ones.
     tensors = {one.name: one for one in gguf.GGUFReader(smollm2).tensors}  # takes 3 s
     raw = np.array(tensors["blk.7.ffn_up.weight"].data[0, :20])
@@ -278,12 +278,14 @@ def test_the_real_files_tokenizer(smollm2):
     for text, ids in prompts.items():
         assert tokenizer(text)[0].tolist() == [ids]
         assert tokenizer.decode(ids) == text
-    told = [7042, 30, 198, 198, 504, 2988, 314, 42, 216, 34, 32, 33, 40, 29, 32, 33, 29, 34, 34, 216, 33, 34, 42, 33]
-    assert tokenizer.decode(told) == " Paris.\n\nThe answer is: 2018-01-22 12:1"
+    ids = [7042, 30, 198, 198, 504, 2988, 314, 42, 216, 34, 32, 33, 40, 29, 32, 33, 29, 34, 34, 216, 33, 34, 42, 33]
+    assert tokenizer.decode(ids) == " Paris.\n\nThe answer is: 2018-01-22 12:1"
     chat = tokenizer.chat([{"role": "user", "content": "Name three fruits."}])
-    wanted = "1 9690 198 2683 359 253 5356 5646 11173 3365 3511 308 34519 28 7018 411 407 19712 8182 2 198 1 4093 198 "
-    wanted += "5820 1296 5574 30 2 198 1 520 9531 198"
-    assert tokenizer(chat, add_special_tokens=False)[0].tolist() == [[int(id) for id in wanted.split()]]
+    expected = (
+        "1 9690 198 2683 359 253 5356 5646 11173 3365 3511 308 34519 28 7018 411 407 19712 8182 2 198 1 4093 198 "
+    )
+    expected += "5820 1296 5574 30 2 198 1 520 9531 198"
+    assert tokenizer(chat, add_special_tokens=False)[0].tolist() == [[int(id) for id in expected.split()]]
     fruits = [33, 30, 12619, 12310, 198, 34, 30, 1816, 5120, 198, 35, 30, 4924, 3030, 2]
     assert tokenizer.decode(fruits) == "1. Bananas\n2. Oranges\n3. Grapes"
     assert (tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.unk, tokenizer.vocab_size) == (1, (2,), 2, 0, 49152)

@@ -60,14 +60,14 @@ HOSTILE_SAFETENSORS = {
 
 @pytest.mark.parametrize("name", HOSTILE_SAFETENSORS)
 def test_hostile_safetensors_are_refused_at_once(tmp_path, name):
-    content, told = HOSTILE_SAFETENSORS[name]
+    content, message = HOSTILE_SAFETENSORS[name]
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     started = time.monotonic()
     with pytest.raises(WeightsError) as caught:
         read_weights(path)
     assert time.monotonic() - started < 2
-    assert str(path) in str(caught.value) and told in str(caught.value)
+    assert str(path) in str(caught.value) and message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def hostile_pickles(canary: pathlib.Path) -> dict[str, tuple[bytes, str]]:
 @pytest.mark.parametrize("name", list(hostile_pickles(pathlib.Path("x"))))
 def test_a_pickle_with_code_is_refused_and_never_runs(tmp_path, name, container):
     canary = tmp_path / "canary"
-    pickled, told = hostile_pickles(canary)[name]
+    pickled, message = hostile_pickles(canary)[name]
     path = tmp_path / "model.pth"
     if container == "zip":
         torch_zip(path, pickled)
@@ -160,7 +160,7 @@ def test_a_pickle_with_code_is_refused_and_never_runs(tmp_path, name, container)
     with pytest.raises(WeightsError) as caught:
         read_weights(path)
     assert not canary.exists()
-    assert str(path) in str(caught.value) and told in str(caught.value)
+    assert str(path) in str(caught.value) and message in str(caught.value)
 
 
 def test_a_bare_pickle_is_refused(tmp_path):
@@ -172,7 +172,7 @@ def test_a_bare_pickle_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "count, offset, shape, stride, told",
+    "count, offset, shape, stride, message",
     [
         (2, 0, (3,), (1,), "outside its 2 elements"),
         (2, 1, (2,), (1,), "outside its 2 elements"),
@@ -183,11 +183,11 @@ def test_a_bare_pickle_is_refused(tmp_path):
         (2, 0, (2, 2), (1,), "refused"),
     ],
 )
-def test_a_tensor_stays_inside_its_storage(tmp_path, count, offset, shape, stride, told):
+def test_a_tensor_stays_inside_its_storage(tmp_path, count, offset, shape, stride, message):
     torch_zip(tmp_path / "m.pt", tensor_pickle(count, offset, shape, stride))
     with pytest.raises(WeightsError) as caught:
         read_weights(tmp_path / "m.pt")
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_the_hand_made_pickle_is_one_that_would_be_read(tmp_path):

@@ -1,4 +1,4 @@
-"""The key-table engine: every op is undone by its other half, every misfit is told."""
+"""The key-table engine: every op is inverted by its other half, every misfit is listed."""
 
 import numpy as np
 import pytest
@@ -139,31 +139,31 @@ def test_half_floats_are_widened_exactly():
     np.testing.assert_array_equal(ours, half.astype(np.float32).T)
 
 
-def test_one_error_tells_every_misfit():
+def test_one_error_lists_every_misfit():
     public = arrays()
     del public["qkv"], public["b"]
     public |= {"extra.one": normal(1), "extra.two": normal(1), "fc.weight": normal(7, 11), "query": normal(2, 21)}
-    wanted = shapes()
-    wanted["params"]["lonely"] = target(2)
+    expected = shapes()
+    expected["params"]["lonely"] = target(2)
     with pytest.raises(WeightsError) as caught:
-        load_table((*TABLE, Entry("scale", "params/nowhere")), public, wanted, "dir/model.safetensors")
-    told = str(caught.value)
-    assert told.startswith("dir/model.safetensors does not fit the model:")
+        load_table((*TABLE, Entry("scale", "params/nowhere")), public, expected, "dir/model.safetensors")
+    message = str(caught.value)
+    assert message.startswith("dir/model.safetensors does not fit the model:")
     for piece in (
         "missing (2):\n    qkv\n    b\n",
         "unexpected (2):\n    extra.one\n    extra.two\n",
         "misshapen (2):",
         "fc.weight [7, 11]: gives [11, 7], params/head/kernel has [7, 11]",
-        "query [2, 21]: reshape((7, 2, 3)) fails: shape (2, 21), wanted (7, 2, 3)",
+        "query [2, 21]: reshape((7, 2, 3)) fails: shape (2, 21), expected (7, 2, 3)",
         "parameters that the table does not fill (1):\n    params/lonely",
         "targets that the module does not have (1):\n    params/nowhere",
         "named twice in the table (1):\n    scale",
     ):
-        assert piece in told, piece
+        assert piece in message, piece
 
 
 @pytest.mark.parametrize(
-    "key, array, told",
+    "key, array, message",
     [
         ("count", np.array(2**31, np.int64), "does not fit int32"),
         ("scale", np.arange(5), "scale [5]: is int64, params/norm/scale has float32"),
@@ -171,10 +171,10 @@ def test_one_error_tells_every_misfit():
         ("blocks", np.zeros((3, 5), np.float32), "axis 0 of (3, 5) should be 2 long"),
     ],
 )
-def test_an_array_that_an_op_cannot_take_is_named(key, array, told):
+def test_an_array_that_an_op_cannot_take_is_named(key, array, message):
     with pytest.raises(WeightsError) as caught:
         load_table(TABLE, arrays() | {key: array}, shapes(), "f")
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_saving_refuses_leaves_without_a_line_and_lines_without_a_leaf():
