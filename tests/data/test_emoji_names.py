@@ -1,4 +1,4 @@
-"""Pairs of emoji names: nothing that is held out is trained on, whatever the language."""
+"""Pairs of emoji names: no held-out pair is trained on, whatever the language."""
 
 import pytest
 
@@ -11,10 +11,10 @@ pytest.importorskip("emoji")
 @pytest.mark.parametrize(("language", "pair"), [("de", ("deer", "hirsch")), ("fr", ("deer", "cerf"))])
 def test_no_held_out_name_is_trained_on(language, pair):
     names = load_emoji_names(language)
-    trained, held = {english for english, _ in names.train}, [english for english, _ in names.held_out]
-    assert len(held) == len(set(held)) and not trained & set(held)
+    trained, held_out = {english for english, _ in names.train}, [english for english, _ in names.held_out]
+    assert len(held_out) == len(set(held_out)) and not trained & set(held_out)
     assert pair in names.train + names.held_out
-    assert 0.15 < len(held) / (len(held) + len({other for _, other in names.train})) < 0.25
+    assert 0.15 < len(held_out) / (len(held_out) + len({other for _, other in names.train})) < 0.25
     texts = [text for both in (*names.train, *names.held_out) for text in both]
     assert all(text and text == text.lower() and not set(":_") & {text[0], text[-1]} for text in texts)
     assert not any("skin tone" in english for english in trained)

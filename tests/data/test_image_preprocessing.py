@@ -45,8 +45,8 @@ def test_pixels_equal_those_of_transformers(tmp_path, kind, fields, height, widt
     processor = getattr(transformers, kind)(**fields)
     processor.save_pretrained(tmp_path)
     ours = from_hf(json.loads((tmp_path / "preprocessor_config.json").read_text()))
-    theirs = processor(image(height, width), return_tensors="np")["pixel_values"]
-    np.testing.assert_allclose(ours(image(height, width)).transpose(0, 3, 1, 2), theirs, atol=2e-6)
+    expected = processor(image(height, width), return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(ours(image(height, width)).transpose(0, 3, 1, 2), expected, atol=2e-6)
     assert from_hf(ours.to_hf()) == ours
 
 
@@ -94,9 +94,9 @@ def test_published_transforms_are_torchvisions_bit_for_bit(height, width):
         (ImagePreprocessing.imagenet(47, 59), by_hand(picture, bilinear, 59, 47, IMAGENET_MEAN, IMAGENET_STD)),
         (ImagePreprocessing.dinov2(98), by_hand(picture, bicubic, 112, 98, IMAGENET_MEAN, IMAGENET_STD)),
     )
-    for ours, theirs in cases:
-        np.testing.assert_array_equal(ours(picture)[0], theirs)
-        np.testing.assert_array_equal(ours([np.asarray(picture)] * 2)[1], theirs)
+    for ours, expected in cases:
+        np.testing.assert_array_equal(ours(picture)[0], expected)
+        np.testing.assert_array_equal(ours([np.asarray(picture)] * 2)[1], expected)
     squashed = (np.asarray(picture.resize((43, 43), bilinear), np.float32) / np.float32(255) - 0.5) / np.float32(0.5)
     np.testing.assert_array_equal(ImagePreprocessing.vit(43)(picture)[0], squashed)
 

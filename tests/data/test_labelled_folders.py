@@ -1,4 +1,4 @@
-"""Folders of labelled images: which are trained on, which are held out, and what is no such folder."""
+"""Folders of labelled images: the split, and the errors."""
 
 import pathlib
 
@@ -23,17 +23,17 @@ def names(source: ImageFolder) -> list[tuple[str, int]]:
 
 def test_a_share_of_each_class_is_held_out(tmp_path):
     root = folder(tmp_path / "a", cat=20, ant=7, bee=2)
-    train, held = labelled_split(root, 0.3)
-    assert held is not None and train.classes == held.classes == ("ant", "bee", "cat")
-    assert [[label for _, label in names(part)].count(i) for i in range(3) for part in (train, held)] == [
+    train, held_out = labelled_split(root, 0.3)
+    assert held_out is not None and train.classes == held_out.classes == ("ant", "bee", "cat")
+    assert [[label for _, label in names(part)].count(i) for i in range(3) for part in (train, held_out)] == [
         *(5, 2),
         *(1, 1),
         *(14, 6),
     ]
-    assert sorted(names(train) + names(held)) == sorted(names(ImageFolder(root)))
-    for name, label in names(train) + names(held):
+    assert sorted(names(train) + names(held_out)) == sorted(names(ImageFolder(root)))
+    for name, label in names(train) + names(held_out):
         assert name.split("/")[0] == train.classes[label]
-    assert train.record_name(0) == str(root / train.paths[0]) and train.fingerprint != held.fingerprint
+    assert train.record_name(0) == str(root / train.paths[0]) and train.fingerprint != held_out.fingerprint
 
 
 def test_the_same_are_held_out_elsewhere_and_when_images_join(tmp_path):
@@ -48,9 +48,9 @@ def test_the_same_are_held_out_elsewhere_and_when_images_join(tmp_path):
 def test_a_split_that_is_there_is_taken(tmp_path):
     folder(tmp_path / "train", cat=3, ant=2, bee=2)
     folder(tmp_path / "val", cat=2)
-    train, held = labelled_split(tmp_path, 0.5)
-    assert held is not None and len(train) == 7
-    assert names(held) == [("cat/0", 2), ("cat/1", 2)]
+    train, held_out = labelled_split(tmp_path, 0.5)
+    assert held_out is not None and len(train) == 7
+    assert names(held_out) == [("cat/0", 2), ("cat/1", 2)]
     folder(tmp_path / "test", cow=1)
     with pytest.raises(MmjaxError, match=r"test: cow: not among the classes ant, bee, cat"):
         split_folders(tmp_path)
@@ -58,8 +58,8 @@ def test_a_split_that_is_there_is_taken(tmp_path):
 
 def test_nothing_may_be_held_out(tmp_path):
     root = folder(tmp_path / "a", cat=1, ant=1)
-    train, held = labelled_split(root, 0.0)
-    assert held is None and len(train) == 2
+    train, held_out = labelled_split(root, 0.0)
+    assert held_out is None and len(train) == 2
     with pytest.raises(MmjaxError, match=r"one image a class: nothing can be held out"):
         labelled_split(root, 0.2)
 

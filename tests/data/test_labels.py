@@ -14,9 +14,9 @@ def arrays(labels):
     return ArraySource(name="digits", image=np.zeros((len(labels), 2, 3, 3), np.uint8), label=np.asarray(labels))
 
 
-@pytest.mark.parametrize(("labels", "told"), [([0, 6, 2, 9], r"2 of 4 .*digits\[1\] has 6"), ([0, -1], "has -1")])
-def test_labels_outside_the_classes_are_named(labels, told):
-    with pytest.raises(MmjaxError, match=told):
+@pytest.mark.parametrize(("labels", "message"), [([0, 6, 2, 9], r"2 of 4 .*digits\[1\] has 6"), ([0, -1], "has -1")])
+def test_labels_outside_the_classes_are_named(labels, message):
+    with pytest.raises(MmjaxError, match=message):
         check_labels(arrays(labels), 5)
 
 

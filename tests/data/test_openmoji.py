@@ -34,9 +34,11 @@ def test_every_drawing_is_accounted_for(data):
 @pytest.mark.parametrize("hold_out", ["name", "family"])
 def test_nothing_is_on_both_sides(cache, hold_out):
     data = openmoji.load_openmoji(64, cache, hold_out)
-    train, held = data.train.columns, data.held_out.columns
-    assert not {t.lower() for row in train["texts"] for t in row} & {t.lower() for row in held["texts"] for t in row}
-    shared = {openmoji._stem(t) for t in train["text"]} & {openmoji._stem(t) for t in held["text"]}
+    train, held_out = data.train.columns, data.held_out.columns
+    assert not {t.lower() for row in train["texts"] for t in row} & {
+        t.lower() for row in held_out["texts"] for t in row
+    }
+    shared = {openmoji._stem(t) for t in train["text"]} & {openmoji._stem(t) for t in held_out["text"]}
     assert bool(shared) == (hold_out == "name")
 
 

@@ -49,9 +49,9 @@ def take(iterator, count):
     return [next(iterator) for _ in range(count)]
 
 
-def assert_same(ours, theirs):
-    assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs):
+def assert_same(ours, expected):
+    assert len(ours) == len(expected)
+    for one, other in zip(ours, expected):
         assert list(one) == list(other) == ["image", "index", "label", "noise"]
         for key in one:
             assert one[key].dtype == other[key].dtype
@@ -95,7 +95,7 @@ def test_state_at_every_step_restores_the_rest(straight):
         fresh = iter(pipeline())
         fresh.set_state(state)
         assert_same(take(fresh, 17 - step), straight[step:])
-    iterator.set_state(states[4])  # backwards in place
+    iterator.set_state(states[4])  # backwards, in the same iterator
     assert_same(take(iterator, 3), straight[4:7])
 
 
@@ -185,10 +185,10 @@ def test_bad_records_are_replaced_counted_once_and_named(tmp_path, straight, wor
     order = np.stack([batch["index"] for batch in straight])
     got = np.stack([batch["index"] for batch in ours])
     good = ~np.isin(order, list(BAD))
-    np.testing.assert_array_equal(got[good], order[good])  # the others keep their places
+    np.testing.assert_array_equal(got[good], order[good])  # the others keep their positions
     assert not np.isin(got, list(BAD)).any() and (~good).sum() >= 8
     replaced = [(i, j) for i, j in np.argwhere(~good[:6]) if good[i + 1, j]]
-    assert replaced and all(got[i, j] == order[i + 1, j] for i, j in replaced)  # the same place, one batch later
+    assert replaced and all(got[i, j] == order[i + 1, j] for i, j in replaced)  # the same position, one batch later
     assert iterator.bad_counts == {"caption: empty": 1, "image: empty": 1, "image: truncated": 2}
     iterator.close()
     lines = [json.loads(line) for line in file.read_text().splitlines()]

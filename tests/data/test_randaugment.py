@@ -1,4 +1,4 @@
-"""Each operation against what PIL's documentation and the papers' tables say, on pixels that can be told apart."""
+"""Each operation against what PIL's documentation and the papers' tables say, on distinguishable pixels."""
 
 import math
 

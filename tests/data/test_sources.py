@@ -85,15 +85,15 @@ LLAVA = [{"id": "1", "image": "d.png", "conversations": [{"from": "human", "valu
 
 
 @pytest.mark.parametrize(
-    "told, expected",
+    "content, expected",
     [
         (COCO, [("a.jpg", ("One.", "Eins.")), ("b.jpg", ("Two.",))]),
         (KARPATHY, [("val/c.jpg", ("x", "y"))]),
         (BLIP, [("a.jpg", ("One.",)), ("ü.jpg", ("u", "ü"))]),
     ],
 )
-def test_published_json_formats(tmp_path, images, told, expected):
-    (tmp_path / "list.json").write_text(json.dumps(told))
+def test_published_json_formats(tmp_path, images, content, expected):
+    (tmp_path / "list.json").write_text(json.dumps(content))
     source = ImageTextList(tmp_path / "list.json", images)
     assert [(source[i]["image"].decode(), source[i]["texts"]) for i in range(len(source))] == expected
     assert all(source[i]["text"] == expected[i][1][0] for i in range(len(source)))
@@ -146,15 +146,15 @@ def test_each_bad_row_has_its_reason(tmp_path, images):
         reasons.append(caught.value.reason)
         assert caught.value.name
     outside, utf8, json_ = "file: outside the folder", "caption: not UTF-8", "list: not JSON"
-    wanted = [outside, outside, "file: missing", "list: no image named", utf8, utf8, "caption: empty"]
-    assert reasons == [*wanted, "caption: not text", json_, "list: not an object", json_, outside]
+    expected = [outside, outside, "file: missing", "list: no image named", utf8, utf8, "caption: empty"]
+    assert reasons == [*expected, "caption: not text", json_, "list: not an object", json_, outside]
 
 
 def test_lists_that_are_none(tmp_path):
     cases = {
         "a.json": ("{", "not JSON"),
-        "b.json": ('{"x": 1}', r"found an object with \['x'\]"),
-        "c.jsonl": ("", "no rows"),
+        "b.json": ('{"x": 1}', r"not an object with \['x'\]"),
+        "c.jsonl": ("", "no entries"),
     }
     for name, (text, word) in {**cases, "d.txt": ("", "is a .json")}.items():
         (tmp_path / name).write_text(text)
@@ -164,7 +164,7 @@ def test_lists_that_are_none(tmp_path):
         ImageTextList(tmp_path / "gone.json")
 
 
-def test_several_files_are_one_list(tmp_path, images):
+def test_several_pathsare_one_list(tmp_path, images):
     (tmp_path / "one.json").write_text(json.dumps(BLIP))
     (tmp_path / "two.jsonl").write_text('{"image": "b.jpg", "text": "b"}\n{"text": "none"}\n')
     files = [tmp_path / "one.json", tmp_path / "two.jsonl"]
@@ -178,14 +178,14 @@ def test_several_files_are_one_list(tmp_path, images):
     assert again[2] == source[2]
     (images / "one.json").write_text(json.dumps(BLIP))
     assert ImageTextList([images / "one.json"])[0]["image"] == b"a.jpg"  # without a folder, the file's own
-    for given, word in (([], "needs a file"), ([files[0], tmp_path / "gone.json"], "gone.json: no such file")):
+    for paths, word in (([], "needs a file"), ([files[0], tmp_path / "gone.json"], "gone.json: no such file")):
         with pytest.raises(MmjaxError, match=word):
-            ImageTextList(given)
+            ImageTextList(paths)
 
 
 def test_images_are_numbered_in_the_order_of_their_first_coming(tmp_path, images):
-    told = [("a.jpg", "x9"), ("b.jpg", 7), ("a.jpg", "x9"), ("d.png", 7)]
-    rows = [{"image": name, "image_id": id, "caption": "c"} for name, id in told]
+    entries = [("a.jpg", "x9"), ("b.jpg", 7), ("a.jpg", "x9"), ("d.png", 7)]
+    rows = [{"image": name, "image_id": id, "caption": "c"} for name, id in entries]
     expressions = [{"image": name, "text": "t", "ref_id": 5} for name in ("d.png", "val/c.jpg", "d.png")]
     (tmp_path / "train.json").write_text(json.dumps([*rows, *expressions]))
     source = ImageTextList(tmp_path / "train.json", images, numbered=True)

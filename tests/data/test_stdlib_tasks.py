@@ -1,4 +1,4 @@
-"""What to fine-tune on without a download: read from modules, labelled by their signatures and places."""
+"""Fine-tuning data without a download: read from modules, labelled by their signatures and paths."""
 
 from mmjax.data.splits import is_held_out
 from mmjax.data.stdlib_docs import stdlib_documented, stdlib_documents
@@ -29,27 +29,27 @@ def modules(root):
 
 
 def test_what_is_documented(tmp_path):
-    told = stdlib_documented(modules(tmp_path))
-    assert [(one.module, one.name) for one in told[:2]] == [("cow.py", "cow"), ("cow.py", "moo")]
-    lay = told[4]
+    documented = stdlib_documented(modules(tmp_path))
+    assert [(one.module, one.name) for one in documented[:2]] == [("cow.py", "cow"), ("cow.py", "moo")]
+    lay = documented[4]
     assert (lay.module, lay.name, lay.parameters) == ("farm/hens.py", "lay", ("eggs", "nest"))
     assert stdlib_documents(tmp_path, least=1)["farm/hens.py"][:2] == ["All about hens.", "They lay eggs."]
 
 
 def test_labels_are_what_the_files_say(tmp_path):
-    told = stdlib_documented(modules(tmp_path))
-    assert {text.label for text in package_texts(told, least=3)} == {"farm"}
-    assert len(package_texts([*told, *told], least=1)) == len(told)  # each text once
-    words = parameter_words(told)
+    documented = stdlib_documented(modules(tmp_path))
+    assert {text.label for text in package_texts(documented, least=3)} == {"farm"}
+    assert len(package_texts([*documented, *documented], least=1)) == len(documented)  # each text once
+    words = parameter_words(documented)
     tagged = {(one.group, word) for one in words for word, tag in zip(one.words, one.tags) if tag != "O"}
     assert tagged == {("cow.py", "loud"), ("farm/hens.py", "eggs"), ("farm/hens.py", "nest"), ("farm/hens.py", "hours")}
-    lay, sleep = return_questions(told)
+    lay, sleep = return_questions(documented)
     assert lay.question == "What does lay return?" and sleep.answers == ()
     ((text, start),) = lay.answers
     assert text == "the number of eggs that are\nwhole" and lay.context[start : start + len(text)] == text
 
 
 def test_what_is_held_out_is_a_matter_of_names():
-    held = [is_held_out(f"name {i}", 0.2) for i in range(2000)]
-    assert 0.17 < sum(held) / 2000 < 0.23
-    assert not any(is_held_out(f"name {i}", 0.1) and not wide for i, wide in enumerate(held))
+    held_out = [is_held_out(f"name {i}", 0.2) for i in range(2000)]
+    assert 0.17 < sum(held_out) / 2000 < 0.23
+    assert not any(is_held_out(f"name {i}", 0.1) and not wide for i, wide in enumerate(held_out))

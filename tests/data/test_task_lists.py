@@ -119,9 +119,9 @@ def test_questions_reach_a_batch(tmp_path, root, tokenizer):
 
 def test_the_list_of_answers(tmp_path):
     assert read_answers(write(tmp_path, "answer_list.json", ["yes", "no"])) == ("yes", "no")
-    for told, word in (({}, "want a list"), ([], "want a list"), (["yes", " "], r"\[1\]: ' ' is no answer")):
+    for content, word in (({}, "expected a list"), ([], "expected a list"), (["yes", " "], r"\[1\]: ' ' is no answer")):
         with pytest.raises(MmjaxError, match=r"answer_list\.json.*" + word):
-            read_answers(write(tmp_path, "answer_list.json", told))
+            read_answers(write(tmp_path, "answer_list.json", content))
     with pytest.raises(MmjaxError, match=r"gone\.json"):
         read_answers(tmp_path / "gone.json")
 
@@ -131,8 +131,8 @@ PAIR = {"images": ["1.png", "2.png"], "sentence": "The left one is right.", "lab
 
 def test_pairs_of_images(tmp_path, root):
     source = ImagePairList(write(tmp_path, "nlvr.json", [PAIR, PAIR | {"label": "False"}]), root / "coco")
-    wanted = {"image_0": picture(10), "image_1": picture(20), "text": PAIR["sentence"], "label": 1}
-    assert source[0] == wanted and source[1]["label"] == 0
+    expected = {"image_0": picture(10), "image_1": picture(20), "text": PAIR["sentence"], "label": 1}
+    assert source[0] == expected and source[1]["label"] == 0
 
 
 def test_pairs_are_augmented_apart_and_swapped_half_the_time(tmp_path, root, tokenizer):
@@ -243,8 +243,8 @@ def test_captioning_puts_the_prompt_in_front_and_draws_a_caption(tokenizer):
     assert record["texts"] == ("a hen", "two, yes") and record["text"] == "a hen"
     prompted = EncodeCaption(tokenizer, 20, template="a box {}", several=False)
     assert tokenizer.decode(prompted.random_map(record, generator())["input_ids"]) == "a box a hen"
-    drawn = [EncodeCaption(tokenizer, 20).random_map(record, generator(seed))["input_ids"][1] for seed in range(200)]
-    counts = np.unique(drawn, return_counts=True)[1]
+    sampled = [EncodeCaption(tokenizer, 20).random_map(record, generator(seed))["input_ids"][1] for seed in range(200)]
+    counts = np.unique(sampled, return_counts=True)[1]
     assert len(counts) == 2 and counts.min() > 60
     with pytest.raises(BadRecord, match=r"caption: empty \(nothing is left of '\.\.\.'\)"):
         CleanText(blip_caption).map({"text": "..."})
@@ -263,10 +263,12 @@ def test_real_pictures_and_captions(shared_dir):
         EncodeCaption(tokenizer, 25, sep=False),
     )
     transforms = pickle.loads(pickle.dumps(transforms))  # as a worker gets them
-    seen = {}
+    texts_by_index = {}
     for batch in Pipeline(source, 257, epochs=1, transforms=transforms):
         assert batch["image"].shape == (257, 64, 64, 3) and batch["image"].dtype == np.uint8
-        seen |= dict(zip(batch["index"].tolist(), map(tokenizer.decode, batch["input_ids"])))
-    assert len(seen) == 514
+        texts_by_index |= dict(zip(batch["index"].tolist(), map(tokenizer.decode, batch["input_ids"])))
+    assert len(texts_by_index) == 514
     fitting = [i for i, text in enumerate(captions) if len(tokenizer.pieces([text])[0]) <= 24]
-    assert len(fitting) > 500 and all(seen[i].replace(" ", "") == captions[i].replace(" ", "") for i in fitting)
+    assert len(fitting) > 500 and all(
+        texts_by_index[i].replace(" ", "") == captions[i].replace(" ", "") for i in fitting
+    )

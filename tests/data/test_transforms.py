@@ -24,7 +24,7 @@ def generator(seed=0):
 
 
 class Scripted:
-    """A generator that replays given uniforms, to follow torchvision's rule by hand."""
+    """A generator that replays a list of uniforms, to follow torchvision's rule by hand."""
 
     def __init__(self, *uniforms):
         self.uniforms = list(uniforms)
@@ -113,9 +113,9 @@ def test_texts_are_encoded():
         return [[len(text), 7] for text in texts]
 
     record = {"text": "aa", "texts": ("aa", "bbbb", "cccccc")}
-    drawn = [EncodeText(encode_text).random_map(record, generator(i))["text"] for i in range(300)]
-    counts = np.bincount([ids[0] for ids in drawn], minlength=7)[[2, 4, 6]]
-    assert drawn[0].dtype == np.int32 and counts.sum() == 300 and counts.min() > 70
+    sampled = [EncodeText(encode_text).random_map(record, generator(i))["text"] for i in range(300)]
+    counts = np.bincount([ids[0] for ids in sampled], minlength=7)[[2, 4, 6]]
+    assert sampled[0].dtype == np.int32 and counts.sum() == 300 and counts.min() > 70
     one = EncodeText(encode_text, several=False, template="a {}.").random_map(record, generator())
     assert one["text"].tolist() == [5, 7]
     # Each of four words stays at 0.6: 2.4 of them, and one more where none would.
@@ -146,8 +146,8 @@ def folder(tmp_path_factory):
     """500 files, 37 of them bad, of eight kinds; and which is which."""
     root = tmp_path_factory.mktemp("images") / "all"
     root.mkdir()
-    places = np.random.default_rng(0).permutation(500)[:37]
-    kinds = dict(zip(places.tolist(), [kind for kind, count in EIGHT.items() for _ in range(count)]))
+    positions = np.random.default_rng(0).permutation(500)[:37]
+    kinds = dict(zip(positions.tolist(), [kind for kind, count in EIGHT.items() for _ in range(count)]))
     for i in range(500):
         image = np.full((16 + i % 5, 19, 3), i % 256, np.uint8)
         (root / f"{i:03}.jpg").write_bytes(CASES[kinds[i]][0] if i in kinds else encode(image, "JPEG"))
@@ -173,12 +173,12 @@ def test_37_bad_images_of_eight_kinds_among_500(tmp_path, folder, workers):
     assert len(got) == 25 and all(batch["image"].shape == (20, 13, 13, 3) for batch in got)
     indices = np.concatenate([batch["index"] for batch in got])
     good = [i for i in range(500) if i not in kinds]
-    assert indices[good].tolist() == good  # the other 463 keep their places
+    assert indices[good].tolist() == good  # the other 463 keep their positions
     assert not set(indices.tolist()) & set(kinds)
-    wanted: dict[str, int] = {}
+    expected: dict[str, int] = {}
     for kind, count in EIGHT.items():
-        wanted[CASES[kind][1]] = wanted.get(CASES[kind][1], 0) + count
-    assert iterator.bad_counts == wanted and sum(wanted.values()) == 37
+        expected[CASES[kind][1]] = expected.get(CASES[kind][1], 0) + count
+    assert iterator.bad_counts == expected and sum(expected.values()) == 37
     rows = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert {row["name"]: row["reason"] for row in rows} == {
         str(root / f"{i:03}.jpg"): CASES[kind][1] for i, kind in kinds.items()

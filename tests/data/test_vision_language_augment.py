@@ -2,7 +2,7 @@
 
 Largest differences, at six magnitudes both ways on three sizes of noise: from OpenCV 4.10.0 and 4.14.0 none in any
 operation, and none from the pixels recorded of 4.5.5. From 5.0.0 none in Sharpness and whole translations, 4 in others,
-5 in shears and 7 in rotations, because OpenCV 5 no longer rounds places to 1/32 of a pixel.
+5 in shears and 7 in rotations, because OpenCV 5 no longer rounds coordinates to 1/32 of a pixel.
 """
 
 import math
@@ -49,14 +49,14 @@ def test_geometry_is_opencvs(magnitude, sign):
     share, space = magnitude / 10, vision_language_space(magnitude)
     for height, width in ((61, 83), (128, 128), (200, 97)):
         image = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
-        wanted = {
+        expected = {
             "ShearX": np.float32([[1, sign * 0.3 * share, 0], [0, 1, 0]]),
             "ShearY": np.float32([[1, 0, 0], [sign * 0.3 * share, 1, 0]]),
             "TranslateX": np.float32([[1, 0, sign * 10 * share], [0, 1, 0]]),
             "TranslateY": np.float32([[1, 0, 0], [0, 1, sign * 10 * share]]),
             "Rotate": cv2.getRotationMatrix2D((width / 2, height / 2), sign * 30 * share, 1),
         }
-        for name, matrix in wanted.items():
+        for name, matrix in expected.items():
             difference = np.abs(space[name](image, sign).astype(int) - by_opencv(cv2, image, matrix))
             # OpenCV 5 differs by up to 1/64 of a pixel along an axis, times 255, and a rounding.
             limit = 0 if int(cv2.__version__[0]) < 5 else 9 if name == "Rotate" else 5
@@ -69,9 +69,9 @@ def test_sharpness_is_opencvs_filter(factor):
     kernel = np.ones((3, 3), np.float32)
     kernel[1, 1] = 5
     smooth = cv2.filter2D(NOISE, -1, kernel / 13).astype(np.float32)
-    wanted = NOISE.astype(np.float32)
-    wanted[1:-1, 1:-1] = (smooth + factor * (wanted - smooth))[1:-1, 1:-1]
-    np.testing.assert_array_equal(sharpness(NOISE, factor), np.clip(wanted, 0, 255).astype(np.uint8))
+    expected = NOISE.astype(np.float32)
+    expected[1:-1, 1:-1] = (smooth + factor * (expected - smooth))[1:-1, 1:-1]
+    np.testing.assert_array_equal(sharpness(NOISE, factor), np.clip(expected, 0, 255).astype(np.uint8))
 
 
 RECORDED = {
@@ -99,27 +99,27 @@ SMALL_SHEARED = [
 
 def test_geometry_is_what_opencv_once_gave():
     """CRC-32 of the pixels of OpenCV 4.5.5, and of a small picture the pixels themselves."""
-    told = {name: zlib.crc32(vision_language_space(7)[name](NOISE, 1.0).tobytes()) for name in RECORDED}
-    assert told == RECORDED
+    checksums = {name: zlib.crc32(vision_language_space(7)[name](NOISE, 1.0).tobytes()) for name in RECORDED}
+    assert checksums == RECORDED
     np.testing.assert_array_equal(rotate(SMALL, 21)[..., 0], SMALL_ROTATED)
     np.testing.assert_array_equal(shear(SMALL, -0.15, 0)[..., 1], SMALL_SHEARED)
 
 
 def slow_warp(image, matrix):
-    """Bilinear at the exact places, pixel by pixel."""
+    """Bilinear at the exact coordinates, pixel by pixel."""
     height, width = image.shape[:2]
     back = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))
-    wanted = np.empty(image.shape)
+    expected = np.empty(image.shape)
     for row in range(height):
         for column in range(width):
             x, y, _ = back @ (column, row, 1)
-            wanted[row, column] = 0
+            expected[row, column] = 0
             for left in (math.floor(x), math.floor(x) + 1):
                 for top in (math.floor(y), math.floor(y) + 1):
                     inside = 0 <= left < width and 0 <= top < height
                     weight = (1 - abs(x - left)) * (1 - abs(y - top))
-                    wanted[row, column] += weight * (image[top, left] if inside else 128)
-    return wanted
+                    expected[row, column] += weight * (image[top, left] if inside else 128)
+    return expected
 
 
 def test_warping_is_bilinear_up_to_the_rounding_of_places():
@@ -163,8 +163,8 @@ def test_contrast_is_stretched_where_the_originals_whiten():
     scale = 255 / (high - low)
     original = np.clip(np.arange(256) * scale + np.uint8(256 - low) * scale, 0, 255)[DULL]
     assert original.min() == 255
-    wanted = np.clip(np.arange(256) * scale - low * scale, 0, 255).astype(np.uint8)[DULL]
-    np.testing.assert_array_equal(autocontrast(DULL), wanted)
+    expected = np.clip(np.arange(256) * scale - low * scale, 0, 255).astype(np.uint8)[DULL]
+    np.testing.assert_array_equal(autocontrast(DULL), expected)
     assert autocontrast(DULL).min() == 0 and autocontrast(DULL).max() == 255
     flat = np.full((5, 7, 3), 9, np.uint8)
     np.testing.assert_array_equal(autocontrast(flat), flat)
@@ -173,15 +173,15 @@ def test_contrast_is_stretched_where_the_originals_whiten():
 
 @pytest.mark.parametrize("image", [NOISE, DULL, SMALL, np.full((5, 7, 3), 9, np.uint8), NOISE // 128 * 255])
 def test_equalize_is_the_formula(image):
-    wanted = np.empty_like(image)
+    expected = np.empty_like(image)
     for channel in range(3):
         counts = np.bincount(image[..., channel].ravel(), minlength=256)
         step = int(counts[counts > 0][:-1].sum()) // 255
         table = np.arange(256)
         if step:
             table = np.clip((step // 2 + np.concatenate([[0], np.cumsum(counts[:-1])])) // step, 0, 255)
-        wanted[..., channel] = table[image[..., channel]]
-    np.testing.assert_array_equal(equalize(image), wanted)
+        expected[..., channel] = table[image[..., channel]]
+    np.testing.assert_array_equal(equalize(image), expected)
 
 
 def test_brightness_truncates():
@@ -211,7 +211,7 @@ def test_the_space_at_albefs_and_blips_magnitudes():
     seven, five = vision_language_space(7), vision_language_space(5)
     assert list(seven) == NAMES
     for sign in (1.0, -1.0):
-        wanted = {
+        expected = {
             "Brightness": brightness(NOISE, 1.36),
             "Sharpness": sharpness(NOISE, 1.36),
             "ShearX": shear(NOISE, sign * 0.21, 0),
@@ -220,7 +220,7 @@ def test_the_space_at_albefs_and_blips_magnitudes():
             "TranslateY": translate(NOISE, 0, sign * 7),
             "Rotate": rotate(NOISE, sign * 21),
         }
-        for name, image in wanted.items():
+        for name, image in expected.items():
             np.testing.assert_array_equal(seven[name](NOISE, sign), image, err_msg=name)
         for name in ("Identity", "Brightness", "Sharpness"):
             np.testing.assert_array_equal(five[name](NOISE, sign), NOISE, err_msg=name)
@@ -252,9 +252,9 @@ def test_two_layers_draw_with_replacement_and_a_pipeline_repeats_them():
     two = VisionLanguageRandAugment(7)
     image = np.ascontiguousarray(DULL[:16, :16])
     twice = vision_language_space(7)["TranslateX"]
-    wanted = twice(twice(image, 1.0), 1.0)
-    drawn = (two.random_map({"image": image}, np.random.default_rng(seed))["image"] for seed in range(4000))
-    assert any(np.array_equal(got, wanted) for got in drawn)
+    expected = twice(twice(image, 1.0), 1.0)
+    sampled = (two.random_map({"image": image}, np.random.default_rng(seed))["image"] for seed in range(4000))
+    assert any(np.array_equal(got, expected) for got in sampled)
     source = ArraySource(image=np.stack([image] * 6), label=np.arange(6))
     pipeline = Pipeline(source, 6, seed=5, transforms=(two,))
     first, again = next(iter(pipeline)), next(iter(pipeline))

@@ -74,13 +74,13 @@ def read(source):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("indexed", [False, True])
 def test_nothing_is_lost_in_silence(tmp_path, whole, kind, indexed):
-    data, places = whole
+    data, spans = whole
     path = tmp_path / "s.tar"
     for position in range(1, MEMBERS):
         path.write_bytes(data)
         if indexed:
             write_index(path)
-        path.write_bytes(damage(data, kind, *places[position]))
+        path.write_bytes(damage(data, kind, *spans[position]))
         images, reasons = read(WebDataset(path))
         lost = MEMBERS - position if kind.startswith("cut") else 1
         expected = [body(i) for i in range(MEMBERS) if not position <= i < position + lost]
@@ -92,11 +92,11 @@ def test_nothing_is_lost_in_silence(tmp_path, whole, kind, indexed):
 
 
 def test_with_an_index_a_flipped_bit_in_a_body_is_found(tmp_path, whole):
-    data, places = whole
+    data, spans = whole
     path = tmp_path / "s.tar"
     path.write_bytes(data)
     write_index(path)
-    at = places[5][0] + 512 + 99
+    at = spans[5][0] + 512 + 99
     path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     source = WebDataset(path)
     with pytest.raises(BadRecord, match=r"s\.tar::k005: tar: changed"):
@@ -108,9 +108,9 @@ def test_with_an_index_a_flipped_bit_in_a_body_is_found(tmp_path, whole):
 
 
 def info(name, kind=tarfile.REGTYPE, target=""):
-    told = tarfile.TarInfo(name)
-    told.type, told.linkname = kind, target
-    return told
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
 
 
 def test_hostile_members_are_refused_counted_and_write_nothing(tmp_path):
@@ -175,17 +175,17 @@ def test_members_that_are_no_use_are_named(tmp_path):
         with pytest.raises(BadRecord) as caught:
             source[i]
         reasons.append((caught.value.reason, caught.value.name))
-    wanted = ["sample: no image", "caption: not UTF-8", "sample: not JSON", "sample: label is not a number"]
-    assert reasons == [(reason, f"{path}::{key}") for reason, key in zip(wanted, "abcd")]
+    expected = ["sample: no image", "caption: not UTF-8", "sample: not JSON", "sample: label is not a number"]
+    assert reasons == [(reason, f"{path}::{key}") for reason, key in zip(expected, "abcd")]
     assert [source[4]["image"], source[5]["image"]] == [b"1", b"2"]  # a key that comes again is another sample
 
 
-def test_shards_are_found_or_told_missing(tmp_path):
+def test_shards_are_listed_or_reported_missing(tmp_path):
     for i in (8, 9, 10):
         shard(tmp_path / f"t-{i:02}.tar", [(f"k{i}.jpg", body(i))])
     expected = [tmp_path / f"t-{i:02}.tar" for i in (8, 9, 10)]
-    for told in (tmp_path, f"{tmp_path}/t-*.tar", f"{tmp_path}/t-{{08..10}}.tar", expected):
-        assert find_shards(told) == expected
+    for shards in (tmp_path, f"{tmp_path}/t-*.tar", f"{tmp_path}/t-{{08..10}}.tar", expected):
+        assert find_shards(shards) == expected
     source = WebDataset(tmp_path)
     assert [source[i]["image"] for i in range(3)] == [body(i) for i in (8, 9, 10)]
     with pytest.raises(MmjaxError, match=r"1 of 4 shards are missing: .*t-11\.tar"):
@@ -201,9 +201,9 @@ def test_shards_are_found_or_told_missing(tmp_path):
 
 
 def test_a_pipeline_counts_what_a_shard_lost(tmp_path, whole):
-    data, places = whole
+    data, spans = whole
     path = tmp_path / "s.tar"
-    path.write_bytes(damage(data, "random header", *places[4]))
+    path.write_bytes(damage(data, "random header", *spans[4]))
     source = WebDataset(path)
     fields = {"batch_size": 16, "transforms": (lambda record: {"size": len(record["image"])},)}
     iterator = iter(Pipeline(source, **fields, max_bad_fraction=0.1))
