@@ -42,16 +42,17 @@ TOKENIZER = "tokenizer.json"
 SIDECAR = "mmjax"
 """The key of an exported config.json under which mmjax finds what the layout itself cannot hold."""
 
-TRAINING_FIELDS = frozenset(
+IGNORED_FIELDS = frozenset(
     {
         *("dtype", "remat", "init", "init_std", "head_bias", "zero_init_residual", "init_temperature", "init_bias"),
         *("dropout", "attention_dropout", "activation_dropout", "drop_path", "bn_momentum"),
         *("temperature", "momentum", "alpha", "queue", "by_image", "holds_state"),
-        "rule",
+        *("rule", "crop_rounding"),
     }
 )
 """Fields of configs that do not change what a loaded model computes on inputs of its own size: layouts lack most of
-them, and an export does not count them as lost. `rule` interpolates positions to other image sizes."""
+them, and an export does not count them as lost. `rule` interpolates positions to other image sizes, and `crop_rounding`
+halves odd margins."""
 
 
 class LossyExport(MmjaxError):
@@ -213,15 +214,14 @@ def _losses(
     except MmjaxError as error:  # nothing that other programs would assume
         return (f"its config: {error}",)
     unequal = differences(model.config, config)
+    if config_json is None and "pixel_values" in model.example(model.config):
+        usual = model.default_preprocess(model.config, layout.name)
+        unequal |= differences(model.preprocess, usual, "preprocess.")
     losses = [
         f"{path}={value!r} (read as {other!r})"
         for path, (value, other) in unequal.items()
-        if path.rpartition(".")[2] not in TRAINING_FIELDS
+        if path.rpartition(".")[2] not in IGNORED_FIELDS
     ]
-    if config_json is None and "pixel_values" in model.example(model.config):
-        usual = model.default_preprocess(model.config, layout.name)
-        if dataclasses.replace(model.preprocess, crop_rounding=usual.crop_rounding) != usual:
-            losses.append(f"{model.preprocess} (read as {usual})")
     named = model.num_classes(model.config) and model.labels != model.default_labels(model.config)
     if named and not _holds_labels(config_json):
         losses.append(f"the names of its {len(model.labels)} classes")

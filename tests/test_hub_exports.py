@@ -225,3 +225,14 @@ def test_other_weights_beside_a_config_of_an_export_are_refused(tmp_path):
     write_safetensors(tmp_path / "model.safetensors", arrays)
     with pytest.raises(MmjaxError, match=r"head\.weight \[2, 64\]"):
         mmjax.load(tmp_path)
+
+
+def test_another_preprocessing_is_a_loss_of_layouts_without_a_config(tmp_path):
+    model = build(ViTModel, dataclasses.replace(VIT, num_classes=0, epsilon=1e-6, heads=1))
+    usual = model.default_preprocess(model.config, "timm")
+    model = model.replace(preprocess=dataclasses.replace(usual, std=(1.0, 1.0, 1.0)))
+    (loss,) = mmjax.export(model, tmp_path / "timm", "timm")
+    assert loss.startswith("preprocess.std=(1.0, 1.0, 1.0) (read as (0.229")
+    same_model(mmjax.load(tmp_path / "timm"), model)
+    assert mmjax.export(model, tmp_path / "hf") == ()
+    same_model(mmjax.load(tmp_path / "hf"), model)
