@@ -165,10 +165,8 @@ def test_evaluation_in_the_loop_and_at_its_end():
     shifted = np.roll(np.eye(12, dtype=np.float32), 1, axis=0)
     early = metrics(made.run({"image": shifted}, State(10)))
     assert early["image_to_text_R@1"] == 0 and early["retrieval_n"] == 7 and early["retrieval_n_texts"] == 14
-    assert (
-        early["image_to_text_R@1_low"] == pytest.approx(0, abs=1e-9) < early["image_to_text_R@1_high"]
-        and "retrieval_picture" not in early
-    )
+    assert early["image_to_text_R@1_low"] == pytest.approx(0, abs=1e-9)
+    assert early["image_to_text_R@1_high"] > 30 and "retrieval_picture" not in early
     late = metrics(made.run({"image": np.eye(12, dtype=np.float32)}, State(20)))
     assert late["image_to_text_R@1"] == late["text_to_image_R@1"] == 100
     assert late["text_to_image_R@1_chance"] == pytest.approx(100 / 7)
