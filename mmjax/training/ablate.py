@@ -13,7 +13,6 @@ import functools
 import itertools
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -21,12 +20,12 @@ import jax
 import numpy as np
 from etils import epath
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmjax.errors import MmjaxError
 from mmjax.training import ablation_report, checkpoint
 from mmjax.training.arms import ArmLoop, choose, over_arms, stack, stacked_shapes, take
 from mmjax.training.checkpoint_format import encode
+from mmjax.training.console import RunConsole, duration
 from mmjax.training.experiment import ExperimentConfig, LoadWeights, batch_shapes, parse_overrides
 from mmjax.training.in_flight import InFlight, Received
 from mmjax.training.initialize import initialize_from
@@ -34,6 +33,7 @@ from mmjax.training.interrupts import Interrupts
 from mmjax.training.lift import Lift, create_lift, initialise
 from mmjax.training.metrics import MetricsWriter, read_metrics
 from mmjax.training.optimizer import LEARNING_RATE_SCALE
+from mmjax.training.pace import Pace
 from mmjax.training.scores import metrics as flatten
 from mmjax.training.state import create_state
 from mmjax.training.step import train_step
@@ -191,6 +191,8 @@ class _Ablation:
         self.workdir, self.interrupts, self.load_weights = workdir, interrupts, load_weights
         self.arm_loop: ArmLoop = arm_loop
         self.console = Console(highlight=False)
+        if not (self.console.is_terminal or self.console.is_jupyter):
+            self.console.width = 200  # a file has no edge that would cut the table
         self.lifts: list[tuple[ExperimentConfig, int, Lift]] = []
         self.writers: list[MetricsWriter] = []
 
@@ -369,56 +371,67 @@ class _Loop:
         self.ablation, self.group, self.config = ablation, group, group.config
         self.lift, self.writer, self.evaluations = lift, writer, evaluations
         self.last: list[dict[str, float]] = [{} for _ in group.arms]
-        self.in_flight = InFlight(group.config.log_every)
+        self.in_flight, self.pace, self.console = InFlight(group.config.log_every), Pace(), RunConsole(group.config)
 
     def steps(self, state: Any, start: int, data: Any) -> Any | None:
         """From step `start` to the end; None if a signal stopped it (its state is saved)."""
-        config, self.since, self.since_step = self.config, time.perf_counter(), start
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("left"), TimeRemainingColumn())
-        hidden = not self.ablation.console.is_terminal
-        with Progress(*columns, console=self.ablation.console, disable=hidden) as progress:
-            task = progress.add_task("", total=config.steps, completed=start)
+        config = self.config
+        with self.console.progress(start) as advance:
             for step in range(start + 1, config.steps + 1):
-                state, metrics = self.lift.step(state, self.lift.place_batch(next(data)))
+                batch = self.lift.place_batch(next(data))
+                if step == start + 1:
+                    with self.console.compiling():
+                        state, metrics = jax.block_until_ready(self.lift.step(state, batch))
+                    self.pace.restart()
+                else:
+                    state, metrics = self.lift.step(state, batch)
+                self.pace.mark(step)
                 self.receive(self.in_flight.add(step, metrics))
-                progress.update(task, completed=step)
+                advance(step, {}, self.pace.seconds_left(config.steps))
                 stop = self.ablation.interrupts.requested(step)
-                periodic = config.checkpoint_every and step % config.checkpoint_every == 0
-                if stop is not None or step == config.steps or periodic:
-                    self.receive(self.in_flight.flush())
-                    for metrics_writer in self.ablation.writers:
-                        metrics_writer.flush()
-                    self.writer.save(self.lift.fetch(state), step, encode(data.get_state()))
-                if stop is not None and step < config.steps:
-                    self.writer.wait()
-                    self.ablation._print(f"{stop}: saved step {step} of {config.steps}; the same command resumes it")
-                    return None
+                save = config.checkpoint_every and step % config.checkpoint_every == 0
                 due = [e for e in self.evaluations if (e.every or config.eval_every)]
                 due = [e for e in due if step % (e.every or config.eval_every) == 0 and step < config.steps]
-                if due:
+                if save or due or stop is not None or step == config.steps:
                     self.receive(self.in_flight.flush())
-                    self.evaluate(state, step, due)
+                    with self.pace.pause():
+                        if save or stop is not None or step == config.steps:
+                            self.save(state, step, data)
+                        if due and stop is None:
+                            self.evaluate(state, step, due)
+                if stop is not None and step < config.steps:
+                    self.writer.wait()
+                    self.console.print(f"{stop}: saved step {step} of {config.steps}; the same command resumes it")
+                    return None
         return state
+
+    def save(self, state: Any, step: int, data: Any) -> None:
+        """Starts a save of all arms."""
+        for metrics in self.ablation.writers:
+            metrics.flush()
+        self.writer.save(self.lift.fetch(state), step, encode(data.get_state()))
 
     def receive(self, received: Received) -> None:
         """Logs the steps due; an arm whose updates are refused does not stop the others."""
         for step, arms in received:
             if step % self.config.log_every and step != self.config.steps:
                 continue
-            rate = (step - self.since_step) / max(time.perf_counter() - self.since, 1e-9)
-            self.since, self.since_step = time.perf_counter(), step
             for arm, values in enumerate(arms):
                 self.log(arm, step, {f"train/{name}": value for name, value in values.items()})
             losses = "  ".join(f"{arm.name}: {values['loss']:.4g}" for arm, values in zip(self.group.arms, arms))
-            if not self.ablation.console.is_terminal:
-                self.ablation._print(f"step {step}/{self.config.steps}  {rate:.3g} steps/s  loss  {losses}")
+            rate, left = self.pace.since_log(step), self.pace.seconds_left(self.config.steps)
+            if not self.console.console.is_terminal:
+                speed = "" if rate is None else f"{rate:.3g} steps/s  "
+                speed += f"left {duration(left)}  " if left else ""
+                self.console.print(f"step {step}/{self.config.steps}  {speed}loss  {losses}")
 
     def evaluate(self, state: Any, step: int, evaluations: Any) -> None:
         view = self.lift.view(state)
-        for arm in range(len(self.group.arms)):
+        for arm, name in enumerate(one.name for one in self.group.arms):
             one = take(view, arm)
             for evaluation in evaluations:
-                outputs = evaluation.run(one.params, one)
+                with self.console.activity(f"evaluating {evaluation.name} of {name}"):
+                    outputs = evaluation.run(one.params, one)
                 self.log(arm, step, {f"val/{name}": value for name, value in outputs.items()})
 
     def log(self, arm: int, step: int, outputs: Mapping[str, Any]) -> None:

@@ -90,7 +90,7 @@ def table(ablation: Mapping[str, Any]) -> Table:
     title = f"after {ablation['steps']} steps{after}"
     shown = Table(title=title, title_justify="left", min_width=len(title))
     for name in [*names, *metrics, *(["published"] if figures else [])]:
-        shown.add_column(name, justify="right")
+        shown.add_column(name, justify="right", overflow="fold")
     for row in ablation["table"]:
         cells = [row["values"][name] for name in names] + [_cell(row["metrics"].get(name)) for name in metrics]
         figure = row.get("published")

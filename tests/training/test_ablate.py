@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from mmjax import tree
 from mmjax.errors import MmjaxError
@@ -241,3 +244,18 @@ def test_states_of_arms_are_whole(kind):
     states = [make_state(kind(), seed, 0.5) for seed in (0, 1, 2)]
     for arm in range(3):
         assert tree.tree_hash(take(stack(states), arm)) == tree.tree_hash(states[arm])
+
+
+def test_a_narrow_table_has_every_name_and_a_pipe_has_the_time_left(kind, tmp_path, capsys):
+    names = ["val/image_to_text_R@1", "val/text_to_image_median_rank", "val/zero_shot_mean_per_class", "train/loss"]
+    results = [{"values": {"momentum": "0"}, "seed": 0, "metrics": dict.fromkeys(names, 12.5)}]
+    console = Console(width=50, file=io.StringIO())
+    over = {"momentum": ["0"]}
+    console.print(ablation_report.table({"steps": 7, "over": over} | ablation_report.summary(over, results)))
+    lines = console.file.getvalue().splitlines()
+    columns = zip(*(re.split("[┃│]", line)[1:-1] for line in lines if line.startswith("┃")))
+    assert ["".join(part.strip() for part in column) for column in columns] == ["momentum", *names]
+    ablate(kind, {"momentum": ["0", "0.9"]}, tmp_path, arguments=[*SHORT, "--steps", "5"], arms="unroll")
+    text = capsys.readouterr().out
+    assert "compiled; the first step took" in text
+    assert re.search(r"step 3/5  [\d.e+]+ steps/s  left [\d.e-]+ s  loss  momentum=0,seed=0: [\d.]+", text)
