@@ -4,7 +4,7 @@
 
 About 1,500 drawings are trained on, every fifth name is held out; no training text is a held-out one
 (`mmjax.data.openmoji`; `--hold_out family` is the harder split). During training, on the held-out drawings: retrieval
-both ways, zero-shot classification over the names of the nine groups, and how much the features tell about each other
+both ways, zero-shot classification over the names of the nine groups, and the mutual information of the features
 at least (log N - L).
 """
 

@@ -1,4 +1,4 @@
-"""What soft labels are worth: students of few examples, with a teacher's soft labels and with hard ones.
+"""The value of soft labels: students of few examples, with a teacher's soft labels and with hard ones.
 
     python -m experiments.distillation --out runs/distillation
 
@@ -70,7 +70,7 @@ def data() -> tuple[Array, Array, Array, Array]:
 
 
 def fit(model: Perceptron, rng: Any, images: Array, labels: Array, soft: Array, setting: Any, steps: int) -> Any:
-    """Parameters after so many steps of AdamW, each on all examples. how: temperature and alpha."""
+    """Parameters after so many steps of AdamW, each on all examples. setting: temperature and alpha."""
     optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=1e-2)
     params = model.init(rng, images)
 
@@ -92,7 +92,7 @@ def accuracy(logits: Array, labels: Array) -> Array:
 
 
 def sampled(seed: int, labels: np.ndarray, each: int) -> np.ndarray:
-    """Places of so many examples of every class."""
+    """Indices of `each` examples of every class."""
     rng = np.random.default_rng(seed)
     return np.concatenate([rng.choice(np.flatnonzero(labels == c), each, replace=False) for c in range(CLASSES)])
 

@@ -75,7 +75,7 @@ class Config(ExperimentConfig):
     label_smoothing: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
 
-    # ------------------------------------------------------------------------------------------- what there is to go on
+    # ------------------------------------------------------------------------------------------- inputs
 
     @functools.cached_property
     def folders(self) -> tuple[ImageFolder, ImageFolder | None]:
@@ -96,7 +96,7 @@ class Config(ExperimentConfig):
         start = hub.load(self.init_from).headless(classes, self.image_size)
         size = start.preprocess.size
         if size is None or size[0] != size[1]:
-            raise MmjaxError(f"{self.init_from}: its preprocessing makes no squares ({size}): --image_size says a side")
+            raise MmjaxError(f"{self.init_from}: its preprocessing makes no squares ({size}): --image_size sets a side")
         return dataclasses.replace(start, config=dataclasses.replace(start.config, dtype=self.dtype))
 
     @property

@@ -4,7 +4,7 @@
     mmjax chat workdirs/finetune_language
 
 talks.jsonl: a conversation a line, {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}; only
-what the assistant says is learned. A folder of .txt files: all of it is learned. Without --data: the documentation
+the texts of the assistant are learned. A folder of .txt files: all of it is learned. Without --data: the documentation
 strings of Python's own standard library. A tenth is held out, and its perplexity reported during training: of
 SmolLM2-135M on those strings (Python 3.11, 32 sequences of 128 tokens) 19.7 before and 15.1 after the default 60 steps.
 

@@ -46,7 +46,7 @@ class Config(ExperimentConfig):
         dim: of the features that are compared.
         momentum, temperature: of the momentum encoder and of the loss.
         queue: number of keys, a multiple of batch_size.
-        bn_groups: parts of the batch that are normalised each by itself; keys are shuffled between them.
+        bn_groups: parts of the batch, each normalised separately; keys are shuffled between them.
         drift_rows: number of images that the drift of the key encoder is measured on.
         learning_rate: peak; warmup and half a cosine.
     """

@@ -28,7 +28,7 @@ class Config(MoCoRecipe):
         weight_decay: of every parameter, norms and biases included.
         queue: number of keys, a multiple of batch_size.
         momentum, temperature: of the momentum encoder and of the loss.
-        bn_groups: parts of the batch that are normalised each by itself.
+        bn_groups: parts of the batch, each normalised separately.
         drift_rows: number of images that the drift of the key encoder is measured on; 0: none.
     """
 

@@ -49,7 +49,7 @@ class Config(ImageNetRecipe):
         mixup, cutmix: alphas; with both a coin picks one for each batch.
         trivial_augment: TrivialAugmentWide after the crop.
         random_erasing: how often a rectangle of an image is blank.
-        bn_groups: parts of the batch that are normalised each by itself.
+        bn_groups: parts of the batch, each normalised separately.
         weight_ema: share of the averaged weights that each step keeps; None: there are none.
         zero_init_residual: every block begins as the identity.
     """

@@ -120,12 +120,12 @@ def gradient_norms(config: Config, params: Any, carry: Any, batch: Any) -> list[
 
 
 def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
-    """Trains one net (or goes on with it) and measures its gradients before and after."""
+    """Trains one net (or resumes it) and measures its gradients before and after."""
     last = train(config, workdir, experiment_file=str(pathlib.Path(__file__).resolve()))
     columns = digits(config.size)[0].columns
     batch = {name: jnp.asarray(column[: config.batch_size]) for name, column in columns.items()}
     if "val/classification_top1" not in last:
-        raise SystemExit(f"{workdir}: interrupted and saved; the same command goes on from there")
+        raise SystemExit(f"{workdir}: interrupted and saved; the same command resumes there")
     # Drawn from the run's seed, not the run's own draw: the law of the initial weights is what matters.
     params, carry = jax.jit(config.method().init)(jax.random.key(config.seed), batch)
     trained = load_params(workdir)

@@ -43,7 +43,7 @@ MEAN, STD = (0.2860, 0.2860, 0.2860), (0.3530, 0.3530, 0.3530)
 def fashion(folder: str, split: str) -> ArraySource:
     """Records of "train" or "t10k": image uint8 [28, 28, 3], the grey value three times, and label.
 
-    Raises MmjaxError, naming the file: it is not there, or is not what its name says.
+    Raises MmjaxError, naming the file: it is not there, or is not of the kind in its name.
     """
     columns = {}
     for name, axes in (("image", 3), ("label", 1)):
@@ -149,7 +149,7 @@ class Config(ExperimentConfig):
         return "resnet", self.network
 
     def save_assets(self, workdir: pathlib.Path) -> dict[str, Any]:
-        """labels.json, how images are brought to the network, and that its weights are the averaged ones."""
+        """labels.json, the preprocessing, and that the weights are averaged."""
         write_labels(NAMES, workdir)
         preprocess = ImagePreprocessing((SIDE, SIDE), None, resample="bilinear", mean=MEAN, std=STD)
         return {"preprocess": dataclasses.asdict(preprocess), "averaged": True}

@@ -40,7 +40,7 @@ class Config(ExperimentConfig):
         examples, held_out: strings to train on and to judge by, all different.
         longest: letters of a string, at most; at least 3.
         width, depth: of the states, and blocks a stack; four heads.
-        learning_rate: peak; warmup and half a cosine, so that the last steps are small ones.
+        learning_rate: peak; warmup and half a cosine, so that the last steps are small.
     """
 
     unit: ClassVar[str] = "texts"
@@ -81,7 +81,7 @@ class Config(ExperimentConfig):
 
     @property
     def network(self) -> TransformerConfig:
-        """Pre-norm, which a rate this high asks for."""
+        """Pre-norm, which a rate this high requires."""
         size = {"width": self.width, "depth": self.depth, "heads": 4}
         return TransformerConfig.small(29, **size, norm_first=True, final_norm=True, dropout=0.0)
 

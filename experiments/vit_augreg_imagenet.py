@@ -52,7 +52,7 @@ class Config(ImageNetRecipe):
     Attributes:
         variant: size of the network and its patches.
         augment: strength of RandAugment and mixup.
-        objective: "sigmoid" takes each class for a question of its own, and starts the head's bias at -6.9.
+        objective: "sigmoid" treats each class as a binary problem, and starts the head's bias at -6.9.
         dropout, drop_path: the paper's grid has 0 and 0.1 for both.
         learning_rate: peak; from 0 over `warmup` steps, then half a cosine.
         weight_decay: relative to the rate, of matrices and kernels; the paper's grid has 0.03 and 0.1.

@@ -50,8 +50,8 @@ IGNORED_FIELDS = frozenset(
         *("rule", "crop_rounding"),
     }
 )
-"""Fields of configs that do not change what a loaded model computes on inputs of its own size: layouts lack most of
-them, and an export does not count them as lost. `rule` interpolates positions to other image sizes, and `crop_rounding`
+"""Fields that do not change what a loaded model computes on inputs of the config's size: layouts lack most of them, and
+an export does not count them as lost. `rule` interpolates positions to other image sizes, and `crop_rounding`
 halves odd margins."""
 
 
@@ -266,7 +266,7 @@ def _labels(folder: pathlib.Path, config_json: Mapping[str, Any], kind: type[Mod
 
 
 class _Parts(NamedTuple):
-    """What a model is assembled from. variables: {"params", "stats"}, on the host. fields: the model's other ones."""
+    """The parts of a model. variables: {"params", "stats"}, on the host. fields: its other fields."""
 
     kind: type[Model]
     config: Any
@@ -396,7 +396,7 @@ def recognise(
         raise WeightsError(f"{weights.file}: more than one layout fits: {listed}; choose one with layout=")
     known = ", ".join(f"{system.name}/{candidate.name}" for system in SYSTEMS for candidate in system.layouts)
     keys = list(weights.arrays)
-    architecture = f"config.json says {config_json.get('architectures')}; " if config_json else ""
+    architecture = f"config.json has architectures {config_json.get('architectures')}; " if config_json else ""
     raise WeightsError(
         f"{weights.file}: unknown architecture: {architecture}its {len(keys)} keys begin {', '.join(keys[:5])}; "
         f"{'no layout' if layout is None else f'layout={layout!r}'} fits them (there are {known})"

@@ -2,7 +2,7 @@
 
     python -m experiments.benchmarks.contrastive --batch_size 16384 --width 512 --blocks 1,16,64
 
-Value and gradients of `clip_loss` on this machine's first device. Each side runs in a process of its own, so that the
+Value and gradients of `clip_loss` on this machine's first device. Each side runs in a separate process, so that the
 peak of its memory is its own: XLA's account (temporaries of the compiled program), and by how much the process's
 resident set grew, results included (Linux).
 """

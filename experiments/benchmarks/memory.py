@@ -1,4 +1,4 @@
-"""How forms of one computation are compared that differ in the memory they take: each in a process of its own."""
+"""Comparison of forms of one computation that differ in memory: each runs in a separate process."""
 
 import json
 import pathlib
@@ -27,7 +27,7 @@ def resident(peak: bool) -> float:
 
 
 def answer(function: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    """A side: runs `function`, tells memory and results on a line, then a timed call for each line on stdin."""
+    """A side: runs `function`, prints memory and results on a line, then times a call for each line on stdin."""
     import jax
 
     compiled = jax.jit(function).lower(*arguments).compile()

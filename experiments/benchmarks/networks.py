@@ -54,7 +54,7 @@ ADAMW: dict[str, Any] = {"learning_rate": 1e-4, "weight_decay": 0.05}
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is timed; the published sizes, or such as show in seconds that the script runs (`--tiny`)."""
+    """The sizes of the networks: the published ones, or tiny ones that test the script in seconds (`--tiny`)."""
 
     blocks: tuple[int, ...] = (3, 4, 6, 3)
     depth: int = 12

@@ -139,7 +139,8 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
     )
     verb.add_argument("--task", metavar="NAME", default="all", help="default: all of the experiment's")
     help_text = (
-        "images in a folder a class (or train/ and test/ of such); NAME: zero_shot, knn, linear_probe, classification"
+        "images, one folder per class (or train/ and test/ with such folders); "
+        "NAME: zero_shot, knn, linear_probe, classification"
     )
     verb.add_argument("--data", metavar="DIR", help=help_text)
     verb.add_argument("--experiment", metavar="EXPERIMENT.py", help="the experiment's file, if it moved")

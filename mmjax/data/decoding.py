@@ -1,4 +1,4 @@
-"""Bytes that strangers made -> RGB pixels and captions, or a `BadRecord` that says in a few words why not.
+"""Untrusted bytes -> RGB pixels and captions, or a `BadRecord` with a short reason.
 
 The rules, for images:
   - JPEG, PNG, GIF, WebP, BMP, TIFF and PPM are read; nothing else is even tried (EPS would start a program).

@@ -18,7 +18,7 @@ SIDES = ("image_0", "image_1")
 
 @dataclass(frozen=True)
 class OnEach(transforms.RandomMap):
-    """A transform of `image`, applied to each of the two; random ones draw anew for each."""
+    """A transform of `image`, applied to each of the two; random ones sample again for each."""
 
     transform: Transform
 

@@ -16,7 +16,7 @@ LABELS = "labels.json"
 
 
 def known_labels(source: Source) -> np.ndarray | None:
-    """The labels of all records where a source tells them without reading any: image folders and arrays in memory."""
+    """The labels of all records if a source has them without reading any: image folders and arrays in memory."""
     labels: Any = getattr(source, "labels", None)
     labels = getattr(source, "columns", {}).get("label") if labels is None else labels
     return None if labels is None else np.asarray(labels)

@@ -11,7 +11,7 @@ from mmjax.text.masking import Masking
 
 @dataclass(frozen=True)
 class MaskTokens(transforms.RandomMap):
-    """`input_ids`, the first of which are tokens as `attention_mask` says -> those with some hidden, and which were."""
+    """`input_ids`, tokens where `attention_mask` is 1 -> the ids with some masked, and the masked ones."""
 
     masking: Masking
 

@@ -144,7 +144,7 @@ def _words(shortcode: str) -> str:
 
 
 def _render(path: pathlib.Path, size: int, resvg_py: Any) -> np.ndarray:
-    # Without the system's fonts, so that every machine draws the same.
+    # Without the system's fonts, so that every machine renders the same.
     png = resvg_py.svg_to_bytes(svg_path=str(path), width=size, height=size, skip_system_fonts=True)
     with Image.open(io.BytesIO(bytes(png))) as file:
         picture = file.convert("RGBA")

@@ -115,7 +115,7 @@ def randaugment_space(level: float) -> dict[str, Operation]:
 class RandAugment(transforms.RandomMap):
     """`layers` operations in a row, each one of sixteen, always applied, at one magnitude (arXiv 1909.13719).
 
-    AugReg's levels are (2, 0), (2, 10), (2, 15) and (2, 20): above 10 the scale goes on past AutoAugment's strongest.
+    AugReg's levels are (2, 0), (2, 10), (2, 15) and (2, 20): above 10 the scale continues past AutoAugment's strongest.
     Contrast is PIL's, whose grey is the image's mean; big_vision's first version took a constant by mistake.
     """
 

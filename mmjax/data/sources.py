@@ -126,7 +126,7 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
 
         ArraySource(image=read_idx("train-images-idx3-ubyte.gz"), label=read_idx("train-labels-idx1-ubyte.gz"))
 
-    Raises MmjaxError: not IDX, or not as long as its header says.
+    Raises MmjaxError: not IDX, or of another length than in its header.
     """
     file = pathlib.Path(path)
     with file.open("rb") as opened:
@@ -144,5 +144,5 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
         raise MmjaxError(f"{file}: {type(error).__name__}: {error}") from error
     if len(data) != size:
         count = "more" if len(data) > size else f"{len(data)}"
-        raise MmjaxError(f"{file}: the header says {list(shape)} {dtype.name}, {size} bytes; there are {count}")
+        raise MmjaxError(f"{file}: the header has {list(shape)} {dtype.name}, {size} bytes; there are {count}")
     return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="))

@@ -6,7 +6,7 @@
 
 What is labelled depends on the version of Python. The first two are as the files have it; a parameter called `file` is
 tagged also where the word is plain English, and no reader could know. The third is found by a rule (`RETURNS`), so it
-tells whether a network learns to mark spans, not whether it understands questions.
+tests whether a network learns to mark spans, not whether it understands questions.
 """
 
 import collections
@@ -55,7 +55,7 @@ def parameter_words(documented: Sequence[Documented] | None = None) -> list[Tagg
 
 
 def return_questions(documented: Sequence[Documented] | None = None) -> list[Question]:
-    """A question a function with a documentation string of 8 to 60 words, answered if it says that it returns."""
+    """A question per function with a documentation string of 8 to 60 words, answered by the clause on its return."""
     questions = []
     number = itertools.count()
     for item in stdlib_documented() if documented is None else documented:

@@ -1,4 +1,4 @@
-"""WebDataset tars by random access, through an index of our own: nothing is extracted, and no loss is silent.
+"""WebDataset tars by random access, through an index: nothing is extracted, and no loss is silent.
 
 Python's `tarfile` (and what is built on it) stops without a word at the first damaged header: of six ways to damage one
 member of a shard, five lose the rest of the shard unnoticed. Here every header's checksum is checked; behind a damaged
@@ -8,7 +8,7 @@ counts it, names it with shard and offset, and stops if it is too much:
     tar: damaged header      the checksum is wrong, or the header is zeroed while more follows
     tar: cut                 the shard ends inside a member, or without an end mark
     tar: refused member      a link, a device, an absolute name or one with `..`
-    tar: changed             the member is not what the index says (only with an index)
+    tar: changed             the member differs from the index (only with an index)
     tar: missing member      the index lists a member that is not there (only with an index)
 
 `write_index(shard)` writes SHARD.index.json while the shard is whole. With it a cut shard's losses are known exactly,
@@ -364,7 +364,7 @@ def _number(field: bytes) -> int:
 
 
 def _long(kind: bytes, data: bytes) -> dict[str, Any]:
-    """What an extra header says of the next member: its long name (GNU), or path and size (pax)."""
+    """The fields of an extra header for the next member: its long name (GNU), or path and size (pax)."""
     if kind == b"L":
         return {"path": data.rstrip(b"\0").decode("utf-8", "surrogateescape")}
     fields: dict[str, Any] = {}

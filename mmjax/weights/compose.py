@@ -8,7 +8,7 @@ from mmjax.weights.table import Entry
 def moved(entry: Entry, prefix: str, part: str, params: str = "params", stats: str = "stats") -> Entry:
     """An entry with `prefix` before its keys, and its targets under `part` of other collections.
 
-    params, stats: what stands for these collections: "stats/momentum", say, where parameters are a momentum encoder's.
+    params, stats: the names of these collections: "stats/momentum" where parameters are a momentum encoder's.
     """
 
     def target(path: str) -> str:

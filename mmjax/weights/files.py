@@ -51,7 +51,7 @@ def read_weights(path: str | os.PathLike[str], *, allow_nan: bool = False) -> We
     zip, TorchScript archive or the format before PyTorch 1.6. Dictionaries within a PyTorch file are joined with "/":
     {"state_dict": {"fc.bias": ...}} has the key "state_dict/fc.bias".
     allow_nan: admit arrays with NaN or infinity, which are otherwise refused when read.
-    Raises WeightsError: a file that is cut, lies about its sizes, repeats a key, or asks for code to be run.
+    Raises WeightsError: a file that is cut, lies about its sizes, repeats a key, or contains code.
     """
     path = pathlib.Path(path)
     if not path.is_file():

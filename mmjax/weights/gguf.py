@@ -23,7 +23,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4
 ALIGNMENT = 32
-"""Of tensors within the file, unless the key general.alignment says else."""
+"""Of tensors within the file, unless the key general.alignment has another value."""
 
 STRING, ARRAY = 8, 9
 NUMBERS = {
@@ -266,7 +266,7 @@ def unpermute(heads: int) -> Op:
 def hf_weights(file: GGUF) -> Weights:
     """The tensors under Hugging Face's keys of LlamaForCausalLM (or Qwen2's), q and k un-permuted; read lazily still.
 
-    A tensor without such a key (experts, factors of a scaled rotary embedding) keeps its own name, so that the
+    A tensor without such a key (experts, factors of a scaled rotary embedding) keeps its name, so that the
     model's table reports it. Raises WeightsError: another architecture.
     """
     config = hf_config(file)
@@ -305,7 +305,7 @@ def _hf_key(name: str) -> str:
 
 
 def hf_config(file: GGUF) -> dict[str, Any]:
-    """What Hugging Face's config.json of the model would say: LlamaForCausalLM, or Qwen2ForCausalLM.
+    """The model's config.json in Hugging Face's format: LlamaForCausalLM, or Qwen2ForCausalLM.
 
     Raises WeightsError: another architecture, or metadata that a LLaMA needs and the file lacks.
     """

@@ -1,8 +1,8 @@
 """Reads PyTorch files without PyTorch and without running anything that is in them.
 
 A PyTorch file is a pickle beside raw storages. A pickle is a program; this module interprets the part of it that
-describes nested dictionaries of tensors, with a machine of its own: it knows the few globals below, maps each to an
-inert record, and stops at any other name with an error that names it. Python's own unpickler never sees the file.
+describes nested dictionaries of tensors. It knows the few globals below, maps each to an inert record, and stops at any
+other name with an error that names it. Python's unpickler never reads the file.
 
 Three containers are read: the zip of PyTorch >= 1.6, TorchScript archives (the same zip; its classes become plain
 trees of attributes: OpenAI's CLIP files), and the format before 1.6 (five pickles, then the storages).
@@ -311,7 +311,7 @@ def _records(tree: Any, raw: Callable[[str], bytes], path: pathlib.Path) -> dict
 
 
 def read_torch(path: pathlib.Path) -> dict[str, Record]:
-    """The tensors of a PyTorch file by key. Raises WeightsError; it names the file and a global it asks for."""
+    """The tensors of a PyTorch file by key. Raises WeightsError, naming the file and an unknown global."""
     with path.open("rb") as file:
         head = file.read(4)
     if head[:2] == b"PK":
@@ -347,7 +347,7 @@ def _read_zip(archive: zipfile.ZipFile, path: pathlib.Path) -> dict[str, Record]
         if member is None:
             raise ValueError(f"the storage data/{key[:80]} is not there")
         if not isinstance(dtype, np.dtype) or not _natural(count) or count * dtype.itemsize != member.file_size:
-            raise ValueError(f"the storage data/{key} has {member.file_size} bytes, which is not what its tensors say")
+            raise ValueError(f"the storage data/{key} has {member.file_size} bytes, unlike its tensors")
         return Storage(member.filename, dtype, count)
 
     def raw(name: str) -> bytes:
@@ -413,7 +413,7 @@ def _legacy_spans(
             dtype, count = sizes[key]
             file.seek(start)
             if int.from_bytes(file.read(8), "little") != count or start + 8 + count * dtype.itemsize > end:
-                raise WeightsError(f"{path}: the storage {key[:80]} is cut or has another size than its tensors say")
+                raise WeightsError(f"{path}: the storage {key[:80]} is cut or has another size than its tensors")
             spans[key] = (start + 8, count * dtype.itemsize)
             start += 8 + count * dtype.itemsize
     return spans

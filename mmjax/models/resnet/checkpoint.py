@@ -179,7 +179,7 @@ def cifar_table(config: ResNetConfig) -> Table:
 
 
 def cifar_config(shapes: Mapping[str, Shape], config_json: Mapping[str, Any] | None) -> ResNetConfig:
-    """Option A has no keys of its own, and a plain net the same keys as option A: A is taken."""
+    """Option A has no keys, so a plain net has the same keys: option A is assumed."""
     projected = any(".shortcut." in key for key in shapes)
     return torchvision_config(
         shapes,

@@ -73,7 +73,7 @@ def hf_config_of(shapes: Shapes, config_json: ConfigJson, source: str = "") -> T
         hidden,
         _activation(config_json, gated),
         gated,
-        # transformers 5 says of every T5 that it is tied, and writes a head where it is another array.
+        # transformers 5 marks every T5 as tied, and writes a head if it is another array.
         tied=f"{source}lm_head.weight" not in shapes or (scaled and "scale_decoder_outputs" not in config_json),
         # transformers 5 writes tie_word_embeddings=true whatever it was, and has another field for it.
         scaled=bool(config_json.get("scale_decoder_outputs", scaled)),

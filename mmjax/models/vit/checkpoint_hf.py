@@ -21,7 +21,7 @@ TYPES = {"vit": "ViT", "deit": "DeiT", "dinov2": "Dinov2", "dinov2_with_register
 
 
 def _family(config: ViTConfig) -> str:
-    """The model_type that holds such a network. Raises MmjaxError if none does."""
+    """The model_type of such a network. Raises MmjaxError if there is none."""
     dino = config.layer_scale is not None
     family = ("dinov2_with_registers" if config.registers else "dinov2") if dino else "vit"
     family = "deit" if config.distilled else family

@@ -34,7 +34,7 @@ def heads_of(width: int) -> int:
 
 
 def square(tokens: int, stride: int, file: str) -> tuple[int, int]:
-    """The image size whose patches make so many positions."""
+    """The image size with this number of patches."""
     side = math.isqrt(tokens)
     if side * side != tokens:
         raise MmjaxError(f"{file} has {tokens} patch positions, which is no square: config.json should have image_size")
