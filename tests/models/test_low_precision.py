@@ -127,7 +127,7 @@ def test_the_command_line_loads_them(tmp_path, capsys):
 def test_what_cannot_be_is_refused(tmp_path):
     mmjax.save(tiny_decoder(), tmp_path / "language")
     save_tiny_bert(tmp_path / "bert")
-    with pytest.raises(MmjaxError, match="weights='int4': matrices are kept in int8"):
+    with pytest.raises(MmjaxError, match="weights='int4': matrices are stored in int8"):
         mmjax.load(tmp_path / "language", weights="int4")  # type: ignore[arg-type]
     with pytest.raises(MmjaxError, match="dtype='int8': parameters are kept in float32 or bfloat16"):
         mmjax.load(tmp_path / "language", dtype="int8")  # type: ignore[arg-type]

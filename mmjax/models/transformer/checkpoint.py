@@ -37,7 +37,7 @@ def _depth(shapes: Shapes, prefix: str) -> int:
 def torch_table(config: TransformerConfig) -> Table:
     """transformer.*, src_embed, tgt_embed, generator. Raises MmjaxError for shared or tied matrices."""
     if config.shared_embeddings or config.tied_output or not config.output_bias:
-        raise MmjaxError("the torch layout has three separate matrices: src_embed, tgt_embed and generator, biased")
+        raise MmjaxError("the torch layout has three matrices: src_embed, tgt_embed and generator, biased")
     entries = [
         Entry("src_embed.weight", "params/source_embedding"),
         Entry("tgt_embed.weight", "params/target_embedding"),
