@@ -192,8 +192,8 @@ def _description(model: Model, layout: str) -> dict[str, Any]:
 def _refuse_int8(model: Model, verb: str) -> None:
     if int8.holds_int8(model.params):
         raise MmjaxError(
-            f"a model loaded with weights='int8' is not {verb}: its weights are rounded. Load it without, and "
-            f"that is {verb}; weights='int8' rounds them again at every load"
+            f"a model with weights in int8 is not {verb}: they are rounded. Load it without weights='int8', and that "
+            f"is {verb}; of a run whose frozen weights are in int8, dtype='float32' loads what they mean"
         )
 
 
@@ -410,6 +410,10 @@ def _assemble(parts: _Parts, dtype: str | None, weights: str | None) -> Model:
         raise MmjaxError(f"weights={weights!r}: {parts.kind.system} has none in int8; language models and T5 have")
 
     def convert(path: str, leaf: Any) -> Any:
+        if int8.is_int8(leaf):  # a run's frozen matrix
+            if weights is not None or dtype is None:
+                return jax.tree.map(jnp.asarray, leaf)
+            leaf = int8.dequantize(leaf)
         axis = next((axis for glob, axis in channels.items() if matches(path, glob)), None)
         if weights is not None and axis is not None:
             return int8.quantize(jnp.asarray(leaf), axis)
@@ -461,7 +465,11 @@ def _load_checkpoint(workdir: pathlib.Path, checkpoint: pathlib.Path | epath.Pat
         params, stats = state["ema"], state["averaged_stats"]
     arrays = flatten({"params": merge_lora(params), "stats": stats})
     dtypes = {key: array.dtype for key, array in arrays.items()}
-    return _Parts(kind, config, _load_own_arrays(kind, config, arrays, dtypes, str(checkpoint)), fields)
+    matrices = {key: leaf for key, leaf in arrays.items() if int8.is_int8(leaf)}  # the table checks their shapes
+    arrays |= {key: np.broadcast_to(np.float32(0), leaf.shape) for key, leaf in matrices.items()}
+    variables = _load_own_arrays(kind, config, arrays, dtypes, str(checkpoint))
+    variables = map_with_path(lambda path, leaf: matrices.get(path, leaf), variables)
+    return _Parts(kind, config, variables, fields)
 
 
 def _load_remote(path: epath.Path) -> _Parts:

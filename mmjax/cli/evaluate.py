@@ -18,6 +18,7 @@ from mmjax.evaluation import knn, linear_probe, report, zero_shot
 from mmjax.evaluation.classification import classification_scores
 from mmjax.interface.config import config_from_json
 from mmjax.training import checkpoint
+from mmjax.training.checkpoint_format import frozen_keys
 from mmjax.training.experiment import batch_shapes, load_experiment
 from mmjax.training.scores import Score, only_scores, table
 from mmjax.training.state import create_state
@@ -42,7 +43,8 @@ def load_run(workdir: str, experiment: str | None = None) -> tuple[Any, Any, int
     method, optimizer = config.method(), config.optimizer()
     shapes = batch_shapes(config)
     template = jax.eval_shape(lambda rng, batch: create_state(method, optimizer, rng, batch), jax.random.key(0), shapes)
-    restored = checkpoint.restore(workdir, template, warn=print)
+    frozen = frozen_keys(optimizer.partition, template.params)
+    restored = checkpoint.restore(workdir, template, warn=print, frozen=frozen)
     if restored is None:
         raise MmjaxError(f"{workdir} holds no checkpoint")
     return config, jax.device_put(restored.state), restored.step

@@ -22,6 +22,9 @@ from mmjax.types import Array, Float, Int
 Matrix: TypeAlias = Any
 """A float array of two axes, or a `qwix.QArray` of int8."""
 
+VALUES, SCALE = "qvalue", "scale"
+"""The two arrays of an int8 matrix, as the paths of leaves call them."""
+
 BLOCK = 2**16
 """Weights that the CPU holds as floats at a time."""
 
@@ -36,6 +39,20 @@ def quantize(matrix: Float[Array, "i j"], channels: int) -> Matrix:
     except ImportError as error:
         raise MmjaxError("int8 weights need the extra int8: pip install 'mmjax[int8]'") from error
     return qwix.quantize(matrix.astype(jnp.float32), jnp.int8, channelwise_axes=(channels,))
+
+
+def from_arrays(values: Any, scale: Any) -> Matrix:
+    """The matrix that `quantize` made, from its two arrays (or their shapes). Raises MmjaxError without qwix."""
+    try:
+        import qwix
+    except ImportError as error:
+        raise MmjaxError("int8 weights need the extra int8: pip install 'mmjax[int8]'") from error
+    return qwix.QArray(values, scale)
+
+
+def dequantize(leaf: Any) -> Any:
+    """The float32 matrix that an int8 one means; other leaves as they are."""
+    return leaf.qvalue.astype(jnp.float32) * leaf.scale if is_int8(leaf) else leaf
 
 
 def is_int8(leaf: Any) -> bool:

@@ -24,7 +24,7 @@ from rich.console import Console
 from mmjax.errors import MmjaxError
 from mmjax.training import ablation_report, checkpoint
 from mmjax.training.arms import ArmLoop, choose, over_arms, stack, stacked_shapes, take
-from mmjax.training.checkpoint_format import encode
+from mmjax.training.checkpoint_format import encode, frozen_keys
 from mmjax.training.console import RunConsole, duration
 from mmjax.training.experiment import ExperimentConfig, LoadWeights, batch_shapes, parse_overrides
 from mmjax.training.in_flight import InFlight, Received
@@ -255,7 +255,8 @@ class _Ablation:
             if checkpoint.latest(folder) is not None:
                 create = _creation(group.config, group.arms[0].hparams)
                 shapes = jax.eval_shape(create, jax.random.key(0))
-                checkpoint.check_fits(folder, stacked_shapes(shapes, len(group.arms)))
+                frozen = _frozen(group.config, shapes)
+                checkpoint.check_fits(folder, stacked_shapes(shapes, len(group.arms)), frozen)
 
     def _write_description(self, experiment_file: str | None) -> None:
         """Writes config.json: what this workdir is for."""
@@ -323,13 +324,16 @@ class _Ablation:
             if checkpoint.latest(folder) != group.config.steps:
                 write_config(group.config, folder, self.experiment_file)
                 writer = checkpoint.CheckpointWriter(folder)
-                writer.save(take(states, index), group.config.steps, data)
+                state = take(states, index)
+                writer.save(state, group.config.steps, data, frozen=_frozen(group.config, state))
                 writer.wait()
 
     def _initial_state(self, group: Group, folder: epath.Path, data: Any) -> tuple[Any, int]:
+        recipe: Any = group.config
         create = _creation(group.config, group.arms[0].hparams)
         shapes = jax.eval_shape(create, jax.random.key(0))
-        restored = checkpoint.restore(folder, stacked_shapes(shapes, len(group.arms)), warn=self._print)
+        stacked, frozen = stacked_shapes(shapes, len(group.arms)), _frozen(group.config, shapes)
+        restored = checkpoint.restore(folder, stacked, warn=self._print, frozen=frozen)
         if restored is not None:
             data.set_state(restored.data)
             self._print(f"resumed {folder} at step {restored.step}")
@@ -338,9 +342,8 @@ class _Ablation:
         for arm in group.arms:
             state = initialise(create, jax.random.key(arm.seed))
             if group.config.init_from is not None:
-                state, message = initialize_from(
-                    state, group.config.initial_weights(self.load_weights), group.config.init_from
-                )
+                weights, partition = group.config.initial_weights(self.load_weights), recipe.optimizer().partition
+                state, message = initialize_from(state, weights, group.config.init_from, partition)
                 if arm is group.arms[0]:
                     self._print(message)
             chosen = {name: np.float32(value) for name, value in arm.hparams.items()}
@@ -349,6 +352,11 @@ class _Ablation:
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
+
+
+def _frozen(config: Any, state: Any) -> frozenset[str]:
+    """The keys of the leaves that no arm trains, of a state or of its shapes, stacked or not."""
+    return frozen_keys(config.optimizer().partition, state.params)
 
 
 def _creation(config: Any, hparams: Mapping[str, float] | None = None) -> Any:
@@ -409,7 +417,9 @@ class _Loop:
         """Starts a save of all arms."""
         for metrics in self.ablation.writers:
             metrics.flush()
-        self.writer.save(self.lift.fetch(state), step, encode(data.get_state()))
+        host = self.lift.fetch(state)
+        frozen = _frozen(self.config, host)
+        self.writer.save(host, step, encode(data.get_state()), frozen=frozen)
 
     def receive(self, received: Received) -> None:
         """Logs the steps due; an arm whose updates are refused does not stop the others."""

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from mmjax import tree
+from mmjax.nn import int8
 from mmjax.training.checkpoint import load_params, step_folder, steps
 from mmjax.training.checkpoint_format import CheckpointError
 from mmjax.types import Params
@@ -14,17 +15,23 @@ from mmjax.types import Params
 def average_checkpoints(workdir: str | os.PathLike[str], last: int) -> Params:
     """The arithmetic mean of the newest `last` steps' parameters, summed in float64, in the dtypes they have.
 
-    A run keeps as many as its config's `keep`. Raises CheckpointError where there are fewer, or one is damaged.
+    Frozen int8 matrices, equal in all steps, are taken as they are. A run's config says how many steps it keeps
+    (`keep`). Raises CheckpointError where there are fewer, or one is damaged.
     """
-    found = steps(workdir)
-    if not 1 <= last <= len(found):
+    committed = steps(workdir)
+    if not 1 <= last <= len(committed):
         raise CheckpointError(
-            f"{workdir}: last={last} of {len(found)} checkpoints (steps {found}); `keep` says how many"
+            f"{workdir}: last={last} of {len(committed)} checkpoints (steps {committed}); `keep` says how many"
         )
     sums: dict[str, Any] = {}
     dtypes: dict[str, Any] = {}
-    for step in found[-last:]:
+    matrices: dict[str, Any] = {}
+    for step in committed[-last:]:
         for path, leaf in tree.flatten(load_params(step_folder(workdir, step))["params"]).items():
+            if int8.is_int8(leaf):
+                matrices[path] = leaf
+                continue
             sums[path] = sums.get(path, 0) + np.asarray(leaf, np.float64)
             dtypes[path] = leaf.dtype
-    return tree.unflatten({path: np.asarray(total / last, dtypes[path]) for path, total in sums.items()})
+    means = {path: np.asarray(total / last, dtypes[path]) for path, total in sums.items()}
+    return tree.unflatten(means | matrices)

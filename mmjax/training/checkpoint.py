@@ -7,6 +7,8 @@ Orbax writes and reads the arrays; the commit is ours. A step is a folder `check
     environment.json   what wrote it: devices, lift, versions
     manifest.json      written last: key, shape, dtype and SHA-256 of every leaf, the data iterator's state, counters
 
+Frozen parameters are not in it: they lie once in `frozen/` (`mmjax.training.frozen`), and the manifest names the files.
+
 It is filled under a temporary name, synced and renamed; without a manifest it is no checkpoint. Equal states have equal
 manifests. An object store cannot rename: there the files are made on this machine's disk and uploaded under the final
 name, and the manifest alone commits.
@@ -20,7 +22,7 @@ import pathlib
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +31,7 @@ import numpy as np
 from etils import epath
 
 from mmjax import tree
+from mmjax.nn import int8
 from mmjax.training.checkpoint_format import (
     FILES,
     MANIFEST,
@@ -46,6 +49,7 @@ from mmjax.training.checkpoint_format import (
     state_leaves,
     write_arrays,
 )
+from mmjax.training.frozen import FrozenStore, read_frozen
 from mmjax.training.storage import is_local, remove_folder, sync_folder, sync_path, upload, write_file
 
 FOLDER = "checkpoints"
@@ -94,12 +98,14 @@ def step_folder(workdir: Any, step: int) -> epath.Path:
 # --------------------------------------------------------------------------------------------------------- read back
 
 
-def load_state(folder: Any, template: Any) -> Restored:
+def load_state(folder: Any, template: Any, frozen: Collection[str] = ()) -> Restored:
     """Fills a state of the template's structure from one step's folder.
 
     Args:
         folder: `workdir/checkpoints/<step>`.
         template: the unreplicated state or its `jax.eval_shape`.
+        frozen: keys of the template's frozen leaves (`frozen_keys`): they keep the dtype, or the int8 form, that they
+            were saved in.
 
     Raises:
         DamagedCheckpoint: bytes are not what was written; names file and key.
@@ -107,8 +113,9 @@ def load_state(folder: Any, template: Any) -> Restored:
     """
     folder = epath.Path(folder)
     manifest = read_manifest(folder)
+    template = _as_saved(template, manifest["leaves"], frozen)
     _check_fits(folder, manifest, template)
-    arrays = read_arrays(folder / "arrays", manifest["leaves"])
+    arrays = _read_leaves(folder, manifest["leaves"])
 
     def fill(path: Any, leaf: Any) -> Any:
         array = arrays[jax.tree_util.keystr(path, simple=True, separator="/")]
@@ -124,6 +131,31 @@ def load_state(folder: Any, template: Any) -> Restored:
     except (OSError, ValueError):
         environment = {}  # said for information only
     return Restored(state, manifest["step"], decode(manifest["data"]), manifest["counters"], environment)
+
+
+def _read_leaves(folder: epath.Path, leaves: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """The arrays of some leaves of a step's manifest, from its folder and from the run's frozen store."""
+    frozen = {key: leaf for key, leaf in leaves.items() if "file" in leaf}
+    saved = {key: leaf for key, leaf in leaves.items() if key not in frozen}
+    return read_frozen(folder.parent.parent, frozen) | read_arrays(folder / "arrays", saved)
+
+
+def _as_saved(template: Any, leaves: Mapping[str, Mapping[str, Any]], frozen: Collection[str]) -> Any:
+    """The template with its frozen leaves in the form in which a manifest has them, where the shapes are equal."""
+
+    def shape(key: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(tuple(leaves[key]["shape"]), np.dtype(leaves[key]["dtype"]))
+
+    def saved(path: Any, leaf: Any) -> Any:
+        key = jax.tree_util.keystr(path, simple=True, separator="/")
+        values, scale = f"{key}/{int8.VALUES}", f"{key}/{int8.SCALE}"
+        if key not in frozen:
+            return leaf
+        if values in leaves and scale in leaves and leaves[values]["shape"] == list(leaf.shape):
+            return int8.from_arrays(shape(values), shape(scale))
+        return shape(key) if key in leaves and leaves[key]["shape"] == list(leaf.shape) else leaf
+
+    return jax.tree_util.tree_map_with_path(saved, template)
 
 
 def _example_key(leaf: Any) -> Any:
@@ -148,7 +180,7 @@ def _check_fits(folder: epath.Path, manifest: Mapping[str, Any], template: Any) 
         raise CheckpointError(f"{folder} does not fit this experiment:\n  " + "\n  ".join(wrong))
 
 
-def check_fits(workdir: Any, template: Any) -> None:
+def check_fits(workdir: Any, template: Any, frozen: Collection[str] = ()) -> None:
     """Raises CheckpointError if the newest whole manifest of a workdir does not fit; no array is read."""
     for step in reversed(steps(workdir)):
         folder = step_folder(workdir, step)
@@ -156,11 +188,13 @@ def check_fits(workdir: Any, template: Any) -> None:
             manifest = read_manifest(folder)
         except DamagedCheckpoint:
             continue
-        return _check_fits(folder, manifest, template)
+        return _check_fits(folder, manifest, _as_saved(template, manifest["leaves"], frozen))
 
 
-def restore(workdir: Any, template: Any, warn: Callable[[str], None] = warnings.warn) -> Restored | None:
-    """The newest checkpoint of a workdir, or None if there is none.
+def restore(
+    workdir: Any, template: Any, warn: Callable[[str], None] = warnings.warn, frozen: Collection[str] = ()
+) -> Restored | None:
+    """The newest checkpoint of a workdir, or None if there is none. template, frozen: see `load_state`.
 
     A damaged newest step is passed over for the one before, with one warning; if no step is whole, that is an error.
     """
@@ -168,7 +202,7 @@ def restore(workdir: Any, template: Any, warn: Callable[[str], None] = warnings.
     damage: list[str] = []
     for step in reversed(found):
         try:
-            restored = load_state(step_folder(workdir, step), template)
+            restored = load_state(step_folder(workdir, step), template, frozen)
         except DamagedCheckpoint as error:
             damage.append(str(error))
             continue
@@ -187,7 +221,8 @@ def load_params(path: Any) -> dict[str, Any]:
         path: `workdir/checkpoints/<step>`, or a workdir (its newest whole step).
 
     Returns:
-        {"params", "stats", "ema", "averaged_stats": nested dicts, "config": the workdir's config.json or None}.
+        {"params", "stats", "ema", "queues", "averaged_stats": nested dicts, "config": the workdir's config.json or
+        None}. Frozen parameters have the dtype, or the int8 form, that they were saved in.
         averaged_stats: the batch statistics of averaged weights (`mmjax.training.classification`), which are "ema".
     """
     path = epath.Path(path)
@@ -196,17 +231,24 @@ def load_params(path: Any) -> dict[str, Any]:
         if newest is None:
             raise CheckpointError(f"{path} holds no checkpoint")
         path = step_folder(path, newest)
-    manifest = read_manifest(path)
-    fields = ("params", "stats", "ema")
+    leaves = read_manifest(path)["leaves"]
+    fields = ("params", "stats", "ema", "queues")
     averaged = "extra/averaged_stats/"
-    leaves = {
-        key: told for key, told in manifest["leaves"].items() if key.split("/")[0] in fields or key.startswith(averaged)
-    }
-    nested = tree.unflatten(read_arrays(path / "arrays", leaves))
+    chosen = {key: leaf for key, leaf in leaves.items() if key.split("/")[0] in fields or key.startswith(averaged)}
+    nested = _with_int8(tree.unflatten(_read_leaves(path, chosen)))
     config = path.parent.parent / "config.json"
-    told = json.loads(config.read_text()) if config.exists() else None
-    found = {field: nested.get(field, {}) for field in fields}
-    return found | {"averaged_stats": nested.get("extra", {}).get("averaged_stats", {}), "config": told}
+    loaded = {field: nested.get(field, {}) for field in fields}
+    loaded["averaged_stats"] = nested.get("extra", {}).get("averaged_stats", {})
+    return loaded | {"config": json.loads(config.read_text()) if config.exists() else None}
+
+
+def _with_int8(nested: Mapping[str, Any]) -> Any:
+    """Nested dicts whose int8 matrices are in two arrays each -> the same with `mmjax.nn.int8` matrices."""
+    if not isinstance(nested, Mapping):
+        return nested
+    if nested.keys() == {int8.VALUES, int8.SCALE}:
+        return int8.from_arrays(nested[int8.VALUES], nested[int8.SCALE])
+    return {name: _with_int8(child) for name, child in nested.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- write
@@ -229,6 +271,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
         self._folder = self.workdir / FOLDER
+        self._frozen = FrozenStore(self.workdir)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -237,11 +280,21 @@ class CheckpointWriter:
             if path.name.startswith(TEMPORARY) or (path.name.isdecimal() and not (path / MANIFEST).exists()):
                 remove_folder(path)
 
-    def save(self, state: Any, step: int, data: Any = None, counters: Mapping[str, Any] | None = None) -> None:
-        """Starts writing a state of host arrays; waits for the save before, and raises what that one met."""
+    def save(
+        self,
+        state: Any,
+        step: int,
+        data: Any = None,
+        counters: Mapping[str, Any] | None = None,
+        frozen: Collection[str] = (),
+    ) -> None:
+        """Starts writing a state of host arrays; waits for the save before, and raises what that one met.
+
+        frozen: keys of leaves that no step changes (`frozen_keys`). They are stored once a run, beside the steps.
+        """
         self.wait()
         manifest = {"step": step, "data": data, "counters": dict(counters or {})}
-        self._thread = threading.Thread(target=self._run, args=(state, manifest), name=f"checkpoint-{step}")
+        self._thread = threading.Thread(target=self._run, args=(state, manifest, frozen), name=f"checkpoint-{step}")
         self._thread.start()
 
     def wait(self) -> None:
@@ -253,25 +306,27 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
-    def _run(self, state: Any, manifest: dict[str, Any]) -> None:
+    def _run(self, state: Any, manifest: dict[str, Any], frozen: Collection[str]) -> None:
         step = manifest["step"]
         final = step_folder(self.workdir, step)
         temporary = self._folder / f"{TEMPORARY}{step}" if is_local(final) else final
-        arrays = {key: host_copy(leaf) for key, leaf in state_leaves(state).items()}
+        leaves = state_leaves(state)
+        arrays = {key: host_copy(leaf) for key, leaf in leaves.items() if key not in frozen}
         try:
-            self._write(temporary, final, arrays, make_manifest(state, **manifest))
+            stored = self._frozen.store({key: leaf for key, leaf in leaves.items() if key in frozen})
+            self._write(temporary, final, arrays, make_manifest(state, **manifest, stored=stored))
             self._prune(step)
         except Exception as error:
             if temporary != final or not (final / MANIFEST).exists():
                 remove_folder(temporary)
-            wanted = sum(array.nbytes for array in arrays.values())
+            size = sum(array.nbytes for array in arrays.values())
             # TensorStore tells the system's error in words alone.
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or "No space" in str(
                 error
             )
-            told = " (disk full)" if full else ""
+            cause = " (disk full)" if full else ""
             self._error = CheckpointError(
-                f"step {step} was not saved to {final}{told}, {wanted} bytes wanted: {type(error).__name__}: {error}"
+                f"step {step} was not saved to {final}{cause}, {size} bytes wanted: {type(error).__name__}: {error}"
             )
 
     def _write(self, temporary: epath.Path, final: epath.Path, arrays: dict[str, np.ndarray], manifest: Any) -> None:
@@ -283,7 +338,7 @@ class CheckpointWriter:
                 self._write_files(epath.Path(folder), arrays)
                 upload(pathlib.Path(folder), final)
         # Read back before it counts: what the older steps are given up for must be whole.
-        read_arrays(temporary / "arrays", manifest["leaves"])
+        read_arrays(temporary / "arrays", {key: manifest["leaves"][key] for key in arrays})
         if is_local(final):
             sync_folder(temporary)
         write_file(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
@@ -301,8 +356,10 @@ class CheckpointWriter:
         (folder / "environment.json").write_text(json.dumps(self.environment, indent=1, sort_keys=True))
 
     def _prune(self, newest: int) -> None:
-        """Removes all but the `keep` newest steps up to the one just verified, and those of a future given up."""
-        found = steps(self.workdir)
-        past = [step for step in found if step <= newest]
-        for step in [*past[: -self.keep], *(step for step in found if step > newest)]:
+        """Removes all but the `keep` newest steps up to the one just verified, those of a future given up, and frozen
+        leaves that belong to none of the rest."""
+        committed = steps(self.workdir)
+        past = [step for step in committed if step <= newest]
+        for step in [*past[: -self.keep], *(step for step in committed if step > newest)]:
             _discard(step_folder(self.workdir, step))
+        self._frozen.prune(step_folder(self.workdir, step) for step in past[-self.keep :])

@@ -24,7 +24,9 @@ from etils import epath
 
 from mmjax import tree
 from mmjax.errors import MmjaxError
+from mmjax.training.partition import FROZEN, Partition
 from mmjax.training.storage import local_copy
+from mmjax.types import Params
 
 MANIFEST = "manifest.json"
 FILES = "files.json"
@@ -50,6 +52,13 @@ def state_leaves(state: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
+def frozen_keys(partition: Partition, params: Params) -> frozenset[str]:
+    """The keys of a state's leaves that no step changes. params: arrays or shapes, int8 matrices among them."""
+    labels = partition.labels(params)
+    frozen = {path: leaf for path, leaf in tree.flatten(params).items() if labels[path] == FROZEN}
+    return frozenset(state_leaves({"params": tree.unflatten(frozen)}))
+
+
 def is_key(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
@@ -69,9 +78,22 @@ def describe(leaf: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- manifest
 
 
-def make_manifest(state: Any, step: int, data: Any = None, counters: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What `manifest.json` says of a state; equal states (and iterator positions) give equal manifests."""
-    leaves = {key: describe(leaf) | {"sha256": tree.leaf_hash(leaf)} for key, leaf in state_leaves(state).items()}
+def make_manifest(
+    state: Any,
+    step: int,
+    data: Any = None,
+    counters: Mapping[str, Any] | None = None,
+    stored: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """What `manifest.json` says of a state; equal states (and iterator positions) give equal manifests.
+
+    stored: {key: what it says} of the leaves that are in the `mmjax.training.frozen` store.
+    """
+    stored = stored or {}
+    leaves = {
+        key: dict(stored[key]) if key in stored else describe(leaf) | {"sha256": tree.leaf_hash(leaf)}
+        for key, leaf in state_leaves(state).items()
+    }
     body = {
         "format": 1,
         "step": step,

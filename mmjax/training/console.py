@@ -5,6 +5,7 @@ is one line.
 """
 
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -204,7 +205,7 @@ def _data(data: Any, config: ExperimentConfig) -> str:
 
 
 def _parameters(params: Any, labels: Mapping[str, str]) -> str:
-    sizes = {path: leaf.size for path, leaf in tree.flatten(params).items()}
+    sizes = {path: math.prod(leaf.shape) for path, leaf in tree.flatten(params).items()}
     total = sum(sizes.values())
     trainable = sum(size for path, size in sizes.items() if labels[path] != FROZEN)
     return f"{total:,}, {'all' if trainable == total else f'{trainable:,}'} trainable"
@@ -216,7 +217,7 @@ def _modules(params: Any, labels: Mapping[str, str]) -> Table:
     for path, leaf in tree.flatten(params).items():
         row = rows.setdefault(path.split("/")[0], [0, 0, 0])
         row[0] += 1
-        row[2 if labels[path] == FROZEN else 1] += leaf.size
+        row[2 if labels[path] == FROZEN else 1] += math.prod(leaf.shape)
     shown = Table()
     shown.add_column("module")
     for name in ("arrays", "trainable", "frozen"):

@@ -1,4 +1,18 @@
-"""Where a run starts that does not start from scratch: `init_from`."""
+"""Where a run starts that does not start from scratch: `init_from`.
+
+One rule for every system says what a fresh state takes from its source, be it a run of ours or a loaded model:
+
+    params    Every leaf of the source has to be a leaf of the state, of the same shape. Trainable leaves get the
+              state's dtype, float32. Frozen ones keep the source's: bfloat16 stays bfloat16, int8 stays int8. What the
+              source lacks stays fresh, and is reported.
+    stats     The same, in the state's dtype.
+    ema       The source's momentum parameters; where it has none, a copy of the parameters.
+    averages  Of batch statistics, beside averaged parameters: the source's, else a copy of the statistics.
+    queues    Those whose names and shapes fit, keys with their cursor. The others start afresh; both are reported.
+    the rest  Step, optimizer, random key, hyper-parameters, counters and what else a method keeps: always fresh.
+
+An experiment that starts from another network's weights selects and converts them in `initial_weights`.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,39 +23,90 @@ import numpy as np
 
 from mmjax import tree
 from mmjax.errors import MmjaxError
+from mmjax.nn import int8
+from mmjax.training.classification import AVERAGED
+from mmjax.training.partition import FROZEN, Partition
 from mmjax.training.state import TrainState
 
+LISTED = 8
+"""Leaves that a message names."""
 
-def initialize_from(state: TrainState, weights: Mapping[str, Any], source: str) -> tuple[TrainState, str]:
-    """A fresh host state with the parameters and statistics of `init_from`, and a sentence on what was not there.
 
-    weights: see `LoadWeights`. Raises MmjaxError, naming the source: shapes differ, or nothing has a name in common.
+def initialize_from(
+    state: TrainState, weights: Mapping[str, Any], source: str, partition: Partition | None = None
+) -> tuple[TrainState, str]:
+    """A fresh host state with what it takes from `init_from` (see above), and a sentence that reports it.
+
+    Args:
+        state: as `create_state` makes it, on the host.
+        weights: see `LoadWeights`.
+        source: what `init_from` names, for messages.
+        partition: says which parameters are frozen; None: none.
+
+    Raises:
+        MmjaxError: leaves of the source that the state does not have, of another shape, or none in common. One message
+            lists them; nothing is taken.
     """
-    params, fresh = _overlay(state.params, weights["params"], source)
+    labels = partition.labels(state.params) if partition is not None else {}
+    frozen = {path for path, label in labels.items() if label == FROZEN}
+    params, fresh = _overlay(state.params, weights["params"], source, frozen)
     stats, _ = _overlay(state.stats, weights.get("stats") or {}, source)
-    flat = tree.flatten(weights.get("ema") or {}) or tree.flatten(params)
-    followed = {path: leaf for path, leaf in flat.items() if path in tree.flatten(state.ema)}
+    momentum = tree.flatten(weights.get("ema") or {}) or tree.flatten(params)
+    followed = {path: leaf for path, leaf in momentum.items() if path in tree.flatten(state.ema)}
     ema, _ = _overlay(state.ema, tree.unflatten(followed), source)
-    told = f"; fresh: {', '.join(fresh[:8])}{' ...' if len(fresh) > 8 else ''}" if fresh else ""
-    said = f"initialised from {source}: {len(tree.flatten(params)) - len(fresh)} arrays{told}"
-    queues = dict(state.queues)
-    for name, queue in (weights.get("queues") or {}).items():
-        if name in queues and queues[name].keys.shape == queue["keys"].shape:  # of another length it begins afresh
-            queues[name] = dataclasses.replace(queues[name], **jax.tree.map(np.asarray, dict(queue)))
-    return dataclasses.replace(state, params=params, stats=stats, ema=ema, queues=queues), said
+    extra = dict(state.extra)
+    if AVERAGED in extra:
+        extra[AVERAGED], _ = _overlay(extra[AVERAGED], weights.get("averaged_stats") or stats, source)
+    queues, report = _queues(state.queues, weights.get("queues") or {})
+    said = f"initialised from {source}: {len(tree.flatten(params)) - len(fresh)} arrays"
+    if fresh:
+        said += f"; fresh: {', '.join(fresh[:LISTED])}{' ...' if len(fresh) > LISTED else ''}"
+    taken = {"params": params, "stats": stats, "ema": ema, "queues": queues, "extra": extra}
+    return dataclasses.replace(state, **taken), said + report
 
 
-def _overlay(target: Any, source: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[str]]:
-    """`target` with the leaves that `source` has, and the paths that it has not.
+def _queues(target: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The state's queues, filled by the source's where they fit, and what to report of them."""
+    queues, fresh = dict(target), []
+    for name, queue in target.items():
+        leaves = {field: np.asarray(leaf) for field, leaf in dict(source.get(name) or {}).items()}
+        values = {field.name: getattr(queue, field.name) for field in dataclasses.fields(queue)}
+        shapes = {field: leaf.shape for field, leaf in values.items() if leaf is not None}
+        if shapes == {field: leaf.shape for field, leaf in leaves.items()}:
+            cast = {field: leaf.astype(values[field].dtype) for field, leaf in leaves.items()}
+            queues[name] = dataclasses.replace(queue, **cast)
+        else:
+            fresh.append(name)
+    if not source or not target:
+        return queues, ""
+    filled = [name for name in queues if name not in fresh]
+    report = f"; queues: {', '.join(filled) or 'none'}"
+    return queues, report + (f" (fresh, as they do not fit: {', '.join(fresh)})" if fresh else "")
 
-    Raises MmjaxError: leaves of other shapes (all are listed), leaves that the target does not know, or none in common.
-    """
+
+def _overlay(
+    target: Any, source: Mapping[str, Any], name: str, frozen: set[str] | frozenset[str] = frozenset()
+) -> tuple[dict[str, Any], list[str]]:
+    """`target` with the leaves of `source`, and the paths that `source` lacks. frozen: paths that keep their dtype."""
     have, want = tree.flatten(source), tree.flatten(target)
-    wrong = [f"{path}: want {list(leaf.shape)}, got {list(have[path].shape)}" for path, leaf in want.items()
-             if path in have and tuple(have[path].shape) != tuple(leaf.shape)]  # fmt: skip
-    if wrong or (have and not have.keys() & want.keys()):
-        raise MmjaxError(
-            f"init_from {name} does not fit:\n  " + "\n  ".join(wrong or ["no parameter has a name in common"])
-        )
-    merged = {path: np.asarray(have[path]).astype(leaf.dtype) if path in have else leaf for path, leaf in want.items()}
+    wrong = [
+        f"{path}: want {list(leaf.shape)}, got {list(have[path].shape)}"
+        for path, leaf in want.items()
+        if path in have and tuple(have[path].shape) != tuple(leaf.shape)
+    ]
+    unknown = [path for path in have if path not in want]
+    if unknown:
+        more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
+        wrong.append(f"not in this experiment's state: {', '.join(unknown[:LISTED])}{more}")
+    if wrong:
+        hint = "\nThe experiment's `initial_weights` can select and convert what it starts from." if unknown else ""
+        raise MmjaxError(f"init_from {name} does not fit:\n  " + "\n  ".join(wrong) + hint)
+    merged = {path: _taken(have[path], leaf, path in frozen) if path in have else leaf for path, leaf in want.items()}
     return tree.unflatten(merged), [path for path in want if path not in have]
+
+
+def _taken(leaf: Any, target: Any, frozen: bool) -> Any:
+    """A leaf of the source on the host: in its own form if it is frozen, else in the target's dtype."""
+    if frozen:
+        return jax.tree.map(np.asarray, leaf)
+    return np.asarray(int8.dequantize(leaf)).astype(target.dtype)

@@ -15,7 +15,7 @@ from etils import epath
 
 from mmjax.errors import MmjaxError
 from mmjax.training import checkpoint
-from mmjax.training.checkpoint_format import CheckpointError, encode
+from mmjax.training.checkpoint_format import CheckpointError, encode, frozen_keys
 from mmjax.training.console import RunConsole
 from mmjax.training.experiment import ExperimentConfig, LoadWeights, batch_shapes
 from mmjax.training.in_flight import InFlight, Received
@@ -133,7 +133,9 @@ class _Run:
             return create_state(method, self.optimizer, rng, batch)
 
         rng = jax.random.key(self.config.seed)
-        restored = checkpoint.restore(self.workdir, jax.eval_shape(create, rng), warn=self.console.warn)
+        template = jax.eval_shape(create, rng)
+        frozen = frozen_keys(self.optimizer.partition, template.params)
+        restored = checkpoint.restore(self.workdir, template, warn=self.console.warn, frozen=frozen)
         if restored is not None:
             self._resume_data(restored)
             self.saved_step = restored.step
@@ -144,7 +146,8 @@ class _Run:
         with self.console.activity("initialising the parameters"):
             host = initialise(create, rng)
         if self.config.init_from is not None:
-            host, message = initialize_from(host, self.config.initial_weights(self.load_weights), self.config.init_from)
+            weights = self.config.initial_weights(self.load_weights)
+            host, message = initialize_from(host, weights, self.config.init_from, self.optimizer.partition)
             self.console.print(message)
         return host, 0
 
@@ -311,7 +314,8 @@ class _Run:
             self._wait_for_save(final=False)
             if self.metrics is not None:
                 self.metrics.flush()
-            self.writer.save(host, step, data, {"refused_updates": self.total_refused})
+            frozen = frozen_keys(self.optimizer.partition, host.params)
+            self.writer.save(host, step, data, {"refused_updates": self.total_refused}, frozen)
         self.saved_step = step
 
     def _wait_for_save(self, final: bool) -> None:

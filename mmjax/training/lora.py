@@ -25,6 +25,7 @@ from flax import linen as nn
 
 from mmjax import tree
 from mmjax.errors import MmjaxError
+from mmjax.nn import int8
 from mmjax.nn.dropout import kept
 from mmjax.training.method import Loss, Method
 from mmjax.training.partition import FROZEN, TRAINABLE, Partition
@@ -105,12 +106,13 @@ def split_lora(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
 def merge_lora(params: Params) -> dict[str, Any]:
     """The ordinary tree that computes the same: each kernel with its adapter's product added, in the kernel's dtype.
 
-    A tree without adapters comes back as it is. Raises MmjaxError for a kernel that holds integers.
+    An int8 kernel becomes float32: rounded again, it would lose what its adapter learned. A tree without adapters comes
+    back as it is. Raises MmjaxError for a kernel that holds integers.
     """
     adapters, base = split_lora(params)
     branches, flat = tree.flatten(adapters), tree.flatten(base)
     for path in (path.removesuffix(f"/{A}") for path in branches if path.endswith(f"/{A}")):
-        kernel = flat[f"{path}/kernel"]
+        kernel = int8.dequantize(flat[f"{path}/kernel"])
         if not jnp.issubdtype(kernel.dtype, jnp.floating):
             raise MmjaxError(f"lora: {path}/kernel is {kernel.dtype}: an adapter cannot be merged into it")
         a, b, scale = (branches[f"{path}/{name}"] for name in (A, B, SCALE))

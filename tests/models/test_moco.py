@@ -406,7 +406,8 @@ def test_training_goes_on_from_a_released_checkpoint(length: int):
     model = MoCoModel(config, **drawn(config))
     fresh = started(method, SGD, batch(12))
     state, said = initialize_from(fresh, model.weights(), "moco.pth")
-    assert said == f"initialised from moco.pth: {len(tree.flatten(model.params))} arrays"
+    queues = "keys" if length == 24 else "none (fresh, as they do not fit: keys)"
+    assert said == f"initialised from moco.pth: {len(tree.flatten(model.params))} arrays; queues: {queues}"
     near(state.params, model.params, 0)
     near(state.ema, model.stats["momentum"], 0)
     near(state.stats, {part: model.stats[part] for part in ("query", "key")}, 0)

@@ -3,20 +3,22 @@
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from models.tiny_text import LINES, chat_tokenizer
 
+from mmjax import hub
 from mmjax.data.pipeline import Pipeline
 from mmjax.data.sources import ArraySource
 from mmjax.errors import MmjaxError
 from mmjax.models.language.config import DecoderConfig
 from mmjax.models.language.pretrain import CausalLM
-from mmjax.training.experiment import ExperimentConfig, save_tokenizer
+from mmjax.training.experiment import ExperimentConfig, LoadWeights, save_tokenizer
 from mmjax.training.method import Method
 from mmjax.training.optimizer import Optimizer, adamw
+from mmjax.training.partition import FROZEN, TRAINABLE, Partition
 
 LENGTH = 12
 
@@ -44,6 +46,7 @@ class Config(ExperimentConfig):
     tensorboard: bool = False
     width: int = 12
     learning_rate: float = 1e-2
+    frozen: Literal["float32", "bfloat16", "int8"] | None = None
 
     @property
     def network(self) -> DecoderConfig:
@@ -57,7 +60,15 @@ class Config(ExperimentConfig):
         return CausalLM(self.network)
 
     def optimizer(self) -> Optimizer:
-        return Optimizer(adamw(self.learning_rate))
+        """All is trained; or where `frozen` says in what form the rest is, the head."""
+        partition = Partition() if self.frozen is None else Partition({"head/**": TRAINABLE, "**": FROZEN})
+        return Optimizer(adamw(self.learning_rate), partition)
+
+    def initial_weights(self, load: LoadWeights) -> Mapping[str, Any]:
+        if self.frozen is None:
+            return load(str(self.init_from))
+        options: Any = {"weights": "int8"} if self.frozen == "int8" else {"dtype": self.frozen}
+        return hub.load(str(self.init_from), **options).weights()
 
     def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         rows = jax.ShapeDtypeStruct((self.batch_size, LENGTH), np.int32)

@@ -27,6 +27,7 @@ class State:
     queues: Any
     stats: Any
     hparams: Any
+    extra: Any
     rng: Any
     skipped: Any
 
@@ -48,6 +49,7 @@ def init(seed: int = 0) -> State:
         queues={"image": Ring(jnp.zeros((LENGTH, HIDDEN)), jnp.zeros((), jnp.int32))},
         stats={"mean": jnp.zeros(WIDTH)},
         hparams={"momentum": jnp.float32(0.9)},
+        extra={"averaged_stats": {"mean": jnp.ones(WIDTH)}, "batches": jnp.int32(seed)},
         rng=jax.random.key(seed + 1),
         skipped=jnp.zeros((), jnp.int32),
     )
