@@ -10,7 +10,6 @@ resumes from them) and `arms/<arm>`, each at the end as a single run leaves its 
 
 import dataclasses
 import functools
-import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -27,43 +26,18 @@ from mmjax.training.arms import ArmLoop, choose, over_arms, stack, stacked_shape
 from mmjax.training.checkpoint_format import encode, frozen_keys
 from mmjax.training.console import RunConsole, duration
 from mmjax.training.experiment import ExperimentConfig, LoadWeights, batch_shapes, parse_overrides
+from mmjax.training.grid import Arm, Group, plan_groups
 from mmjax.training.in_flight import InFlight, Received
 from mmjax.training.initialize import initialize_from
 from mmjax.training.interrupts import Interrupts
 from mmjax.training.lift import Lift, create_lift, initialise
 from mmjax.training.metrics import MetricsWriter, read_metrics
-from mmjax.training.optimizer import LEARNING_RATE_SCALE
 from mmjax.training.pace import Pace
 from mmjax.training.scores import metrics as flatten
 from mmjax.training.state import create_state
 from mmjax.training.step import train_step
 from mmjax.training.storage import BestEffort, write_changed, write_file
 from mmjax.training.workdir import Lock, write_config
-
-LEARNING_RATE = "learning_rate"
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """values: name -> value as it was written ("0.9"). hparams: those of them that live in the state, as numbers."""
-
-    values: Mapping[str, str]
-    seed: int
-    hparams: Mapping[str, float]
-
-    @property
-    def name(self) -> str:
-        """A folder's name: "momentum=0.9,seed=1"."""
-        parts = [f"{name}={value}" for name, value in self.values.items()]
-        return ",".join([*parts, f"seed={self.seed}"]).replace("/", "_")
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Arms that run as one program."""
-
-    config: ExperimentConfig
-    arms: tuple[Arm, ...]
 
 
 def ablate(
@@ -107,78 +81,6 @@ def ablate(
             return run.run(experiment_file)
     finally:
         lock.release()
-
-
-# -------------------------------------------------------------------------------------------------- what is to be run
-
-
-def fields(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"model.width": value}: every leaf of nested config dataclasses under its name on the command line."""
-    leaves: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            leaves |= fields(value, f"{prefix}{field.name}.")
-        else:
-            leaves[prefix + field.name] = value
-    return leaves
-
-
-def find_field(config: Any, name: str) -> str | None:
-    """The dotted name of a config field; the part after the last dot suffices where it is the only one. Else None."""
-    known = fields(config)
-    same = [path for path in known if path == name] or [path for path in known if path.split(".")[-1] == name]
-    return same[0] if len(same) == 1 else None
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise MmjaxError(f"--over {name}: {text!r} is not a number") from error
-
-
-def _hparam(config: ExperimentConfig, hparams: Sequence[str], name: str, text: str) -> tuple[str, float] | None:
-    """The hyper-parameter that a name stands for and its value; None if it is a field of the config."""
-    if name in hparams:
-        return name, _number(name, text)
-    field = find_field(config, name)
-    if name == LEARNING_RATE and field is not None and isinstance(fields(config)[field], float):
-        return LEARNING_RATE_SCALE, _number(name, text) / fields(config)[field]
-    if field is None:
-        raise MmjaxError(
-            f"--over {name}: neither a hyper-parameter of the method ({', '.join(hparams) or 'it has none'}) nor one "
-            f"field of the config ({', '.join(fields(config))})"
-        )
-    return None
-
-
-def plan_groups(
-    kind: type[ExperimentConfig],
-    arguments: Sequence[str],
-    over: Mapping[str, Sequence[str]],
-    seeds: Sequence[int] | None,
-    hparams: Sequence[str],
-) -> list[Group]:
-    """The grid of `over`, cut into groups that can share a program."""
-    base = parse_overrides(kind, arguments, prog="mmjax ablate")
-    groups: list[tuple[ExperimentConfig, list[Arm]]] = []  # configs may hold dicts: compared, not hashed
-    for chosen in itertools.product(*over.values()):
-        values = dict(zip(over, chosen))
-        flags, numbers = list(arguments), {}
-        for name, text in values.items():
-            hparam = _hparam(base, hparams, name, text)
-            if hparam is None:
-                flags += [f"--{find_field(base, name)}", text]
-            else:
-                numbers[hparam[0]] = hparam[1]
-        config = parse_overrides(kind, flags, prog="mmjax ablate") if len(flags) > len(arguments) else base
-        arms = next((arms for known, arms in groups if known == config), None)
-        if arms is None:
-            arms = []
-            groups.append((config, arms))
-        arms += [Arm(values, seed, numbers) for seed in (seeds or (base.seed,))]
-    return [Group(config, tuple(arms)) for config, arms in groups]
 
 
 # ----------------------------------------------------------------------------------------------------------- running

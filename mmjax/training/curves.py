@@ -138,7 +138,7 @@ def _interval(axes: Any, name: str, series: Mapping[str, Points], color: str) ->
 
 
 def _label(name: str, title: str) -> str | None:
-    """What tells a line from the others of its panel: "R@5", "top 1"; none where it is alone under its own title."""
+    """The name of a line in its panel: "R@5", "top1"; none where the panel has the title of its only line."""
     rest = name.removeprefix(title)
     if not rest:
         return None

@@ -1,4 +1,4 @@
-"""Metrics of the steps that the device works on: how many steps may be ahead, and how their numbers reach the host."""
+"""Metrics of the dispatched steps: a bound on their number, and one transfer to the host for a group of them."""
 
 import collections
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""How fast a run is, by its steps alone: without compilation, evaluations and saves."""
+"""The speed of a run by its steps alone, without compilation, evaluations and saves."""
 
 import collections
 import time

@@ -19,10 +19,11 @@ from rich.console import Console
 from mmjax import tree
 from mmjax.errors import MmjaxError
 from mmjax.training import ablation_report, checkpoint
-from mmjax.training.ablate import ablate, find_field, plan_groups
+from mmjax.training.ablate import ablate
 from mmjax.training.arms import over_arms, stack, stacked_shapes, take
 from mmjax.training.checkpoint_format import state_leaves
 from mmjax.training.experiment import load_experiment
+from mmjax.training.grid import find_field, plan_groups
 from mmjax.training.lift import MeshLift, create_lift
 from mmjax.training.loop import train
 from mmjax.training.metrics import read_metrics
