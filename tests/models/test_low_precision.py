@@ -129,7 +129,7 @@ def test_what_cannot_be_is_refused(tmp_path):
     save_tiny_bert(tmp_path / "bert")
     with pytest.raises(MmjaxError, match="weights='int4': matrices are stored in int8"):
         mmjax.load(tmp_path / "language", weights="int4")  # type: ignore[arg-type]
-    with pytest.raises(MmjaxError, match="dtype='int8': parameters are kept in float32 or bfloat16"):
+    with pytest.raises(MmjaxError, match="dtype='int8': parameters are float32 or bfloat16"):
         mmjax.load(tmp_path / "language", dtype="int8")  # type: ignore[arg-type]
     with pytest.raises(MmjaxError, match="weights='int8': bert has none in int8; language models and T5"):
         mmjax.load(tmp_path / "bert", weights="int8")
