@@ -82,7 +82,7 @@ class Config(FineTuningRecipe[LabelledText]):
         columns, predict, last = self._columns(self.examples[1]), self.method().predict, self.steps
         labels = columns.pop("label")
         if self.regression:
-            return (RegressionEvaluation(predict=predict, columns=columns, wanted=labels, final_step=last),)
+            return (RegressionEvaluation(predict=predict, columns=columns, targets=labels, final_step=last),)
         names = self.classes if len(self.classes) <= 50 else None
         return (
             ClassificationEvaluation(

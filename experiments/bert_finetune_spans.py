@@ -24,7 +24,7 @@ from mmjax.data.stdlib_tasks import return_questions
 from mmjax.evaluation.answers import AnswersEvaluation
 from mmjax.models.bert.finetune import SpanExtraction
 from mmjax.recipes.bert import FineTuningRecipe
-from mmjax.text.answer_spans import AskedWindows, answer_columns
+from mmjax.text.answer_spans import QuestionWindows, answer_columns
 from mmjax.text.squad import Question, read_squad
 from mmjax.training.experiment import Evaluation
 
@@ -62,7 +62,7 @@ class Config(FineTuningRecipe[Question]):
     def heads(self) -> dict[str, Any]:
         return {"pooler": False, "spans": True}
 
-    def _columns(self, questions: Sequence[Question]) -> tuple[AskedWindows, dict[str, np.ndarray]]:
+    def _columns(self, questions: Sequence[Question]) -> tuple[QuestionWindows, dict[str, np.ndarray]]:
         return answer_columns(questions, self.tokenizer, self.length, self.stride, self.query)
 
     @functools.cached_property
@@ -79,7 +79,7 @@ class Config(FineTuningRecipe[Question]):
         evaluation = AnswersEvaluation(
             logits=self.method().predict,
             columns=inputs,
-            asked=windows,
+            windows=windows,
             questions=held_out,
             longest=self.longest,
             null_threshold=None if all(question.answers for question in train) else self.null_threshold,

@@ -72,13 +72,13 @@ class Config(FineTuningRecipe[TaggedWords]):
 
     def evaluations(self) -> tuple[Evaluation, ...]:
         train, held_out = self.examples
-        rows, columns = tagged_columns(held_out, self.tokenizer, self.length, self.tags)
+        sequences, columns = tagged_columns(held_out, self.tokenizer, self.length, self.tags)
         del columns["labels"]
         guess = lexicon_tags(train, [sentence.words for sentence in held_out])
         evaluation = TagsEvaluation(
             logits=self.method().predict,
             columns=columns,
-            rows=rows,
+            sequences=sequences,
             tags=self.tags,
             sentences=held_out,
             guess=guess,

@@ -102,7 +102,7 @@ class Config(ExperimentConfig):
 
     def hidden(self, columns: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
         """The columns, their words hidden once."""
-        return columns | self.masks.rows(columns["input_ids"], columns["attention_mask"].sum(1), seed)
+        return columns | self.masks.mask_all(columns["input_ids"], columns["attention_mask"].sum(1), seed)
 
     @functools.cached_property
     def train_columns(self) -> dict[str, np.ndarray]:

@@ -31,7 +31,7 @@ from mmjax.data.sources import ArraySource
 from mmjax.data.transforms import RandomFlip, RandomResizedCrop, Resize
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.classification import ClassificationEvaluation
-from mmjax.evaluation.feature_cache import kept
+from mmjax.evaluation.feature_cache import cached_features
 from mmjax.evaluation.features import Extractor
 from mmjax.interface.image_classifier import Headless, ImageClassifier
 from mmjax.models import SYSTEMS
@@ -205,7 +205,7 @@ class Config(ExperimentConfig):
                 features, columns = extract.from_pipeline(*variables, self._read_once(folder))
                 return {"image": features, "label": columns["label"], "index": columns["index"]}
 
-            columns = kept(variables, settings, folder, compute)
+            columns = cached_features(variables, settings, folder, compute)
             lost = sorted(set(range(len(folder))) - set(columns["index"].tolist()))
             left_out = f"; unreadable and left out: {', '.join(map(folder.record_name, lost[:3]))}" if lost else ""
             left_out += f" and {len(lost) - 3} more" if len(lost) > 3 else ""

@@ -32,7 +32,7 @@ from mmjax.models.language.config import DecoderConfig
 from mmjax.models.language.pretrain import CausalLM
 from mmjax.models.language.tasks import LanguageModel
 from mmjax.text.documents import read_documents
-from mmjax.text.language_rows import conversation_rows, packed, read_conversations
+from mmjax.text.packing import conversation_columns, pack_texts, read_conversations
 from mmjax.training.experiment import Evaluation, ExperimentConfig, LoadWeights, save_tokenizer
 from mmjax.training.lora import LoRA, LoRAConfig, adapted
 from mmjax.training.method import Method
@@ -89,10 +89,10 @@ class Config(ExperimentConfig):
         """(to train on, held out)."""
         tokenizer = self.start.tokenizer
         if self.data is not None and pathlib.Path(self.data).is_file():
-            table = conversation_rows(tokenizer, read_conversations(self.data), self.length)
+            table = conversation_columns(tokenizer, read_conversations(self.data), self.length)
         else:
             named = stdlib_documents() if self.data is None else read_documents(self.data, prose=True)
-            table = packed(tokenizer, (" ".join(sentences) for sentences in named.values()), self.length)
+            table = pack_texts(tokenizer, (" ".join(sentences) for sentences in named.values()), self.length)
         n = len(table["input_ids"])
         every = max(round(1 / self.held_out), 2) if 0 < self.held_out < 1 else 0
         if not every or n < every:
@@ -137,7 +137,7 @@ class Config(ExperimentConfig):
         )
 
     def evaluations(self) -> tuple[Evaluation, ...]:
-        return (PerplexityEvaluation(logits=self._logits, rows=self.sequences[1], final_step=self.steps),)
+        return (PerplexityEvaluation(logits=self._logits, columns=self.sequences[1], final_step=self.steps),)
 
     @functools.cached_property
     def _logits(self) -> Any:

@@ -14,7 +14,7 @@ from mmjax.data.decoding import BadRecord, clean_caption
 from mmjax.data.sources import Record
 from mmjax.data.transforms import drawn_text
 from mmjax.errors import MmjaxError
-from mmjax.text.captions import answer_rows, caption_columns
+from mmjax.text.captions import caption_columns, vqa_answer_columns
 from mmjax.text.wordpiece import WordPieceTokenizer
 
 
@@ -63,7 +63,7 @@ class EncodeCaption(transforms.RandomMap):
 @dataclass(frozen=True)
 class EncodeAnswers(transforms.Map):
     """`answers` and `answer_weights` of a question -> `answer_ids`, `answer_mask`: int32 [slots, length], and
-    `answer_weights`: float32 [slots], as `mmjax.text.captions.answer_rows` makes them.
+    `answer_weights`: float32 [slots], as `mmjax.text.captions.vqa_answer_columns` makes them.
 
     slots: of answers that differ; ten people answered each question of VQA.
     length: of an answer, [CLS] and [SEP] included; the originals cut none.
@@ -81,6 +81,6 @@ class EncodeAnswers(transforms.Map):
     def map(self, element: Record) -> Record:
         if not element.get("answers"):
             raise BadRecord("answer: missing")
-        return element | answer_rows(
+        return element | vqa_answer_columns(
             self.tokenizer, element["answers"], element["answer_weights"], self.slots, self.length
         )

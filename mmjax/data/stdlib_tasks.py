@@ -37,7 +37,7 @@ def package_texts(documented: Sequence[Documented] | None = None, least: int = L
     texts: dict[str, LabelledText] = {}
     for item in stdlib_documented() if documented is None else documented:
         package = pathlib.PurePath(item.module).parts[0].removesuffix(".py")
-        texts.setdefault(item.text, LabelledText(item.text, package, place=f"{item.module}: {item.name}"))
+        texts.setdefault(item.text, LabelledText(item.text, package, location=f"{item.module}: {item.name}"))
     counts = collections.Counter(text.label for text in texts.values())
     return [text for text in texts.values() if counts[text.label] >= least]
 

@@ -1,14 +1,17 @@
 """Words of a caption as COCO's scripts count them: a stand-in for Stanford's Penn Treebank tokenizer, without Java.
 
-PTB-like: of ordinary captions it makes the words that pycocoevalcap 1.2 makes with stanford-corenlp 3.4.1
-(`-preserveLines -lowerCase`, then some marks dropped); telephone numbers, smileys with noses, and other rare things
-may come out otherwise. The rules were found by trying that program.
+PTB-like: for ordinary captions the words are those of pycocoevalcap 1.2 with stanford-corenlp 3.4.1
+(`-preserveLines -lowerCase`, then some marks dropped); telephone numbers, smileys with noses and other rare texts may
+differ. The rules were derived by running that program.
+
+    >>> caption_words("A man's T-shirt, (red) -- it doesn't fit.")
+    ['a', 'man', "'s", 't-shirt', '-lrb-', 'red', '-rrb-', 'it', 'does', "n't", 'fit']
 """
 
 import re
 
 DROPPED = frozenset(("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"))
-"""Brackets are not among them: the scripts look for -LRB- and its kin, after all was brought to lower case."""
+"""Brackets are not among them: the scripts look for -LRB- and the like after everything was lower-cased."""
 WRITTEN = {
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
     "£": "#", "€": "$", "¢": "cents", "…": "...", "–": "--", "—": "--", "―": "--",
@@ -24,13 +27,13 @@ ABBREVIATIONS = """
     plc pres prof profs pty pvt rd rep reps rev sen sens sep sept seq sgt spc sq sr st ste supt tel tenn thu thurs tue
     tues univ va vs vt wed wis wisc wyo
 """
-"""Words whose period stays with them."""
+"""Words that keep their period."""
 BEFORE_NUMBERS = "art|ca|figs?|nos?|op|pp|prop"
-"""Words whose period stays where a number follows."""
+"""Words that keep their period before a number."""
 L, W = r"[^\W\d_]", r"[^\W_]"
 """A letter; a letter or a digit."""
 CLITIC = rf"(?:s|m|d|re|ve|ll)(?!{W})"
-"""What stands behind an apostrophe as a word of its own; n't is another."""
+"""What follows an apostrophe as a separate word; n't is another."""
 UNIT = rf"(?:\d+(?:[.,:]\d+)+|{W}+(?:[_!?]{W}+)*)"
 """A part of a compound: 3.5, 10:30, or a word."""
 
@@ -59,10 +62,10 @@ TOKEN = re.compile(
 
 
 def caption_words(text: str) -> list[str]:
-    """The words, in lower case: without . , ; : - ? ! and quotation marks that stand alone; brackets as -lrb- ...
+    """The words, in lower case: without standalone . , ; : - ? ! and quotation marks; brackets as -lrb- ...
 
-    Clitics are words: "man's" is man 's, "doesn't" is does n't. Compounds are one: "t-shirt", "black/white". Characters
-    beyond Unicode's first plane (emoji) are lost.
+    Clitics are words: "man's" is man 's, "doesn't" is does n't. Compounds are one word: "t-shirt", "black/white".
+    Characters beyond Unicode's first plane (emoji) are dropped.
     """
     words = (_written(word) for word in TOKEN.findall(text.translate(BEFORE)))
     return [word for word in words if word and word not in DROPPED and word[0] <= "\uffff"]

@@ -1,4 +1,12 @@
-"""From class scores to numbers: top-k, accuracy a class, confusions, and what guessing would get."""
+"""Classification metrics: top-k and per-class accuracy, confusion matrix, F1, Matthews, and chance levels.
+
+>>> logits = [[0.9, 0.1, 0.0], [0.2, 0.1, 0.7], [0.3, 0.6, 0.1], [0.5, 0.4, 0.1]]
+>>> labels = np.array([0, 2, 1, 1])
+>>> print(top_k(logits, labels)[1])
+75.00% [25.00, 100.00] (n = 4, chance 50.00)
+>>> confusion(np.argmax(logits, 1), labels, classes=3).tolist()
+[[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+"""
 
 import dataclasses
 import functools
@@ -16,9 +24,9 @@ from mmjax.types import ArrayLike, Float, Int, MmjaxError, Params
 
 
 def class_ranks(logits: Float[ArrayLike, "n c"], labels: Int[ArrayLike, " n"]) -> Int[np.ndarray, " n"]:
-    """How many other classes score at least as high as the true one: 0 is right. Ties count against the model.
+    """Number of other classes that score at least as high as the true one; 0 is right. Ties count against the model.
 
-    Raises MmjaxError for NaN (which would count as right), wrong shapes, labels out of range.
+    Raises MmjaxError for NaN (which would count as right), wrong shapes, or labels out of range.
     """
     scores = np.asarray(logits)
     if scores.ndim != 2 or 0 in scores.shape:
@@ -26,14 +34,14 @@ def class_ranks(logits: Float[ArrayLike, "n c"], labels: Int[ArrayLike, " n"]) -
     if np.isnan(scores).any():
         raise MmjaxError(f"logits: {int(np.isnan(scores).sum())} of {scores.size} are NaN")
     truth = checked_integers("labels", labels, len(scores), scores.shape[1])
-    own = np.take_along_axis(scores, truth[:, None], 1)
-    return np.count_nonzero(scores >= own, axis=1) - 1
+    true_scores = np.take_along_axis(scores, truth[:, None], 1)
+    return np.count_nonzero(scores >= true_scores, axis=1) - 1
 
 
 def top_k(
     logits: Float[ArrayLike, "n c"], labels: Int[ArrayLike, " n"], ks: tuple[int, ...] = (1, 5)
 ) -> dict[int, Score]:
-    """k -> the share of items whose true class is among the k highest; a k that leaves no other class is left out."""
+    """k -> top-k accuracy in percent; a k that leaves no other class is omitted."""
     ranks, classes = class_ranks(logits, labels), np.shape(logits)[1]
     chances = {k: constant_guess(labels, k) for k in ks if k < classes or k == 1}
     return {k: proportion(int(np.count_nonzero(ranks < k)), len(ranks), chance) for k, chance in chances.items()}
@@ -44,14 +52,14 @@ def accuracy(predicted: Int[ArrayLike, " n"], labels: Int[ArrayLike, " n"]) -> S
     guess = np.asarray(predicted)
     truth = checked_integers("labels", labels, len(guess))
     if not len(guess):
-        raise MmjaxError("predicted: nothing to judge")
+        raise MmjaxError("predicted: there are no predictions")
     return proportion(int(np.count_nonzero(guess == truth)), len(guess), constant_guess(truth, 1))
 
 
 def constant_guess(labels: Int[ArrayLike, " n"], k: int = 1) -> float:
-    """What always naming the k most common classes gets, in percent; with classes of one size this is 100 k / c.
+    """Accuracy in percent of always predicting the k most common classes; 100 k / c for classes of equal size.
 
-    The chance level given beside accuracies: a uniform guess would flatter them where one class is common.
+    The chance level reported beside accuracies: a uniform guess would flatter them where one class is common.
     """
     counts = np.sort(np.unique(np.asarray(labels), return_counts=True)[1])[::-1]
     return 100.0 * float(counts[:k].sum()) / float(counts.sum())
@@ -60,16 +68,16 @@ def constant_guess(labels: Int[ArrayLike, " n"], k: int = 1) -> float:
 def per_class_accuracy(
     predicted: Int[ArrayLike, " n"], labels: Int[ArrayLike, " n"], classes: int
 ) -> tuple[Float[np.ndarray, " c"], Int[np.ndarray, " c"]]:
-    """(accuracy of each class in percent, its number of items); NaN for a class without items."""
+    """(accuracy in percent, number of items) of each class; the accuracy is NaN for a class without items."""
     matrix = confusion(predicted, labels, classes)
     counts = matrix.sum(1)
     return np.where(counts > 0, 100.0 * matrix.diagonal() / np.maximum(counts, 1), np.nan), counts
 
 
 def mean_per_class(predicted: Int[ArrayLike, " n"], labels: Int[ArrayLike, " n"], classes: int) -> Score:
-    """The mean over classes that have items: the metric of Caltech-101, Pets, Flowers and Aircraft.
+    """Mean accuracy over the classes that have items: the metric of Caltech-101, Pets, Flowers and Aircraft.
 
-    Chance: a uniform guess. A resample that misses a class altogether is a mean over the others.
+    Chance: a uniform guess. A resample that lacks a class is a mean over the others.
     """
     matrix = confusion(predicted, labels, classes)
     counts = matrix.sum(1)
@@ -82,7 +90,7 @@ def mean_per_class(predicted: Int[ArrayLike, " n"], labels: Int[ArrayLike, " n"]
 
 
 def confusion(predicted: Int[ArrayLike, " n"], labels: Int[ArrayLike, " n"], classes: int) -> Int[np.ndarray, "c c"]:
-    """How often each class (row) was taken for each (column)."""
+    """Counts of each true class (row) predicted as each class (column)."""
     truth = checked_integers("labels", labels, len(np.asarray(labels)), classes)
     guess = checked_integers("predicted", predicted, len(truth), classes)
     return np.bincount(truth.astype(np.int64) * classes + guess, minlength=classes * classes).reshape(classes, classes)
@@ -96,7 +104,7 @@ def log_probabilities(logits: Float[ArrayLike, "n c"]) -> Float[np.ndarray, "n c
 
 
 def cross_entropy(logits: Float[ArrayLike, "n c"], labels: Int[ArrayLike, " n"]) -> Score:
-    """The mean of -log p(true class), in nats. Chance: always naming the classes' own shares (their entropy)."""
+    """The mean of -log p(true class), in nats. Chance: always predicting the class shares (their entropy)."""
     truth = checked_integers("labels", labels, len(logits), np.shape(logits)[1])
     losses = -np.take_along_axis(log_probabilities(logits), truth[:, None], 1)[:, 0]
     low, high = bootstrap_interval(np.stack([losses, np.full_like(losses, 100.0)], 1))
@@ -106,14 +114,14 @@ def cross_entropy(logits: Float[ArrayLike, "n c"], labels: Int[ArrayLike, " n"])
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class ClassificationEvaluation(ScoredEvaluation):
-    """`classification_top1`, `_top5`, `_mean_per_class` and `_loss` of a network with a head, of images or of texts.
+    """`classification_top1`, `_top5`, `_mean_per_class` and `_loss` of a network with a head, for images or texts.
 
-    Pictures, at the end: which class was taken for which, and the mistakes that the network was surest of.
+    Pictures, at the end: the confusion matrix, and the most confident mistakes.
 
     Attributes:
-        logits: (params, state, images [b, ...]) -> [b, classes]: `predict` of mmjax.training.classification, say.
-        images, labels: an array [n, ...], or of texts a dict of such, and int [n]; or a pipeline, which has labels.
-        class_names: for the pictures; None draws none.
+        logits: (params, state, images [b, ...]) -> [b, classes], such as `predict` of mmjax.training.classification.
+        images, labels: an array [n, ...] (for texts a dict of arrays) and int [n]; or a pipeline, which has labels.
+        class_names: for the pictures; None: no pictures.
         attribution: a line at the foot of the pictures.
     """
 
@@ -133,25 +141,25 @@ class ClassificationEvaluation(ScoredEvaluation):
     def evaluate(self, params: Params, state: Any, pictures: bool = True) -> Outcome:
         logits, labels = self._extractor.labelled(params, state, self.images, self.labels, "images")
         scores = {f"{self.name}_{key}": score for key, score in classification_scores(logits, labels, self.ks).items()}
-        drawn = {}
+        figures = {}
         if pictures and self.class_names is not None:
             matrix = confusion(logits.argmax(1), labels, logits.shape[1])
-            drawn[f"{self.name}_confusion"] = confusion_picture(matrix, self.class_names, self.attribution)
-            found = surest_mistakes(logits, labels)
-            if len(found) and isinstance(self.images, np.ndarray) and self.images.dtype == np.uint8:
-                guess, share = logits[found].argmax(1), np.exp(log_probabilities(logits[found]).max(1))
-                told = [
+            figures[f"{self.name}_confusion"] = confusion_picture(matrix, self.class_names, self.attribution)
+            mistakes = surest_mistakes(logits, labels)
+            if len(mistakes) and isinstance(self.images, np.ndarray) and self.images.dtype == np.uint8:
+                guess, share = logits[mistakes].argmax(1), np.exp(log_probabilities(logits[mistakes]).max(1))
+                lines = [
                     f"{self.class_names[i]}, taken for {self.class_names[j]} ({100 * p:.0f}%)"
-                    for i, j, p in zip(labels[found], guess, share)
+                    for i, j, p in zip(labels[mistakes], guess, share)
                 ]
-                drawn[f"{self.name}_mistakes"] = mistakes_picture(self.images[found], told, self.attribution)
-        return Outcome(scores, {f"{self.name}_n": len(labels)}, drawn)
+                figures[f"{self.name}_mistakes"] = mistakes_picture(self.images[mistakes], lines, self.attribution)
+        return Outcome(scores, {f"{self.name}_n": len(labels)}, figures)
 
 
 def classification_scores(
     logits: Float[ArrayLike, "n c"], labels: Int[ArrayLike, " n"], ks: tuple[int, ...] = (1, 5)
 ) -> dict[str, Score]:
-    """top1, top5, mean_per_class and loss; of two classes also f1 and matthews."""
+    """top1, top5, mean_per_class and loss; for two classes also f1 and matthews."""
     scores = {f"top{k}": score for k, score in top_k(logits, labels, ks).items()}
     guess, classes = np.argmax(logits, 1), np.shape(logits)[1]
     scores["mean_per_class"] = mean_per_class(guess, labels, classes)
@@ -159,18 +167,18 @@ def classification_scores(
 
 
 def binary_scores(predicted: Int[ArrayLike, " n"], labels: Int[ArrayLike, " n"]) -> dict[str, Score]:
-    """GLUE's two: "f1" of the second class in percent, beside always naming it (MRPC, QQP), and "matthews" (CoLA).
+    """GLUE's "f1" of the second class in percent (MRPC, QQP; chance: always predicting it), and "matthews" (CoLA).
 
-    Matthews' correlation is told 100 times, and is 0 where only one class is named or there.
+    Matthews' correlation is multiplied by 100, and is 0 where only one class is predicted or present.
     """
     matrix = confusion(predicted, labels, 2)
-    drawn = resampled_counts(matrix).astype(np.float64)
-    both = int(matrix[1].sum()), int(matrix.sum())
-    chances = {"f1": 200.0 * both[0] / (both[0] + both[1]), "matthews": 0.0}
+    resampled = resampled_counts(matrix).astype(np.float64)
+    totals = int(matrix[1].sum()), int(matrix.sum())
+    chances = {"f1": 200.0 * totals[0] / (totals[0] + totals[1]), "matthews": 0.0}
     scores = {}
     for name, metric, unit in (("f1", _f1, "%"), ("matthews", _matthews, "")):
-        low, high = interval(metric(drawn))
-        scores[name] = Score(float(metric(matrix.astype(np.float64))), both[1], low, high, chances[name], unit)
+        low, high = interval(metric(resampled))
+        scores[name] = Score(float(metric(matrix.astype(np.float64))), totals[1], low, high, chances[name], unit)
     return scores
 
 
@@ -188,7 +196,7 @@ def _matthews(matrix: Float[np.ndarray, "*r 2 2"]) -> Float[np.ndarray, "*r"]:
 def surest_mistakes(
     logits: Float[ArrayLike, "n c"], labels: Int[ArrayLike, " n"], most: int = 24
 ) -> Int[np.ndarray, " m"]:
-    """Rows whose highest class is not the true one, those of the highest probability first."""
+    """Indices of wrongly classified items, the most confident first."""
     scores = log_probabilities(logits)
     wrong = np.flatnonzero(scores.argmax(1) != np.asarray(labels))
     return wrong[np.argsort(-scores[wrong].max(1), kind="stable")][:most]

@@ -1,4 +1,4 @@
-"""Features kept on disk: a frozen network gives the same ones in every run over the same images."""
+"""A disk cache of features: a frozen network gives the same features in every run over the same images."""
 
 import hashlib
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from mmjax.data.image_folder import ImageFolder
 from mmjax.tree import tree_hash
 
 
-def kept(network: Any, settings: Any, folder: ImageFolder, compute: Callable[[], Columns]) -> Columns:
-    """What `compute` gives, or gave the last time, for these weights, settings and files.
+def cached_features(network: Any, settings: Any, folder: ImageFolder, compute: Callable[[], Columns]) -> Columns:
+    """The result of `compute`, or its cached result for the same weights, settings and files.
 
-    network: a tree of arrays. settings: whatever else the features depend on; its repr counts. Of the files their
-    names, sizes and times of change count. Where they are kept, and what a damaged file does: `mmjax.data.cache`.
+    network: a tree of arrays. settings: everything else the features depend on, identified by its repr. Files are
+    identified by name, size and modification time. `mmjax.data.cache` documents the location and damaged files.
     """
     return cached(cache_folder() / "features" / f"{_digest(network, settings, folder)}.npz", compute)
 
@@ -23,6 +23,6 @@ def kept(network: Any, settings: Any, folder: ImageFolder, compute: Callable[[],
 def _digest(network: Any, settings: Any, folder: ImageFolder) -> str:
     digest = hashlib.sha256(f"{jax.__version__} {settings!r} {tree_hash(network)} {folder.classes}".encode())
     for label, path in zip(folder.labels, folder.paths):
-        told = (folder.root / path).stat()
-        digest.update(f"{label} {path} {told.st_size} {told.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        stat = (folder.root / path).stat()
+        digest.update(f"{label} {path} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()

@@ -1,4 +1,9 @@
-"""Features of whole data sets: in batches of one shape, one compilation, the device never idle for the host."""
+"""Features of whole data sets, in batches of one shape with one compilation; the device never waits for the host.
+
+>>> extract = Extractor(lambda params, state, images: images.reshape(len(images), -1) @ params, batch_size=2)
+>>> extract(np.eye(4, 3), None, np.ones((5, 2, 2), np.float32)).shape
+(5, 3)
+"""
 
 import collections
 import functools
@@ -14,11 +19,11 @@ from mmjax.data.pipeline import Pipeline
 from mmjax.types import Array, ArrayLike, Float, Int, MmjaxError, Params
 
 Encode: TypeAlias = Callable[[Params, Any, Any], Array]
-"""(params, state, inputs [b, ...]) -> features [b, d]: a pure function. `state` is the TrainState, or None."""
+"""A pure function (params, state, inputs [b, ...]) -> features [b, d]. `state` is the TrainState, or None."""
 Inputs: TypeAlias = ArrayLike | Mapping[str, ArrayLike] | Pipeline
-"""An array [n, ...], a dict of arrays that share n, or a pipeline: of its batches the columns are the dict."""
+"""An array [n, ...], a dict of arrays that share n, or a pipeline whose batches are such dicts."""
 Advance: TypeAlias = Callable[[int], Any]
-"""Is told, batch by batch, how many rows more are done."""
+"""Called after each batch with its number of items, for progress bars."""
 
 IN_FLIGHT = 2
 """Batches dispatched ahead of the one whose features are copied to the host."""
@@ -26,14 +31,14 @@ IN_FLIGHT = 2
 
 @dataclass(frozen=True)
 class Extractor:
-    """Runs an encode function over data sets, compiled once for all of them (of one row shape) and all parameters.
+    """Runs an encode function over data sets, compiled once for all data sets of one item shape and all parameters.
 
         extract = Extractor(lambda params, state, images: module.apply({"params": params}, images))
         features = extract(params, state, images)           # float32 [n, d]
 
     Attributes:
-        encode: see `Encode`. It gets numbers of the inputs' dtype: uint8 images stay uint8 up to the device.
-        batch_size: rows at a time; a shorter last batch is filled up with copies of its first row, which are cut off.
+        encode: see `Encode`. Its inputs keep their dtype: uint8 images stay uint8 up to the device.
+        batch_size: items per batch; a shorter last batch is padded with copies of its first item, dropped afterwards.
     """
 
     encode: Encode
@@ -46,15 +51,15 @@ class Extractor:
     def __call__(
         self, params: Params, state: Any, inputs: Inputs, name: str = "inputs", advance: Advance | None = None
     ) -> Float[np.ndarray, "n ..."]:
-        """Features of every row, in order. advance: see `Advance`.
+        """Features of every item, in order. advance: see `Advance`.
 
-        Raises MmjaxError, with `name`: no rows, columns of different lengths, features that are not finite.
+        Raises MmjaxError, with `name`: no items, columns of different lengths, features that are not finite.
         """
         if isinstance(inputs, Pipeline):
-            raise MmjaxError(f"{name}: a Pipeline also has columns of its own: use from_pipeline")
-        rows = _length(inputs, name)
-        size = min(self.batch_size, rows)
-        batches = (_rows(inputs, start, size) for start in range(0, rows, size))
+            raise MmjaxError(f"{name}: a Pipeline has further columns: use from_pipeline")
+        n = _length(inputs, name)
+        size = min(self.batch_size, n)
+        batches = (_slice(inputs, start, size) for start in range(0, n, size))
         return finite(name, self._gather(params, state, batches, size, advance))
 
     def from_pipeline(
@@ -62,9 +67,9 @@ class Extractor:
     ) -> tuple[Float[np.ndarray, "n ..."], dict[str, np.ndarray]]:
         """Features of every readable record of a pipeline once, in the source's order, and its other columns.
 
-        key: the column that `encode` gets, or several, as a dict.
-        The pipeline's order, epochs and last batch are set as evaluation needs them. A record that stands in for an
-        unreadable one is dropped again, so nothing counts twice; `columns["index"]` tells which were read.
+        key: the column passed to `encode`, or several, passed as a dict.
+        Order, epochs and last batch of the pipeline are set for evaluation. A record that replaces an unreadable one is
+        dropped again, so no record counts twice; `columns["index"]` has the indices of those that were read.
         """
         once = pipeline.replace(
             shuffle=False, epochs=1, drop_remainder=False, batch_size=min(self.batch_size, len(pipeline.source))
@@ -89,10 +94,10 @@ class Extractor:
     def labelled(
         self, params: Params, state: Any, inputs: Inputs, labels: ArrayLike | None, name: str
     ) -> tuple[Float[np.ndarray, "n ..."], Int[np.ndarray, " n"]]:
-        """Features and labels. A pipeline brings its own labels, its column "label", where `labels` is None."""
+        """Features and labels. If `labels` is None, the labels are the pipeline's column "label"."""
         if not isinstance(inputs, Pipeline):
             if labels is None:
-                raise MmjaxError(f"{name}: an array of images comes without labels")
+                raise MmjaxError(f"{name}: an array of images needs labels")
             return self(params, state, inputs, name), np.asarray(labels)
         features, columns = self.from_pipeline(params, state, inputs)
         if labels is None and "label" not in columns:
@@ -106,16 +111,16 @@ class Extractor:
         done: list[np.ndarray] = []
 
         def take() -> None:
-            features, rows = waiting.popleft()
-            done.append(np.asarray(features)[:rows])
+            features, n = waiting.popleft()
+            done.append(np.asarray(features)[:n])
             if advance is not None:
-                advance(rows)
+                advance(n)
 
         for batch in batches:
-            rows = _length(batch, "inputs")
-            features = self._compiled(params, state, batch if rows == size else _filled(batch, rows, size))
+            n = _length(batch, "inputs")
+            features = self._compiled(params, state, batch if n == size else _padded(batch, n, size))
             features.copy_to_host_async()
-            waiting.append((features, rows))
+            waiting.append((features, n))
             if len(waiting) > IN_FLIGHT:
                 take()
         while waiting:
@@ -124,9 +129,9 @@ class Extractor:
 
 
 def finite(name: str, features: Any) -> Any:
-    """The features, checked. Raises MmjaxError, naming the argument, for NaN and infinities.
+    """The features unchanged. Raises MmjaxError, naming the argument, for NaN and infinities.
 
-    Comparisons with NaN are all false, which a rank would count as "nobody is better": a perfect score.
+    All comparisons with NaN are false, which would give a perfect rank.
     """
     if isinstance(features, np.ndarray):
         bad = int(np.count_nonzero(~np.isfinite(features)))
@@ -138,16 +143,17 @@ def finite(name: str, features: Any) -> Any:
 
 
 def checked_features(name: str, features: ArrayLike, width: int | None = None) -> Float[Array, "n d"]:
-    """Features as a float32 device array [n, d]. Raises MmjaxError for another rank, none, another width, NaN."""
+    """Features as a float32 device array [n, d]. Raises MmjaxError for another rank or width, no items, or NaN."""
     shape = np.shape(features)
     if len(shape) != 2 or 0 in shape or (width is not None and shape[1] != width):
-        wanted = "[n, d]" if width is None else f"[n, {width}]"
-        raise MmjaxError(f"{name}: need features {wanted} of at least one item, not {list(shape)}")
+        expected = "[n, d]" if width is None else f"[n, {width}]"
+        raise MmjaxError(f"{name}: need features {expected} of at least one item, not {list(shape)}")
     return finite(name, jnp.asarray(features, jnp.float32))
 
 
 def checked_integers(name: str, values: ArrayLike, length: int, below: int | None = None) -> np.ndarray:
-    """Labels or indices as int32 [length] on the host. Raises MmjaxError for others, or outside 0 .. below - 1."""
+    """Labels or indices as int32 [length] on the host. Raises MmjaxError for another shape or dtype, or values outside
+    0 .. below - 1."""
     array = np.asarray(values)
     if array.shape != (length,) or array.dtype.kind not in "iu":
         raise MmjaxError(f"{name}: need integers [{length}], not {array.dtype} {list(array.shape)}")
@@ -163,11 +169,11 @@ def _length(inputs: Any, name: str) -> int:
     return lengths.pop()
 
 
-def _rows(inputs: Any, start: int, size: int) -> Any:
+def _slice(inputs: Any, start: int, size: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[start : start + size], inputs)
 
 
-def _filled(batch: Any, rows: int, size: int) -> Any:
+def _padded(batch: Any, n: int, size: int) -> Any:
     return jax.tree.map(
-        lambda leaf: np.concatenate([leaf, np.broadcast_to(leaf[:1], (size - rows, *leaf.shape[1:]))]), batch
+        lambda leaf: np.concatenate([leaf, np.broadcast_to(leaf[:1], (size - n, *leaf.shape[1:]))]), batch
     )

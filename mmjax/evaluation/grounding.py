@@ -1,8 +1,13 @@
-"""Where in an image an expression points: RefCOCO+ as ALBEF scores it, a heat map against a detector's boxes.
+"""Visual grounding as ALBEF scores RefCOCO+: a heat map of an expression against a detector's boxes.
 
-Of the boxes proposed for an image that one is taken which has the largest sum of the map over the square root of its
-area; it is right where its intersection over union with the annotated box is at least a half. Boxes are
-(x, y, width, height) in pixels. Facts: salesforce/ALBEF, dataset/utils.py (grounding_eval, computeIoU).
+The predicted box is the proposal with the largest sum of the map over the square root of its area; it is right if its
+intersection over union with the annotated box is at least a half. Boxes are (x, y, width, height) in pixels.
+Source: salesforce/ALBEF, dataset/utils.py (grounding_eval, computeIoU).
+
+    >>> print(f"{intersection_over_union((0, 0, 10, 10), (5, 0, 10, 10)):.3f}")
+    0.333
+    >>> box_scores(np.eye(4), (4, 4), np.array([[0.0, 0.0, 2.0, 2.0], [2.0, 0.0, 2.0, 2.0]])).tolist()
+    [1.0, 0.0]
 """
 
 import dataclasses
@@ -22,9 +27,9 @@ Box = tuple[float, float, float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Referred:
-    """An expression of a test split. box: what it means. proposals: [k, 4], boxes to choose from.
+    """A referring expression of a test split. box: the annotated box. proposals: [k, 4], boxes to choose from.
 
-    size: the image's (height, width). split: "val", "testA", "testB". image: which; intervals resample images.
+    size: the image's (height, width). split: "val", "testA", "testB". image: its id; intervals resample images.
     """
 
     box: Box
@@ -37,15 +42,17 @@ class Referred:
 def box_scores(
     heat: Float[ArrayLike, "rows columns"], size: tuple[int, int], boxes: Float[ArrayLike, "k 4"]
 ) -> Float[np.ndarray, " k"]:
-    """The map's sum in each box over the square root of the box's area; the map is brought to `size` bicubically.
+    """The map's sum in each box over the square root of the box's area; the map is resized to `size` bicubically.
 
-    Pixels int(y) to int(y + height), those within the image. Torch's rule: a = -0.75, no antialiasing. The resized map
-    is never made: its sums over a box are two weighted sums of the small one. float64.
+    Pixels int(y) to int(y + height), within the image. Torch's rule: a = -0.75, no antialiasing. The resized map never
+    exists: its sums over a box are two weighted sums of the small map. float64.
     Raises MmjaxError for a map or boxes of another rank, or a box without an area.
     """
     small, proposed = np.asarray(heat, np.float64), np.asarray(boxes, np.float64)
     if small.ndim != 2 or proposed.ndim != 2 or proposed.shape[1:] != (4,):
-        raise MmjaxError(f"heat {list(small.shape)} and boxes {list(proposed.shape)}: want [rows, columns] and [k, 4]")
+        raise MmjaxError(
+            f"heat {list(small.shape)} and boxes {list(proposed.shape)}: expected [rows, columns] and [k, 4]"
+        )
     if not (proposed[:, 2:] > 0).all():
         raise MmjaxError(f"boxes: {proposed[(proposed[:, 2:] <= 0).any(1)][0].tolist()} has no area")
     x, y, width, height = proposed.T
@@ -55,7 +62,7 @@ def box_scores(
 
 
 def _sums(old: int, new: int, starts: np.ndarray, ends: np.ndarray) -> Float[np.ndarray, "k old"]:
-    """What each old point gives to the sum of the new ones from start to end."""
+    """The weight of each old point in the sum of the new points from start to end."""
     up_to = np.zeros((new + 1, old))
     np.cumsum(resize_matrix(old, new, "bicubic"), axis=0, dtype=np.float64, out=up_to[1:])
     first, last = (np.clip(edges.astype(int), 0, new) for edges in (starts, ends))
@@ -63,7 +70,8 @@ def _sums(old: int, new: int, starts: np.ndarray, ends: np.ndarray) -> Float[np.
 
 
 def intersection_over_union(one: Box, other: Box) -> float:
-    """Of boxes whose last pixels are x + width - 1 and y + height - 1; 0 where they share a line of pixels or less."""
+    """Intersection over union of boxes whose last pixels are x + width - 1 and y + height - 1; 0 where they share at
+    most one line of pixels."""
     left, top = max(one[0], other[0]), max(one[1], other[1])
     right = min(one[0] + one[2] - 1, other[0] + other[2] - 1)
     bottom = min(one[1] + one[3] - 1, other[1] + other[3] - 1)
@@ -74,44 +82,44 @@ def intersection_over_union(one: Box, other: Box) -> float:
 def chosen_boxes(
     heats: Float[ArrayLike, "n rows columns"], expressions: Sequence[Referred]
 ) -> tuple[list[Box | None], int]:
-    """The box of each expression, and for how many of them none scored above 0.
+    """The predicted box of each expression, and the number of expressions for which no box scored above 0.
 
-    Those keep the box of the expression before, as in the original, which the published figures are of; None where
-    there is none yet.
+    Those reuse the previous expression's box, as in the original, which produced the published figures; None for the
+    first ones.
     """
-    found: list[Box | None] = []
+    boxes: list[Box | None] = []
     reused = 0
     for heat, expression in zip(np.asarray(heats), expressions):
         scores = box_scores(heat, expression.size, expression.proposals)
         best = int(np.argmax(scores)) if len(scores) else 0
         if len(scores) and scores[best] > 0:
             x, y, width, height = np.asarray(expression.proposals, np.float64)[best].tolist()
-            found.append((x, y, width, height))
+            boxes.append((x, y, width, height))
         else:
-            found.append(found[-1] if found else None)
+            boxes.append(boxes[-1] if boxes else None)
             reused += 1
-    return found, reused
+    return boxes, reused
 
 
 def grounding_scores(
     heats: Float[ArrayLike, "n rows columns"], expressions: Sequence[Referred]
 ) -> tuple[dict[str, Score], int]:
-    """Of each split the share of expressions whose box is right, in percent, and how many boxes were the one before.
+    """Accuracy of each split in percent, and the number of boxes reused from the previous expression.
 
-    The original prints fractions, as val_d, testA_d and testB_d. Intervals resample images. Chance: any proposal.
-    Raises MmjaxError for another number of maps than expressions, none, maps that are not finite, or bad boxes.
+    The original prints fractions, as val_d, testA_d and testB_d. Intervals resample images. Chance: a random proposal.
+    Raises MmjaxError if maps and expressions differ in number, there are none, maps are not finite, or boxes invalid.
     """
     if not expressions or len(heats) != len(expressions):
-        raise MmjaxError(f"{len(heats)} maps for {len(expressions)} expressions: want as many, and some")
+        raise MmjaxError(f"{len(heats)} maps for {len(expressions)} expressions: expected one per expression")
     boxes, reused = chosen_boxes(finite("heats", np.asarray(heats)), expressions)
     right = np.array([box is not None and _right(box, e) for box, e in zip(boxes, expressions)])
-    lucky = [np.mean([_right(tuple(box), e) for box in e.proposals] or [0.0]) for e in expressions]
+    chances = [np.mean([_right(tuple(box), e) for box in e.proposals] or [0.0]) for e in expressions]
     scores = {}
     for split in dict.fromkeys(expression.split for expression in expressions):
-        rows = [row for row, expression in enumerate(expressions) if expression.split == split]
-        _, places = np.unique([str(expressions[row].image) for row in rows], return_inverse=True)
-        chance = 100.0 * float(np.mean([lucky[row] for row in rows]))
-        scores[split] = clustered_proportion(np.bincount(places, right[rows]), np.bincount(places), chance)
+        members = [index for index, expression in enumerate(expressions) if expression.split == split]
+        _, images = np.unique([str(expressions[index].image) for index in members], return_inverse=True)
+        chance = 100.0 * float(np.mean([chances[index] for index in members]))
+        scores[split] = clustered_proportion(np.bincount(images, right[members]), np.bincount(images), chance)
     return scores, reused
 
 
@@ -121,10 +129,10 @@ def _right(box: Box, expression: Referred) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class GroundingEvaluation(ScoredEvaluation):
-    """`grounding_val`, `grounding_testA`, `grounding_testB`, and how often no box scored above 0: `grounding_reused`.
+    """`grounding_val`, `grounding_testA`, `grounding_testB`, and `grounding_reused`, how often no box scored above 0.
 
     Attributes:
-        heats: (params, state) -> [n, rows, columns], where in its image each expression points.
+        heats: (params, state) -> [n, rows, columns], a heat map for each expression.
         expressions: with the boxes proposed for their images.
     """
 
@@ -134,5 +142,5 @@ class GroundingEvaluation(ScoredEvaluation):
 
     def evaluate(self, params: Params, state: Any, pictures: bool = True) -> Outcome:
         scores, reused = grounding_scores(self.heats(params, state), self.expressions)
-        told = {f"{self.name}_{split}": score for split, score in scores.items()}
-        return Outcome(told, {f"{self.name}_n": len(self.expressions), f"{self.name}_reused": reused})
+        named = {f"{self.name}_{split}": score for split, score in scores.items()}
+        return Outcome(named, {f"{self.name}_n": len(self.expressions), f"{self.name}_reused": reused})

@@ -1,7 +1,13 @@
 """Weighted nearest-neighbour classification of frozen features (InstDisc; `eval_knn.py` of DINO).
 
-The k nearest rows of a bank by cosine vote for their class with weight exp(cosine / temperature). Bank features are
+The k nearest features of a bank by cosine vote for their class with weight exp(cosine / temperature). Bank features are
 extracted without augmentation, in evaluation mode.
+
+    >>> bank, labels = np.array([[1.0, 0.0], [0.0, 1.0], [0.1, 0.9]]), np.array([0, 1, 1])
+    >>> knn_votes(bank, labels, np.array([[1.0, 0.1], [0.2, 1.0]]), k=2).argmax(1).tolist()
+    [0, 1]
+    >>> print(knn_scores(bank, labels, None, None, ks=(1,))[1].value)  # leave one out
+    66.66666666666667
 """
 
 import dataclasses
@@ -20,16 +26,16 @@ from mmjax.nn.norm import l2_normalize
 from mmjax.types import Array, ArrayLike, Float, Int, MmjaxError, Params
 
 BLOCK = 2**24
-"""So many similarities are held at a time: 64 MiB."""
+"""Number of similarities in memory at a time: 64 MiB."""
 
 
 @functools.partial(jax.jit, static_argnames="k")
 def _nearest(
-    bank: Float[Array, "q d"], queries: Float[Array, "b d"], own: Int[Array, " b"], k: int
+    bank: Float[Array, "q d"], queries: Float[Array, "b d"], excluded: Int[Array, " b"], k: int
 ) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
     similarity = jnp.matmul(l2_normalize(queries), l2_normalize(bank).T, precision="highest")
-    # A row is not its own neighbour; own = -1 (outside the bank) leaves all.
-    similarity = jnp.where(own[:, None] == jnp.arange(len(bank))[None], -jnp.inf, similarity)
+    # With leave-one-out a feature is not its own neighbour; -1 excludes none.
+    similarity = jnp.where(excluded[:, None] == jnp.arange(len(bank))[None], -jnp.inf, similarity)
     nearest_first, index = jax.lax.top_k(similarity, k)
     return nearest_first, index
 
@@ -37,28 +43,29 @@ def _nearest(
 def nearest(
     bank: Float[ArrayLike, "q d"], queries: Float[ArrayLike, "m d"] | None, k: int
 ) -> tuple[Float[np.ndarray, "m k"], Int[np.ndarray, "m k"]]:
-    """(cosines, bank rows) of the k nearest rows, nearest first; of equally near ones the lower row comes first.
+    """(cosines, bank indices) of the k nearest features, nearest first; ties are in index order.
 
     Args:
-        queries: None: the bank's own rows, each without itself (leave one out).
-        k: cut to the rows there are.
+        queries: None: the features of the bank, each compared with all others (leave one out).
+        k: at most the size of the bank is used.
 
-    The similarities exist a block of queries at a time. Raises MmjaxError, naming the argument, for bad features.
+    Similarities are computed for one block of queries at a time. Raises MmjaxError, naming the argument, for invalid
+    features.
     """
-    rows = checked_features("bank", bank)
-    asked = rows if queries is None else checked_features("queries", queries, rows.shape[1])
-    most = len(rows) - (queries is None)
+    features = checked_features("bank", bank)
+    query_features = features if queries is None else checked_features("queries", queries, features.shape[1])
+    most = len(features) - (queries is None)
     if k < 1 or most < 1:
-        raise MmjaxError(f"k={k} neighbours out of {most} rows")
+        raise MmjaxError(f"k={k} neighbours out of {most} features")
     k = min(k, most)
-    own = jnp.arange(len(rows)) if queries is None else jnp.full(len(asked), -1)
-    size = min(len(asked), max(1, BLOCK // len(rows)))
-    similarity, index = np.empty((len(asked), k), np.float32), np.empty((len(asked), k), np.int32)
+    excluded = jnp.arange(len(features)) if queries is None else jnp.full(len(query_features), -1)
+    size = min(len(query_features), max(1, BLOCK // len(features)))
+    similarity, index = np.empty((len(query_features), k), np.float32), np.empty((len(query_features), k), np.int32)
     # Blocks of one shape: the last overlaps the one before it.
-    starts = [min(start, len(asked) - size) for start in range(0, len(asked), size)]
+    starts = [min(start, len(query_features) - size) for start in range(0, len(query_features), size)]
     for start in starts:
         block = slice(start, start + size)
-        similarity[block], index[block] = _nearest(rows, asked[block], own[block], k)
+        similarity[block], index[block] = _nearest(features, query_features[block], excluded[block], k)
     return similarity, index
 
 
@@ -66,7 +73,7 @@ def nearest(
 def votes(
     similarity: Float[Array, "m k"], labels: Int[Array, "m k"], temperature: Float[Array, ""] | float, classes: int
 ) -> Float[Array, "m c"]:
-    """The classes' shares of their neighbours' votes, which sum to 1; `labels` are the neighbours'."""
+    """Shares of the votes for each class, which sum to 1. labels: those of the neighbours."""
     weights = jax.nn.softmax(similarity / temperature, axis=-1)  # the sum cancels in the argmax; exp alone could vanish
     return jax.vmap(lambda weight, label: jnp.zeros(classes).at[label].add(weight))(weights, labels)
 
@@ -79,12 +86,12 @@ def knn_votes(
     temperature: float = 0.07,
     classes: int | None = None,
 ) -> Float[np.ndarray, "m c"]:
-    """Votes for each class; their argmax is the prediction (of equal ones the lower class).
+    """Votes for each class; their argmax is the prediction (the lower class of a tie).
 
     Args:
         queries: None: leave one out over the bank.
-        k: more than the bank has takes all of it.
-        classes: by default the largest label + 1.
+        k: at most the size of the bank is used.
+        classes: None: the largest label + 1.
 
     Raises MmjaxError, naming the argument.
     """
@@ -103,9 +110,9 @@ def knn_scores(
     ks: tuple[int, ...] = (200,),
     temperature: float = 0.07,
 ) -> dict[int, Score]:
-    """k -> accuracy: the neighbours are searched once, for the largest k.
+    """k -> accuracy. Neighbours are searched once, for the largest k.
 
-    With queries None (leave one out) the labels are the bank's. A query of a class that the bank lacks is wrong.
+    With queries None (leave one out) the labels are the bank's. A query whose class is not in the bank is wrong.
     """
     if not ks or not temperature > 0:
         raise MmjaxError(f"ks={ks}, temperature={temperature}: need a k, and a temperature above 0")
@@ -113,11 +120,11 @@ def knn_scores(
     truth = labels if queries is None else checked_integers("query_labels", query_labels, len(queries))  # type: ignore[arg-type]
     similarity, index = nearest(bank, queries, max(ks))
     classes = int(labels.max()) + 1
-    told = {}
+    scores = {}
     for k in ks:
         predicted = np.argmax(votes(similarity[:, :k], labels[index[:, :k]], temperature, classes), axis=1)
-        told[k] = accuracy(predicted, truth)
-    return told
+        scores[k] = accuracy(predicted, truth)
+    return scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,8 +133,8 @@ class KNNEvaluation(ScoredEvaluation):
 
     Attributes:
         encode: (params, state, images [b, ...]) -> features [b, d].
-        train_images, train_labels: the bank: an array [n, ...] and int [n], or a pipeline, which has labels of its own.
-        test_images, test_labels: what is classified; None: leave one out over the bank.
+        train_images, train_labels: the bank: an array [n, ...] and int [n], or a pipeline, which contains labels.
+        test_images, test_labels: the queries; None: leave one out over the bank.
         ks, temperature: 200 and 0.07 are those of DINO, 200 and 0.1 of MoCo's CIFAR-10 demo.
     """
 
@@ -148,9 +155,9 @@ class KNNEvaluation(ScoredEvaluation):
     def evaluate(self, params: Params, state: Any, pictures: bool = True) -> Outcome:
         extract = self._extractor.labelled
         bank, labels = extract(params, state, self.train_images, self.train_labels, "train_images")
-        asked, truth = None, None
+        queries, truth = None, None
         if self.test_images is not None:
-            asked, truth = extract(params, state, self.test_images, self.test_labels, "test_images")
-        found = knn_scores(bank, labels, asked, truth, self.ks, self.temperature)
+            queries, truth = extract(params, state, self.test_images, self.test_labels, "test_images")
+        scores = knn_scores(bank, labels, queries, truth, self.ks, self.temperature)
         names = {k: f"{self.name}_top1" if len(self.ks) == 1 else f"{self.name}_top1_k{k}" for k in self.ks}
-        return Outcome({names[k]: score for k, score in found.items()}, {f"{self.name}_n": found[self.ks[0]].n})
+        return Outcome({names[k]: score for k, score in scores.items()}, {f"{self.name}_n": scores[self.ks[0]].n})

@@ -1,8 +1,13 @@
 """Linear probes of frozen features: MoCo's protocol by SGD, and CLIP's, logistic regression by L-BFGS.
 
 Both train one affine layer on features that were extracted once, in evaluation mode; each is one compiled program.
-Which to choose: `sgd_probe` is what MoCo's tables report; `swept_probe` has no learning rate, finds the optimum in
-seconds and chooses its one number, the penalty, on a part of the training set.
+`sgd_probe` is what MoCo's tables report. `swept_probe` has no learning rate, finds the optimum in seconds and chooses
+its one hyper-parameter, the penalty, on a part of the training set.
+
+    >>> features = np.array([[0.0, 1.0], [0.2, 0.9], [1.0, 0.0], [0.9, 0.3]])
+    >>> probe = logistic_regression(features, np.array([0, 0, 1, 1]), l2=0.01)
+    >>> probe.predict(np.array([[0.1, 1.1], [1.2, 0.1]])).tolist()
+    [0, 1]
 """
 
 import dataclasses
@@ -34,8 +39,8 @@ class LinearProbe:
     Attributes:
         kernel: [d, c]. bias: [c].
         mean, scale: [d], of the training features; 0 and 1 if they are not standardised.
-        loss: what was minimised, at the end. steps: iterations or updates.
-        gradient: the largest entry of the loss's gradient at the end: how near the optimum is; 0 after SGD.
+        loss: the final value of the objective. steps: iterations or updates.
+        gradient: the largest entry of the final gradient, 0 at the optimum; not computed by SGD, which returns 0.
     """
 
     kernel: Float[Array, "d c"]
@@ -81,13 +86,13 @@ def logistic_regression(
     iterations: int = 1000,
     tolerance: float = 1e-5,
 ) -> LinearProbe:
-    """The minimum of mean cross-entropy + l2/2 |kernel|², found by full-batch L-BFGS; the bias is not penalised.
+    """The minimum of mean cross-entropy + l2/2 |kernel|², by full-batch L-BFGS; the bias is not penalised.
 
     scikit-learn's LogisticRegression(C) is l2 = 1 / (n C). float32.
 
     Args:
-        standardise: to mean 0 and deviation 1 of the training features; features that do not vary are left.
-        iterations: at most so many.
+        standardise: to mean 0 and deviation 1 over the training set; constant features are not scaled.
+        iterations: maximum number.
         tolerance: stops when no entry of the gradient is larger.
 
     Raises MmjaxError, naming the argument: NaN, fewer than two rows, labels out of range, l2 below 0.
@@ -122,19 +127,19 @@ def swept_probe(
 ) -> Sweep:
     """Logistic regression whose penalty is the best on a validation part of the training set, then refitted on all.
 
-    Of equally accurate penalties the one of lower cross-entropy is taken. The test set is never looked at. One
-    compilation serves all penalties; each starts from the optimum of the next stronger one.
+    Ties in accuracy are decided by cross-entropy. The test set is not used. One compilation serves all penalties; each
+    starts from the optimum of the next stronger one.
 
     Args:
-        validation: the share of rows, drawn by `seed`, that chooses.
+        validation: the share of items, sampled by `seed`, on which the penalty is chosen.
     """
     x, y, classes = _training_set(features, labels, classes)
-    held = round(validation * len(x))
-    if not l2s or not all(0 <= l2 < math.inf for l2 in l2s) or not 0 < held < len(x):
-        raise MmjaxError(f"l2s={l2s}, validation={validation} of {len(x)} rows: need penalties and rows to judge them")
-    judged = np.zeros(len(x), bool)
-    judged[np.random.default_rng(seed).permutation(len(x))[:held]] = True
-    fitted = jnp.asarray(~judged, jnp.float32)
+    held_out = round(validation * len(x))
+    if not l2s or not all(0 <= l2 < math.inf for l2 in l2s) or not 0 < held_out < len(x):
+        raise MmjaxError(f"l2s={l2s}, validation={validation} of {len(x)} rows: need penalties, and rows on both sides")
+    validated = np.zeros(len(x), bool)
+    validated[np.random.default_rng(seed).permutation(len(x))[:held_out]] = True
+    fitted = jnp.asarray(~validated, jnp.float32)
     mean, scale = _moments(x, standardise, fitted)
     inputs = (x - mean) / scale
     ordered = sorted(set(l2s), reverse=True)
@@ -142,7 +147,7 @@ def swept_probe(
     tried = []
     for l2 in ordered:
         start, _ = _lbfgs(inputs, y, fitted, start, l2, iterations, 1e-5)
-        tried.append(_judged(inputs, y, jnp.asarray(judged), start))
+        tried.append(_validation_scores(inputs, y, jnp.asarray(validated), start))
     right, loss = (np.array([float(pair[i]) for pair in tried]) for i in range(2))
     best = ordered[int(np.lexsort((loss, -right))[0])]
     probe = logistic_regression(x, y, best, classes, standardise, iterations)
@@ -165,7 +170,7 @@ def _lbfgs(
     iterations: int,
     tolerance: Float[Array, ""] | float,
 ) -> tuple[tuple[Float[Array, "d c"], Float[Array, " c"]], _Fit]:
-    """From `start` to the optimum on the rows that `weights` counts (1) and not the others (0)."""
+    """From `start` to the optimum on the items with weight 1; those with weight 0 are ignored."""
 
     def objective(weights_and_bias: Any) -> Float[Array, ""]:
         kernel, bias = weights_and_bias
@@ -182,7 +187,7 @@ def _lbfgs(
         moved = optax.apply_updates(params, updates)
         # The line search left the value and gradient of the new point in the state.
         after, largest = optax.tree.get(state, "value"), _largest(optax.tree.get(state, "grad"))
-        # In float32 the loss ends by moving within its last bits: some such steps in a row, and no more is to be had.
+        # Near the optimum a float32 loss only changes in its last bits: several such steps in a row end the search.
         stalled = jnp.where(after < value - 1e-7 * jnp.abs(value), 0, stalled + 1)
         return moved, state, steps + 1, largest, stalled
 
@@ -200,13 +205,13 @@ def _largest(gradient: Any) -> Float[Array, ""]:
 
 
 @jax.jit
-def _judged(
-    features: Float[Array, "n d"], labels: Int[Array, " n"], judged: Bool[Array, " n"], layer: Any
+def _validation_scores(
+    features: Float[Array, "n d"], labels: Int[Array, " n"], mask: Bool[Array, " n"], layer: Any
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(share right, mean cross-entropy) over the rows that `judged` marks."""
+    """(accuracy, mean cross-entropy) over the items in `mask`."""
     logits = _affine(features, *layer)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return jnp.mean(jnp.argmax(logits, 1) == labels, where=judged), jnp.mean(losses, where=judged)
+    return jnp.mean(jnp.argmax(logits, 1) == labels, where=mask), jnp.mean(losses, where=mask)
 
 
 def _moments(
@@ -217,7 +222,7 @@ def _moments(
     share = jnp.ones((len(features), 1)) if weights is None else weights[:, None]
     mean = jnp.sum(share * features, 0) / jnp.sum(share)
     deviation = jnp.sqrt(jnp.sum(share * (features - mean) ** 2, 0) / jnp.sum(share))
-    # A constant feature has a deviation of rounding errors only, which must not be blown up.
+    # The deviation of a constant feature is rounding error, which must not be amplified.
     return mean, jnp.where(deviation > 1e-6 * (1e-6 + jnp.abs(mean)), deviation, 1.0)
 
 
@@ -254,7 +259,7 @@ class SGDConfig:
             raise MmjaxError(f"epochs={self.epochs}, batch_size={self.batch_size}: at least 1")
 
     def learning_rates(self) -> Float[np.ndarray, " epochs"]:
-        """Of each epoch."""
+        """The learning rate of each epoch."""
         epoch = np.arange(self.epochs)
         if self.schedule == "cosine":
             return self.learning_rate * 0.5 * (1 + np.cos(np.pi * epoch / self.epochs))
@@ -269,13 +274,13 @@ def sgd_probe(
     standardise: bool = False,
     seed: int = 0,
 ) -> LinearProbe:
-    """A probe by SGD with momentum, as PyTorch does it: the kernel starts at N(0, 0.01²), the bias at 0.
+    """A probe by SGD with momentum as PyTorch's: the kernel starts at N(0, 0.01²), the bias at 0.
 
     Args:
-        features: [n, d], or [passes, n, d]: of differently augmented passes over the images, which epochs take in turn.
-        seed: of the kernel and of the order, another each epoch; an epoch's last batch may be shorter.
+        features: [n, d], or [passes, n, d]: differently augmented passes over the images, which epochs use in turn.
+        seed: of the kernel and of the order, which differs each epoch; an epoch's last batch may be shorter.
 
-    The last epoch's probe is returned; main_lincls.py reports the best epoch on the test set, which is a little more.
+    Returns the last epoch's probe; main_lincls.py reports the best epoch on the test set, which is slightly higher.
     Raises MmjaxError, naming the argument; also when the loss is not finite at the end.
     """
     if np.ndim(features) not in (2, 3):
@@ -343,9 +348,9 @@ class LinearProbeEvaluation(ScoredEvaluation):
 
     Attributes:
         encode: (params, state, images [b, ...]) -> features [b, d], in evaluation mode, not normalised.
-        train_images, train_labels: an array [n, ...] and int [n], or a pipeline, which has labels of its own. For
-            `sgd` also a list of either: differently augmented passes over the same images, which epochs take in turn.
-        test_images, test_labels: what is classified; an array or a pipeline.
+        train_images, train_labels: an array [n, ...] and int [n], or a pipeline, which contains labels. For `sgd` also
+            a list of either: differently augmented passes over the same images, which epochs use in turn.
+        test_images, test_labels: an array or a pipeline.
         sgd: None: logistic regression, its penalty chosen on a part of the training set; else MoCo's protocol.
         standardise: features to mean 0 and deviation 1; MoCo's protocol does not.
     """
@@ -369,16 +374,16 @@ class LinearProbeEvaluation(ScoredEvaluation):
 
     def __post_init__(self) -> None:
         if isinstance(self.train_images, list | tuple) and self.sgd is None:
-            # An image's passes would stand on both sides of the sweep's split.
+            # The passes of an image would be on both sides of the sweep's split.
             raise MmjaxError("train_images: several passes are for the SGD protocol: set sgd")
 
     def probe(self, params: Params, state: Any = None) -> LinearProbe:
         """The layer, trained on the features of the training images."""
         passes: Any = self.train_images if isinstance(self.train_images, list | tuple) else [self.train_images]
         extract = self._extractor.labelled
-        found = [extract(params, state, images, self.train_labels, "train_images") for images in passes]
-        features, labels = np.stack([features for features, _ in found]), found[0][1]
-        if any(not np.array_equal(other, labels) for _, other in found):
+        extracted = [extract(params, state, images, self.train_labels, "train_images") for images in passes]
+        features, labels = np.stack([features for features, _ in extracted]), extracted[0][1]
+        if any(not np.array_equal(other, labels) for _, other in extracted):
             raise MmjaxError("train_images: the passes are not over the same images in the same order")
         if self.sgd is not None:
             return sgd_probe(features, labels, self.sgd, standardise=bool(self.standardise), seed=self.seed)
@@ -389,8 +394,8 @@ class LinearProbeEvaluation(ScoredEvaluation):
         features, truth = self._extractor.labelled(params, state, self.test_images, self.test_labels, "test_images")
         probe = self.probe(params, state)
         logits = np.asarray(probe.logits(features))
-        # Classes that the training set lacks cannot be named: they are wrong, not an error.
+        # Classes missing from the training set cannot be predicted: they count as wrong, not as an error.
         unseen = max(0, int(truth.max()) + 1 - logits.shape[1])
-        found = top_k(np.pad(logits, ((0, 0), (0, unseen)), constant_values=-np.inf), truth, self.ks)
-        scores = {f"{self.name}_top{k}": score for k, score in found.items()}
+        scores_by_k = top_k(np.pad(logits, ((0, 0), (0, unseen)), constant_values=-np.inf), truth, self.ks)
+        scores = {f"{self.name}_top{k}": score for k, score in scores_by_k.items()}
         return Outcome(scores, {f"{self.name}_n": len(features)})

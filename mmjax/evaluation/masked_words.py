@@ -1,4 +1,4 @@
-"""How well masked words are named on texts held out, beside what their frequencies alone would get."""
+"""Masked-language-model loss and accuracy on validation texts, compared with a unigram baseline."""
 
 import dataclasses
 import functools
@@ -16,24 +16,25 @@ from mmjax.evaluation.report import Score, clustered_proportion
 from mmjax.types import ArrayLike, Float, Int, Params
 
 Judge = Callable[[Params, Any, Mapping[str, Any]], Mapping[str, Any]]
-"""(params, state, batch) -> mlm_loss and mlm_accuracy [b, m], and perhaps nsp_accuracy [b]: `BERT.judge`."""
+"""(params, state, batch) -> mlm_loss and mlm_accuracy [b, m], and optionally nsp_accuracy [b]: `BERT.judge`."""
 
 
 def unigram(ids: Int[ArrayLike, "n l"], mask: Int[ArrayLike, "n l"], vocab_size: int) -> Float[np.ndarray, " v"]:
-    """Log probabilities of pieces by their counts among the tokens of training texts, one added to each."""
+    """Log probabilities of pieces from their counts among the tokens of training texts, with add-one smoothing."""
     counts = np.bincount(np.asarray(ids)[np.asarray(mask) > 0], minlength=vocab_size) + 1.0
     return np.log(counts / counts.sum())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class MaskedWordsEvaluation(ScoredEvaluation):
-    """`mlm_loss` in nats with the unigram's on the same words as its chance (and as `mlm_unigram_loss`), `mlm_accuracy`
-    beside always naming the commonest word, `nsp_accuracy` beside the commoner answer. Intervals resample documents.
+    """`mlm_loss` in nats (chance: `mlm_unigram_loss`, the unigram loss of the same words), `mlm_accuracy` (chance:
+    always predicting the most frequent word), `nsp_accuracy` (chance: the more frequent answer). Intervals resample
+    documents.
 
     Attributes:
-        judge: what tells each masked word's loss and hit.
-        columns: the held-out batch, masked once: what the method takes, each [n, ...].
-        documents: [n], which document a row is of.
+        judge: computes the loss and accuracy of each masked word, see `Judge`.
+        columns: the validation batch, masked once: inputs of the method, each [n, ...].
+        documents: [n], the document of each row.
         frequencies: `unigram` of the training texts.
     """
 
@@ -46,43 +47,43 @@ class MaskedWordsEvaluation(ScoredEvaluation):
 
     def __post_init__(self) -> None:
         if not len(self.documents) or not np.any(self.columns["masked_weights"]):
-            raise MmjaxError(f"{self.name}: no masked word to judge in {len(self.documents)} rows")
+            raise MmjaxError(f"{self.name}: no masked word in {len(self.documents)} rows")
 
     @functools.cached_property
     def _compiled(self) -> Callable[..., Any]:
         return jax.jit(self.judge)
 
-    def _judged(self, params: Params, state: Any) -> dict[str, np.ndarray]:
-        """Over all rows, the last batch filled up with its last row."""
+    def _measure(self, params: Params, state: Any) -> dict[str, np.ndarray]:
+        """Over all rows; the last batch is padded with its last row."""
         n = len(self.documents)
         size, parts = min(self.batch_size, n), []
         for start in range(0, n, size):
-            rows = np.minimum(np.arange(start, start + size), n - 1)
-            part = self._compiled(params, state, {name: column[rows] for name, column in self.columns.items()})
+            indices = np.minimum(np.arange(start, start + size), n - 1)
+            part = self._compiled(params, state, {name: column[indices] for name, column in self.columns.items()})
             parts.append({name: np.asarray(value)[: n - start] for name, value in part.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def evaluate(self, params: Params, state: Any, pictures: bool = True) -> Outcome:
-        judged = self._judged(params, state)
+        measured = self._measure(params, state)
         weights, words = self.columns["masked_weights"], self.columns["masked_ids"]
         counts = self._sums(weights)
         common = 100.0 * float(np.average(words == self.frequencies.argmax(), weights=weights))
-        losses = {"mlm_loss": judged["mlm_loss"], "mlm_unigram_loss": -self.frequencies[words]}
+        losses = {"mlm_loss": measured["mlm_loss"], "mlm_unigram_loss": -self.frequencies[words]}
         scores = {name: self._mean(loss * weights, counts) for name, loss in losses.items()}
         scores["mlm_loss"] = dataclasses.replace(scores["mlm_loss"], chance=scores["mlm_unigram_loss"].value)
-        right = self._sums(judged["mlm_accuracy"] * weights)
+        right = self._sums(measured["mlm_accuracy"] * weights)
         scores["mlm_accuracy"] = clustered_proportion(right, counts, common)
-        if "nsp_accuracy" in judged:
+        if "nsp_accuracy" in measured:
             guess = constant_guess(self.columns["next_label"])
-            right, asked = self._sums(judged["nsp_accuracy"]), self._sums(np.ones(len(weights)))
-            scores["nsp_accuracy"] = clustered_proportion(right, asked, guess)
+            right, answered = self._sums(measured["nsp_accuracy"]), self._sums(np.ones(len(weights)))
+            scores["nsp_accuracy"] = clustered_proportion(right, answered, guess)
         return Outcome(scores, {"mlm_documents": len(counts)})
 
     def _sums(self, values: np.ndarray) -> np.ndarray:
-        """Of each document, in the order of their numbers."""
-        rows = values.reshape(len(values), -1).sum(1, dtype=np.float64)
-        numbers, places = np.unique(self.documents, return_inverse=True)
-        return np.bincount(places, rows, len(numbers))
+        """Sums over each document, in the order of document numbers."""
+        row_sums = values.reshape(len(values), -1).sum(1, dtype=np.float64)
+        numbers, groups = np.unique(self.documents, return_inverse=True)
+        return np.bincount(groups, row_sums, len(numbers))
 
     def _mean(self, losses: np.ndarray, counts: np.ndarray) -> Score:
         sums = self._sums(losses)

@@ -1,11 +1,17 @@
-"""Perplexity of a causal language model on a text longer than what it sees at once: in windows that overlap.
+"""Perplexity of a causal language model on a text longer than its context, in overlapping windows.
 
     score = perplexity(lambda params, ids, mask: network.apply({"params": params}, ids, mask), params, ids,
                        length=1024, stride=512)
 
-A window begins `stride` tokens after the one before it and is judged on the tokens that no earlier one held: every
-token but the first of the text counts once, and behind the first window each has at least length - stride tokens
-before it. A stride of length - 1 is the cheapest and the most pessimistic; 1 gives each token all the context it can.
+A window begins `stride` tokens after the previous one and is scored on the tokens that no earlier window contains: each
+token except the first of the text counts once, and after the first window each has at least length - stride tokens of
+context. A stride of length - 1 is the cheapest and the most pessimistic; 1 gives each token the most context.
+
+    >>> windows([5, 6, 7, 8, 9], length=3, stride=2).labels.tolist()  # of each token the next one
+    [[6, 7, -100], [8, 9, -100]]
+    >>> uniform = lambda params, ids, mask: jnp.zeros((*ids.shape, 10))
+    >>> print(f"{perplexity(uniform, None, [5, 6, 7, 8, 9], length=3).value:.1f}")
+    10.0
 """
 
 import dataclasses
@@ -26,12 +32,12 @@ from mmjax.objectives.language import IGNORED, next_tokens
 from mmjax.types import Array, ArrayLike, Bool, Float, Int, Params
 
 Logits = Callable[[Any, Array, Array], Array]
-"""(variables, ids [b, l], mask [b, l], true where there is a token) -> logits [b, l, v] of the token behind each."""
+"""(variables, ids [b, l], mask [b, l], true at tokens) -> logits [b, l, v] of the next token at each position."""
 
 
 class Windows(NamedTuple):
-    """ids: 0 behind the end of the text. mask: true where there is a token. labels: of each token the one behind it,
-    `IGNORED` where that is not to be judged."""
+    """ids: 0 after the end of the text. mask: true at tokens. labels: the next token at each position, `IGNORED` where
+    it is not scored."""
 
     ids: Int[np.ndarray, "w l"]
     mask: Bool[np.ndarray, "w l"]
@@ -39,7 +45,7 @@ class Windows(NamedTuple):
 
 
 def windows(ids: Int[ArrayLike, " n"], length: int, stride: int) -> Windows:
-    """A text cut in windows. Raises MmjaxError: fewer than two tokens, length < 2, or stride not in [1, length)."""
+    """Cuts a text into windows. Raises MmjaxError: fewer than two tokens, length < 2, or stride not in [1, length)."""
     text = np.asarray(ids)
     if text.ndim != 1 or len(text) < 2 or not np.issubdtype(text.dtype, np.integer):
         raise MmjaxError(f"perplexity: ids should be [n], at least two integers, not {text.dtype} {list(text.shape)}")
@@ -47,10 +53,10 @@ def windows(ids: Int[ArrayLike, " n"], length: int, stride: int) -> Windows:
         raise MmjaxError(f"perplexity: length={length} (at least 2) and stride={stride} (from 1 to below the length)")
     starts = np.arange(0, max(len(text) - length, 0) + stride, stride)
     starts = starts[: 1 + int(np.argmax(starts + length >= len(text)))]
-    places = starts[:, None] + np.arange(length)
-    mask = places < len(text)
-    cut = np.where(mask, text[np.minimum(places, len(text) - 1)], 0).astype(np.int32)
-    fresh = (places >= np.r_[0, starts[:-1] + length][:, None]) & mask
+    positions = starts[:, None] + np.arange(length)
+    mask = positions < len(text)
+    cut = np.where(mask, text[np.minimum(positions, len(text) - 1)], 0).astype(np.int32)
+    fresh = (positions >= np.r_[0, starts[:-1] + length][:, None]) & mask
     labels = np.full_like(cut, IGNORED)
     labels[:, :-1] = np.where(fresh, cut, IGNORED)[:, 1:]
     return Windows(cut, mask, labels)
@@ -58,9 +64,9 @@ def windows(ids: Int[ArrayLike, " n"], length: int, stride: int) -> Windows:
 
 @functools.partial(jax.jit, static_argnames="logits")
 def _nll(logits: Logits, variables: Any, ids: Array, mask: Array, labels: Array) -> Float[Array, "w"]:
-    """Summed over the judged tokens of each window, nats."""
-    told = logits(variables, ids, mask)
-    each = softmax_cross_entropy(told.reshape(-1, told.shape[-1]), jnp.maximum(labels, 0).reshape(-1))
+    """Negative log-likelihood in nats, summed over the scored tokens of each window."""
+    scores = logits(variables, ids, mask)
+    each = softmax_cross_entropy(scores.reshape(-1, scores.shape[-1]), jnp.maximum(labels, 0).reshape(-1))
     return jnp.sum(jnp.where(labels == IGNORED, 0.0, each.reshape(labels.shape)), axis=1)
 
 
@@ -78,9 +84,9 @@ def perplexity(
     """exp of the mean negative log-likelihood of a text's tokens; the interval resamples windows; chance: v.
 
     Args:
-        logits: see `Logits`; compiled once a function and shape.
-        length: tokens of a window. stride: None: half of it.
-        batch_size: windows at a time.
+        logits: see `Logits`; compiled once per function and shape.
+        length: tokens of a window. stride: None: half the length.
+        batch_size: windows per batch.
 
     Raises MmjaxError: see `windows`; or a token outside the vocabulary.
     """
@@ -112,20 +118,20 @@ def _score(logits: Logits, variables: Any, cut: Windows, batch_size: int, resamp
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class PerplexityEvaluation(ScoredEvaluation):
-    """`perplexity` of held-out rows, which are judged each by itself; the interval resamples rows.
+    """`perplexity` of validation sequences, each scored independently; the interval resamples sequences.
 
     Attributes:
         logits: (params, ids [b, l], mask [b, l]) -> logits [b, l, v].
-        rows: {"input_ids", "labels"} [n, l] of `mmjax.text.language_rows`: labels stand in the place of their ids.
+        columns: {"input_ids", "labels"} [n, l] of `mmjax.text.packing`; labels are aligned with their ids, not shifted.
     """
 
     name: str = "perplexity"
     logits: Logits
-    rows: Mapping[str, np.ndarray]
+    columns: Mapping[str, np.ndarray]
     batch_size: int = 8
 
     def evaluate(self, params: Params, state: Any, pictures: bool = True) -> Outcome:
-        ids, labels = self.rows["input_ids"], np.asarray(next_tokens(jnp.asarray(self.rows["labels"])))
+        ids, labels = self.columns["input_ids"], np.asarray(next_tokens(jnp.asarray(self.columns["labels"])))
         cut = Windows(ids, np.ones(ids.shape, bool), labels)
         score = _score(self.logits, params, cut, self.batch_size, 1000, 0)
         return Outcome({"perplexity": score}, {"perplexity_rows": len(ids)})

@@ -1,4 +1,4 @@
-"""What every evaluation of this folder shares: scores for `mmjax evaluate`, scores and pictures for the loop."""
+"""The base class of all evaluations: scores for `mmjax evaluate`, scores and pictures for the training loop."""
 
 import abc
 import dataclasses
@@ -22,13 +22,13 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class ScoredEvaluation(abc.ABC):
-    """An `mmjax.training.experiment.Evaluation`. Its compiled functions live as long as the object does.
+    """An `mmjax.training.experiment.Evaluation`. Its compiled functions live as long as the object.
 
     Attributes:
-        name: begins its metrics' names.
-        every: steps between runs in training; 0 for the experiment's `eval_every`.
-        final_step: the step at which pictures join the scores (an experiment's `steps`), and intervals that are slow to
-            compute; None for every time.
+        name: prefix of its metrics' names.
+        every: steps between runs in training; 0: the experiment's `eval_every`.
+        final_step: the step (an experiment's `steps`) from which pictures, and intervals that are slow to compute, are
+            added; None: always.
     """
 
     name: str
@@ -37,7 +37,7 @@ class ScoredEvaluation(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self, params: Params, state: Any, pictures: bool = True) -> Outcome:
-        """Everything that the protocol finds; `state` is a TrainState or whatever the encode functions take."""
+        """All results of the protocol. state: a TrainState, or whatever the encode functions take."""
 
     def scores(self, params: Params, state: Any = None) -> dict[str, Score]:
         """name -> Score, with n, interval and chance."""

@@ -1,12 +1,12 @@
-"""Retrieval in two stages, as ALBEF, BLIP and BLIP-2 do it: a slow head scores what the similarities find first.
+"""Two-stage retrieval as in ALBEF, BLIP and BLIP-2: a matching head reranks the nearest candidates by similarity.
 
     rerank = Reranker(match, k=256, add_similarity=True)
-    found = rerank(params, known, similarities, text_image)         # similarities [n images, m texts]
-    found.ranks().scores()
+    shortlists = rerank(params, states, similarities, text_image)   # similarities [n images, m texts]
+    shortlists.ranks().scores()
 
-Of each image its k nearest texts, and of each text its k nearest images, are scored by the head; every other pair
-stands behind them all (the originals give it -100). The two directions share many pairs, and a head gives a pair one
-score, so each pair is computed once; pairs of an image are computed together, so that a head may share its work.
+The head scores the k nearest texts of each image and the k nearest images of each text; all other pairs rank behind
+them (the originals score those -100). The two directions share many pairs, and the head's score of a pair is the same
+in both, so each pair is computed once; pairs of an image are computed together, so that the head can share work.
 """
 
 import contextlib
@@ -32,11 +32,11 @@ FILL = -100.0
 
 @dataclasses.dataclass(frozen=True)
 class Shortlists:
-    """What the first stage found, nearest first, and what the second says of it.
+    """The candidates of the first stage, nearest first, and their scores of the second stage.
 
-    texts: int32 [n, k], of each image; text_scores: float32 [n, k].
-    images: int32 [m, k], of each text; image_scores: float32 [m, k].
-    text_image: int32 [m], which image a text belongs to.
+    texts: int32 [n, k], for each image; text_scores: float32 [n, k].
+    images: int32 [m, k], for each text; image_scores: float32 [m, k].
+    text_image: int32 [m], the image that a text belongs to.
     """
 
     texts: Int[np.ndarray, "n k"]
@@ -46,9 +46,9 @@ class Shortlists:
     text_image: Int[np.ndarray, " m"]
 
     def ranks(self) -> Ranks:
-        """Ranks among all candidates. What is not on a list ties with everything else that is not, and ties count
-        against the model, as ever here: that rank is k or more, so with a k of 10 or more R@1, R@5 and R@10 do not
-        depend on it. The originals leave ties to an unstable sort."""
+        """Ranks among all candidates. Candidates outside the list tie with each other, and ties count against the
+        model as everywhere here: their rank is k or more, so with a k of 10 or more R@1, R@5 and R@10 do not depend on
+        it. The originals leave ties to an unstable sort."""
         n, m = len(self.texts), len(self.images)
         images, owner = np.arange(n, dtype=np.int32), self.text_image
         others = m - np.bincount(owner, minlength=n)
@@ -56,7 +56,7 @@ class Shortlists:
         return Ranks(of_images, _ranks(self.image_scores, owner, self.images, np.full(m, n - 1)), owner)
 
     def matrices(self) -> tuple[Float[np.ndarray, "n m"], Float[np.ndarray, "m n"]]:
-        """The originals' score matrices, of images to texts and of texts to images, `FILL` where nothing was scored."""
+        """The originals' score matrices, images to texts and texts to images, `FILL` where nothing was scored."""
         n, m = len(self.texts), len(self.images)
         forward, backward = np.full((n, m), FILL, np.float32), np.full((m, n), FILL, np.float32)
         np.put_along_axis(forward, self.texts, self.text_scores, 1)
@@ -71,19 +71,19 @@ def _ranks(scores: np.ndarray, query: np.ndarray, candidate: np.ndarray, others:
 
 @dataclasses.dataclass(frozen=True)
 class Reranker:
-    """Scores shortlists by a matching head, compiled once for all of them and all parameters.
+    """Scores shortlists by a matching head, compiled once for all shortlists and all parameters.
 
     Attributes:
-        match: (params, known, {"image": int32 [b], "texts": int32 [b, t]}) -> float [b, t], how well each image matches
-            each of its texts, by their numbers: a pure function. `known` is what it needs to know of them, states of
-            both towers on the device for one.
-        k: length of the shortlists, or all candidates, if there are fewer: 256 for COCO, 128 for Flickr30k. A k below
+        match: a pure function (params, states, {"image": int32 [b], "texts": int32 [b, t]}) -> float [b, t], the
+            matching scores of each image with each of its texts, given by index. `states` are its further inputs, such
+            as the states of both towers on the device.
+        k: length of the shortlists, or all candidates if there are fewer: 256 for COCO, 128 for Flickr30k. A k below
             10 makes R@10 pessimistic.
-        add_similarity: whether a score is the head's plus the similarity (BLIP, BLIP-2), or the head's alone (ALBEF).
-        texts: t above; an image with fewer pairs left is filled up with copies.
+        add_similarity: whether a score is the head's plus the similarity (BLIP, BLIP-2) or only the head's (ALBEF).
+        texts: t above; an image with fewer remaining pairs is padded with copies.
         batch_size: b above.
 
-    Every process of several computes every pair: what is sharded over a mesh is `match`'s affair.
+    With several processes each computes every pair; `match` may shard its work over a mesh.
     """
 
     match: Encode
@@ -99,34 +99,36 @@ class Reranker:
     def __call__(
         self,
         params: Params,
-        known: Any,
+        states: Any,
         similarities: Float[ArrayLike, "n m"],
         text_image: Int[ArrayLike, " m"] | None = None,
         console: Console | None = None,
     ) -> Shortlists:
-        """Shortlists by the similarities, and the head's scores of them.
+        """Shortlists by similarity, and the head's scores of them.
 
-        text_image: the image of each text; None: text i belongs to image i. console: shows a bar, on a terminal.
-        Raises MmjaxError naming the argument: shapes, NaN (also of `match`), k or texts below 1, an image without text.
+        text_image: the image of each text; None: text i belongs to image i. console: shows a progress bar on a
+            terminal.
+        Raises MmjaxError naming the argument: shapes, NaN (also from `match`), k or texts below 1, an image without
+        text.
         """
         if self.k < 1 or self.texts < 1:
             raise MmjaxError(f"k={self.k} and texts={self.texts}: should be at least 1")
-        near = np.asarray(checked_scores("similarities", similarities))
-        n, m = near.shape
+        cosines = np.asarray(checked_scores("similarities", similarities))
+        n, m = cosines.shape
         owner = owners(text_image, n, m)
-        texts, images = _nearest(near, self.k), _nearest(near.T, self.k)
+        texts, images = _nearest(cosines, self.k), _nearest(cosines.T, self.k)
         rows, columns = np.arange(n)[:, None], np.arange(m)[:, None]
         forward, backward = rows * m + texts, images.astype(np.int64) * m + columns
         pairs = np.union1d(forward, backward)
-        image, place = np.divmod(pairs, m)
-        groups, where = _grouped(image, place, self.texts)
-        with _bar(console, len(groups["image"])) as advance:
-            scores = self._extractor(params, known, groups, "match", advance)
+        image, text = np.divmod(pairs, m)
+        groups, slots = _grouped(image, text, self.texts)
+        with _progress_bar(console, len(groups["image"])) as advance:
+            scores = self._extractor(params, states, groups, "match", advance)
         if scores.shape != groups["texts"].shape:
-            raise MmjaxError(f"match: should give scores {list(groups['texts'].shape)}, not {list(scores.shape)}")
-        found = scores[where] + (near[image, place] if self.add_similarity else 0)
-        of_texts, of_images = (found[np.searchsorted(pairs, wanted)] for wanted in (forward, backward))
-        return Shortlists(texts, of_texts, images, of_images, owner)
+            raise MmjaxError(f"match: should return scores {list(groups['texts'].shape)}, not {list(scores.shape)}")
+        pair_scores = scores[slots] + (cosines[image, text] if self.add_similarity else 0)
+        text_scores, image_scores = (pair_scores[np.searchsorted(pairs, ids)] for ids in (forward, backward))
+        return Shortlists(texts, text_scores, images, image_scores, owner)
 
 
 def _nearest(scores: np.ndarray, k: int) -> Int[np.ndarray, "b k"]:
@@ -136,37 +138,37 @@ def _nearest(scores: np.ndarray, k: int) -> Int[np.ndarray, "b k"]:
 
 
 def _grouped(image: np.ndarray, text: np.ndarray, width: int) -> tuple[dict[str, np.ndarray], Any]:
-    """Pairs, sorted by image, in rows of one image and up to `width` texts; and where each pair is."""
+    """Pairs, sorted by image, in groups of one image and up to `width` texts; and the (group, slot) of each pair."""
     _, first, counts = np.unique(image, return_index=True, return_counts=True)
     within = np.arange(len(image)) - np.repeat(first, counts)
-    row = np.cumsum(within % width == 0) - 1
+    group = np.cumsum(within % width == 0) - 1
     leads = np.flatnonzero(within % width == 0)
     texts = np.repeat(text[leads, None], width, 1).astype(np.int32)
-    texts[row, within % width] = text
-    return {"image": image[leads].astype(np.int32), "texts": texts}, (row, within % width)
+    texts[group, within % width] = text
+    return {"image": image[leads].astype(np.int32), "texts": texts}, (group, within % width)
 
 
 @contextlib.contextmanager
-def _bar(console: Console | None, total: int) -> Iterator[Advance | None]:
+def _progress_bar(console: Console | None, total: int) -> Iterator[Advance | None]:
     if console is None or not console.is_terminal:
         yield None
         return
     columns = TextColumn("matching"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=total)
-        yield lambda rows: progress.advance(task, rows)
+        yield lambda count: progress.advance(task, count)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class RerankEvaluation(ScoredEvaluation):
-    """R@K in two stages, the means of the recalls, and a picture of what is found.
+    """R@K of two-stage retrieval, the mean recalls, and a picture of retrieved items.
 
     Attributes:
-        reranker: the second stage. first: (params, state) -> (similarities [n, m], what `match` shall know).
+        reranker: the second stage. first: (params, state) -> (similarities [n, m], states for `match`).
         text_image: int [m], the image of each text; None: text i belongs to image i.
         ks: the K of R@K.
-        captions, thumbnails, attribution: see `RetrievalEvaluation`; the first two make the picture.
-        console: shows how far the second stage is; in training leave it to the loop's own bar.
+        captions, thumbnails, attribution: see `RetrievalEvaluation`; the picture needs the first two.
+        console: shows the progress of the second stage; None in training, where the loop has its progress bar.
     """
 
     name: str = "retrieval"
@@ -180,31 +182,31 @@ class RerankEvaluation(ScoredEvaluation):
     console: Console | None = None
 
     def shortlists(self, params: Params, state: Any = None) -> Shortlists:
-        """Everything that was scored, for tests between two models on the same items."""
-        similarities, known = self.first(params, state)
-        return self.reranker(params, known, similarities, self.text_image, self.console)
+        """The shortlists with scores, for paired tests between two models."""
+        similarities, states = self.first(params, state)
+        return self.reranker(params, states, similarities, self.text_image, self.console)
 
     def evaluate(self, params: Params, state: Any, pictures: bool = True) -> Outcome:
-        found = self.shortlists(params, state)
-        ranks = found.ranks()
+        shortlists = self.shortlists(params, state)
+        ranks = shortlists.ranks()
         prefix = "" if self.name == "retrieval" else f"{self.name}_"
-        # No median rank: of what is on no list only the least rank is known.
+        # No median rank: outside the shortlists only a lower bound of the rank is known.
         scores = {name: score for name, score in ranks.scores(self.ks).items() if not name.endswith("median_rank")}
         scores |= ranks.mean_recalls(self.ks)
         counts = {f"{self.name}_n": len(ranks.image), f"{self.name}_n_texts": len(ranks.text)}
-        picture = self._picture(found) if pictures else None
-        drawn = {} if picture is None else {f"{self.name}_picture": picture}
-        return Outcome({f"{prefix}{name}": score for name, score in scores.items()}, counts, drawn)
+        picture = self._picture(shortlists) if pictures else None
+        images = {} if picture is None else {f"{self.name}_picture": picture}
+        return Outcome({f"{prefix}{name}": score for name, score in scores.items()}, counts, images)
 
-    def _picture(self, found: Shortlists) -> np.ndarray | None:
+    def _picture(self, shortlists: Shortlists) -> np.ndarray | None:
         if self.thumbnails is None or self.captions is None:
             return None
-        queries = shown_queries(len(found.texts), found.text_image)
-        lists = (found.texts, found.text_scores), (found.images, found.image_scores)
+        queries = shown_queries(len(shortlists.texts), shortlists.text_image)
+        lists = (shortlists.texts, shortlists.text_scores), (shortlists.images, shortlists.image_scores)
         of_images, of_texts = (
-            (rows, np.take_along_axis(ids[rows], np.argsort(-scores[rows], 1, kind="stable")[:, :5], 1))
-            for rows, (ids, scores) in zip(queries, lists)
+            (query, np.take_along_axis(ids[query], np.argsort(-scores[query], 1, kind="stable")[:, :5], 1))
+            for query, (ids, scores) in zip(queries, lists)
         )
         return retrieval_picture(
-            self.thumbnails, self.captions, found.text_image, of_images, of_texts, self.attribution
+            self.thumbnails, self.captions, shortlists.text_image, of_images, of_texts, self.attribution
         )

@@ -1,4 +1,9 @@
-"""Translations against references: BLEU and chrF as sacrebleu counts them, and exact matches."""
+"""Translation metrics: BLEU and chrF as sacrebleu computes them, and exact matches.
+
+>>> statistics = np.array([chrf_statistics("a small cat", "a small cat")])
+>>> print(f"{chrf(statistics.sum(0)):.1f}")
+100.0
+"""
 
 import collections
 import dataclasses
@@ -19,22 +24,24 @@ from mmjax.generation.options import GenerationOptions
 from mmjax.types import ArrayLike, Float, Params
 
 SHOWN = 20
-"""So many translations are told as text."""
+"""Number of translations that are reported as text."""
 ORDERS = 6
-"""Of chrF's character n-grams."""
+"""Longest character n-grams of chrF."""
 
 
 def translation_scores(
     translations: Sequence[str], references: Sequence[str], tokenize: str = "13a", intervals: bool = True
 ) -> dict[str, Score]:
-    """ "bleu" and "chrf" of the corpus (0 to 100, as sacrebleu's defaults give them), and "exact_match" in percent.
+    """ "bleu" and "chrf" of the corpus (0 to 100, as sacrebleu's defaults), and "exact_match" in percent.
 
-    BLEU is 0 without a single match of four words, which a corpus of short texts may not have: read chrF there.
-    tokenize: sacrebleu's name of BLEU's tokenizer; 13a is what it reports by default. intervals: resample sentences.
-    Raises MmjaxError: not a reference a translation, none at all, or sacrebleu is not installed.
+    BLEU is 0 without a single matching 4-gram, which a corpus of short texts may not have: use chrF there.
+    tokenize: sacrebleu's name of BLEU's tokenizer; 13a is its default. intervals: resample sentences.
+    Raises MmjaxError: translations and references differ in number, there are none, or sacrebleu is not installed.
     """
     if len(translations) != len(references) or not references:
-        raise MmjaxError(f"{len(translations)} translations and {len(references)} references: want as many, and some")
+        raise MmjaxError(
+            f"{len(translations)} translations and {len(references)} references: expected one per translation"
+        )
     pairs = list(zip(translations, references))
     bleu, statistics = _bleu(pairs, tokenize)
     scores = {
@@ -50,14 +57,14 @@ def _score(statistics: np.ndarray, metric: Metric, intervals: bool) -> Score:
 
 
 def _bleu(pairs: Sequence[tuple[str, str]], tokenize: str) -> tuple[Metric, np.ndarray]:
-    """sacrebleu's formula, and its counts of each sentence: lengths, matches and n-grams of one to four words."""
+    """sacrebleu's formula, and its counts for each sentence: lengths, matches and n-grams of one to four words."""
     try:
         from sacrebleu.metrics.bleu import BLEU
     except ImportError as error:
         raise MmjaxError(f"BLEU needs the package {error.name}: pip install sacrebleu") from error
-    metric = BLEU(tokenize=tokenize, effective_order=True)  # of sentences alone; the counts do not depend on it
-    told = [metric.sentence_score(one, [other]) for one, other in pairs]
-    statistics = np.array([[t.sys_len, t.ref_len, *t.counts, *t.totals] for t in told], np.float64)
+    metric = BLEU(tokenize=tokenize, effective_order=True)  # affects sentence scores only, not the counts
+    counted = [metric.sentence_score(one, [other]) for one, other in pairs]
+    statistics = np.array([[t.sys_len, t.ref_len, *t.counts, *t.totals] for t in counted], np.float64)
 
     def of_sums(row: np.ndarray) -> float:
         length, reference, *counts = row.astype(int).tolist()
@@ -67,7 +74,8 @@ def _bleu(pairs: Sequence[tuple[str, str]], tokenize: str) -> tuple[Metric, np.n
 
 
 def chrf_statistics(translation: str, reference: str) -> list[int]:
-    """For each order, character n-grams of the translation, of the reference, and of both; spaces do not count."""
+    """For each order the numbers of character n-grams of the translation, of the reference, and in common; spaces are
+    ignored."""
     counts = []
     for order in range(1, ORDERS + 1):
         one, other = (_ngrams("".join(text.split()), order) for text in (translation, reference))
@@ -80,24 +88,24 @@ def _ngrams(text: str, order: int) -> collections.Counter[str]:
 
 
 def chrf(sums: Float[np.ndarray, "*r m"]) -> Float[np.ndarray, "*r"]:
-    """chrF2 (Popovic 2016): F2 of the mean precision and recall over those orders that both sides have."""
-    theirs, wanted, both = np.moveaxis(sums.reshape(*sums.shape[:-1], ORDERS, 3), -1, 0)
-    there = (theirs > 0) & (wanted > 0)
-    orders = np.maximum(there.sum(-1), 1)
-    precision, recall = ((there * both / np.maximum(n, 1)).sum(-1) / orders for n in (theirs, wanted))
+    """chrF2 (Popovic 2016): F2 of the mean precision and recall over the orders that both sides have."""
+    candidate, reference, common = np.moveaxis(sums.reshape(*sums.shape[:-1], ORDERS, 3), -1, 0)
+    present = (candidate > 0) & (reference > 0)
+    orders = np.maximum(present.sum(-1), 1)
+    precision, recall = ((present * common / np.maximum(n, 1)).sum(-1) / orders for n in (candidate, reference))
     return 100 * 5 * precision * recall / np.maximum(4 * precision + recall, 1e-16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TranslationEvaluation(ScoredEvaluation):
-    """NAME_OPTIONS_bleu, _chrf and _exact_match, for each of several ways to generate; examples as text at the end.
+    """NAME_OPTIONS_bleu, _chrf and _exact_match for each set of generation options; examples as text at the end.
 
     Attributes:
-        decodable: the model as the engine sees it.
-        inputs: by name, arrays [n, ...]: see `Decodable`.
-        sources, references: n strings each; the first are for the examples alone.
-        decode: a row of ids -> a string, without what stands at its end.
-        options: a word for the metrics' names -> how to generate.
+        decodable: the model, see `Decodable`.
+        inputs: arrays [n, ...] by name, see `Decodable`.
+        sources, references: n strings each; sources are only used for the examples.
+        decode: a list of ids -> a string, without padding and end tokens.
+        options: name, used in the metrics' names -> generation options.
         tokenize: see `translation_scores`; "char" for texts of one word.
         batch_size: items that are generated together.
     """
@@ -113,34 +121,34 @@ class TranslationEvaluation(ScoredEvaluation):
     batch_size: int = 128
 
     def translate(self, params: Params, options: GenerationOptions) -> list[str]:
-        """The best text of each item; the last batch is filled up, so that one program serves all."""
+        """The best text of each item; the last batch is padded, so that one program serves all batches."""
         n, texts = len(self.references), []
         for start in range(0, n, self.batch_size):
-            rows = np.arange(start, start + self.batch_size) % n
-            inputs = {name: jnp.asarray(np.asarray(value)[rows]) for name, value in self.inputs.items()}
+            indices = np.arange(start, start + self.batch_size) % n
+            inputs = {name: jnp.asarray(np.asarray(value)[indices]) for name, value in self.inputs.items()}
             ids = np.asarray(generate(self.decodable, {"params": params}, inputs, options).ids[:, 0])
             texts += [self.decode(row.tolist()) for row in ids[: n - start]]
         return texts
 
     def evaluate(self, params: Params, state: Any, pictures: bool = True) -> Outcome:
-        return self._judged({name: self.translate(params, options) for name, options in self.options.items()}, True)
+        return self._score({name: self.translate(params, options) for name, options in self.options.items()}, True)
 
     def run(self, params: Params, state: Any) -> dict[str, Any]:
-        """Scores for the loop; at the end with intervals, and NAME_examples: a line an item of `SHOWN`."""
+        """Scores for the loop; at the end with intervals, and NAME_examples: one line for each of `SHOWN` items."""
         details = self.final_step is None or int(state.step) >= self.final_step
         texts = {name: self.translate(params, options) for name, options in self.options.items()}
-        outcome = self._judged(texts, details)
-        told: dict[str, Any] = dict(outcome.scores) | dict(outcome.counts)
+        outcome = self._score(texts, details)
+        logged: dict[str, Any] = dict(outcome.scores) | dict(outcome.counts)
         if details:
-            rows = zip(self.sources, self.references, *texts.values())
-            lines = [" | ".join(("source", "reference", *texts)), *(" | ".join(row) for row in rows)]
-            told[f"{self.name}_examples"] = "\n".join(lines[: SHOWN + 1]) + "\n"
-        return told
+            examples = zip(self.sources, self.references, *texts.values())
+            lines = [" | ".join(("source", "reference", *texts)), *(" | ".join(row) for row in examples)]
+            logged[f"{self.name}_examples"] = "\n".join(lines[: SHOWN + 1]) + "\n"
+        return logged
 
-    def _judged(self, texts: Mapping[str, Sequence[str]], intervals: bool) -> Outcome:
+    def _score(self, texts: Mapping[str, Sequence[str]], intervals: bool) -> Outcome:
         scores = {
-            f"{self.name}_{way}_{metric}": score
-            for way, translations in texts.items()
+            f"{self.name}_{decoding}_{metric}": score
+            for decoding, translations in texts.items()
             for metric, score in translation_scores(translations, self.references, self.tokenize, intervals).items()
         }
         return Outcome(scores, {f"{self.name}_n": len(self.references)})

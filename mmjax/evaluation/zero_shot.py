@@ -1,4 +1,12 @@
-"""Zero-shot classification: an image's class is the one whose description is nearest (CLIP; open_clip's classifier)."""
+"""Zero-shot classification: an image's class is the one whose description is nearest (CLIP; open_clip's classifier).
+
+>>> texts, text_class = prompts(["cat", ("happy", "smiling")], ["a photo of a {}."])
+>>> texts
+['a photo of a cat.', 'a photo of a happy.', 'a photo of a smiling.']
+>>> embeddings = class_embeddings(np.array([[1.0, 0.0], [0.0, 1.0], [0.1, 0.9]]), text_class)
+>>> zero_shot_logits(np.array([[0.2, 2.0]]), embeddings).argmax(1).tolist()
+[1]
+"""
 
 import dataclasses
 import functools
@@ -28,15 +36,15 @@ TEMPLATES_7 = (
     "art of the {}.",
     "a photo of the small {}.",
 )
-"""The seven that CLIP's authors found slightly better than their eighty, on ImageNet."""
+"""Seven templates that performed slightly better on ImageNet than CLIP's eighty, according to its authors."""
 
 
 def prompts(
     classes: Sequence[str | Sequence[str]], templates: Sequence[str] = TEMPLATES
 ) -> tuple[list[str], Int[np.ndarray, " m"]]:
-    """Every name of every class in every template, and the class of each text.
+    """Every name of every class in every template, and the class index of each text.
 
-    classes: a name each, or several (FER2013 has "happy" and "smiling"). Raises MmjaxError for a template without {}.
+    classes: one name each, or several (FER2013 has "happy" and "smiling"). Raises MmjaxError for a template without {}.
     """
     for template in templates:
         if template.count("{}") != 1:
@@ -57,9 +65,9 @@ def _class_means(features: Float[Array, "m d"], text_class: Int[Array, " m"], cl
 def class_embeddings(
     text_features: Float[ArrayLike, "m d"], text_class: Int[ArrayLike, " m"], classes: int | None = None
 ) -> Float[Array, "c d"]:
-    """A unit vector a class: its texts' unit vectors, averaged and brought to length one again.
+    """A unit vector for each class: the normalised mean of the unit vectors of its texts.
 
-    Raises MmjaxError, naming the argument: bad features, a class without a text.
+    Raises MmjaxError, naming the argument: invalid features, a class without a text.
     """
     features = checked_features("text_features", text_features)
     owners = checked_integers("text_class", text_class, len(features), classes)
@@ -78,7 +86,7 @@ def _cosines(images: Float[Array, "n d"], embeddings: Float[Array, "c d"]) -> Fl
 def zero_shot_logits(
     image_features: Float[ArrayLike, "n d"], embeddings: Float[ArrayLike, "c d"], scale: float = 100.0
 ) -> Float[Array, "n c"]:
-    """scale x cosine; softmax over the classes gives probabilities if `scale` is the model's own."""
+    """scale x cosine; with the model's logit scale, softmax over the classes gives its probabilities."""
     images = checked_features("image_features", image_features)
     return scale * _cosines(images, checked_features("embeddings", embeddings, images.shape[1]))
 
@@ -99,10 +107,10 @@ class ZeroShotEvaluation(ScoredEvaluation):
 
     Attributes:
         encode_image, encode_text: (params, state, inputs [b, ...]) -> features [b, d].
-        images, labels: an array [n, ...] and int [n], or a pipeline, which has labels of its own.
+        images, labels: an array [n, ...] and int [n], or a pipeline, which contains labels.
         texts: an array [m, ...] or a dict of arrays: the tokens of `prompts(classes, templates)[0]`.
         text_class: int [m], `prompts(...)[1]`.
-        class_names: for the picture; None draws none.
+        class_names: for the picture; None: no picture.
     """
 
     name: str = "zero_shot"
@@ -129,8 +137,8 @@ class ZeroShotEvaluation(ScoredEvaluation):
         scores = {f"{self.name}_top{k}": score for k, score in top_k(logits, labels, self.ks).items()}
         predicted, n, classes = logits.argmax(1), *logits.shape
         scores[f"{self.name}_mean_per_class"] = mean_per_class(predicted, labels, classes)
-        drawn = {}
+        figures = {}
         if pictures and self.class_names is not None:
             matrix = confusion(predicted, labels, classes)
-            drawn[f"{self.name}_confusion"] = confusion_picture(matrix, self.class_names, self.attribution)
-        return Outcome(scores, {f"{self.name}_n": n}, drawn)
+            figures[f"{self.name}_confusion"] = confusion_picture(matrix, self.class_names, self.attribution)
+        return Outcome(scores, {f"{self.name}_n": n}, figures)

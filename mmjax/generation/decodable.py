@@ -1,4 +1,4 @@
-"""The contract between a model that generates and the engine: two pure functions and what they pass on."""
+"""The interface between a generating model and the engine: two pure functions and their state."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -7,13 +7,13 @@ from mmjax.types import Array, Float, Int
 
 
 class DecodeState(NamedTuple):
-    """What a model remembers while it generates. The engine moves `rows` from beam to beam and touches nothing else.
+    """The state of a generating model. The engine reorders `rows` between beams and changes nothing else.
 
     Attributes:
-        items: leaves [b, ...]: one copy an item, read only: the prompt's keys and values, an encoder's, masks, lengths.
-        rows: leaves [b r ..., ...]: a copy a row (a beam or a sample): what was generated. Equal shares of the first
-            axis belong to the rows, item after item; so heads may stand on it too, see `mmjax.nn.kv_cache`.
-        index: how many tokens have been given to `step`; the slot that the next one is written to.
+        items: leaves [b, ...]: per item, read only: keys and values of the prompt or encoder, masks, lengths.
+        rows: leaves [b r ..., ...]: per beam or sample: the cache of generated tokens. The first axis is divided evenly
+            over the beams, item after item, so it may include heads, see `mmjax.nn.kv_cache`.
+        index: number of tokens that `step` has processed; the cache slot of the next one.
     """
 
     items: Any
@@ -22,24 +22,25 @@ class DecodeState(NamedTuple):
 
 
 class Decodable(Protocol):
-    """A model as the engine sees it. Both functions are pure and are traced inside the engine's one program.
+    """A model that the engine can decode. Both functions are pure and are traced inside the engine's program.
 
-    Its inputs are arrays by name, [b, ...]: `input_ids` and `attention_mask` (left or right padded; decoder-only: the
-    prompt; encoder-decoder: the encoder's), `inputs_embeds` where a prefix is no text, `decoder_input_ids` where an
-    encoder-decoder is to begin with more than its start token, and what else a system knows.
+    Inputs are arrays [b, ...] by name: `input_ids` and `attention_mask` (left or right padded; the prompt of a
+    decoder-only model, the encoder's input of an encoder-decoder), `inputs_embeds` for a prefix that is not text,
+    `decoder_input_ids` if an encoder-decoder begins with more than its start token, and system-specific ones.
     """
 
     def prefill(
         self, variables: Mapping[str, Any], inputs: Mapping[str, Array], rows: int, capacity: int
     ) -> tuple[Float[Array, "b v"], DecodeState]:
-        """Reads the prompt (an encoder-decoder: encodes, and reads the start token), once an item.
+        """Processes the prompt (an encoder-decoder: encodes, and processes the start token), once per item.
 
-        Returns the float32 logits of the first new token, and a state with room for `capacity` tokens in `rows` rows.
+        Returns the float32 logits of the first new token, and a state with a capacity of `capacity` tokens for each of
+        `rows` beams or samples per item.
         """
         ...
 
     def step(
         self, variables: Mapping[str, Any], ids: Int[Array, "b r"], state: DecodeState
     ) -> tuple[Float[Array, "b r v"], DecodeState]:
-        """One token a row is read; returns the float32 logits of the next, and the state with `index` one larger."""
+        """Processes one token per row; returns float32 logits of the next ones, and the state with `index` + 1."""
         ...

@@ -1,4 +1,4 @@
-"""The engine: prompts in, ids out, by one program a shape; whole, or as they come."""
+"""The generation engine: prompts -> ids, one compiled program per shape; all tokens at once, or streamed."""
 
 import functools
 from collections.abc import Generator, Mapping
@@ -16,9 +16,9 @@ from mmjax.types import Array, Float, Int, PRNGKeyArray
 
 
 class Generated(NamedTuple):
-    """ids: int32 [b, n, t], pad behind a row's end; scores: float32 [b, n], summed log-probabilities, for beams divided
-    by length ** length_penalty. state: what the model remembers (not of a beam search). groups: int32 [b, n], the group
-    that each beam is of, from 0 (of a beam search alone)."""
+    """ids: int32 [b, n, t], pad after a sequence's end; scores: float32 [b, n], summed log-probabilities, for beams
+    divided by length ** length_penalty. state: the final decode state (None for beam search). groups: int32 [b, n], the
+    group of each beam, from 0 (beam search only)."""
 
     ids: Int[Array, "b n t"]
     scores: Float[Array, "b n"]
@@ -34,10 +34,10 @@ def generate(
     rng: PRNGKeyArray | int = 0,
     stops: Stops | None = None,
 ) -> Generated:
-    """All tokens of all items.
+    """Generates all tokens of all items.
 
-    inputs: see `Decodable`; arrays [b, ...]. rng: a key or a seed, for draws alone. decodable: hashable.
-    One item's tokens do not depend on what else is in the batch, but for rounding.
+    inputs: see `Decodable`; arrays [b, ...]. rng: a key or a seed, used by sampling only. decodable: hashable.
+    An item's tokens do not depend on the other items of the batch, except for rounding.
     """
     rng = jax.random.key(rng) if isinstance(rng, int) else rng
     if options.num_beams > 1:
@@ -56,20 +56,20 @@ def stream(
     stops: Stops | None = None,
     every: int = 1,
 ) -> Generator[np.ndarray, None, DecodeState]:
-    """The same tokens as `generate`'s, int32 [b, n, m], as they come: m is `every`, but for the first and last.
+    """Yields the tokens of `generate` as they are generated, int32 [b, n, m]; m is `every`, except first and last.
 
-    The generator's own result is what the model remembers.
+    The generator returns the final decode state.
     Raises ValueError for a beam search, whose past tokens change.
     """
     if options.num_beams > 1:
-        raise ValueError("a beam search has no tokens to tell before it ends")
+        raise ValueError("a beam search cannot stream: its tokens change until it ends")
     rng = jax.random.key(rng) if isinstance(rng, int) else rng
     carry = _begin(decodable, options, variables, dict(inputs), rng, stops)
-    told = 0
+    yielded = 0
     while True:
         written, done = int(carry.written), bool(jnp.all(carry.done))
-        yield np.asarray(carry.ids[..., told:written])
-        told = written
+        yield np.asarray(carry.ids[..., yielded:written])
+        yielded = written
         if done or written >= options.max_new_tokens:
             return carry.state
         carry = _advance(decodable, options, variables, carry, min(written + every, options.max_new_tokens), stops)

@@ -1,4 +1,4 @@
-"""What may be asked of a generation. Names are transformers', and so are the rules; its hidden top_k = 50 is not."""
+"""Options of generation. Names and rules are those of transformers, except for its implicit top_k = 50."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -9,23 +9,24 @@ from mmjax.errors import MmjaxError
 
 @dataclass(frozen=True)
 class BeamRules:
-    """By what length beams that ended are compared, and when a search is over; versions of transformers differ in both.
+    """The length by which finished beams are compared, and when a search ends; versions of transformers differ in both.
 
-    The defaults are version 5's. A checkpoint that was published with numbers of an older one needs that one's rules:
-    BLIP 4.15, BLIP-2 and OpenFlamingo 4.33, LLaVA 4.37. Each field tells what its being True means.
+    The defaults are version 5's. A checkpoint with published results of an older version needs that version's rules:
+    BLIP 4.15, BLIP-2 and OpenFlamingo 4.33, LLaVA 4.37. Each attribute is described for True.
 
     Attributes:
-        prompt_counted: the ids of the prompt are part of a length: those of the batch's longest, as the padding of the
-            shorter ones counts too. With it what an item gives depends on what else is in the batch.
-        eos_counted: the closing id is part of a length.
-        bound_lags: a length that bounds what may yet come is that before the newest token.
-        bound_of_all: what may yet come is bounded by the best continuation, though it ended; False: that runs on.
-        open_added: beams that max_new_tokens cuts all compete; False: those among the step's first num_beams do.
+        prompt_counted: lengths include the ids of the batch's longest prompt, since the padding of shorter ones counts
+            too. An item's result then depends on the other items of the batch.
+        eos_counted: lengths include the final eos id.
+        bound_lags: the bound on future scores uses the length before the newest token.
+        bound_of_all: future scores are bounded by the best continuation even if it finished; False: by the best
+            unfinished one.
+        open_added: all beams that max_new_tokens cuts off compete; False: only those among the step's first num_beams.
         first_eos_closes: whichever of several eos ids ended a beam, the first is written.
         gnmt: ((5 + length) / 6) ** length_penalty in place of length ** length_penalty (Wu et al. 2016, equation 14;
-            the Transformer's paper has it with 0.6).
+            the Transformer's paper uses it with 0.6).
 
-    Raises MmjaxError where a length could be 0.
+    Raises MmjaxError if a length could be 0.
     """
 
     prompt_counted: bool = False
@@ -63,33 +64,39 @@ class BeamRules:
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """Options of one generation; each combination of them is compiled once a shape.
+    """Options of one generation; each combination is compiled once per shape.
+
+        >>> GenerationOptions(max_new_tokens=64, temperature=0.7, top_p=0.9).replace(temperature=1.0).temperature
+        1.0
+        >>> GenerationOptions(num_beams=5, length_penalty=0.6).num_beams
+        5
 
     Attributes:
-        max_new_tokens: room for tokens, the closing one included.
-        min_new_tokens: before so many no row ends.
-        num_beams: 1: greedy, or sampling where `temperature` is above 0; more: beam search.
-        num_return_sequences: samples an item, or the best so many of its beams.
-        temperature: logits are divided by it before a draw; 0: no draw, the most probable token.
-        top_k: draws are among the k most probable (and what ties with the last); 0: among all.
-        top_p: draws are among the fewest tokens that hold at least this probability together, after temperature and
+        max_new_tokens: maximum number of generated tokens, including the final eos.
+        min_new_tokens: eos is not allowed before this number of tokens.
+        num_beams: 1: greedy, or sampling if `temperature` is above 0; more: beam search.
+        num_return_sequences: samples per item, or the number of best beams returned.
+        temperature: logits are divided by it before sampling; 0: greedy decoding.
+        top_k: samples from the k most probable tokens (and ties with the last); 0: from all.
+        top_p: samples from the smallest set of tokens with at least this total probability, after temperature and
             top_k (Holtzman et al. 2020).
-        repetition_penalty: the score of every id that the row or its prompt holds is divided by it, or multiplied
-            where negative (Keskar et al. 2019).
-        no_repeat_ngram_size: no sequence of so many ids stands twice in a row and its prompt; 0: any may.
-        length_penalty: beams that ended are compared by sum of log-probabilities / length ** length_penalty; the
-            length counts new tokens and the closing one, unless `beam_rules` say otherwise.
-        early_stopping: beam search of an item ends when num_beams beams have ended (True), when the best running one,
-            at its length, is no better than the worst that ended (False), or when it can never become so ("never").
-        beam_rules: those of which version of transformers.
-        num_beam_groups: so many groups of beams choose one after the other, each among its own (Vijayakumar et al.
-            2016, diverse beam search). 1: all beams are one group.
-        diversity_penalty: is taken from a token's log-probability for each beam of an earlier group that has just
-            chosen it. A group whose search is over chooses `pad`.
-        eos: ids that end a row. pad: fills what is behind its end.
-        bos: the one id that a prompt of embeddings alone holds, for penalties and `beam_rules`, as transformers before
-            version 5 has it; None: it holds none.
-        forced_bos: the token behind a prompt of one id, a decoder's start (mBART: a language); None: any.
+        repetition_penalty: the score of every id that occurs in the sequence or its prompt is divided by it, or
+            multiplied if negative (Keskar et al. 2019).
+        no_repeat_ngram_size: no n-gram of this size occurs twice in a sequence and its prompt; 0: no restriction.
+        length_penalty: finished beams are compared by sum of log-probabilities / length ** length_penalty; the length
+            counts new tokens and the final eos, unless `beam_rules` say otherwise.
+        early_stopping: beam search of an item ends when num_beams beams have finished (True), when the best running
+            one, at its length, is no better than the worst finished one (False), or when it can never become better
+            ("never").
+        beam_rules: the rules of a transformers version.
+        num_beam_groups: number of groups of beams, which are extended one after the other, each from its own beams
+            (Vijayakumar et al. 2016, diverse beam search). 1: all beams are one group.
+        diversity_penalty: subtracted from a token's log-probability for each beam of an earlier group that has just
+            chosen it. A group whose search has ended chooses `pad`.
+        eos: ids that end a sequence. pad: fills a sequence after its end.
+        bos: the single id that represents a prompt of embeddings, for penalties and `beam_rules`, as in transformers
+            before version 5; None: such a prompt has no ids.
+        forced_bos: the token after a prompt of one id, a decoder's start (mBART: a language); None: any.
         forced_eos: the last of max_new_tokens is one of `eos` (Marian).
         suppress: ids that are never generated.
     """
@@ -128,7 +135,7 @@ class GenerationOptions:
         if self.min_new_tokens > self.max_new_tokens:
             raise MmjaxError(f"min_new_tokens={self.min_new_tokens} is more than {self.max_new_tokens=}")
         if self.num_beams > 1 and self.temperature > 0:
-            raise MmjaxError("num_beams > 1 searches for the most probable texts: temperature has no place in it")
+            raise MmjaxError("num_beams > 1 searches for the most probable texts: it takes no temperature")
         if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
             raise MmjaxError(f"num_return_sequences={self.num_return_sequences} of num_beams={self.num_beams}")
         if self.num_beams % self.num_beam_groups:
@@ -136,17 +143,17 @@ class GenerationOptions:
         if (self.num_beam_groups > 1) != (self.diversity_penalty > 0):
             raise MmjaxError(
                 f"num_beam_groups={self.num_beam_groups} and diversity_penalty={self.diversity_penalty}: without the "
-                "penalty groups write the same, without groups there is nothing to differ from"
+                "penalty all groups generate the same, and a single group has none to differ from"
             )
         if self.num_beams == 1 and self.temperature == 0 and self.num_return_sequences > 1:
             raise MmjaxError(
                 "the most probable token gives one text: num_return_sequences needs temperature or num_beams"
             )
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
-            raise MmjaxError("top_k and top_p are of draws: they need a temperature above 0")
+            raise MmjaxError("top_k and top_p apply to sampling: they need a temperature above 0")
         if self.early_stopping not in (True, False, "never"):
             raise MmjaxError(f"early_stopping={self.early_stopping!r}: True, False or 'never'")
 
     def replace(self, **changes: object) -> "GenerationOptions":
-        """The same with other values."""
+        """A copy with some values changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

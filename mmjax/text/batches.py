@@ -1,4 +1,4 @@
-"""Texts of unequal length as one array of ids: what every tokenizer of a language model does alike."""
+"""Batches of texts of unequal length as one array of ids, for all tokenizers of language models."""
 
 import abc
 from collections.abc import Sequence
@@ -13,20 +13,20 @@ Side = Literal["left", "right"]
 
 
 class Batches(abc.ABC):
-    """A tokenizer is called with texts; a subclass says what the ids of one are, and how it is cut."""
+    """Base class of tokenizers: a subclass implements `encode` and `encode_truncated`."""
 
     @property
     @abc.abstractmethod
     def pad(self) -> int | None:
-        """The id that fills rows up; None: there is none."""
+        """The padding id; None if there is none."""
 
     @abc.abstractmethod
-    def rows(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """The ids of each text, as many as it has."""
+    def encode(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """The ids of each text, unpadded."""
 
     @abc.abstractmethod
-    def cut(self, text: str, width: int, add_special_tokens: bool) -> list[int]:
-        """Its first ids, `width` with the special tokens around them. Raises MmjaxError where those alone are more."""
+    def encode_truncated(self, text: str, width: int, add_special_tokens: bool) -> list[int]:
+        """The first `width` ids of a text, special tokens included. Raises MmjaxError if special tokens need more."""
 
     def __call__(
         self,
@@ -39,10 +39,12 @@ class Batches(abc.ABC):
         """(ids, attention mask), int32; the mask is 1 at tokens and 0 at padding.
 
         padding_side: "left" for prompts that a decoder continues.
-        length: l; of several the smallest that holds every text, so that few shapes compile; None: the longest text's.
-        add_special_tokens: those of the file's post-processor, such as bos; not for a text of `chat`, which has them.
-        truncate: cut what is longer than `length` at its end, special tokens kept.
-        Raises MmjaxError: not a string, a text longer than `length`, or padding without any token to pad with.
+        length: l; of several lengths the smallest that fits every text, so that few shapes compile; None: the longest
+            text's.
+        add_special_tokens: those of the file's post-processor, such as bos. False for a text of `chat`, which contains
+            them.
+        truncate: truncate longer texts at their end; special tokens stay.
+        Raises MmjaxError: not a string, a text longer than `length`, or padding without a padding id.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         wrong = next((text for text in texts if not isinstance(text, str)), None)
@@ -50,29 +52,29 @@ class Batches(abc.ABC):
             raise MmjaxError(f"a tokenizer takes strings, not {type(wrong).__name__}: {wrong!r}")
         if padding_side not in ("left", "right"):
             raise MmjaxError(f"padding_side={padding_side!r}: left or right")
-        rows = self.rows(texts, add_special_tokens)
-        longest = max(map(len, rows), default=0)
+        sequences = self.encode(texts, add_special_tokens)
+        longest = max(map(len, sequences), default=0)
         lengths = [longest] if length is None else [length] if isinstance(length, int | np.integer) else sorted(length)
         width = next((size for size in lengths if size >= longest), None)
         if width is None:
             width = lengths[-1] if lengths else 0
             if not truncate:
-                told = texts[int(np.argmax([len(row) for row in rows]))]
-                raise MmjaxError(f"length={width}: a text of {longest} ids does not fit: {told[:200]!r}")
-            rows = [
-                row if len(row) <= width else self.cut(text, width, add_special_tokens)
-                for text, row in zip(texts, rows)
+                longest_text = texts[int(np.argmax([len(ids) for ids in sequences]))]
+                raise MmjaxError(f"length={width}: a text of {longest} ids does not fit: {longest_text[:200]!r}")
+            sequences = [
+                ids if len(ids) <= width else self.encode_truncated(text, width, add_special_tokens)
+                for text, ids in zip(texts, sequences)
             ]
-        return self._padded(rows, width, padding_side)
+        return self._padded(sequences, width, padding_side)
 
-    def _padded(self, rows: Sequence[Sequence[int]], width: int, side: Side) -> tuple[np.ndarray, np.ndarray]:
-        if self.pad is None and any(len(row) < width for row in rows):
+    def _padded(self, sequences: Sequence[Sequence[int]], width: int, side: Side) -> tuple[np.ndarray, np.ndarray]:
+        if self.pad is None and any(len(sequence) < width for sequence in sequences):
             raise MmjaxError(
                 "texts of unequal length need padding, and this tokenizer has neither a pad nor an eos token"
             )
-        ids = np.full((len(rows), width), self.pad or 0, np.int32)
+        ids = np.full((len(sequences), width), self.pad or 0, np.int32)
         mask = np.zeros_like(ids)
-        for place, row in enumerate(rows):
-            span = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-            ids[place, span], mask[place, span] = row, 1
+        for index, sequence in enumerate(sequences):
+            span = slice(width - len(sequence), width) if side == "left" else slice(0, len(sequence))
+            ids[index, span], mask[index, span] = sequence, 1
         return ids, mask

@@ -1,8 +1,12 @@
-"""Chat templates: Jinja from a stranger's file, rendered in a sandbox to the letter as transformers renders it.
+"""Chat templates: untrusted Jinja, rendered in a sandbox exactly as transformers renders it.
 
-Facts from transformers 5, utils/chat_template_utils.py: blocks are trimmed, loop controls are on, `tojson` escapes no
-HTML, `raise_exception` and `strftime_now` are there, {% generation %} marks text and changes none, keys whose value is
-None are not seen, and a template sees nothing but what JSON could hold.
+As in transformers 5, utils/chat_template_utils.py: blocks are trimmed, loop controls are on, `tojson` escapes no HTML,
+`raise_exception` and `strftime_now` exist, {% generation %} marks text without changing it, keys whose value is None
+are dropped. Templates only get values of JSON types.
+
+    >>> template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    >>> render(template, [{"role": "user", "content": "Hello"}])
+    '<user>Hello'
 """
 
 import datetime
@@ -24,15 +28,15 @@ Message: TypeAlias = Mapping[str, Any]
 def render(template: str, messages: Sequence[Message], **variables: Any) -> str:
     """The text of a conversation.
 
-    variables: what else the template sees, beside `messages`: add_generation_prompt, bos_token, tools, ...
-    Raises MmjaxError: messages that are no dictionaries, a template that does not parse, or that refuses them.
+    variables: the template's variables beside `messages`: add_generation_prompt, bos_token, tools, ...
+    Raises MmjaxError: a message that is not a dictionary, a template that does not parse or raises.
     """
     wrong = next((message for message in messages if not isinstance(message, Mapping)), None)
     if wrong is not None:
         raise MmjaxError(f"messages: each is a dictionary with role and content, not {type(wrong).__name__}: {wrong!r}")
-    seen = [{key: _plain(value) for key, value in message.items() if value is not None} for message in messages]
+    visible = [{key: _plain(value) for key, value in message.items() if value is not None} for message in messages]
     try:
-        return _compile(template).render(messages=seen, **{key: _plain(value) for key, value in variables.items()})
+        return _compile(template).render(messages=visible, **{key: _plain(value) for key, value in variables.items()})
     except (
         jinja2.TemplateError,
         TypeError,
@@ -57,7 +61,7 @@ def _compile(template: str) -> jinja2.Template:
 
 
 class _Generation(ext.Extension):
-    """{% generation %} ... {% endgeneration %}: what is between."""
+    """{% generation %} ... {% endgeneration %}: renders its body."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -83,7 +87,7 @@ def _raise(message: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The value in JSON's types; of an image or an array only its type's name, for templates ask no more of them."""
+    """The value in JSON's types; for an image or an array only the name of its type, which suffices for templates."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     for kind in (str, int, float):

@@ -1,8 +1,12 @@
 """CLIP's byte-pair encoding on the `tokenizers` library: OpenAI's merges, Hugging Face's files, or trained here.
 
-Ids, in this order (OpenAI clip/simple_tokenizer.py): 256 byte symbols, the same with the mark of a word's end, the
-merges, start of text, end of text. A sequence is [start, tokens, end], padded and cut to the context length; a cut
-sequence still ends in the end token.
+Ids, in this order (OpenAI clip/simple_tokenizer.py): 256 byte symbols, the same with the end-of-word mark, the merges,
+start of text, end of text. A sequence is [start, tokens, end], padded and truncated to the context length; a truncated
+sequence still ends with the end token.
+
+    >>> tokenizer = train_clip_tokenizer(["a red hen", "a red cat"], vocab_size=530, context_length=8)
+    >>> tokenizer("A red HEN").shape, tokenizer.decode(tokenizer("A red HEN")[0])
+    ((1, 8), 'a red hen')
 """
 
 import gzip
@@ -29,14 +33,14 @@ except ImportError:
 END_OF_WORD = "</w>"
 START, END = "<|startoftext|>", "<|endoftext|>"
 SPELLINGS = ((START, END), ("<start_of_text>", "<end_of_text>"))
-"""Of the two special tokens: OpenAI's and open_clip's."""
+"""Spellings of the two special tokens: OpenAI's and open_clip's."""
 PUBLIC_VOCABULARY = 49408
 CONTEXT_LENGTH = 77
 
 PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-"""What a text is cut in before the merges: contractions, runs of letters, single digits, runs of anything else.
+"""Pre-tokenisation: contractions, runs of letters, single digits, runs of anything else.
 
-OpenAI's ignores case, which on lower-cased text shows with the long s alone; Hugging Face's does not."""
+OpenAI's ignores case, which on lower-cased text matters only for the long s; Hugging Face's does not."""
 
 Padding = Literal["zero", "end"]
 File = str | os.PathLike[str]
@@ -46,8 +50,8 @@ class CLIPTokenizer:
     """Texts -> ids int32 [b, context_length].
 
     Attributes:
-        tokenizer: the `tokenizers.Tokenizer` that does the work; `save` writes it, padding and length included.
-        context_length: ids a sequence.
+        tokenizer: the `tokenizers.Tokenizer`; `save` writes it, padding and length included.
+        context_length: ids per sequence.
         padding: "zero" pads with id 0 and cleans texts as OpenAI does; "end" pads with the end token and leaves texts
             to the normaliser in the file, as Hugging Face does. Pooled features are the same.
         start, end, pad: ids.
@@ -56,7 +60,7 @@ class CLIPTokenizer:
     def __init__(
         self, tokenizer: tokenizers.Tokenizer, context_length: int = CONTEXT_LENGTH, padding: Padding = "zero"
     ):
-        """Raises MmjaxError: no special tokens, or a context length that leaves no room between them."""
+        """Raises MmjaxError: no special tokens, or a context length too small for a token between them."""
         if context_length < 3:
             raise MmjaxError(f"context_length={context_length}: start, end and a token need at least 3")
         names = next(
@@ -78,8 +82,8 @@ class CLIPTokenizer:
     def __call__(self, texts: str | Sequence[str], truncate: bool = True) -> Int[np.ndarray, "b l"]:
         """Ids of one text or several, int32.
 
-        truncate: whether texts that do not fit are cut, as open_clip always does; else they raise MmjaxError, as
-            OpenAI's tokenizer does unless told.
+        truncate: whether longer texts are truncated, as open_clip always does; else they raise MmjaxError, as by
+            default in OpenAI's tokenizer.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         wrong = next((text for text in texts if not isinstance(text, str)), None)
@@ -92,11 +96,11 @@ class CLIPTokenizer:
         return np.array([encoding.ids for encoding in encoded], np.int32).reshape(-1, self.context_length)
 
     def clean(self, text: str) -> str:
-        """What the merges see, but for normalisation in `tokenizer`."""
+        """The text after cleaning, before the normalisation in `tokenizer`."""
         return clean(text) if self.padding == "zero" else text
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids -> text: special tokens and padding are left out, broken UTF-8 becomes U+FFFD."""
+        """Ids -> text, without special tokens and padding; invalid UTF-8 becomes U+FFFD."""
         tokens = []
         for id in ids:
             if int(id) == self.end:
@@ -120,7 +124,7 @@ class CLIPTokenizer:
 
     @classmethod
     def from_file(cls, file: File) -> "CLIPTokenizer":
-        """A tokenizer.json, of `save` or of Hugging Face (padded with the end token to 77 unless the file says else).
+        """Reads a tokenizer.json of `save` or of Hugging Face (by default padded with the end token to 77).
 
         Raises MmjaxError, naming the file, if it is not a CLIP tokenizer.
         """
@@ -139,7 +143,7 @@ class CLIPTokenizer:
 
     @classmethod
     def from_merges(cls, file: File, context_length: int = CONTEXT_LENGTH) -> "CLIPTokenizer":
-        """OpenAI's bpe_simple_vocab_16e6.txt.gz: a header, then more merges than the 48,894 that are used."""
+        """Reads OpenAI's bpe_simple_vocab_16e6.txt.gz: a header, then more merges than the 48,894 that are used."""
         path = pathlib.Path(file)
         try:
             text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -150,7 +154,7 @@ class CLIPTokenizer:
 
     @classmethod
     def from_vocab(cls, vocab: File, merges: File, context_length: int = CONTEXT_LENGTH) -> "CLIPTokenizer":
-        """Hugging Face's vocab.json and merges.txt; pads with the end token, as its tokenizer does."""
+        """Reads Hugging Face's vocab.json and merges.txt; pads with the end token, as its tokenizer does."""
         try:
             ids = json.loads(pathlib.Path(vocab).read_text("utf-8"))
             lines = pathlib.Path(merges).read_text("utf-8").split("\n")
@@ -163,7 +167,7 @@ class CLIPTokenizer:
 def train_clip_tokenizer(texts: Iterable[str], vocab_size: int, context_length: int = CONTEXT_LENGTH) -> CLIPTokenizer:
     """Learns merges from texts; every byte stays representable, so no text is ever unknown.
 
-    vocab_size: ids at most, of which 514 are bytes and special tokens; fewer come out if the texts run out of pairs.
+    vocab_size: maximum number of ids, of which 514 are bytes and special tokens; fewer if the texts have no more pairs.
     The same texts give the same tokenizer. Raises MmjaxError if vocab_size is below 514.
     """
     if vocab_size < 514:
@@ -173,8 +177,8 @@ def train_clip_tokenizer(texts: Iterable[str], vocab_size: int, context_length: 
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         show_progress=False,
-        # Fixed ids for symbols at the end of a word: ties between pairs go by id, and the trainer would number these in
-        # the order of a hash table.
+        # Fixed ids for symbols at the end of a word: ties between pairs are decided by id, and the trainer would number
+        # these in the order of a hash table.
         special_tokens=[symbol + END_OF_WORD for symbol in symbols],
         initial_alphabet=symbols,
         end_of_word_suffix=END_OF_WORD,
@@ -188,8 +192,8 @@ def train_clip_tokenizer(texts: Iterable[str], vocab_size: int, context_length: 
 
 
 def byte_symbols() -> dict[int, str]:
-    """byte -> printable character, in the order of the vocabulary (GPT-2's table): printable bytes are themselves and
-    come first, the other 68 follow as U+0100, U+0101, ..."""
+    """byte -> printable character, in the order of the vocabulary (GPT-2's table): printable bytes map to themselves
+    and come first, the other 68 follow as U+0100, U+0101, ..."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -205,7 +209,7 @@ def _merges(lines: Sequence[str], file: File) -> list[tuple[str, str]]:
 
 
 def _build(merges: Sequence[tuple[str, str]], ids: Mapping[str, int] | None = None) -> tokenizers.Tokenizer:
-    """The whole machine around the merges; `ids` only where they do not follow OpenAI's order."""
+    """The complete tokenizer around the merges. ids: None if they follow OpenAI's order."""
     symbols = list(byte_symbols().values())
     names = [*symbols, *(symbol + END_OF_WORD for symbol in symbols), *(a + b for a, b in merges), START, END]
     vocabulary = dict(ids) if ids is not None else {name: index for index, name in enumerate(names)}
@@ -232,7 +236,7 @@ def _build(merges: Sequence[tuple[str, str]], ids: Mapping[str, int] | None = No
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    # Found in lower-cased text, as the original's regular expression finds them.
+    # Matched in lower-cased text, as by the original's regular expression.
     tokenizer.add_special_tokens([tokenizers.AddedToken(name, normalized=True, special=True) for name in (START, END)])
     tokenizer.post_processor = processors.RobertaProcessing((END, end), (START, start), False, False)
     return tokenizer
@@ -247,10 +251,10 @@ WIDTHS = {code: unicodedata.normalize("NFKC", chr(code)) for code in (0x3000, *r
 
 
 def clean(text: str) -> str:
-    """OpenAI's cleaning: mended characters, HTML entities resolved twice, single spaces, lower case.
+    """OpenAI's cleaning: fixed characters, HTML entities resolved twice, single spaces, lower case.
 
-    The mending is that of the package ftfy where it is installed; without it, the part that needs no guessing: straight
-    quotes, ligatures, full-width letters, composed accents. Text that was decoded wrongly (mojibake) then stays so.
+    Characters are fixed by the package ftfy if it is installed; otherwise only by the unambiguous rules: straight
+    quotes, ligatures, full-width letters, composed accents. Wrongly decoded text (mojibake) then stays as it is.
     """
     text = html.unescape(html.unescape(_mended(text)))
     return " ".join(text.split()).lower()

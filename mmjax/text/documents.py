@@ -1,4 +1,8 @@
-"""Plain text files as documents of sentences: what masked language modelling is trained on."""
+"""Plain text files as documents of sentences, for masked language modelling.
+
+>>> split_sentences("One ends. Two follows! A third.")
+['One ends.', 'Two follows!', 'A third.']
+"""
 
 import os
 import pathlib
@@ -10,22 +14,22 @@ SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+(?=[\"'(\[]*[A-Z
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of prose: a new one begins at a capital or digit behind a full stop, and at an empty line.
+    """Sentences of prose: a new one begins at a capital or digit after a full stop, and at an empty line.
 
-    Abbreviations before names are cut too; what predicts masked words does not mind.
+    Abbreviations before names also end sentences, which is harmless for masked language modelling.
     """
     paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
     return [sentence for paragraph in paragraphs if paragraph for sentence in SENTENCE_END.split(paragraph)]
 
 
 def read_documents(folder: str | os.PathLike[str], prose: bool = False) -> dict[str, list[str]]:
-    """Name -> sentences, of every .txt file below a folder, in the order of their names.
+    """Name -> sentences of every .txt file below a folder, in the order of names.
 
-    A file has a sentence a line and an empty line between documents, as google-research/bert takes it; prose: it is one
-    document, and is cut by `split_sentences`.
+    A file has one sentence per line and an empty line between documents, as in google-research/bert; with `prose` it is
+    one document, split by `split_sentences`.
     Raises MmjaxError: no such folder, no text in it, or a file that is not UTF-8.
     """
-    root, found = pathlib.Path(folder), {}
+    root, result = pathlib.Path(folder), {}
     for file in sorted(root.rglob("*.txt")):
         try:
             text = file.read_text("utf-8")
@@ -39,7 +43,7 @@ def read_documents(folder: str | os.PathLike[str], prose: bool = False) -> dict[
                 [line.strip() for line in part.splitlines() if line.strip()] for part in re.split(r"\n\s*\n", text)
             ]
         numbered = [document for document in documents if document]
-        found |= {f"{name}#{i}" if len(numbered) > 1 else name: document for i, document in enumerate(numbered)}
-    if not found:
+        result |= {f"{name}#{i}" if len(numbered) > 1 else name: document for i, document in enumerate(numbered)}
+    if not result:
         raise MmjaxError(f"{folder}: no .txt file with text in it")
-    return found
+    return result

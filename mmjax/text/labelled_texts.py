@@ -1,11 +1,11 @@
-"""Texts, or pairs of them, each with a class or a number: the tables of GLUE and their kin, from local files.
+"""Texts, or pairs of texts, each with a class or a number: GLUE's tables and similar ones, from local files.
 
     read_labelled("SST-2/train.tsv")                                    # a header with "sentence" and "label"
     read_labelled("RTE/train.tsv", "sentence1", "label", "sentence2")
     read_labelled("CoLA/train.tsv", "3", "1")                           # no header: columns by number, from 0
-    read_labelled("reviews.jsonl", "text", "stars")                     # an object a line
+    read_labelled("reviews.jsonl", "text", "stars")                     # one object per line
 
-.tsv as GLUE has it, where a quotation mark is a character like others; .csv with the usual quotes; .jsonl.
+.tsv as in GLUE, where quotation marks have no meaning; .csv with the usual quotes; .jsonl.
 """
 
 import csv
@@ -28,49 +28,49 @@ File = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class LabelledText:
-    """pair: the second text, "" where there is one text. label: as it is written. place: file and line."""
+    """pair: the second text, "" if there is only one. label: as written. location: file and line."""
 
     text: str
     label: str
     pair: str = ""
-    place: str = ""
+    location: str = ""
 
 
 def read_labelled(file: File, text: str = "sentence", label: str = "label", pair: str = "") -> list[LabelledText]:
-    """The rows of a file. text, label, pair: names of columns, or their numbers in a file without a header.
+    """The records of a file. text, label, pair: names of columns, or their numbers in a file without a header.
 
-    Raises MmjaxError naming file and line: no such column, a row without it, an empty text or label, or not UTF-8.
+    Raises MmjaxError naming file and line: no such column, a record without it, an empty text or label, or not UTF-8.
     """
-    path, wanted = pathlib.Path(file), [name for name in (text, label, pair) if name]
+    path, names = pathlib.Path(file), [name for name in (text, label, pair) if name]
     try:
         content = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise MmjaxError(f"{file}: {error}") from error
     readers = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl}
     if path.suffix not in readers:
-        raise MmjaxError(f"{file}: want a file that ends in {', '.join(readers)}")
+        raise MmjaxError(f"{file}: expected a file name that ends in {', '.join(readers)}")
     rows = []
-    for number, row in readers[path.suffix](content, file, wanted):
-        place = f"{file}, line {number}"
-        empty = [name for name in wanted if not row[name].strip()]
+    for number, row in readers[path.suffix](content, file, names):
+        location = f"{file}, line {number}"
+        empty = [name for name in names if not row[name].strip()]
         if empty:
-            raise MmjaxError(f"{place}: nothing in column {empty[0]!r}")
-        rows.append(LabelledText(row[text], row[label].strip(), row[pair] if pair else "", place))
+            raise MmjaxError(f"{location}: column {empty[0]!r} is empty")
+        rows.append(LabelledText(row[text], row[label].strip(), row[pair] if pair else "", location))
     if not rows:
-        raise MmjaxError(f"{file}: no row in it")
+        raise MmjaxError(f"{file}: it has no records")
     return rows
 
 
 Numbered = Iterator[tuple[int, Mapping[str, str]]]
 
 
-def _tsv(content: str, file: File, wanted: Sequence[str]) -> Numbered:
+def _tsv(content: str, file: File, names: Sequence[str]) -> Numbered:
     lines = enumerate(content.split("\n"), 1)
     cut = ((number, line.removesuffix("\r").split("\t")) for number, line in lines if line.strip())
-    return _columns(cut, file, wanted)
+    return _columns(cut, file, names)
 
 
-def _csv(content: str, file: File, wanted: Sequence[str]) -> Numbered:
+def _csv(content: str, file: File, names: Sequence[str]) -> Numbered:
     def rows() -> Iterator[tuple[int, list[str]]]:
         reader = csv.reader(io.StringIO(content, newline=""), strict=True)
         try:
@@ -78,40 +78,40 @@ def _csv(content: str, file: File, wanted: Sequence[str]) -> Numbered:
         except csv.Error as error:
             raise MmjaxError(f"{file}, line {reader.line_num}: {error}") from error
 
-    return _columns(rows(), file, wanted)
+    return _columns(rows(), file, names)
 
 
-def _columns(rows: Iterator[tuple[int, list[str]]], file: File, wanted: Sequence[str]) -> Numbered:
-    if all(name.isdigit() for name in wanted):
-        places = {name: int(name) for name in wanted}
+def _columns(rows: Iterator[tuple[int, list[str]]], file: File, names: Sequence[str]) -> Numbered:
+    if all(name.isdigit() for name in names):
+        indices = {name: int(name) for name in names}
     else:
         header = next(rows, (1, []))[1]
-        absent = [name for name in wanted if name not in header]
+        absent = [name for name in names if name not in header]
         if absent:
             raise MmjaxError(f"{file}, line 1: no column {absent[0]!r}; there are {', '.join(header)}")
-        places = {name: header.index(name) for name in wanted}
+        indices = {name: header.index(name) for name in names}
     for number, row in rows:
-        if len(row) <= max(places.values()):
-            raise MmjaxError(f"{file}, line {number}: {len(row)} columns; want {max(places.values()) + 1} or more")
-        yield number, {name: row[place] for name, place in places.items()}
+        if len(row) <= max(indices.values()):
+            raise MmjaxError(f"{file}, line {number}: {len(row)} columns; expected {max(indices.values()) + 1} or more")
+        yield number, {name: row[index] for name, index in indices.items()}
 
 
-def _jsonl(content: str, file: File, wanted: Sequence[str]) -> Numbered:
+def _jsonl(content: str, file: File, names: Sequence[str]) -> Numbered:
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
-                yield number, {name: str(row[name]) for name in wanted}
+                yield number, {name: str(row[name]) for name in names}
             except (ValueError, KeyError, TypeError) as error:
-                told = f"want an object with {', '.join(wanted)}"
-                raise MmjaxError(f"{file}, line {number}: {told}: {type(error).__name__}: {error}") from error
+                expected = f"expected an object with {', '.join(names)}"
+                raise MmjaxError(f"{file}, line {number}: {expected}: {type(error).__name__}: {error}") from error
 
 
 def class_names(rows: Sequence[LabelledText]) -> tuple[str, ...]:
-    """The different labels: by size if all are whole numbers, else by name. Raises MmjaxError for fewer than two."""
+    """The distinct labels, sorted as integers if all are, else by name. Raises MmjaxError for fewer than two."""
     names = {row.label for row in rows}
     if len(names) < 2:
-        raise MmjaxError(f"{rows[0].place}: all {len(rows)} texts are of one class, {rows[0].label!r}")
+        raise MmjaxError(f"{rows[0].location}: all {len(rows)} texts are of one class, {rows[0].label!r}")
     numbered = all(name.isdigit() for name in names)
     return tuple(sorted(names, key=int) if numbered else sorted(names))
 
@@ -120,17 +120,17 @@ def classified_columns(
     rows: Sequence[LabelledText], tokenizer: WordPieceTokenizer, length: int, classes: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """Columns "input_ids", "attention_mask", "token_type_ids", int32 [n, l], l at most `length`, and "label" [n]: the
-    number of a class, or where there are no `classes` the label itself, float32.
+    class index, or without `classes` the label as a float32 number.
 
-    Raises MmjaxError, naming the place: a label that is no class, or no finite number.
+    Raises MmjaxError, naming file and line: a label that is not a class, or not a finite number.
     """
-    number = {name: index for index, name in enumerate(classes)}
+    class_index = {name: index for index, name in enumerate(classes)}
     labels = []
     for row in rows:
-        value: Any = number.get(row.label) if classes else _finite(row.label)
+        value: Any = class_index.get(row.label) if classes else _finite(row.label)
         if value is None:
-            told = f"not among {', '.join(classes)}" if classes else "not a number"
-            raise MmjaxError(f"{row.place}: the label {row.label!r} is {told}")
+            expected = f"not among {', '.join(classes)}" if classes else "not a number"
+            raise MmjaxError(f"{row.location}: the label {row.label!r} is {expected}")
         labels.append(value)
     pairs = [row.pair for row in rows] if any(row.pair for row in rows) else None
     columns = tokenizer([row.text for row in rows], pairs, length)

@@ -1,8 +1,8 @@
 """Marian's tokenizer (transformers, tokenization_marian.py): two SentencePiece models over one vocabulary, or two.
 
-source.spm and target.spm cut texts into pieces; what a piece's id is stands in vocab.json alone, where one that is
-missing is the unknown token. A text that begins with >>code<< names the target language: one token. Punctuation is
-left as it is: transformers, too, applies Moses' rules only where its `normalize` is called.
+source.spm and target.spm split texts into pieces; vocab.json has the ids of pieces, and a piece missing from it is the
+unknown token. A text that begins with >>code<< names the target language: one token. Punctuation is unchanged:
+transformers, too, applies Moses' rules only if its `normalize` is called.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from mmjax.text.tokenizer_files import CONFIG, File
 
 SOURCE, TARGET, VOCAB, TARGET_VOCAB = "source.spm", "target.spm", "vocab.json", "target_vocab.json"
 SPECIAL = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}
-"""The special tokens that a folder need not name."""
+"""Default special tokens."""
 CODE = re.compile(">>.*?<<", re.DOTALL)
 
 
@@ -32,10 +32,10 @@ class MarianTokenizer(Batches):
     """Texts of the source language -> ids; ids of the target language -> texts.
 
     Attributes:
-        source, target: the two SentencePiece models, as their files' bytes.
-        vocab: piece -> id. target_vocab: the target language's own; None: `vocab` is of both.
-        config: tokenizer_config.json; it may name special tokens, and stays as it was read.
-        writes_target: texts are encoded as the target language's, as labels are; see `of_target`.
+        source, target: the bytes of the two SentencePiece models.
+        vocab: piece -> id. target_vocab: the vocabulary of the target language; None: `vocab` is shared.
+        config: tokenizer_config.json, unchanged; it may name special tokens.
+        writes_target: encodes texts of the target language, as for labels; see `of_target`.
     """
 
     source: bytes
@@ -48,10 +48,10 @@ class MarianTokenizer(Batches):
     def __post_init__(self) -> None:
         unknown = self._names["unk_token"]
         if any(unknown not in vocab for vocab in (self.vocab, self.target_vocab or self.vocab)):
-            raise MmjaxError(f"{VOCAB}: a vocabulary of Marian's without {unknown!r}")
+            raise MmjaxError(f"{VOCAB}: a Marian vocabulary without {unknown!r}")
         words = [token.content for token in self._listed.values() if token.single_word]
         if words:
-            raise MmjaxError(f"{CONFIG}: {words[0]!r} should be found as a word of its own, which is not built")
+            raise MmjaxError(f"{CONFIG}: {words[0]!r} has single_word=true, which is not supported")
 
     # ----------------------------------------------------------------------------------------------------- vocabulary
 
@@ -64,8 +64,8 @@ class MarianTokenizer(Batches):
     def _names(self) -> dict[str, str]:
         """Special tokens by transformers' names, in its order."""
         named = tokenizer_files.named_tokens(self.config, pathlib.Path(CONFIG))
-        told = SPECIAL | {name: token.content for name, token in named.items()}
-        return {name: told[name] for name in tokenizer_files.SPECIAL if name in told}
+        tokens = SPECIAL | {name: token.content for name, token in named.items()}
+        return {name: tokens[name] for name in tokenizer_files.SPECIAL if name in tokens}
 
     @functools.cached_property
     def _listed(self) -> dict[int, AddedToken]:
@@ -73,14 +73,14 @@ class MarianTokenizer(Batches):
 
     @functools.cached_property
     def _specials(self) -> list[str]:
-        """All that is no text: the named tokens, then those that the config only lists."""
+        """All special tokens: the named ones, then those that the config only lists."""
         extra = self.config.get("extra_special_tokens") or self.config.get("additional_special_tokens") or []
         contents = [token["content"] if isinstance(token, dict) else str(token) for token in extra]
         return [*self._names.values(), *contents]
 
     @functools.cached_property
     def _added(self) -> dict[str, int]:
-        """What is found in a text before it is cut into pieces; a token that the vocabulary lacks has an id behind."""
+        """Tokens matched in a text before it is split into pieces; those missing from the vocabulary get new ids."""
         added = {token.content: id for id, token in self._listed.items()}
         for token in self._specials:
             known = {**self.vocab, **added}
@@ -89,7 +89,7 @@ class MarianTokenizer(Batches):
 
     @functools.cached_property
     def _pieces(self) -> dict[int, str]:
-        """id -> piece, of what is written: two vocabularies have special tokens of their own."""
+        """id -> piece of the target side: separate vocabularies have separate special tokens."""
         written = {**self.vocab, **self._added} if self.target_vocab is None else self.target_vocab
         return {id: piece for piece, id in written.items()}
 
@@ -112,7 +112,7 @@ class MarianTokenizer(Batches):
 
     @property
     def language_codes(self) -> tuple[str, ...]:
-        """What a text may begin with, as ">>fra<<"; empty for a pair of languages."""
+        """Language codes that a text may begin with, such as ">>fra<<"; empty for a single language pair."""
         return tuple(piece for piece in self.vocab if piece.startswith(">>") and piece.endswith("<<"))
 
     # -------------------------------------------------------------------------------------------------- texts and ids
@@ -128,15 +128,15 @@ class MarianTokenizer(Batches):
         longest_first = sorted(filter(None, self._added), key=len, reverse=True)
         return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
-    def rows(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+    def encode(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         ends = list(self.eos) if add_special_tokens else []
         return [[*self._ids(text), *ends] for text in texts]
 
     def _ids(self, text: str) -> list[int]:
         vocab = self.target_vocab if self.writes_target and self.target_vocab is not None else self.vocab
         model, unknown, ids = self._models[self.writes_target], vocab[self._names["unk_token"]], []
-        for place, part in enumerate(self._splits.split(text)):
-            if place % 2:
+        for index, part in enumerate(self._splits.split(text)):
+            if index % 2:
                 ids.append(self._added[part])
             elif part:
                 code = CODE.match(part)
@@ -145,21 +145,21 @@ class MarianTokenizer(Batches):
                 ids += [self._added.get(piece, vocab.get(piece, unknown)) for piece in pieces]
         return ids
 
-    def cut(self, text: str, width: int, add_special_tokens: bool) -> list[int]:
+    def encode_truncated(self, text: str, width: int, add_special_tokens: bool) -> list[int]:
         ends = list(self.eos) if add_special_tokens else []
         if width < len(ends):
             raise MmjaxError(f"length={width}: not even the special tokens fit")
         return [*self._ids(text)[: width - len(ends)], *ends]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """One row of target ids -> text, by target.spm. Ids beyond the vocabulary are left out.
+        """A sequence of target ids -> text, by target.spm. Ids beyond the vocabulary are skipped.
 
-        Raises MmjaxError at a negative id: labels and padding of -100 are no text.
+        Raises MmjaxError for a negative id, such as labels of -100.
         """
         text, run, specials = "", [], set(self._specials)
         for id in map(int, ids):
             if id < 0:
-                raise MmjaxError(f"ids: {id} is no id")
+                raise MmjaxError(f"ids: {id} is not an id")
             piece = self._pieces.get(id)
             if piece is None or (skip_special_tokens and piece in specials):
                 continue
@@ -173,9 +173,9 @@ class MarianTokenizer(Batches):
         return text
 
     def token_bytes(self, size: int | None = None) -> list[bytes]:
-        """What each target id adds to a text, as `mmjax.text.stop_strings.token_bytes`.
+        """The bytes that each target id adds to a text, as `mmjax.text.stop_strings.token_bytes`.
 
-        size: rows of the model's table; those without a piece are empty. Raises MmjaxError for a larger id.
+        size: rows of the model's embedding table; rows without a piece are empty. Raises MmjaxError for a larger id.
         """
         largest = max(self._pieces)
         if size is not None and largest >= size:
@@ -187,29 +187,33 @@ class MarianTokenizer(Batches):
 
     @classmethod
     def from_folder(cls, folder: File) -> Self:
-        """source.spm, target.spm, vocab.json and, where they are, tokenizer_config.json and target_vocab.json.
+        """Reads source.spm, target.spm, vocab.json and, if present, tokenizer_config.json and target_vocab.json.
 
-        Raises MmjaxError naming the file that is missing or cannot be read, or that the package sentencepiece
-        (mmjax[sentencepiece]) is not there.
+        Raises MmjaxError naming the file that is missing or cannot be read, or if the package sentencepiece
+        (mmjax[sentencepiece]) is not installed.
         """
         folder = pathlib.Path(folder)
         config = tokenizer_files.config_beside(folder / CONFIG)
         source, target = (_model(folder / name) for name in (SOURCE, TARGET))
-        own = _vocabulary(folder / TARGET_VOCAB) if config.get("separate_vocabs") else None
+        target_vocab = _vocabulary(folder / TARGET_VOCAB) if config.get("separate_vocabs") else None
         try:
-            return cls(source, target, _vocabulary(folder / VOCAB), own, config)
+            return cls(source, target, _vocabulary(folder / VOCAB), target_vocab, config)
         except MmjaxError as error:
             raise MmjaxError(f"{folder}: {error}") from error
 
     def save(self, file: File) -> None:
-        """Writes the same files into the folder of `file`, in place of a tokenizer.json of that name."""
+        """Writes the same files into the folder of `file`, and deletes a tokenizer.json of that name."""
         folder = pathlib.Path(file).parent
         folder.mkdir(parents=True, exist_ok=True)
         pathlib.Path(file).unlink(missing_ok=True)
         (folder / SOURCE).write_bytes(self.source)
         (folder / TARGET).write_bytes(self.target)
-        told = {**self.config, "tokenizer_class": "MarianTokenizer", "separate_vocabs": self.target_vocab is not None}
-        files: dict[str, Mapping[str, Any] | None] = {VOCAB: self.vocab, TARGET_VOCAB: self.target_vocab, CONFIG: told}
+        config = {**self.config, "tokenizer_class": "MarianTokenizer", "separate_vocabs": self.target_vocab is not None}
+        files: dict[str, Mapping[str, Any] | None] = {
+            VOCAB: self.vocab,
+            TARGET_VOCAB: self.target_vocab,
+            CONFIG: config,
+        }
         for name, value in files.items():
             if value is not None:
                 tokenizer_files.write_json(folder / name, value)
@@ -228,5 +232,5 @@ def _vocabulary(file: pathlib.Path) -> dict[str, int]:
         raise MmjaxError(f"{file}: no such file")
     vocab = tokenizer_files.read_json(file)
     if not all(type(id) is int and id >= 0 for id in vocab.values()):
-        raise MmjaxError(f"{file}: should give every piece its id")
+        raise MmjaxError(f"{file}: should map every piece to an id")
     return vocab

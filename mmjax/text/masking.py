@@ -1,7 +1,12 @@
-"""Masked words: which tokens are hidden, and behind what (google-research/bert create_pretraining_data.py).
+"""Masked language modelling: which tokens are masked, and by what (google-research/bert create_pretraining_data.py).
 
-Static masking, as in BERT, draws once when the data is made: `Masking.rows`. Dynamic masking, as in RoBERTa, draws
-whenever a text is seen: `Masking.__call__` with a generator of that moment.
+Static masking, as in BERT, samples once when the data is prepared: `Masking.mask_all`. Dynamic masking, as in RoBERTa,
+samples whenever a text is used: `Masking.__call__` with a new generator.
+
+    >>> masking = Masking(vocab_size=1000, mask=103, special=(101, 102), limit=2)
+    >>> masked = masking(np.array([101, 7, 8, 9, 102, 0]), 5, np.random.default_rng(0))
+    >>> masked["masked_weights"].tolist()  # 15 % of five tokens: one
+    [1.0, 0.0]
 """
 
 import dataclasses
@@ -16,15 +21,15 @@ from mmjax.text.wordpiece import WordPieceTokenizer
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Masking:
-    """How tokens are hidden. Of those chosen 80 % become [MASK], 10 % any piece of the whole vocabulary (special
-    tokens and itself included), 10 % stay.
+    """Masks tokens. Of the selected tokens 80 % become [MASK], 10 % any piece of the whole vocabulary (special tokens
+    and itself included), and 10 % stay.
 
     Attributes:
-        vocab_size: pieces to draw from. mask: the id of [MASK].
-        special: ids that are never chosen, [CLS] and [SEP]; they count among the tokens that the rate is of.
-        rate: share of a text's tokens that is chosen; at least one is.
-        limit: chosen tokens of a text at most, and the length of what is returned.
-        continuations: bool [v], which pieces go on with a word: words are then chosen whole; None: pieces are.
+        vocab_size: number of pieces to sample from. mask: the id of [MASK].
+        special: ids that are never selected, [CLS] and [SEP]; the rate still counts them.
+        rate: share of a text's tokens that is selected; at least one is.
+        limit: maximum number of selected tokens, and the length of the returned arrays.
+        continuations: bool [v], pieces that continue a word: whole words are then selected; None: single pieces.
     """
 
     vocab_size: int
@@ -35,7 +40,7 @@ class Masking:
     continuations: Bool[np.ndarray, " v"] | None = None
 
     def __post_init__(self) -> None:
-        """Raises MmjaxError for a rate or limit that hides nothing, or continuations of another vocabulary."""
+        """Raises MmjaxError for a rate or limit that masks nothing, or continuations of another vocabulary."""
         if not 0 < self.rate <= 1 or self.limit < 1:
             raise MmjaxError(f"masking: rate={self.rate} (above 0, at most 1), limit={self.limit} (at least 1)")
         if self.continuations is not None and len(self.continuations) != self.vocab_size:
@@ -45,7 +50,7 @@ class Masking:
     def of(
         cls, tokenizer: WordPieceTokenizer, rate: float = 0.15, limit: int = 20, whole_words: bool = False
     ) -> "Masking":
-        """For a tokenizer's ids."""
+        """Masking for a tokenizer's ids."""
         words = tokenizer.continuations() if whole_words else None
         special = (tokenizer.cls, tokenizer.sep)
         return cls(tokenizer.vocab_size, tokenizer.mask, special, rate, limit, words)
@@ -53,10 +58,11 @@ class Masking:
     def __call__(
         self, ids: Int[np.ndarray, " l"], length: int, rng: np.random.Generator
     ) -> dict[str, Int[np.ndarray, " x"]]:
-        """One text, whose first `length` ids are tokens and the others padding.
+        """Masks one text, whose first `length` ids are tokens and the others padding.
 
-        Returns int32 "input_ids" [l], what is left to see, and by rising place "masked_positions" [limit],
-        "masked_ids" [limit], what was there, and "masked_weights" [limit], 1 and behind them 0, float32.
+        Returns int32 "input_ids" [l], the masked ids, and in order of position "masked_positions" [limit],
+        "masked_ids" [limit], the original ids, and float32 "masked_weights" [limit], 1 at selected tokens, 0 after
+        them.
         """
         groups = self._groups(ids[:length])
         budget = min(self.limit, max(1, round(length * self.rate)))
@@ -66,36 +72,36 @@ class Masking:
                 chosen += groups[index]
             if len(chosen) == budget:
                 break
-        places = np.sort(np.asarray(chosen, np.int64))
-        seen = np.array(ids, np.int32)
-        kind, others = rng.random(len(places)), rng.integers(0, self.vocab_size, len(places))
-        behind = np.where(kind < 0.8, self.mask, np.where(kind < 0.9, seen[places], others))
-        told = {
+        positions = np.sort(np.asarray(chosen, np.int64))
+        visible = np.array(ids, np.int32)
+        kind, others = rng.random(len(positions)), rng.integers(0, self.vocab_size, len(positions))
+        replacements = np.where(kind < 0.8, self.mask, np.where(kind < 0.9, visible[positions], others))
+        targets = {
             "masked_positions": np.zeros(self.limit, np.int32),
             "masked_ids": np.zeros(self.limit, np.int32),
             "masked_weights": np.zeros(self.limit, np.float32),
         }
-        for name, values in zip(told, (places, seen[places], 1)):
-            told[name][: len(places)] = values
-        seen[places] = behind
-        return {"input_ids": seen} | told
+        for name, values in zip(targets, (positions, visible[positions], 1)):
+            targets[name][: len(positions)] = values
+        visible[positions] = replacements
+        return {"input_ids": visible} | targets
 
-    def rows(
+    def mask_all(
         self, ids: Int[np.ndarray, "n l"], lengths: Int[np.ndarray, " n"], seed: int
     ) -> dict[str, Int[np.ndarray, "n x"]]:
-        """Many texts: row i is a function of (seed, i) alone."""
-        hidden = [self(row, int(k), np.random.default_rng((seed, i))) for i, (row, k) in enumerate(zip(ids, lengths))]
-        return {name: np.stack([row[name] for row in hidden]) for name in hidden[0]}
+        """Masks many texts: row i is a function of (seed, i) only."""
+        masked = [self(row, int(k), np.random.default_rng((seed, i))) for i, (row, k) in enumerate(zip(ids, lengths))]
+        return {name: np.stack([row[name] for row in masked]) for name in masked[0]}
 
     def _groups(self, ids: Sequence[int] | np.ndarray) -> list[list[int]]:
-        """Places that are chosen together."""
+        """Positions that are selected together."""
         groups: list[list[int]] = []
         joins = None if self.continuations is None else self.continuations[ids]
-        for place, id in enumerate(np.asarray(ids).tolist()):
+        for position, id in enumerate(np.asarray(ids).tolist()):
             if id in self.special:
                 continue
-            if joins is not None and joins[place] and groups:
-                groups[-1].append(place)
+            if joins is not None and joins[position] and groups:
+                groups[-1].append(position)
             else:
-                groups.append([place])
+                groups.append([position])
         return groups

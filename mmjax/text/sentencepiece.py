@@ -1,7 +1,7 @@
-"""SentencePiece's models on the `tokenizers` library: LLaMA's BPE, T5's Unigram, from a .model file or from pieces.
+"""SentencePiece models on the `tokenizers` library: LLaMA's BPE, T5's Unigram, from a .model file or from pieces.
 
-A piece's score takes the place of the merge list: the two neighbours that form the piece of the best score are merged
-first (sentencepiece, src/bpe_model.cc). Spaces are U+2581; a character that no piece holds falls back to its bytes.
+Scores of pieces replace the merge list: the two neighbours that form the piece of the best score are merged first
+(sentencepiece, src/bpe_model.cc). Spaces are U+2581; a character without a piece falls back to its bytes.
 """
 
 import pathlib
@@ -23,7 +23,7 @@ UNIGRAM, BPE = 1, 2
 
 
 def bpe_of_pieces(pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> models.BPE:
-    """The BPE whose merges are all ways of joining two normal pieces to a third, the best scores first."""
+    """The BPE whose merges are all ways to join two normal pieces into a third, the best scores first."""
     vocabulary = {piece: id for id, piece in enumerate(pieces)}
     merges = []
     for piece, score, kind in zip(pieces, scores, kinds):
@@ -40,11 +40,11 @@ def bpe_of_pieces(pieces: Sequence[str], scores: Sequence[float], kinds: Sequenc
 def sentencepiece_tokenizer(
     model: Any, dummy_prefix: bool = True, charsmap: bytes = b"", squeeze: bool = False
 ) -> tokenizers.Tokenizer:
-    """What SentencePiece puts around its model.
+    """A SentencePiece model with its normaliser and decoder.
 
-    dummy_prefix: a space is put in front of a text, and again behind every special token in it, as llama.cpp and
-        transformers' `legacy` form do. charsmap: its compiled normalisation (NFKC and the like).
-    squeeze: spaces at both ends are dropped and runs of them become one.
+    dummy_prefix: adds a space before a text, and after every special token in it, as llama.cpp and transformers'
+        `legacy` form do. charsmap: compiled normalisation rules (such as NFKC).
+    squeeze: strips spaces at both ends and collapses runs of them.
     """
     tokenizer = tokenizers.Tokenizer(model)
     steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
@@ -59,7 +59,7 @@ def sentencepiece_tokenizer(
 
 
 def unigram_of_model(proto: Any) -> tokenizers.Tokenizer:
-    """A Unigram model with everything around it but special tokens around a text. proto: of `parse_model`."""
+    """A Unigram tokenizer without special tokens around a text. proto: from `parse_model`."""
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     kinds = [piece.type for piece in proto.pieces]
     return _surrounded(models.Unigram(pieces, kinds.index(UNKNOWN), BYTE in kinds), proto)
@@ -77,15 +77,15 @@ def _surrounded(model: Any, proto: Any) -> tokenizers.Tokenizer:
 
 
 def read_sentencepiece(file: pathlib.Path) -> Parts:
-    """A .model file (tokenizer.model, spiece.model) with what lies beside it, as for a tokenizer.json.
+    """Reads a .model file (tokenizer.model, spiece.model) and the files beside it, as for a tokenizer.json.
 
-    Around a text stand bos for a BPE (LLaMA) and eos for a Unigram (T5), unless tokenizer_config.json has
+    A BPE (LLaMA) adds bos before a text and a Unigram (T5) eos after it, unless tokenizer_config.json has
     add_bos_token and add_eos_token. Raises MmjaxError naming the file, or that the package sentencepiece is missing.
     """
     if not file.is_file():
         raise MmjaxError(f"{file}: no such file")
     proto = parse_model(file.read_bytes(), str(file))
-    told, kind = proto.trainer_spec, proto.trainer_spec.model_type
+    spec, kind = proto.trainer_spec, proto.trainer_spec.model_type
     if kind not in (BPE, UNIGRAM):
         raise MmjaxError(f"{file}: a SentencePiece model of kind {kind}, neither BPE nor Unigram")
     names = [piece.piece for piece in proto.pieces]
@@ -97,23 +97,23 @@ def read_sentencepiece(file: pathlib.Path) -> Parts:
             tokenizer = unigram_of_model(proto)
     except Exception as error:  # the library raises bare Exception
         raise MmjaxError(f"{file}: {error}") from error
-    named = {f"{name}_token": getattr(told, f"{name}_piece") for name in ("bos", "eos", "unk", "pad")}
+    named = {f"{name}_token": getattr(spec, f"{name}_piece") for name in ("bos", "eos", "unk", "pad")}
     named = {name: piece for name, piece in named.items() if piece in names}
     return tokenizer_files.with_neighbours(file, tokenizer, named, add_bos=kind == BPE, add_eos=kind == UNIGRAM)
 
 
 def package() -> Any:
-    """The package sentencepiece. Raises MmjaxError where it is not installed."""
+    """The package sentencepiece. Raises MmjaxError if it is not installed."""
     try:
         import sentencepiece
     except ImportError as error:
-        told = "SentencePiece models need the package sentencepiece: pip install 'mmjax[sentencepiece]'"
-        raise MmjaxError(told) from error
+        message = "SentencePiece models need the package sentencepiece: pip install 'mmjax[sentencepiece]'"
+        raise MmjaxError(message) from error
     return sentencepiece
 
 
-def parse_model(raw: bytes, place: str) -> Any:
-    """The ModelProto in the bytes of a .model file. Raises MmjaxError naming `place`."""
+def parse_model(raw: bytes, location: str) -> Any:
+    """The ModelProto in the bytes of a .model file. Raises MmjaxError naming `location`."""
     package()
     from sentencepiece import sentencepiece_model_pb2
 
@@ -121,7 +121,7 @@ def parse_model(raw: bytes, place: str) -> Any:
     try:
         proto.ParseFromString(raw)
     except Exception as error:  # protobuf's DecodeError has no public home
-        raise MmjaxError(f"{place}: not a SentencePiece model: {error}") from error
+        raise MmjaxError(f"{location}: not a SentencePiece model: {error}") from error
     if not proto.pieces:
-        raise MmjaxError(f"{place}: not a SentencePiece model: it has no pieces")
+        raise MmjaxError(f"{location}: not a SentencePiece model: it has no pieces")
     return proto

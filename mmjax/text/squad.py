@@ -1,4 +1,4 @@
-"""Questions about texts whose answers are pieces of them, in SQuAD's JSON (v1.1, and v2.0 with questions without one).
+"""SQuAD's JSON format: questions about texts with extractive answers (v1.1, and v2.0 with unanswerable questions).
 
 {"data": [{"title": .., "paragraphs": [{"context": .., "qas": [{"id": .., "question": .., "answers": [{"text": ..,
 "answer_start": ..}, ..], "is_impossible": true}, ..]}, ..]}, ..]}
@@ -16,9 +16,9 @@ from mmjax.errors import MmjaxError
 
 @dataclass(frozen=True)
 class Question:
-    """answers: (text, its first character in the context) each; none: the context does not tell.
+    """answers: (text, index of its first character in the context) each; empty if unanswerable.
 
-    group: what it was drawn with: the paragraph's number in the file, or whatever names where it is from.
+    group: questions of the same group are resampled together: the paragraph's path in the file, or any other source.
     """
 
     id: str
@@ -29,49 +29,49 @@ class Question:
 
 
 def read_squad(file: str | os.PathLike[str]) -> list[Question]:
-    """Every question of a file, with all its answers.
+    """All questions of a file, with all answers.
 
-    Raises MmjaxError naming the file and the line (JSON that does not parse) or the question: a field that is missing
-    or of another type, or an answer that does not stand where it should.
+    Raises MmjaxError naming the file and the line (invalid JSON) or the question: a missing field or one of another
+    type, or an answer that is not at its offset in the context.
     """
     try:
-        told = json.loads(pathlib.Path(file).read_text("utf-8-sig"))
+        content = json.loads(pathlib.Path(file).read_text("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise MmjaxError(f"{file}, line {error.lineno}: not JSON: {error.msg}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise MmjaxError(f"{file}: {error}") from error
-    found = list(_questions(told, str(file)))
-    if not found:
-        raise MmjaxError(f"{file}: no question in it")
-    return found
+    questions = list(_questions(content, str(file)))
+    if not questions:
+        raise MmjaxError(f"{file}: it has no questions")
+    return questions
 
 
-def _questions(told: Any, file: str) -> Iterator[Question]:
-    for a, article in enumerate(_field(told, "data", list, file)):
+def _questions(content: Any, file: str) -> Iterator[Question]:
+    for a, article in enumerate(_field(content, "data", list, file)):
         for p, paragraph in enumerate(_field(article, "paragraphs", list, f"{file}: data[{a}]")):
-            place = f"data[{a}].paragraphs[{p}]"
-            context = _field(paragraph, "context", str, f"{file}: {place}")
-            for q, entry in enumerate(_field(paragraph, "qas", list, f"{file}: {place}")):
-                here = f"{file}: {place}.qas[{q}]"
-                id, question = (_field(entry, name, str, here) for name in ("id", "question"))
-                impossible = entry.get("is_impossible", False)
-                given = [] if impossible else _field(entry, "answers", list, here)
-                answers = tuple(_answer(answer, context, f"{here} (id {id})") for answer in given)
+            path = f"data[{a}].paragraphs[{p}]"
+            context = _field(paragraph, "context", str, f"{file}: {path}")
+            for q, item in enumerate(_field(paragraph, "qas", list, f"{file}: {path}")):
+                location = f"{file}: {path}.qas[{q}]"
+                id, question = (_field(item, name, str, location) for name in ("id", "question"))
+                impossible = item.get("is_impossible", False)
+                answer_list = [] if impossible else _field(item, "answers", list, location)
+                answers = tuple(_answer(answer, context, f"{location} (id {id})") for answer in answer_list)
                 if not answers and not impossible:
-                    raise MmjaxError(f"{here} (id {id}): no answer, and is_impossible is not true")
-                yield Question(id, question, context, answers, place)
+                    raise MmjaxError(f"{location} (id {id}): no answer, and is_impossible is not true")
+                yield Question(id, question, context, answers, path)
 
 
-def _answer(told: Any, context: str, place: str) -> tuple[str, int]:
-    text, start = _field(told, "text", str, place), _field(told, "answer_start", int, place)
-    stands = context[max(start, 0) : max(start, 0) + len(text)]
-    if not text.strip() or start < 0 or stands != text:
-        raise MmjaxError(f"{place}: the answer {text!r} should stand at {start}, where the context has {stands!r}")
+def _answer(item: Any, context: str, location: str) -> tuple[str, int]:
+    text, start = _field(item, "text", str, location), _field(item, "answer_start", int, location)
+    at_start = context[max(start, 0) : max(start, 0) + len(text)]
+    if not text.strip() or start < 0 or at_start != text:
+        raise MmjaxError(f"{location}: the answer {text!r} is not at {start}, where the context has {at_start!r}")
     return text, start
 
 
-def _field(told: Any, name: str, kind: type, place: str) -> Any:
-    value = told.get(name) if isinstance(told, dict) else None
+def _field(item: Any, name: str, kind: type, location: str) -> Any:
+    value = item.get(name) if isinstance(item, dict) else None
     if not isinstance(value, kind):
-        raise MmjaxError(f"{place}: want {name!r}, a {kind.__name__}, not {type(value).__name__}")
+        raise MmjaxError(f"{location}: expected {name!r}, a {kind.__name__}, not {type(value).__name__}")
     return value

@@ -1,8 +1,12 @@
-"""Stop strings as an automaton over tokens: one table lookup a generated token, inside compiled decoding.
+"""Stop strings as an automaton over tokens: one table lookup per generated token, inside compiled decoding.
 
-A stop string may begin inside one token, run through others and end inside another. So the automaton reads bytes (Aho
-and Corasick, 1975: every string at once, falling back to the longest suffix that may still grow into one), and its
-steps are composed over the bytes of each token of the vocabulary.
+A stop string may begin inside one token, span others and end inside another. So the automaton reads bytes (Aho and
+Corasick, 1975: all strings at once, falling back to the longest suffix that is a prefix of one), and its steps are
+composed over the bytes of each token of the vocabulary.
+
+    >>> automaton = stop_automaton(["##"], tokens=[b"a", b"#", b"x#"])
+    >>> automaton.advance(automaton.start, [0, 2, 1]) == automaton.matched  # "a", "x#", "#"
+    True
 """
 
 import json
@@ -20,19 +24,19 @@ from mmjax.errors import MmjaxError
 from mmjax.text.clip_tokenizer import byte_symbols
 
 CLEANUP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
-"""What the WordPiece decoder's cleanup writes without the spaces around (tokenizers, decoders/wordpiece.rs)."""
+"""Strings whose surrounding spaces the WordPiece decoder's cleanup removes (tokenizers, decoders/wordpiece.rs)."""
 
 
 @dataclass(frozen=True)
 class StopAutomaton:
-    """Reads a text token by token and knows whether a stop string has ended in it.
+    """Detects stop strings in a text, token by token.
 
     Attributes:
-        table: state and token id -> state.
-        start: the state before any text.
-        matched: the state, never left, of a text in which some stop string has ended.
+        table: (state, token id) -> state.
+        start: the initial state.
+        matched: the absorbing state of a text that contains a stop string.
         tokens: the bytes of each id.
-        steps: node and byte -> node, the automaton below the table; a node is a state that is not `matched`.
+        steps: (node, byte) -> node, the byte automaton below the table; nodes are the states other than `matched`.
     """
 
     table: Int[np.ndarray, "states v"]
@@ -42,15 +46,15 @@ class StopAutomaton:
     steps: Int[np.ndarray, "nodes 256"]
 
     def advance(self, state: int, ids: Iterable[int]) -> int:
-        """The state after generated ids, one after another."""
+        """The state after a sequence of generated ids."""
         for id in ids:
             state = int(self.table[state, id])
         return state
 
     def after_prompt(self, ids: Iterable[int]) -> int:
-        """The state in which generation begins: a string may begin in the prompt, but does not count if it ends there.
+        """The state after a prompt: a stop string may begin in the prompt, but does not count if it ends there.
 
-        ids: the prompt without its padding.
+        ids: the prompt without padding.
         """
         node = self.start
         for byte in b"".join(self.tokens[id] for id in ids):
@@ -59,13 +63,13 @@ class StopAutomaton:
 
 
 def stop_automaton(strings: Sequence[str], tokens: Sequence[bytes]) -> StopAutomaton:
-    """The automaton of some stop strings over a vocabulary, as `token_bytes` gives it.
+    """The automaton of stop strings over a vocabulary from `token_bytes`.
 
-    It has as many states as the strings have different prefixes, and one more. Raises MmjaxError: no strings, or an
-    empty one, which would end in every text.
+    It has one state for each distinct prefix of the strings, and one more. Raises MmjaxError: no strings, or an empty
+    string, which every text contains.
     """
     if isinstance(strings, str) or not strings or not all(isinstance(string, str) and string for string in strings):
-        raise MmjaxError(f"stop strings: a list of texts that are not empty, not {strings!r}")
+        raise MmjaxError(f"stop strings: expected a list of non-empty strings, not {strings!r}")
     steps, ends = _byte_automaton([string.encode() for string in strings])
     matched = len(steps)
     steps_to_match = np.vstack([np.where(ends[steps], matched, steps), np.full((1, 256), matched, np.int32)])
@@ -73,7 +77,7 @@ def stop_automaton(strings: Sequence[str], tokens: Sequence[bytes]) -> StopAutom
 
 
 def _byte_automaton(strings: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """(node and byte -> node int32 [nodes, 256], whether a string has just ended at a node bool [nodes])."""
+    """((node, byte) -> node int32 [nodes, 256], whether a string ends at a node bool [nodes])."""
     children: list[dict[int, int]] = [{}]
     ends = [False]
     for string in strings:
@@ -99,7 +103,7 @@ def _byte_automaton(strings: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _compose(steps: np.ndarray, tokens: Sequence[bytes]) -> Int[np.ndarray, "states v"]:
-    """state and token -> state: for every state at once, the i-th byte of every token that has one."""
+    """(state, token) -> state, for all states and tokens at once, byte by byte."""
     lengths = np.array([len(token) for token in tokens], np.int64)
     order = np.argsort(-lengths, kind="stable")
     longest_first = [tokens[i] for i in order]
@@ -107,8 +111,8 @@ def _compose(steps: np.ndarray, tokens: Sequence[bytes]) -> Int[np.ndarray, "sta
     text = np.frombuffer(b"".join(longest_first), np.uint8)
     reached = np.repeat(np.arange(len(steps), dtype=np.int32)[:, None], len(tokens), 1)
     for i in range(int(lengths.max(initial=0))):
-        reading = int(np.count_nonzero(lengths > i))
-        reached[:, :reading] = steps[reached[:, :reading], text[starts[:reading] + i]]
+        active = int(np.count_nonzero(lengths > i))
+        reached[:, :active] = steps[reached[:, :active], text[starts[:active] + i]]
     table = np.empty_like(reached)
     table[:, order] = reached
     return table
@@ -118,11 +122,11 @@ def _compose(steps: np.ndarray, tokens: Sequence[bytes]) -> Int[np.ndarray, "sta
 
 
 def token_bytes(tokenizer: tokenizers.Tokenizer, size: int | None = None) -> list[bytes]:
-    """What each id adds to a text, by the rules of the tokenizer's own decoder; special tokens are their own spelling.
+    """The bytes that each id adds to a text, by the rules of the tokenizer's decoder; special tokens are spelled out.
 
-    Byte-level BPE, SentencePiece's spaces (U+2581) with byte fallback, WordPiece. A SentencePiece text loses the space
-    in front of its first token, a WordPiece text likewise: here every token keeps it.
-    size: rows of the model's table, where it has more of them than the tokenizer ids; the rest are empty.
+    Byte-level BPE, SentencePiece's spaces (U+2581) with byte fallback, WordPiece. A SentencePiece or WordPiece text
+    drops the space before its first token; here every token includes its space.
+    size: rows of the model's embedding table, if it has more than the tokenizer has ids; the rest are empty.
     Raises MmjaxError: a decoder of another kind, or a vocabulary larger than `size`.
     """
     spell = _spelling(tokenizer)
@@ -137,12 +141,12 @@ def token_bytes(tokenizer: tokenizers.Tokenizer, size: int | None = None) -> lis
 
 
 def _spelling(tokenizer: tokenizers.Tokenizer) -> Callable[[str], bytes]:
-    told: dict[str, Any] = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder is not None else {}
-    parts = told["decoders"] if told.get("type") == "Sequence" else [told]
+    decoder: dict[str, Any] = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder is not None else {}
+    parts = decoder["decoders"] if decoder.get("type") == "Sequence" else [decoder]
     kinds = [part.get("type") for part in parts]
     if kinds == ["ByteLevel"]:
         table = {symbol: byte for byte, symbol in byte_symbols().items()}
-        # A token with any other character (an added one with a space in it) stands for itself.
+        # A token with any other character (an added one with a space in it) is spelled as it is.
         return lambda token: bytes(table[c] for c in token) if all(c in table for c in token) else token.encode()
     if kinds == ["WordPiece"]:
         return lambda token: _word_piece(token, parts[0]["prefix"], parts[0]["cleanup"])

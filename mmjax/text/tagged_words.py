@@ -1,7 +1,7 @@
-"""Sentences whose words have tags: files of columns as CoNLL's shared tasks have them, and their rows of pieces.
+"""Sentences of tagged words: column files as in CoNLL's shared tasks, and their arrays of pieces.
 
 EU NNP B-NP B-ORG
-rejects VBZ B-VP O                 # a word a line, its tag in the last column; an empty line between sentences
+rejects VBZ B-VP O                 # one word per line, its tag in the last column; an empty line between sentences
 """
 
 import os
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from mmjax.errors import MmjaxError
-from mmjax.text.language_rows import IGNORED
+from mmjax.text.packing import IGNORED
 from mmjax.text.wordpiece import WordPieceTokenizer
 
 DOCUMENT = "-DOCSTART-"
-"""The word of a line that begins a document and is none of it (CoNLL-2003)."""
+"""The word of a line that marks the beginning of a document and is not part of it (CoNLL-2003)."""
 
 
 @dataclass(frozen=True)
@@ -25,28 +25,29 @@ class TaggedWords:
     """A sentence.
 
     Attributes:
-        words, tags: as many.
-        place: file and line of its first word, for messages.
-        group: what it was drawn with: its own number in the file, or what names the document that it is from.
+        words, tags: of equal length.
+        location: file and line of its first word, for error messages.
+        group: sentences of the same group are resampled together: the sentence's number in the file, or its document.
     """
 
     words: tuple[str, ...]
     tags: tuple[str, ...]
-    place: str = ""
+    location: str = ""
     group: str = ""
 
 
 def read_columns(file: str | os.PathLike[str], word: int = 0, tag: int = -1) -> list[TaggedWords]:
-    """The sentences of a file of columns with blanks or tabs between them.
+    """The sentences of a file of columns separated by blanks or tabs.
 
-    word, tag: numbers of columns, from 0, or from the end below 0.
-    Raises MmjaxError naming file and line: a row without such a column, or another number of columns than the first.
+    word, tag: column numbers, from 0, or negative from the end.
+    Raises MmjaxError naming file and line: a line without such a column, or with another number of columns than the
+    first.
     """
     try:
         lines = pathlib.Path(file).read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise MmjaxError(f"{file}: {error}") from error
-    found: list[TaggedWords] = []
+    sentences: list[TaggedWords] = []
     words: list[tuple[str, str]] = []
     width, start = 0, 1
     for number, line in enumerate([*lines, ""], 1):
@@ -54,90 +55,95 @@ def read_columns(file: str | os.PathLike[str], word: int = 0, tag: int = -1) -> 
         if row and row[0] != DOCUMENT:
             width, start = width or len(row), start if words else number
             if len(row) != width or not all(-width <= column < width for column in (word, tag)) or width < 2:
-                told = f"{len(row)} columns; want {max(width, 2)}, with the word in {word} and the tag in {tag}"
-                raise MmjaxError(f"{file}, line {number}: {told}")
+                message = f"{len(row)} columns; expected {max(width, 2)}, with the word in {word} and the tag in {tag}"
+                raise MmjaxError(f"{file}, line {number}: {message}")
             words.append((row[word], row[tag]))
         elif words:
-            own, tags = zip(*words)
-            found.append(TaggedWords(own, tags, f"{file}, line {start}", str(len(found))))
+            sentence_words, tags = zip(*words)
+            sentences.append(TaggedWords(sentence_words, tags, f"{file}, line {start}", str(len(sentences))))
             words = []
-    if not found:
-        raise MmjaxError(f"{file}: no word in it")
-    return found
+    if not sentences:
+        raise MmjaxError(f"{file}: it has no words")
+    return sentences
 
 
 def tag_names(sentences: Sequence[TaggedWords]) -> tuple[str, ...]:
-    """The different tags, "O" first, the others by name."""
+    """The distinct tags, "O" first, the others by name."""
     names = {tag for sentence in sentences for tag in sentence.tags}
     return tuple(sorted(names, key=lambda name: (name != "O", name)))
 
 
 @dataclass(frozen=True)
-class WordRow:
-    """Words first to `last` of a sentence as a row: where each one's first piece is."""
+class WordSequence:
+    """Consecutive words of a sentence in one sequence.
+
+    sentence: index of the sentence. first: index of its first word here. firsts: position of each word's first piece.
+    """
 
     sentence: int
     first: int
     firsts: tuple[int, ...]
 
 
-def word_rows(
+def word_sequences(
     sentences: Sequence[Sequence[str]], tokenizer: WordPieceTokenizer, length: int
-) -> tuple[list[WordRow], dict[str, np.ndarray]]:
-    """Each sentence as [CLS] pieces [SEP], each word cut by itself; where a sentence has more than `length` tokens it
-    goes on in another row, which begins with a word.
+) -> tuple[list[WordSequence], dict[str, np.ndarray]]:
+    """Each sentence as [CLS] pieces [SEP], each word tokenised separately; a sentence of more than `length` tokens
+    continues in another sequence, which begins with a word.
 
-    Returns what the rows are of, and "input_ids", "attention_mask", "token_type_ids", int32 [n, length].
-    A word without pieces (a control character) is unknown; the end of one longer than a row is cut.
-    Raises MmjaxError for a sentence without words, or a length without room for a piece.
+    Returns the words of each sequence, and "input_ids", "attention_mask", "token_type_ids", int32 [n, length].
+    A word without pieces (a control character) is unknown; a word longer than a sequence is truncated.
+    Raises MmjaxError for a sentence without words, or a length too small for a piece.
     """
-    room = length - 2
-    if room < 1 or not all(sentences):
-        raise MmjaxError(f"length={length}, {len(sentences)} sentences: no room beside [CLS] and [SEP], or no words")
+    capacity = length - 2
+    if capacity < 1 or not all(sentences):
+        raise MmjaxError(
+            f"length={length}, {len(sentences)} sentences: too short for a piece beside [CLS] and [SEP], or no words"
+        )
     flat = [word for words in sentences for word in words]
     cut = iter(tokenizer.pieces(flat) if flat else [])
-    rows: list[WordRow] = []
+    sequences: list[WordSequence] = []
     pieces: list[list[int]] = []
     for number, words in enumerate(sentences):
         firsts: list[int] = []
         row: list[int] = []
-        begun = 0
-        for place in range(len(words)):
-            own = (next(cut) or [tokenizer.unknown])[:room]
-            if len(row) + len(own) > room:
-                rows.append(WordRow(number, begun, tuple(firsts)))
+        start = 0
+        for position in range(len(words)):
+            word_ids = (next(cut) or [tokenizer.unknown])[:capacity]
+            if len(row) + len(word_ids) > capacity:
+                sequences.append(WordSequence(number, start, tuple(firsts)))
                 pieces.append(row)
-                firsts, row, begun = [], [], place
+                firsts, row, start = [], [], position
             firsts.append(len(row) + 1)
-            row = row + own
-        rows.append(WordRow(number, begun, tuple(firsts)))
+            row = row + word_ids
+        sequences.append(WordSequence(number, start, tuple(firsts)))
         pieces.append(row)
-    return rows, tokenizer.batch([tokenizer.row(row) for row in pieces], length)
+    return sequences, tokenizer.batch([tokenizer.with_special_tokens(row) for row in pieces], length)
 
 
 def tagged_columns(
     sentences: Sequence[TaggedWords], tokenizer: WordPieceTokenizer, length: int, tags: Sequence[str]
-) -> tuple[list[WordRow], dict[str, np.ndarray]]:
-    """`word_rows`, with "labels", int32 [n, length]: at a word's first piece the number of its tag, elsewhere -100.
+) -> tuple[list[WordSequence], dict[str, np.ndarray]]:
+    """`word_sequences`, with "labels", int32 [n, length]: the index of a word's tag at its first piece, -100 elsewhere.
 
     Raises MmjaxError, naming the sentence, for a tag that is not among `tags`.
     """
     number = {name: index for index, name in enumerate(tags)}
-    rows, columns = word_rows([sentence.words for sentence in sentences], tokenizer, length)
+    sequences, columns = word_sequences([sentence.words for sentence in sentences], tokenizer, length)
     labels = np.full(columns["input_ids"].shape, IGNORED, np.int32)
-    for place, row in enumerate(rows):
-        sentence = sentences[row.sentence]
-        own = sentence.tags[row.first : row.first + len(row.firsts)]
-        unknown = [tag for tag in own if tag not in number]
+    for index, sequence in enumerate(sequences):
+        sentence = sentences[sequence.sentence]
+        sentence_tags = sentence.tags[sequence.first : sequence.first + len(sequence.firsts)]
+        unknown = [tag for tag in sentence_tags if tag not in number]
         if unknown:
-            raise MmjaxError(f"{sentence.place}: the tag {unknown[0]!r} is not among {', '.join(tags)}")
-        labels[place, list(row.firsts)] = [number[tag] for tag in own]
-    return rows, columns | {"labels": labels}
+            raise MmjaxError(f"{sentence.location}: the tag {unknown[0]!r} is not among {', '.join(tags)}")
+        labels[index, list(sequence.firsts)] = [number[tag] for tag in sentence_tags]
+    return sequences, columns | {"labels": labels}
 
 
-def words_of(rows: Sequence[WordRow], values: np.ndarray, sentences: int) -> list[list[Any]]:
-    """What stands at the first piece of each word: `values` [n, l] of the rows -> a list a sentence."""
-    found: list[list[Any]] = [[] for _ in range(sentences)]
-    for row, line in zip(rows, values, strict=True):
-        found[row.sentence] += line[list(row.firsts)].tolist()
-    return found
+def words_of(sequences: Sequence[WordSequence], values: np.ndarray, sentences: int) -> list[list[Any]]:
+    """The value at the first piece of each word: `values` [n, l] of the sequences -> one list per sentence."""
+    result: list[list[Any]] = [[] for _ in range(sentences)]
+    for sequence, line in zip(sequences, values, strict=True):
+        result[sequence.sentence] += line[list(sequence.firsts)].tolist()
+    return result

@@ -1,6 +1,6 @@
-"""Prompt templates for zero-shot classification: sentences with a place for the label (CLIP, section 3.1.4).
+"""Prompt templates for zero-shot classification: sentences with a {} for the label (CLIP, section 3.1.4).
 
-More in `mmjax.evaluation.zero_shot`, with the function that fills them; any tuple of strings with one {} each will do.
+`mmjax.evaluation.zero_shot` has more templates and the function that fills them, `prompts`.
 """
 
 PHOTOS = (

@@ -19,22 +19,22 @@ from mmjax.errors import MmjaxError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUES = "##"
-"""What stands before a piece that does not begin a word."""
+"""The prefix of a piece that continues a word."""
 LONGEST_WORD = 100
 """Longer words are unknown: Hugging Face's limit (Google's is 200)."""
 File = str | os.PathLike[str]
 
 
 class WordPieceTokenizer:
-    """Texts -> ids, with [CLS] and [SEP]; cut and padded here and not by what a tokenizer.json says.
+    """Texts -> ids, with [CLS] and [SEP]; truncation and padding in a tokenizer.json are ignored.
 
     Attributes:
-        tokenizer: the library's, for everything else.
+        tokenizer: the library's tokenizer.
         pad, unknown, cls, sep, mask: ids, looked up by name.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
-        """Raises MmjaxError where a special token is missing."""
+        """Raises MmjaxError if a special token is missing."""
         missing = [name for name in SPECIAL if tokenizer.token_to_id(name) is None]
         if missing:
             raise MmjaxError(f"not a BERT tokenizer: its vocabulary lacks {', '.join(missing)}")
@@ -52,7 +52,7 @@ class WordPieceTokenizer:
         return [encoding.ids for encoding in self.tokenizer.encode_batch(_strings(texts), add_special_tokens=False)]
 
     def words(self, text: str) -> list[str]:
-        """A text cut at blanks and punctuation, as it is before words are cut in pieces; nothing is normalised."""
+        """A text split at blanks and punctuation, as before WordPiece, without normalisation."""
         cutter = self.tokenizer.pre_tokenizer
         assert cutter is not None
         return [word for word, _ in cutter.pre_tokenize_str(text)]
@@ -67,10 +67,10 @@ class WordPieceTokenizer:
         """{"input_ids", "attention_mask", "token_type_ids"}, int32 [b, l]: [CLS] text [SEP], or [CLS] text [SEP] pair
         [SEP], padded to the longest.
 
-        pairs: a second text for each. length: at most so many tokens; the end of the longer part is cut (of the pair's
-        where they are equal: run_classifier.py, _truncate_seq_pair). multiple: l is padded to one of it, so that fewer
-        shapes are compiled, but never above `length`.
-        Raises MmjaxError for what is not text, no text, or a length without room for a token.
+        pairs: a second text for each. length: maximum number of tokens; the longer part is truncated at its end (the
+        second if they are equal: run_classifier.py, _truncate_seq_pair). multiple: l is padded to a multiple of it, so
+        that fewer shapes are compiled, but never above `length`.
+        Raises MmjaxError for arguments that are not text, no text, or a length too small for a token.
         """
         first = self.pieces(texts)
         second = None if pairs is None else self.pieces(pairs)
@@ -78,40 +78,40 @@ class WordPieceTokenizer:
             raise MmjaxError(f"texts: {len(first)}, pairs: {'none' if second is None else len(second)}")
         fixed = 2 if second is None else 3
         if length is not None and length <= fixed:
-            raise MmjaxError(f"length={length} leaves no room beside [CLS] and [SEP]")
-        rows = []
+            raise MmjaxError(f"length={length}: too short for a piece beside [CLS] and [SEP]")
+        sequences = []
         for index, a in enumerate(first):
             b = None if second is None else second[index]
             if length is not None:
                 a, b = cut(a, b, length - fixed)
-            rows.append(self.row(a, b))
-        longest = math.ceil(max(len(ids) for ids, _ in rows) / multiple) * multiple
-        return self.batch(rows, longest if length is None else min(longest, length))
+            sequences.append(self.with_special_tokens(a, b))
+        longest = math.ceil(max(len(ids) for ids, _ in sequences) / multiple) * multiple
+        return self.batch(sequences, longest if length is None else min(longest, length))
 
-    def row(self, a: Sequence[int], b: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
+    def with_special_tokens(self, a: Sequence[int], b: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
         """(ids, token types) of pieces: [CLS] a [SEP], or [CLS] a [SEP] b [SEP]."""
         ids, types = [self.cls, *a, self.sep], [0] * (len(a) + 2)
         return (ids, types) if b is None else ([*ids, *b, self.sep], types + [1] * (len(b) + 1))
 
-    def batch(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], length: int) -> dict[str, np.ndarray]:
-        """Rows of `row` -> arrays, padded to `length`."""
+    def batch(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], length: int) -> dict[str, np.ndarray]:
+        """Results of `with_special_tokens` -> arrays, padded to `length`."""
         arrays = {
-            name: np.full((len(rows), length), fill, np.int32)
+            name: np.full((len(sequences), length), fill, np.int32)
             for name, fill in (("input_ids", self.pad), ("attention_mask", 0), ("token_type_ids", 0))
         }
-        for index, (ids, types) in enumerate(rows):
+        for index, (ids, types) in enumerate(sequences):
             arrays["input_ids"][index, : len(ids)] = ids
             arrays["attention_mask"][index, : len(ids)] = 1
             arrays["token_type_ids"][index, : len(ids)] = types
         return arrays
 
     def continuations(self) -> np.ndarray:
-        """Which ids go on with a word ("##..."): bool [v]."""
+        """Mask of ids that continue a word ("##..."): bool [v]."""
         names = (self.tokenizer.id_to_token(id) or "" for id in range(self.vocab_size))
         return np.array([name.startswith(CONTINUES) for name in names])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids -> text; special tokens are left out, and what normalising changed does not come back."""
+        """Ids -> text, without special tokens; normalisation is not undone."""
         return self.tokenizer.decode([int(id) for id in ids], skip_special_tokens=True)
 
     # ------------------------------------------------------------------------------------------------------------ files
@@ -122,7 +122,7 @@ class WordPieceTokenizer:
 
     @classmethod
     def from_file(cls, file: File) -> "WordPieceTokenizer":
-        """A tokenizer.json. Raises MmjaxError, naming the file, if it is not BERT's."""
+        """Reads a tokenizer.json. Raises MmjaxError, naming the file, if it is not BERT's."""
         if not pathlib.Path(file).is_file():
             raise MmjaxError(f"{file}: no such file")
         try:
@@ -134,11 +134,11 @@ class WordPieceTokenizer:
 
     @classmethod
     def from_vocab(cls, file: File, lower: bool | None = None) -> "WordPieceTokenizer":
-        """A vocab.txt: a piece a line, its number the id.
+        """Reads a vocab.txt: one piece per line, in the order of ids.
 
-        lower: whether letters lose case and accents; None: as do_lower_case of a tokenizer_config.json beside it says,
-            or where there is none, unless pieces with upper-case letters show that case is kept.
-        Raises MmjaxError, naming the file and what is wrong.
+        lower: whether to lower-case and strip accents; None: as do_lower_case of a tokenizer_config.json beside it, or
+            without one, true unless the vocabulary has pieces with upper-case letters.
+        Raises MmjaxError, naming the file and the problem.
         """
         path = pathlib.Path(file)
         try:
@@ -150,7 +150,7 @@ class WordPieceTokenizer:
         vocabulary = {name: index for index, name in enumerate(names)}
         if len(vocabulary) < len(names):
             again = next(name for index, name in enumerate(names) if vocabulary[name] != index)
-            raise MmjaxError(f"{file}: the piece {again!r} stands there twice")
+            raise MmjaxError(f"{file}: the piece {again!r} occurs twice")
         if lower is None:
             lower = _lowers(path.with_name("tokenizer_config.json"), vocabulary)
         try:
@@ -159,19 +159,19 @@ class WordPieceTokenizer:
             raise MmjaxError(f"{file}: {error}") from error
 
     @classmethod
-    def found(cls, file: pathlib.Path) -> "WordPieceTokenizer | None":
-        """A tokenizer.json, or vocab.txt beside where it would be; None where neither is."""
+    def from_file_or_vocab(cls, file: pathlib.Path) -> "WordPieceTokenizer | None":
+        """Reads a tokenizer.json, or else a vocab.txt of the same folder; None if neither exists."""
         if file.is_file():
             return cls.from_file(file)
         vocab = file.with_name("vocab.txt")
         return cls.from_vocab(vocab) if vocab.is_file() else None
 
 
-def fitting(tokenizer: WordPieceTokenizer | None, vocab_size: int, whose: str) -> WordPieceTokenizer:
-    """The tokenizer of a model that knows so many pieces. Raises MmjaxError: there is none, or it has more."""
+def fitting(tokenizer: WordPieceTokenizer | None, vocab_size: int, model_name: str) -> WordPieceTokenizer:
+    """The tokenizer, for a model with `vocab_size` embeddings. Raises MmjaxError: it is None, or has more ids."""
     if tokenizer is None:
         raise MmjaxError(
-            f"this {whose} came without tokenizer.json or vocab.txt: pass ids, or set one: "
+            f"this {model_name} came without tokenizer.json or vocab.txt: pass ids, or set one: "
             "model.replace(tokenizer=WordPieceTokenizer.from_vocab('vocab.txt'))"
         )
     if tokenizer.vocab_size > vocab_size:
@@ -181,13 +181,13 @@ def fitting(tokenizer: WordPieceTokenizer | None, vocab_size: int, whose: str) -
     return tokenizer
 
 
-def cut(a: Sequence[int], b: Sequence[int] | None, room: int) -> tuple[Sequence[int], Sequence[int] | None]:
-    """Both in `room` pieces together: the longer loses its last piece, the second where they are equal."""
+def cut(a: Sequence[int], b: Sequence[int] | None, capacity: int) -> tuple[Sequence[int], Sequence[int] | None]:
+    """Truncates both to `capacity` pieces in total, piece by piece from the longer one (the second if equal)."""
     if b is None:
-        return a[:room], None
+        return a[:capacity], None
     m, n = len(a), len(b)
-    over = max(m + n - room, 0)
-    alone = min(abs(m - n), over)  # what the longer loses before they are equal
+    over = max(m + n - capacity, 0)
+    alone = min(abs(m - n), over)  # pieces dropped from the longer one until they are equal
     m, n = (m - alone, n) if m > n else (m, n - alone)
     rest = over - alone
     return a[: m - rest // 2], b[: n - (rest - rest // 2)]
@@ -204,23 +204,23 @@ def _strings(texts: str | Sequence[str]) -> list[str]:
 def _lowers(config: pathlib.Path, vocabulary: dict[str, int]) -> bool:
     if config.is_file():
         try:
-            told = json.loads(config.read_text("utf-8")).get("do_lower_case")
+            value = json.loads(config.read_text("utf-8")).get("do_lower_case")
         except (ValueError, AttributeError) as error:
             raise MmjaxError(f"{config}: {error}") from error
-        if told is not None:
-            return bool(told)
+        if value is not None:
+            return bool(value)
     return not any(name != name.lower() for name in vocabulary if not name.startswith("["))
 
 
 def wordpiece(vocabulary: dict[str, int], lower: bool, special: Sequence[str] = SPECIAL) -> tokenizers.Tokenizer:
-    """The whole machine around a vocabulary, which may lack special tokens.
+    """The complete tokenizer of a vocabulary, which may lack special tokens.
 
-    lower: whether letters lose case and accents. special: what is never cut, the first of them being `SPECIAL`.
+    lower: whether to lower-case and strip accents. special: tokens that are never split, beginning with `SPECIAL`.
     """
     tokenizer = tokenizers.Tokenizer(
         models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD)
     )
-    # strip_accents=None: with lower-casing. Chinese characters become words of their own.
+    # strip_accents=None: together with lower-casing. Chinese characters become separate words.
     tokenizer.normalizer = normalizers.BertNormalizer(
         clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=lower
     )

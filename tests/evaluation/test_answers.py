@@ -22,8 +22,8 @@ def test_what_counts_as_the_same():
 
 
 def test_scores_by_hand():
-    asked = [question("hen x", "hen"), question("a b c d", "b c", "c", group="h"), question("cow")]
-    scores = answer_scores(["the hen", "b", "cow"], asked)
+    questions = [question("hen x", "hen"), question("a b c d", "b c", "c", group="h"), question("cow")]
+    scores = answer_scores(["the hen", "b", "cow"], questions)
     assert scores["exact_match"].value == pytest.approx(100 / 3)
     assert scores["f1"].value == pytest.approx(100 * (1 + 2 / 3) / 3)
     assert scores["f1_answered"].value == pytest.approx(100 * (1 + 2 / 3) / 2) and scores["f1_answered"].n == 2
@@ -31,13 +31,13 @@ def test_scores_by_hand():
     # Guesses: "" gets 0, 0, 1; the whole context F1 2/3, 2 * 2 / (3 + 2) ("a" is an article) and 0.
     assert scores["exact_match"].chance == pytest.approx(100 / 3)
     assert scores["f1"].chance == pytest.approx(100 * (2 / 3 + 4 / 5) / 3)
-    assert answer_scores(["hen", "c"], asked[:2]).keys() == {"exact_match", "f1"}
+    assert answer_scores(["hen", "c"], questions[:2]).keys() == {"exact_match", "f1"}
     with pytest.raises(MmjaxError, match="1 answers for 2 questions"):
-        answer_scores(["hen"], asked[:2])
+        answer_scores(["hen"], questions[:2])
 
 
 def test_intervals_resample_groups():
     """All questions of a group are right or wrong together: the interval is that of the groups."""
-    asked = [question("x", "x", group=str(i // 50)) for i in range(200)]
-    scores = answer_scores(["x"] * 100 + ["y"] * 100, asked)
+    questions = [question("x", "x", group=str(i // 50)) for i in range(200)]
+    scores = answer_scores(["x"] * 100 + ["y"] * 100, questions)
     assert scores["exact_match"].low == 0 and scores["exact_match"].high == 100

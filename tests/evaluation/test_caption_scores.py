@@ -79,8 +79,8 @@ def test_words_of_other_lines_are_stanfords_where_it_is_installed():
         pytest.skip("no Java")
     rng, pool = random.Random(0), sorted({word for text in WORDS for word in text.split() if word.isascii()})
     made = [" ".join([*rng.choices(["dog", "on", "the", "man's", "street."], k=9), word]) + "." for word in pool]
-    rows = tokenizer.tokenize({place: [{"caption": text}] for place, text in enumerate(made)})
-    wrong = {text: rows[place][0] for place, text in enumerate(made) if rows[place][0].split() != caption_words(text)}
+    rows = tokenizer.tokenize({index: [{"caption": text}] for index, text in enumerate(made)})
+    wrong = {text: rows[index][0] for index, text in enumerate(made) if rows[index][0].split() != caption_words(text)}
     assert not wrong
 
 
@@ -104,7 +104,7 @@ def test_scores_are_the_recorded_ones():
 VOCABULARY = ("a", "the", "man", "dog", "red", "on", "in", "street", "sits", "rides", "of", "two")
 
 
-def drawn(rng, shortest):
+def random_caption(rng, shortest):
     return " ".join(rng.choices(VOCABULARY, k=rng.randint(shortest, 12)))
 
 
@@ -117,11 +117,11 @@ def test_scores_of_random_texts_are_pycocoevalcaps():
     rng = random.Random(3)
     for trial in range(24):
         n = rng.randint(1, 9)
-        references = [[drawn(rng, trial % 2) for _ in range(rng.randint(1, 5))] for _ in range(n)]
-        captions = [drawn(rng, 0) for _ in range(n)]
-        theirs, ours = dict(enumerate(references)), {place: [text] for place, text in enumerate(captions)}
-        expected = [*Bleu(4).compute_score(theirs, ours, verbose=0)[0]]
-        expected += [metric.compute_score(theirs, ours)[0] for metric in (Rouge(), Cider())]
+        references = [[random_caption(rng, trial % 2) for _ in range(rng.randint(1, 5))] for _ in range(n)]
+        captions = [random_caption(rng, 0) for _ in range(n)]
+        expected_inputs, ours = dict(enumerate(references)), {index: [text] for index, text in enumerate(captions)}
+        expected = [*Bleu(4).compute_score(expected_inputs, ours, verbose=0)[0]]
+        expected += [metric.compute_score(expected_inputs, ours)[0] for metric in (Rouge(), Cider())]
         values = [score.value / 100 for score in caption_scores(captions, references, intervals=False).values()]
         assert values == pytest.approx(expected, rel=1e-10, abs=1e-14)
 
@@ -133,11 +133,11 @@ def test_the_reference_itself_is_perfect_and_order_does_not_matter():
     )
     order = [2, 0, 1]
     turned = caption_scores([CAPTIONS[i] for i in order], [REFERENCES[i][::-1] for i in order])
-    told = caption_scores(CAPTIONS, REFERENCES)
-    for name, score in told.items():
+    scores = caption_scores(CAPTIONS, REFERENCES)
+    for name, score in scores.items():
         assert turned[name].value == pytest.approx(score.value)
         assert turned[name].low == pytest.approx(score.low) and score.low <= score.value <= score.high
-    # An image of its own has no rare n-gram: ln(1 / 1) = 0.
+    # A single image has no rare n-gram: ln(1 / 1) = 0.
     assert caption_scores(CAPTIONS[:1], REFERENCES[:1])["cider"].value == 0
     assert caption_scores(["Two Dogs, running in the snow!"], REFERENCES[1:2])["rouge_l"].value == pytest.approx(
         83.3333
@@ -149,7 +149,7 @@ def test_brevity_counts_against_bleu():
     counts = np.array(bleu_counts(["a", "b", "c", "d"], [["a", "b", "c", "d", "e", "f", "g", "h"]]), float)
     assert bleu(counts) == pytest.approx([math.exp(-1)] * 4)
     assert bleu(np.array(bleu_counts([], [["a"]]), float)).tolist() == [0, 0, 0, 0]
-    # Of references of three and of seven words, five are as far from both: the shorter counts.
+    # Of references of three and of seven words, five is equally far from both: the shorter counts.
     assert bleu_counts(["a", "b", "c", "d", "e"], [["a", "b", "c", "d", "e", "f", "g"], ["a", "b", "c"]])[1] == 3
 
 
@@ -158,7 +158,7 @@ def test_bad_corpora_are_told():
         caption_scores(["a"], [["a"], ["b"]])
     with pytest.raises(MmjaxError, match="0 captions"):
         caption_scores([], [])
-    with pytest.raises(MmjaxError, match=r"references\[1\]: want a list of at least one text, not \[\]"):
+    with pytest.raises(MmjaxError, match=r"references\[1\]: expected a list of at least one text, not \[\]"):
         caption_scores(["a", "b"], [["a"], []])
     with pytest.raises(MmjaxError, match=r"references\[0\]: .* not 'a cat'"):
         caption_scores(["a"], ["a cat"])

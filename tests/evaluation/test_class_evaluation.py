@@ -77,20 +77,23 @@ def test_arrays_and_pipelines_are_judged_alike_and_pictures_come_at_the_end():
     params = {"kernel": np.random.default_rng(1).standard_normal((18, C)).astype(np.float32)}
     state = State(3, {"shift": np.arange(C, dtype=np.float32)})
     logits = pictures.reshape(11, -1) @ params["kernel"].astype(np.float64) + state.stats["shift"]
-    wanted = classification_scores(logits, labels)
+    expected = classification_scores(logits, labels)
     names = [f"class {i}" for i in range(C)]
-    told = ClassificationEvaluation(
+    evaluation_on_arrays = ClassificationEvaluation(
         logits=predict, images=pictures, labels=labels, class_names=names, batch_size=4, final_step=5
     )
     source = ArraySource(image=pictures, label=labels)
-    for evaluation in (told, ClassificationEvaluation(logits=predict, images=Pipeline(source, 4), batch_size=4)):
+    for evaluation in (
+        evaluation_on_arrays,
+        ClassificationEvaluation(logits=predict, images=Pipeline(source, 4), batch_size=4),
+    ):
         scores = evaluation.scores(params, state)
         assert scores.keys() == {f"classification_{name}" for name in ("top1", "top5", "mean_per_class", "loss")}
-        assert scores["classification_top1"] == wanted["top1"]
-        assert scores["classification_loss"].value == pytest.approx(wanted["loss"].value, rel=1e-4)
-    during = told.run(params, state)
+        assert scores["classification_top1"] == expected["top1"]
+        assert scores["classification_loss"].value == pytest.approx(expected["loss"].value, rel=1e-4)
+    during = evaluation_on_arrays.run(params, state)
     assert during["classification_n"] == 11 and not any(isinstance(v, np.ndarray) for v in during.values())
-    end = metrics(told.run(params, State(5, state.stats)))
+    end = metrics(evaluation_on_arrays.run(params, State(5, state.stats)))
     assert end["classification_confusion"].dtype == end["classification_mistakes"].dtype == np.uint8
     assert "classification_top1_low" in end
 

@@ -24,10 +24,10 @@ def test_which_entities_tags_mark(tags, expected):
 
 
 def test_scores_by_hand():
-    wanted = [["B-A", "I-A", "O", "B-B"], ["O", "O", "B-A"], ["O", "B-B"]]
-    found = [["B-A", "O", "O", "B-B"], ["O", "O", "B-A"], ["B-B", "B-B"]]
-    assert [entity_counts(*pair) for pair in zip(found, wanted)] == [(1, 2, 2), (1, 1, 1), (1, 2, 1)]
-    scores = tag_scores(found, wanted, ["x", "y", "y"], guess=[["O"] * len(tags) for tags in wanted])
+    expected = [["B-A", "I-A", "O", "B-B"], ["O", "O", "B-A"], ["O", "B-B"]]
+    predicted = [["B-A", "O", "O", "B-B"], ["O", "O", "B-A"], ["B-B", "B-B"]]
+    assert [entity_counts(*pair) for pair in zip(predicted, expected)] == [(1, 2, 2), (1, 1, 1), (1, 2, 1)]
+    scores = tag_scores(predicted, expected, ["x", "y", "y"], guess=[["O"] * len(tags) for tags in expected])
     assert scores["f1"].value == pytest.approx(200 * 3 / (5 + 4)) and scores["f1"].n == 4
     assert scores["precision"].value == pytest.approx(60) and scores["recall"].value == pytest.approx(75)
     assert scores["accuracy"].value == pytest.approx(100 * 7 / 9) and scores["accuracy"].chance == pytest.approx(
@@ -38,7 +38,7 @@ def test_scores_by_hand():
     assert scores["f1"].low == pytest.approx(50) and scores["f1"].high == pytest.approx(80)
     assert f1(np.zeros(3)) == 0
     with pytest.raises(MmjaxError, match="as many tags"):
-        tag_scores(found, [["O"], *wanted[1:]], ["x", "y", "y"])
+        tag_scores(predicted, [["O"], *expected[1:]], ["x", "y", "y"])
 
 
 def test_a_lexicon_gives_words_their_commonest_tag():

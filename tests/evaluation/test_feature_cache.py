@@ -1,4 +1,4 @@
-"""Kept features: found again for the same weights, settings and files, and for no others."""
+"""Cached features: reused for the same weights, settings and files, and for no others."""
 
 import os
 import pathlib
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from mmjax.data.image_folder import ImageFolder
-from mmjax.evaluation.feature_cache import kept
+from mmjax.evaluation.feature_cache import cached_features
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> pathlib.Path:
+def folder(tmp_path, monkeypatch) -> pathlib.Path:
     monkeypatch.setenv("MMJAX_CACHE", str(tmp_path / "cache"))
     for name in ("ant/1.png", "ant/2.png", "cat/1.png"):
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -31,38 +31,38 @@ class Counted:
         return {"image": np.full((3, 5), self.calls, np.float32), "index": np.arange(3)}
 
 
-def asked(place: pathlib.Path, compute: Counted, network: Any = None, settings: Any = ("a", 7)) -> float:
+def cached_result(folder: pathlib.Path, compute: Counted, network: Any = None, settings: Any = ("a", 7)) -> float:
     network = {"kernel": np.arange(11, dtype=np.float32)} if network is None else network
-    columns = kept((network, {}), settings, ImageFolder(place / "images"), compute)
+    columns = cached_features((network, {}), settings, ImageFolder(folder / "images"), compute)
     assert columns["image"].dtype == np.float32 and columns["index"].tolist() == [0, 1, 2]
     return float(columns["image"][0, 0])
 
 
-def test_the_same_question_is_answered_once(place):
+def test_equal_inputs_are_computed_once(folder):
     compute = Counted()
-    assert [asked(place, compute) for _ in range(3)] == [1, 1, 1]
-    assert len(list((place / "cache" / "features").iterdir())) == 1
+    assert [cached_result(folder, compute) for _ in range(3)] == [1, 1, 1]
+    assert len(list((folder / "cache" / "features").iterdir())) == 1
 
 
-def test_other_weights_settings_or_files_are_computed(place):
+def test_other_weights_settings_or_files_are_computed(folder):
     compute = Counted()
-    asked(place, compute)
-    assert asked(place, compute, {"kernel": np.arange(11, dtype=np.float32) + 1e-6}) == 2
-    assert asked(place, compute, settings=("a", 8)) == 3
-    (place / "images" / "cat" / "1.png").write_bytes(b"cat/2.png")  # as long as before
-    os.utime(place / "images" / "cat" / "1.png", ns=(1, 1))
-    assert asked(place, compute) == 4
-    (place / "images" / "cat" / "1.png").rename(place / "images" / "ant" / "3.png")
-    assert asked(place, compute) == 5
-    assert asked(place, compute) == 5
+    cached_result(folder, compute)
+    assert cached_result(folder, compute, {"kernel": np.arange(11, dtype=np.float32) + 1e-6}) == 2
+    assert cached_result(folder, compute, settings=("a", 8)) == 3
+    (folder / "images" / "cat" / "1.png").write_bytes(b"cat/2.png")  # as long as before
+    os.utime(folder / "images" / "cat" / "1.png", ns=(1, 1))
+    assert cached_result(folder, compute) == 4
+    (folder / "images" / "cat" / "1.png").rename(folder / "images" / "ant" / "3.png")
+    assert cached_result(folder, compute) == 5
+    assert cached_result(folder, compute) == 5
 
 
-def test_what_is_damaged_is_made_anew_and_what_cannot_be_written_is_not_missed(place, monkeypatch):
+def test_damaged_files_are_recomputed_and_unwritable_ones_ignored(folder, monkeypatch):
     compute = Counted()
-    asked(place, compute)
-    (file,) = (place / "cache" / "features").iterdir()
+    cached_result(folder, compute)
+    (file,) = (folder / "cache" / "features").iterdir()
     file.write_bytes(file.read_bytes()[:100])
-    assert asked(place, compute) == 2 and asked(place, compute) == 2
-    (place / "file").write_text("no folder")
-    monkeypatch.setenv("MMJAX_CACHE", str(place / "file"))
-    assert asked(place, compute) == 3 and asked(place, compute) == 4
+    assert cached_result(folder, compute) == 2 and cached_result(folder, compute) == 2
+    (folder / "file").write_text("no folder")
+    monkeypatch.setenv("MMJAX_CACHE", str(folder / "file"))
+    assert cached_result(folder, compute) == 3 and cached_result(folder, compute) == 4

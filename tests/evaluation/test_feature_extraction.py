@@ -21,15 +21,15 @@ def counting(calls):
 
 
 @pytest.mark.parametrize("rows", [3, 7, 14, 23])
-def test_every_row_once_and_in_order(rows):
+def test_every_row_once_and_in_order(n):
     calls: list = []
     extract = Extractor(counting(calls), batch_size=7)
-    inputs = np.arange(rows * 2, dtype=np.uint8).reshape(rows, 2)
+    inputs = np.arange(n * 2, dtype=np.uint8).reshape(n, 2)
     for scale in (1, 2):
         features = extract({"scale": jnp.bfloat16(scale)}, None, inputs)
         assert features.dtype == np.float32
         np.testing.assert_array_equal(features, inputs.astype(np.float32) * scale)
-    assert calls == [(min(7, rows), 2)]  # traced once, for both parameters
+    assert calls == [(min(7, n), 2)]  # traced once, for both parameters
     np.testing.assert_array_equal(extract({"scale": jnp.bfloat16(1)}, None, jnp.asarray(inputs)), inputs)
 
 
@@ -55,14 +55,14 @@ def test_of_a_pipeline(source):
     extract = Extractor(counting(calls), batch_size=7)
     pipeline = Pipeline(made, batch_size=4, shuffle=True, max_bad_fraction=0.5)
     features, columns = extract.from_pipeline({"scale": 1}, None, pipeline)
-    kept = np.setdiff1d(np.arange(17), [2, 12] if source is Damaged else [])
-    np.testing.assert_array_equal(columns["index"], kept)
-    np.testing.assert_array_equal(columns["label"], kept * 3)
-    np.testing.assert_array_equal(features, images[kept])
+    readable = np.setdiff1d(np.arange(17), [2, 12] if source is Damaged else [])
+    np.testing.assert_array_equal(columns["index"], readable)
+    np.testing.assert_array_equal(columns["label"], readable * 3)
+    np.testing.assert_array_equal(features, images[readable])
     assert sorted(columns) == ["index", "label"] and calls == [(7, 5)]
-    both = Extractor(lambda params, state, batch: batch["image"] + batch["label"][:, None], batch_size=7)
-    features, _ = both.from_pipeline({}, None, pipeline, key=("image", "label"))
-    np.testing.assert_array_equal(features, images[kept].astype(np.float32) + 3 * kept[:, None])
+    two_columns = Extractor(lambda params, state, batch: batch["image"] + batch["label"][:, None], batch_size=7)
+    features, _ = two_columns.from_pipeline({}, None, pipeline, key=("image", "label"))
+    np.testing.assert_array_equal(features, images[readable].astype(np.float32) + 3 * readable[:, None])
 
 
 def test_bad_input_is_named():

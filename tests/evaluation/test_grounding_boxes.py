@@ -28,13 +28,13 @@ def test_scores_equal_a_resize_by_torch(size):
     heat, proposed = rng.standard_normal((24, 24)), boxes(rng, 17, *size)
     resized = torch.nn.functional.interpolate(torch.tensor(heat)[None, None], size=size, mode="bicubic")[0, 0].numpy()
     expected = [resized[int(y) : int(y + h), int(x) : int(x + w)].sum() / (w * h) ** 0.5 for x, y, w, h in proposed]
-    found = box_scores(heat, size, proposed)
-    np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
+    predicted = box_scores(heat, size, proposed)
+    np.testing.assert_allclose(predicted, expected, atol=1e-6 * np.abs(expected).max())
 
 
 def test_a_flat_map_gives_each_box_its_pixels():
-    found = box_scores(np.full((5, 7), 2.0), (30, 40), np.array([[3, 4, 10, 5], [0.9, 0.2, 4, 4], [35, 0, 10, 30]]))
-    np.testing.assert_allclose(found, 2 * np.array([50 / 50**0.5, 4 * 4 / 4, 5 * 30 / 300**0.5]), rtol=1e-6)
+    predicted = box_scores(np.full((5, 7), 2.0), (30, 40), np.array([[3, 4, 10, 5], [0.9, 0.2, 4, 4], [35, 0, 10, 30]]))
+    np.testing.assert_allclose(predicted, 2 * np.array([50 / 50**0.5, 4 * 4 / 4, 5 * 30 / 300**0.5]), rtol=1e-6)
     assert box_scores(np.ones((2, 2)), (8, 8), np.zeros((0, 4))).shape == (0,)
 
 
@@ -56,29 +56,29 @@ def test_the_box_is_the_one_with_the_most_heat_for_its_size():
     heat = np.zeros((8, 8))
     heat[:4, 4:] = 1  # the upper right quarter
     quarter, half, all = (20, 0, 20, 20), (20, 0, 20, 40), (0, 0, 40, 40)
-    [found], reused = chosen_boxes([heat], [expression(quarter, [all, half, quarter])])
-    assert found == quarter and reused == 0
+    [predicted], reused = chosen_boxes([heat], [expression(quarter, [all, half, quarter])])
+    assert predicted == quarter and reused == 0
     # By hand, away from the edges of the map: 400 / 20 against 400 / 800^.5 and 400 / 40.
     np.testing.assert_allclose(box_scores(heat, (40, 40), [quarter, half, all])[1:], [400 / 800**0.5, 10], rtol=0.02)
     # The first of equals stays.
-    [found], _ = chosen_boxes([np.ones((4, 4))], [expression(quarter, [(0, 0, 20, 20), (20, 20, 20, 20)])])
-    assert found == (0, 0, 20, 20)
+    [predicted], _ = chosen_boxes([np.ones((4, 4))], [expression(quarter, [(0, 0, 20, 20), (20, 20, 20, 20)])])
+    assert predicted == (0, 0, 20, 20)
 
 
 def test_where_nothing_is_hot_the_box_before_is_used():
     hot, cold = np.ones((4, 4)), -np.ones((4, 4))
-    asked = [expression((0, 0, 9, 9), [(0, 0, 9, 9)]), expression((5, 5, 9, 9), [(5, 5, 9, 9)])]
-    assert chosen_boxes([hot, cold], asked) == ([(0, 0, 9, 9), (0, 0, 9, 9)], 1)
-    assert chosen_boxes([cold, hot], asked) == ([None, (5, 5, 9, 9)], 1)
-    assert chosen_boxes([0 * hot, hot], [expression((0, 0, 9, 9), []), asked[1]]) == ([None, (5, 5, 9, 9)], 1)
-    scores, reused = grounding_scores([cold, hot], asked)
+    expressions = [expression((0, 0, 9, 9), [(0, 0, 9, 9)]), expression((5, 5, 9, 9), [(5, 5, 9, 9)])]
+    assert chosen_boxes([hot, cold], expressions) == ([(0, 0, 9, 9), (0, 0, 9, 9)], 1)
+    assert chosen_boxes([cold, hot], expressions) == ([None, (5, 5, 9, 9)], 1)
+    assert chosen_boxes([0 * hot, hot], [expression((0, 0, 9, 9), []), expressions[1]]) == ([None, (5, 5, 9, 9)], 1)
+    scores, reused = grounding_scores([cold, hot], expressions)
     assert scores["val"].value == 50 and reused == 1
 
 
-def transcribed(heats, asked):
+def transcribed(heats, expressions):
     """The original's loop on maps as large as their images, which no resize changes."""
     right, count, before = {}, {}, None
-    for heat, one in zip(heats, asked):
+    for heat, one in zip(heats, expressions):
         most = 0
         for x, y, w, h in one.proposals:
             score = heat[int(y) : int(y + h), int(x) : int(x + w)].sum() / (w * h) ** 0.5
@@ -87,32 +87,32 @@ def transcribed(heats, asked):
         a, b = one.box, before
         wide = min(a[0] + a[2] - 1, b[0] + b[2] - 1) - max(a[0], b[0])
         high = min(a[1] + a[3] - 1, b[1] + b[3] - 1) - max(a[1], b[1])
-        both = (wide + 1) * (high + 1) if wide > 0 and high > 0 else 0
-        hit = both / (a[2] * a[3] + b[2] * b[3] - both) >= 0.5
+        overlap = (wide + 1) * (high + 1) if wide > 0 and high > 0 else 0
+        hit = overlap / (a[2] * a[3] + b[2] * b[3] - overlap) >= 0.5
         right[one.split], count[one.split] = right.get(one.split, 0) + hit, count.get(one.split, 0) + 1
     return {split: 100 * right[split] / count[split] for split in count}
 
 
 def test_equals_a_transcription_on_random_maps():
     rng = np.random.default_rng(0)
-    asked, heats = [], []
+    expressions, heats = [], []
     for i in range(90):
         proposed = boxes(rng, 4, 40, 40)
         shifted = proposed[rng.integers(4)] + rng.uniform(-3, 3, 4).clip(min=-1)
-        asked.append(expression(tuple(shifted), proposed, ("val", "testA", "testB")[i % 3], i // 5))
+        expressions.append(expression(tuple(shifted), proposed, ("val", "testA", "testB")[i % 3], i // 5))
         heats.append(rng.standard_normal((40, 40)) + (0 if i else 3))  # sums below zero: some boxes are the one before
-    scores, reused = grounding_scores(np.array(heats), asked)
-    assert {split: score.value for split, score in scores.items()} == pytest.approx(transcribed(heats, asked))
+    scores, reused = grounding_scores(np.array(heats), expressions)
+    assert {split: score.value for split, score in scores.items()} == pytest.approx(transcribed(heats, expressions))
     assert 0 < reused < 45 and all(10 < score.value < 90 and score.n == 30 for score in scores.values())
     assert all(score.low < score.value < score.high and 10 < score.chance < 60 for score in scores.values())
 
 
 def test_bad_input_is_named():
-    asked = [expression((0, 0, 9, 9), [(0, 0, 9, 9)])]
+    expressions = [expression((0, 0, 9, 9), [(0, 0, 9, 9)])]
     with pytest.raises(MmjaxError, match="2 maps for 1 expressions"):
-        grounding_scores(np.ones((2, 4, 4)), asked)
+        grounding_scores(np.ones((2, 4, 4)), expressions)
     with pytest.raises(MmjaxError, match="heats: 16 of 16"):
-        grounding_scores(np.full((1, 4, 4), np.nan), asked)
+        grounding_scores(np.full((1, 4, 4), np.nan), expressions)
     with pytest.raises(MmjaxError, match=r"boxes: \[1.0, 1.0, 0.0, 4.0\] has no area"):
         box_scores(np.ones((4, 4)), (8, 8), np.array([[1.0, 1, 0, 4]]))
     with pytest.raises(MmjaxError, match=r"heat \[16\] and boxes \[4\]"):
@@ -123,8 +123,8 @@ def test_evaluation():
     class State:
         step = 1
 
-    asked = [expression((0, 0, 9, 9), [(0, 0, 9, 9)], "testA"), expression((5, 5, 9, 9), [(30, 5, 9, 9)], "testB")]
-    evaluation = GroundingEvaluation(heats=lambda params, state: params, expressions=asked)
-    told = metrics(evaluation.run(np.ones((2, 4, 4)), State))
-    assert told["grounding_testA"] == 100 and told["grounding_testB"] == 0 and told["grounding_testA_chance"] == 100
-    assert told["grounding_n"] == 2 and told["grounding_reused"] == 0
+    expressions = [expression((0, 0, 9, 9), [(0, 0, 9, 9)], "testA"), expression((5, 5, 9, 9), [(30, 5, 9, 9)], "testB")]
+    evaluation = GroundingEvaluation(heats=lambda params, state: params, expressions=expressions)
+    logged = metrics(evaluation.run(np.ones((2, 4, 4)), State))
+    assert logged["grounding_testA"] == 100 and logged["grounding_testB"] == 0 and logged["grounding_testA_chance"] == 100
+    assert logged["grounding_n"] == 2 and logged["grounding_reused"] == 0

@@ -24,15 +24,15 @@ def blobs(n, classes, seed, d=7, spread=1.5):
     return (centres[labels] + spread * rng.standard_normal((n, d))).astype(np.float32), labels
 
 
-def brute_votes(bank, labels, queries, k, temperature, classes, own=False):
+def brute_votes(bank, labels, queries, k, temperature, classes, leave_one_out=False):
     bank = bank / np.linalg.norm(bank, axis=1, keepdims=True)
     queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
-    found = np.zeros((len(queries), classes))
+    votes_by_class = np.zeros((len(queries), classes))
     for i, row in enumerate(queries.astype(np.float64) @ bank.T):
-        candidates = [j for j in np.argsort(-row, kind="stable") if not (own and j == i)][:k]
+        candidates = [j for j in np.argsort(-row, kind="stable") if not (leave_one_out and j == i)][:k]
         for j in candidates:
-            found[i, labels[j]] += np.exp(row[j] / temperature)
-    return found / found.sum(1, keepdims=True)
+            votes_by_class[i, labels[j]] += np.exp(row[j] / temperature)
+    return votes_by_class / votes_by_class.sum(1, keepdims=True)
 
 
 @pytest.mark.parametrize("k", [1, 13, 101, 5000])
@@ -50,7 +50,7 @@ def test_votes_equal_the_definition(monkeypatch, k, block):
 def test_leave_one_out_never_sees_itself(k):
     bank, labels = blobs(101, 3, 2)
     ours = knn_votes(bank, labels, None, k, 0.1)
-    np.testing.assert_allclose(ours, brute_votes(bank, labels, bank, k, 0.1, 3, own=True), atol=2e-5)
+    np.testing.assert_allclose(ours, brute_votes(bank, labels, bank, k, 0.1, 3, leave_one_out=True), atol=2e-5)
     alone = knn_votes(np.eye(3, dtype=np.float32), np.array([0, 1, 2]), None, 1)
     assert (alone.argmax(1) != np.arange(3)).all()
 
@@ -83,9 +83,12 @@ def test_temperature_extremes_stay_finite():
 def test_order_of_bank_and_queries_does_not_matter():
     bank, labels = blobs(83, 4, 7)
     queries, _ = blobs(19, 4, 8)
-    rows, asked = np.random.default_rng(9).permutation(83), np.random.default_rng(10).permutation(19)
-    one, two = knn_votes(bank, labels, queries, 9), knn_votes(bank[rows], labels[rows], queries[asked], 9)
-    np.testing.assert_allclose(two, one[asked], atol=1e-6)
+    bank_order, query_order = np.random.default_rng(9).permutation(83), np.random.default_rng(10).permutation(19)
+    one, two = (
+        knn_votes(bank, labels, queries, 9),
+        knn_votes(bank[bank_order], labels[bank_order], queries[query_order], 9),
+    )
+    np.testing.assert_allclose(two, one[query_order], atol=1e-6)
 
 
 def test_equal_neighbours_come_in_bank_order_and_one_class_is_certain():
@@ -125,10 +128,10 @@ def test_evaluation():
     common = {"encode": encode, "train_images": bank, "train_labels": labels, "batch_size": 17}
     made = KNNEvaluation(**common, test_images=queries, test_labels=truth, ks=(3, 20))
     kernel = np.random.default_rng(13).standard_normal((7, 5)).astype(np.float32)
-    told = metrics(made.run({"kernel": kernel}, State(5)))
+    logged = metrics(made.run({"kernel": kernel}, State(5)))
     expected = knn_scores(bank @ kernel, labels, queries @ kernel, truth, ks=(3, 20))
-    assert told["knn_top1_k3"] == expected[3].value and told["knn_top1_k20"] == expected[20].value
-    assert told["knn_n"] == 37 and told["knn_top1_k3_low"] < told["knn_top1_k3"] < told["knn_top1_k3_high"]
+    assert logged["knn_top1_k3"] == expected[3].value and logged["knn_top1_k20"] == expected[20].value
+    assert logged["knn_n"] == 37 and logged["knn_top1_k3_low"] < logged["knn_top1_k3"] < logged["knn_top1_k3_high"]
     made.run({"kernel": kernel * 2}, State(6))
     assert traced == [(17, 7)]
     alone = KNNEvaluation(**common).scores({"kernel": kernel})["knn_top1"]
@@ -143,7 +146,7 @@ def test_evaluation_of_pipelines():
     test = Pipeline(ArraySource(image=queries, label=truth), batch_size=7)
     made = KNNEvaluation(encode=encode, train_images=train, test_images=test, ks=(5,), batch_size=11)
     assert made.scores(np.float32(2))["knn_top1"] == knn_scores(bank, labels, queries, truth, ks=(5,))[5]
-    with pytest.raises(MmjaxError, match="train_images: an array of images comes without labels"):
+    with pytest.raises(MmjaxError, match="train_images: an array of images needs labels"):
         KNNEvaluation(encode=encode, train_images=bank).scores(np.float32(2))
     unlabelled = Pipeline(ArraySource(image=bank, name="nameless"), batch_size=7)
     with pytest.raises(MmjaxError, match="nameless has no column 'label'"):

@@ -42,21 +42,21 @@ def test_same_optimum_as_scikit_learn(classes, l2):
     features, labels = blobs(211, classes, 0)
     test, truth = blobs(503, classes, 1)
     ours = logistic_regression(features, labels, l2)
-    theirs = linear_model.LogisticRegression(C=1 / (l2 * 211), tol=1e-8, max_iter=10_000).fit(features, labels)
-    # With two classes theirs has one vector w, which stands for a kernel of (-w/2, w/2): the penalty is half as large.
+    reference = linear_model.LogisticRegression(C=1 / (l2 * 211), tol=1e-8, max_iter=10_000).fit(features, labels)
+    # With two classes scikit-learn has one vector w, equal to a kernel of (-w/2, w/2): the penalty is half as large.
     if classes == 2:
-        theirs = linear_model.LogisticRegression(C=2 / (l2 * 211), tol=1e-8, max_iter=10_000).fit(features, labels)
-        kernel = np.concatenate([-theirs.coef_, theirs.coef_]).T / 2
-        bias = np.concatenate([-theirs.intercept_, theirs.intercept_]) / 2
+        reference = linear_model.LogisticRegression(C=2 / (l2 * 211), tol=1e-8, max_iter=10_000).fit(features, labels)
+        kernel = np.concatenate([-reference.coef_, reference.coef_]).T / 2
+        bias = np.concatenate([-reference.intercept_, reference.intercept_]) / 2
     else:
-        kernel, bias = theirs.coef_.T, theirs.intercept_
+        kernel, bias = reference.coef_.T, reference.intercept_
     best = objective(kernel, bias, features, labels, l2)
     assert float(ours.loss) == pytest.approx(best, rel=2e-6)
     assert objective(ours.kernel, ours.bias, features, labels, l2) == pytest.approx(best, rel=2e-6)
     np.testing.assert_allclose(ours.kernel, kernel, atol=3e-3 * np.abs(kernel).max())
     assert float(ours.gradient) < 2e-5
-    agree = np.mean(ours.predict(test) == theirs.predict(test))
-    assert agree >= 1 - 1 / 503 and abs(ours.scores(test, truth)[1].value - 100 * theirs.score(test, truth)) < 0.3
+    agree = np.mean(ours.predict(test) == reference.predict(test))
+    assert agree >= 1 - 1 / 503 and abs(ours.scores(test, truth)[1].value - 100 * reference.score(test, truth)) < 0.3
 
 
 def test_standardised_probe_is_blind_to_scales():
@@ -77,45 +77,47 @@ def test_sweep_chooses_on_its_validation_part():
     labels = rng.integers(0, 2, 401)
     features = rng.standard_normal((401, 97)).astype(np.float32)
     features[:, 0] += 2 * labels
-    found = swept_probe(features, labels, l2s=(1e-6, 1.0))
-    assert found.l2 == 1 and found.l2s == (1.0, 1e-6)
-    assert found.accuracies[0] > found.accuracies[1] + 5
+    sweep = swept_probe(features, labels, l2s=(1e-6, 1.0))
+    assert sweep.l2 == 1 and sweep.l2s == (1.0, 1e-6)
+    assert sweep.accuracies[0] > sweep.accuracies[1] + 5
     refitted = logistic_regression(features, labels, 1.0, standardise=True)
-    np.testing.assert_allclose(found.probe.kernel, refitted.kernel, atol=1e-6)
-    right = np.array(found.accuracies) * 80 / 100  # of the 80 rows, a fifth, that chose
+    np.testing.assert_allclose(sweep.probe.kernel, refitted.kernel, atol=1e-6)
+    right = np.array(sweep.accuracies) * 80 / 100  # of the 80 rows, a fifth, that chose
     np.testing.assert_allclose(right, np.round(right), atol=1e-3)
 
 
 def test_sweep_standardises_by_the_rows_it_fits_alone():
-    """Its accuracies and its choice again by hand: moments, optimum and verdict, each on the rows that are theirs."""
+    """Its accuracies and its choice again by hand: moments, optimum and verdict, each on its rows."""
     features, labels = blobs(101, 3, 17, spread=2.5)
-    held = np.random.default_rng(5).permutation(101)[:30]
-    fitted = np.setdiff1d(np.arange(101), held)
+    validation = np.random.default_rng(5).permutation(101)[:30]
+    fitted = np.setdiff1d(np.arange(101), validation)
     # Three outliers among what is judged, in three columns: moments that looked at them would press those columns flat.
-    features[held[:3], :3] *= 300
-    found = swept_probe(features, labels, l2s=(1e-3, 0.1, 1.0), validation=30 / 101, seed=5)
+    features[validation[:3], :3] *= 300
+    sweep = swept_probe(features, labels, l2s=(1e-3, 0.1, 1.0), validation=30 / 101, seed=5)
     mean, deviation = features[fitted].mean(0), features[fitted].std(0)
     whole = (features.mean(0), features.std(0))
     losses, shares, wrong = [], [], []
-    for l2 in found.l2s:
+    for l2 in sweep.l2s:
         probe = logistic_regression((features[fitted] - mean) / deviation, labels[fitted], l2)
-        losses.append(objective(probe.kernel, probe.bias, (features[held] - mean) / deviation, labels[held], 0))
-        shares.append(100 * np.mean(probe.predict((features[held] - mean) / deviation) == labels[held]))
+        losses.append(
+            objective(probe.kernel, probe.bias, (features[validation] - mean) / deviation, labels[validation], 0)
+        )
+        shares.append(100 * np.mean(probe.predict((features[validation] - mean) / deviation) == labels[validation]))
         mixed = logistic_regression((features[fitted] - whole[0]) / whole[1], labels[fitted], l2)
-        wrong.append(100 * np.mean(mixed.predict((features[held] - whole[0]) / whole[1]) == labels[held]))
-    np.testing.assert_allclose(found.accuracies, shares, atol=1e-3)
+        wrong.append(100 * np.mean(mixed.predict((features[validation] - whole[0]) / whole[1]) == labels[validation]))
+    np.testing.assert_allclose(sweep.accuracies, shares, atol=1e-3)
     assert np.abs(np.array(wrong) - shares).max() > 3
-    assert found.l2 == found.l2s[min(range(3), key=lambda i: (-shares[i], losses[i]))]
-    # The layer that is given back is fitted, and standardised, on all rows.
-    np.testing.assert_allclose(found.probe.mean, whole[0], rtol=1e-5)
-    np.testing.assert_allclose(found.probe.scale, whole[1], rtol=1e-5)
+    assert sweep.l2 == sweep.l2s[min(range(3), key=lambda i: (-shares[i], losses[i]))]
+    # The returned layer is fitted, and standardised, on all rows.
+    np.testing.assert_allclose(sweep.probe.mean, whole[0], rtol=1e-5)
+    np.testing.assert_allclose(sweep.probe.scale, whole[1], rtol=1e-5)
 
 
 def test_a_sweep_settles_ties_by_cross_entropy():
     """Far apart classes: every penalty is right, and the weakest is the surest."""
     features, labels = blobs(101, 2, 18, spread=0.05)
-    found = swept_probe(features, labels, l2s=(1.0, 1e-2, 1e-4))
-    assert found.accuracies == (100.0, 100.0, 100.0) and found.l2 == 1e-4
+    sweep = swept_probe(features, labels, l2s=(1.0, 1e-2, 1e-4))
+    assert sweep.accuracies == (100.0, 100.0, 100.0) and sweep.l2 == 1e-4
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.6])
@@ -133,11 +135,11 @@ def test_sgd_by_hand_over_short_batches_passes_and_standardised_features(momentu
     for epoch in range(4):
         rate, last = 0.3 * 0.5 * (1 + np.cos(np.pi * epoch / 4)), 0.0
         order = np.asarray(jax.random.permutation(jax.random.fold_in(order_rng, epoch), 13))
-        for rows in (order[:5], order[5:10], order[10:]):
-            x, y = inputs[epoch % 2][rows], labels[rows]
-            last += len(rows) / 13 * objective(kernel, bias, x, y, 0)
+        for batch in (order[:5], order[5:10], order[10:]):
+            x, y = inputs[epoch % 2][batch], labels[batch]
+            last += len(batch) / 13 * objective(kernel, bias, x, y, 0)
             chances = np.exp(x @ kernel + bias)
-            error = (chances / chances.sum(1, keepdims=True) - np.eye(3)[y]) / len(rows)
+            error = (chances / chances.sum(1, keepdims=True) - np.eye(3)[y]) / len(batch)
             for i, (leaf, gradient) in enumerate(((kernel, x.T @ error), (bias, error.sum(0)))):
                 velocity[i] = momentum * velocity[i] + gradient + 0.02 * leaf
                 leaf -= rate * velocity[i]
@@ -183,7 +185,7 @@ def test_sgd_takes_passes_in_turn():
     config = SGDConfig(learning_rate=0.1, batch_size=19, epochs=4)
     passes = np.stack([features, features * 0])
     ours = sgd_probe(passes, labels, config, seed=9)
-    # The last epoch saw the second pass, of zeros: only the bias can tell classes apart there.
+    # The last epoch used the second pass, of zeros: only the bias separates classes there.
     share = np.bincount(labels) / 19
     assert float(ours.loss) > -np.sum(share * np.log(share)) - 1e-4
     same = sgd_probe(np.stack([features, features]), labels, config, seed=9)
@@ -250,10 +252,10 @@ def test_evaluation():
     kernel = np.random.default_rng(16).standard_normal((7, 11)).astype(np.float32)
     common = {"encode": encode, "train_labels": labels, "test_images": test, "test_labels": truth, "batch_size": 53}
     made = LinearProbeEvaluation(train_images=images, **common)
-    told = metrics(made.run({"kernel": kernel}, State(1)))
+    logged = metrics(made.run({"kernel": kernel}, State(1)))
     expected = swept_probe(images @ kernel, labels).probe.scores(test @ kernel, truth)
-    assert told["linear_probe_top1"] == pytest.approx(expected[1].value, abs=100 / 101)
-    assert told["linear_probe_top5"] > told["linear_probe_top1"] and told["linear_probe_n"] == 101
+    assert logged["linear_probe_top1"] == pytest.approx(expected[1].value, abs=100 / 101)
+    assert logged["linear_probe_top5"] > logged["linear_probe_top1"] and logged["linear_probe_n"] == 101
     made.run({"kernel": kernel * 2}, State(2))
     assert traced == [(53, 7)]
     config = SGDConfig(learning_rate=0.1, epochs=3)
@@ -264,5 +266,5 @@ def test_evaluation():
         LinearProbeEvaluation(train_images=[images, images], **common)
     # A class that only the test set has is wrong, not an error.
     rare = LinearProbeEvaluation(train_images=images, **common | {"test_labels": np.where(truth == 0, 7, truth)})
-    kept = np.mean((truth != 0) & (made.probe({"kernel": kernel}).predict(test @ kernel) == truth))
-    assert rare.scores({"kernel": kernel})["linear_probe_top1"].value == pytest.approx(100 * kept)
+    expected_accuracy = np.mean((truth != 0) & (made.probe({"kernel": kernel}).predict(test @ kernel) == truth))
+    assert rare.scores({"kernel": kernel})["linear_probe_top1"].value == pytest.approx(100 * expected_accuracy)

@@ -35,8 +35,8 @@ def evaluation(**fields):
             "nsp_accuracy": batch["next_label"].astype(np.float32),
         }
 
-    told = {"judge": judge, "columns": columns, "documents": np.array([4, 4, 7, 7, 9]), "batch_size": 2}
-    return MaskedWordsEvaluation(**told | {"frequencies": unigram(IDS, MASK, 8)} | fields)
+    kwargs = {"judge": judge, "columns": columns, "documents": np.array([4, 4, 7, 7, 9]), "batch_size": 2}
+    return MaskedWordsEvaluation(**kwargs | {"frequencies": unigram(IDS, MASK, 8)} | fields)
 
 
 def test_scores_are_means_over_masked_words():
@@ -55,5 +55,5 @@ def test_scores_are_means_over_masked_words():
 
 def test_nothing_to_judge_is_told():
     columns = {"masked_weights": np.zeros((2, 3))}
-    with pytest.raises(MmjaxError, match="no masked word to judge in 2 rows"):
+    with pytest.raises(MmjaxError, match="no masked word in 2 rows"):
         evaluation(columns=columns, documents=np.zeros(2))

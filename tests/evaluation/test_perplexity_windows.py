@@ -35,13 +35,13 @@ def loop(length, stride):
     raise AssertionError
 
 
-def test_every_token_but_the_first_is_judged_once():
+def test_every_token_but_the_first_is_scored_once():
     for length, stride in ((10, 3), (10, 9), (61, 60), (60, 1), (100, 50), (2, 1), (9, 4)):
         cut = windows(TEXT, length, stride)
         starts = np.arange(len(cut.ids)) * stride
-        places = (starts[:, None] + np.arange(length) + 1)[cut.labels != IGNORED]
-        assert sorted(places) == list(range(1, N)), (length, stride)
-        np.testing.assert_array_equal(cut.labels[cut.labels != IGNORED], TEXT[places])
+        positions = (starts[:, None] + np.arange(length) + 1)[cut.labels != IGNORED]
+        assert sorted(positions) == list(range(1, N)), (length, stride)
+        np.testing.assert_array_equal(cut.labels[cut.labels != IGNORED], TEXT[positions])
         assert cut.mask[-1].any() and starts[-1] + cut.mask[-1].sum() == N and cut.ids.shape[1] == length
         context = (np.arange(length) + 1)[None].repeat(len(starts), 0)[1:][cut.labels[1:] != IGNORED]
         assert context.min(initial=length) >= length - stride
@@ -51,17 +51,17 @@ def test_every_token_but_the_first_is_judged_once():
     "length, stride, batch_size", [(10, 3, 4), (10, 3, 99), (12, None, 5), (99, 1, 8), (16, 15, 1)]
 )
 def test_it_is_what_a_plain_loop_gives(length, stride, batch_size):
-    told = perplexity(causal, TABLE, TEXT, length=length, stride=stride, batch_size=batch_size)
+    score = perplexity(causal, TABLE, TEXT, length=length, stride=stride, batch_size=batch_size)
     sums, counts = loop(length, stride or length // 2)
-    assert told.n == sum(counts) == N - 1 and told.chance == V and told.unit == "perplexity"
-    assert abs(told.value - np.exp(sum(sums) / sum(counts))) < 1e-5 * told.value
-    assert told.low is not None and told.high is not None and told.low <= told.value <= told.high
-    assert len(sums) == 1 or told.low < told.high
+    assert score.n == sum(counts) == N - 1 and score.chance == V and score.unit == "perplexity"
+    assert abs(score.value - np.exp(sum(sums) / sum(counts))) < 1e-5 * score.value
+    assert score.low is not None and score.high is not None and score.low <= score.value <= score.high
+    assert len(sums) == 1 or score.low < score.high
 
 
 def test_a_model_that_knows_nothing_is_at_chance():
-    told = perplexity(lambda table, ids, mask: jnp.zeros((*ids.shape, V)), None, TEXT, length=8)
-    assert abs(told.value - V) < 1e-5 and told.high is not None and abs(told.high - V) < 1e-5
+    score = perplexity(lambda table, ids, mask: jnp.zeros((*ids.shape, V)), None, TEXT, length=8)
+    assert abs(score.value - V) < 1e-5 and score.high is not None and abs(score.high - V) < 1e-5
 
 
 def test_it_is_compiled_once():
@@ -73,11 +73,11 @@ def test_it_is_compiled_once():
 
     first = perplexity(counted, TABLE, TEXT, length=10, batch_size=4)
     again = perplexity(counted, TABLE + 1, TEXT, length=10, batch_size=4)
-    assert traced.count((4, 10)) <= 3 and first.value != again.value  # each call asks once for the shape alone
+    assert traced.count((4, 10)) <= 3 and first.value != again.value  # each call traces once for the shape
 
 
 @pytest.mark.parametrize(
-    "ids, how, message",
+    "ids, options, message",
     [
         (TEXT[:1], {}, r"ids should be \[n\]"),
         (TEXT[None], {}, r"int64 \[1, 61\]"),
@@ -87,6 +87,6 @@ def test_it_is_compiled_once():
         (np.append(TEXT, V), {}, "tokens from 0 to 13, a vocabulary of 13"),
     ],
 )
-def test_what_cannot_be_judged_is_told(ids, how, message):
+def test_invalid_inputs_are_refused(ids, options, message):
     with pytest.raises(MmjaxError, match=message):
-        perplexity(causal, TABLE, ids, **{"length": 10, **how})
+        perplexity(causal, TABLE, ids, **{"length": 10, **options})

@@ -21,7 +21,7 @@ class State:
 
 
 def problem(seed):
-    """Similarities, and a head's scores of every pair: right ones are a little higher in both."""
+    """Similarities, and a head's scores of every pair: matching ones are slightly higher in both."""
     rng = np.random.default_rng(seed)
     right = (OWNER[None] == np.arange(N)[:, None]).astype(np.float32)
     near = np.tanh(rng.standard_normal((N, M)) / 3 + right / 2).astype(np.float32)
@@ -49,15 +49,21 @@ def transcribed(near, head, k, add):
 
 
 def itm_eval(image_text, text_image, owner):
-    """Recalls as the originals tell them: places in the sorted rows, the best of an image's texts."""
-    best, place = [], []
+    """Recalls as the originals compute them: positions in the sorted rows, the best of an image's texts."""
+    best, text_ranks = [], []
     for image, row in enumerate(image_text):
         order = np.argsort(row)[::-1].tolist()
         best.append(min(order.index(text) for text in np.flatnonzero(owner == image)))
     for text, row in enumerate(text_image):
-        place.append(np.argsort(row)[::-1].tolist().index(owner[text]))
-    told = [[100 * np.mean(np.array(ranks) < k) for k in (1, 5, 10)] for ranks in (best, place)]
-    return [*told[0], *told[1], np.mean(told[0]), np.mean(told[1]), (np.mean(told[0]) + np.mean(told[1])) / 2]
+        text_ranks.append(np.argsort(row)[::-1].tolist().index(owner[text]))
+    recalls = [[100 * np.mean(np.array(ranks) < k) for k in (1, 5, 10)] for ranks in (best, text_ranks)]
+    return [
+        *recalls[0],
+        *recalls[1],
+        np.mean(recalls[0]),
+        np.mean(recalls[1]),
+        (np.mean(recalls[0]) + np.mean(recalls[1])) / 2,
+    ]
 
 
 @pytest.mark.parametrize("add", [False, True], ids=["ALBEF", "BLIP"])
@@ -66,37 +72,37 @@ def test_equals_the_originals_loop(k, texts, batch, add):
     near, scores = problem(k)
     calls: list = []
     rerank = Reranker(head(calls), k, add, texts, batch)
-    found = rerank(np.float32(1), scores, near, OWNER)
+    shortlists = rerank(np.float32(1), scores, near, OWNER)
     forward, backward = transcribed(near, scores, k, add)
-    np.testing.assert_allclose(found.matrices()[0], forward, rtol=1e-6)
-    np.testing.assert_allclose(found.matrices()[1], backward, rtol=1e-6)
-    ranks = found.ranks()
+    np.testing.assert_allclose(shortlists.matrices()[0], forward, rtol=1e-6)
+    np.testing.assert_allclose(shortlists.matrices()[1], backward, rtol=1e-6)
+    ranks = shortlists.ranks()
     expected = ranks_of_scores(forward, OWNER, backward)
     np.testing.assert_array_equal(ranks.image, expected.image)
     np.testing.assert_array_equal(ranks.text, expected.text)
-    told = ranks.scores() | ranks.mean_recalls()
+    results = ranks.scores() | ranks.mean_recalls()
     names = [f"{way}_R@{at}" for way in ("image_to_text", "text_to_image") for at in (1, 5, 10)]
     names += ["image_to_text_R_mean", "text_to_image_R_mean", "R_mean"]
-    assert [told[name].value for name in names] == pytest.approx(itm_eval(forward, backward, OWNER))
+    assert [results[name].value for name in names] == pytest.approx(itm_eval(forward, backward, OWNER))
     rerank(np.float32(2), scores, near, OWNER)
     assert calls == [((batch,), (batch, texts))]  # one shape, traced once
 
 
 def test_each_pair_is_scored_once():
     near, scores = problem(1)
-    seen: list = []
+    batches: list = []
     rerank = Reranker(head([]), 11, False, texts=4, batch_size=1)
     extract = rerank._extractor
 
     def spy(params, known, groups, *rest):
-        seen.append(groups)
+        batches.append(groups)
         return extract(params, known, groups, *rest)
 
     rerank.__dict__["_extractor"] = spy
-    found = rerank(np.float32(1), scores, near, OWNER)
-    pairs = {(image, text) for image, row in enumerate(found.texts) for text in row}
-    pairs |= {(image, text) for text, row in enumerate(found.images) for image in row}
-    groups = seen[0]
+    shortlists = rerank(np.float32(1), scores, near, OWNER)
+    pairs = {(image, text) for image, row in enumerate(shortlists.texts) for text in row}
+    pairs |= {(image, text) for text, row in enumerate(shortlists.images) for image in row}
+    groups = batches[0]
     distinct = [(image, text) for image, row in zip(groups["image"], groups["texts"]) for text in dict.fromkeys(row)]
     assert sorted(distinct) == sorted(pairs)
     assert len(groups["image"]) == sum(-(-sum(image == i for i, _ in pairs) // 4) for image in range(N))
@@ -105,10 +111,10 @@ def test_each_pair_is_scored_once():
 def test_a_list_without_the_right_answer():
     """Two images, two texts each; the nearest text of the first is the other's, and its list is one long."""
     near = np.array([[0.1, 0.2, 0.9, 0.3], [0.0, 0.1, 0.8, 0.2]])
-    found = Reranker(head([]), 1, False)(np.float32(1), np.arange(8.0).reshape(2, 4), near, [0, 0, 1, 1])
-    assert found.texts.tolist() == [[2], [2]] and found.text_scores.tolist() == [[2], [6]]
-    assert found.matrices()[0].tolist() == [[FILL, FILL, 2, FILL], [FILL, FILL, 6, FILL]]
-    ranks = found.ranks()
+    shortlists = Reranker(head([]), 1, False)(np.float32(1), np.arange(8.0).reshape(2, 4), near, [0, 0, 1, 1])
+    assert shortlists.texts.tolist() == [[2], [2]] and shortlists.text_scores.tolist() == [[2], [6]]
+    assert shortlists.matrices()[0].tolist() == [[FILL, FILL, 2, FILL], [FILL, FILL, 6, FILL]]
+    ranks = shortlists.ranks()
     assert ranks.image.tolist() == [2, 0] and ranks.text.tolist() == [0, 0, 1, 1]
 
 
@@ -126,11 +132,11 @@ def test_does_not_depend_on_the_order_of_items():
 
 def test_means_by_hand():
     ranks = ranks_of_scores(np.array([[9, 1, 8, 2, 3], [7, 6, 5, 8, 1], [4, 9, 8, 3, 2]]), [0, 0, 1, 2, 2])
-    told = ranks.mean_recalls((1, 3))  # image ranks 0, 3, 3; text ranks 0, 2, 2, 1, 1
-    assert told["image_to_text_R_mean"].value == pytest.approx(100 / 3)
-    assert told["text_to_image_R_mean"].value == pytest.approx(60)
-    assert told["R_mean"].value == pytest.approx((100 / 3 + 60) / 2)
-    assert told["R_mean"].low < told["R_mean"].value < told["R_mean"].high
+    results = ranks.mean_recalls((1, 3))  # image ranks 0, 3, 3; text ranks 0, 2, 2, 1, 1
+    assert results["image_to_text_R_mean"].value == pytest.approx(100 / 3)
+    assert results["text_to_image_R_mean"].value == pytest.approx(60)
+    assert results["R_mean"].value == pytest.approx((100 / 3 + 60) / 2)
+    assert results["R_mean"].low < results["R_mean"].value < results["R_mean"].high
 
 
 def test_progress_is_told_on_a_terminal_alone():
@@ -138,14 +144,14 @@ def test_progress_is_told_on_a_terminal_alone():
     rerank, shown = Reranker(head([]), 10, False, 4, 4), []
     for terminal in (True, False):
         file = io.StringIO()
-        found = rerank(np.float32(1), scores, near, OWNER, Console(file=file, force_terminal=terminal, width=80))
+        shortlists = rerank(np.float32(1), scores, near, OWNER, Console(file=file, force_terminal=terminal, width=80))
         shown.append(file.getvalue())
-    assert "matching" in shown[0] and shown[1] == "" and found.texts.shape == (N, 10)
-    told: list = []
+    assert "matching" in shown[0] and shown[1] == "" and shortlists.texts.shape == (N, 10)
+    results: list = []
     rerank._extractor(
-        np.float32(1), scores, {"image": np.zeros(11, int), "texts": np.zeros((11, 4), int)}, "x", told.append
+        np.float32(1), scores, {"image": np.zeros(11, int), "texts": np.zeros((11, 4), int)}, "x", results.append
     )
-    assert told == [4, 4, 3]
+    assert results == [4, 4, 3]
 
 
 @pytest.mark.parametrize(
@@ -156,14 +162,14 @@ def test_progress_is_told_on_a_terminal_alone():
         ({"near": np.full((N, M), np.nan)}, "similarities: 1403 of 1403"),
         ({"owner": None}, "text_image"),
         ({"params": np.float32(np.inf)}, "match: "),
-        ({"match": lambda params, known, pairs: jnp.zeros(len(pairs["image"]))}, "match: should give scores"),
+        ({"match": lambda params, known, pairs: jnp.zeros(len(pairs["image"]))}, "match: should return scores"),
     ],
 )
 def test_bad_input_is_named(change, named):
     near, scores = problem(4)
-    given = {"k": 10, "near": near, "owner": OWNER, "params": np.float32(1), "match": head([])} | change
+    inputs = {"k": 10, "near": near, "owner": OWNER, "params": np.float32(1), "match": head([])} | change
     with pytest.raises(MmjaxError, match=named):
-        Reranker(given["match"], given["k"], True)(given["params"], scores, given["near"], given["owner"])
+        Reranker(inputs["match"], inputs["k"], True)(inputs["params"], scores, inputs["near"], inputs["owner"])
 
 
 def test_evaluation_in_the_loop():

@@ -23,13 +23,13 @@ def features(n, d, seed):
     return np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32)
 
 
-def sorted_ranks(scores, own):
-    """The places of the right candidates in each row's full order, wrong ones first among equals; the best of them."""
+def sorted_ranks(scores, matching):
+    """The best position of a matching candidate in each row's full order, others first among equals."""
     ranks = []
-    for row, right in zip(scores, own):
+    for row, right in zip(scores, matching):
         order = sorted(range(len(row)), key=lambda j: (-row[j], right[j]))
-        places = [place for place, j in enumerate(order) if right[j]]
-        ranks.append(places[0])
+        positions = [position for position, j in enumerate(order) if right[j]]
+        ranks.append(positions[0])
     return np.array(ranks)
 
 
@@ -39,17 +39,17 @@ def test_values_by_hand():
     ranks = ranks_of_scores(np.array(scores), [0, 0, 1, 2, 2])
     np.testing.assert_array_equal(ranks.image, [0, 3, 3])
     np.testing.assert_array_equal(ranks.text, [0, 2, 2, 1, 1])
-    told = ranks.scores(ks=(1, 3))
-    assert told["image_to_text_R@1"].value == pytest.approx(100 / 3)
-    assert told["text_to_image_R@1"].value == pytest.approx(20)
-    assert told["text_to_image_R@3"].value == pytest.approx(100)
-    assert (told["image_to_text_R@1"].n, told["text_to_image_R@1"].n) == (3, 5)
-    assert told["image_to_text_median_rank"].value == 4 and told["text_to_image_median_rank"].value == 2
+    results = ranks.scores(ks=(1, 3))
+    assert results["image_to_text_R@1"].value == pytest.approx(100 / 3)
+    assert results["text_to_image_R@1"].value == pytest.approx(20)
+    assert results["text_to_image_R@3"].value == pytest.approx(100)
+    assert (results["image_to_text_R@1"].n, results["text_to_image_R@1"].n) == (3, 5)
+    assert results["image_to_text_median_rank"].value == 4 and results["text_to_image_median_rank"].value == 2
     # A random order of 5 texts has one of 2 (1, 2) first with chance 2/5 (1/5, 2/5).
-    assert told["image_to_text_R@1"].chance == pytest.approx(100 * (0.4 + 0.2 + 0.4) / 3)
+    assert results["image_to_text_R@1"].chance == pytest.approx(100 * (0.4 + 0.2 + 0.4) / 3)
     # ... among the first three: 1 - C(3, 3)/C(5, 3) = 0.9 of two captions, 0.6 of one.
-    assert told["image_to_text_R@3"].chance == pytest.approx(100 * (0.9 + 0.6 + 0.9) / 3)
-    assert told["text_to_image_R@1"].chance == pytest.approx(100 / 3)
+    assert results["image_to_text_R@3"].chance == pytest.approx(100 * (0.9 + 0.6 + 0.9) / 3)
+    assert results["text_to_image_R@1"].chance == pytest.approx(100 / 3)
 
 
 @pytest.mark.parametrize("block", [retrieval.BLOCK, 100], ids=["one block", "many blocks"])
@@ -59,9 +59,9 @@ def test_equals_an_exhaustive_sort(monkeypatch, block):
     owner = np.concatenate([np.arange(17), np.random.default_rng(2).integers(0, 17, 26)])
     ranks = ranks_of_features(images * 5, texts, owner)
     cosine = images @ texts.T / np.linalg.norm(images, axis=1)[:, None] / np.linalg.norm(texts, axis=1)
-    own = owner[None] == np.arange(17)[:, None]
-    np.testing.assert_array_equal(ranks.image, sorted_ranks(cosine, own))
-    np.testing.assert_array_equal(ranks.text, sorted_ranks(cosine.T, own.T))
+    matching = owner[None] == np.arange(17)[:, None]
+    np.testing.assert_array_equal(ranks.image, sorted_ranks(cosine, matching))
+    np.testing.assert_array_equal(ranks.text, sorted_ranks(cosine.T, matching.T))
     again = ranks_of_scores(cosine, owner)
     np.testing.assert_array_equal(again.image, ranks.image)
     np.testing.assert_array_equal(again.text, ranks.text)
@@ -88,9 +88,9 @@ def test_does_not_depend_on_the_order_of_items():
     images, texts = features(13, 5, 3), features(29, 5, 4)
     owner = np.concatenate([np.arange(13), np.arange(13), np.array([0, 4, 9])])
     new_images, new_texts = np.random.default_rng(5).permutation(13), np.random.default_rng(6).permutation(29)
-    place = np.argsort(new_images)
+    new_positions = np.argsort(new_images)
     one = ranks_of_features(images, texts, owner)
-    two = ranks_of_features(images[new_images], texts[new_texts], place[owner[new_texts]])
+    two = ranks_of_features(images[new_images], texts[new_texts], new_positions[owner[new_texts]])
     np.testing.assert_array_equal(two.image, one.image[new_images])
     np.testing.assert_array_equal(two.text, one.text[new_texts])
     assert one.scores() == two.scores()
@@ -98,9 +98,9 @@ def test_does_not_depend_on_the_order_of_items():
 
 def test_random_features_get_chance():
     images, texts = features(997, 11, 7), features(1994, 11, 8)
-    told = ranks_of_features(images, texts, np.arange(1994) % 997).scores(ks=(10, 100))
+    results = ranks_of_features(images, texts, np.arange(1994) % 997).scores(ks=(10, 100))
     for name in ("image_to_text_R@100", "text_to_image_R@100", "image_to_text_R@10", "text_to_image_R@10"):
-        score = told[name]
+        score = results[name]
         assert abs(score.value - score.chance) < 4 * (score.chance * (100 - score.chance) / 997) ** 0.5
         assert score.low < score.value < score.high
 
@@ -210,10 +210,10 @@ def test_unreadable_images_leave_with_their_texts():
         texts=texts,
         text_image=owner,
     )
-    kept = owner != 3
-    expected = ranks_of_features(np.delete(images, 3, 0), texts[kept], owner[kept] - (owner[kept] > 3))
+    readable = owner != 3
+    expected = ranks_of_features(np.delete(images, 3, 0), texts[readable], owner[readable] - (owner[readable] > 3))
     ranks = made.ranks(np.float32(2))
     np.testing.assert_array_equal(ranks.image, expected.image)
     np.testing.assert_array_equal(ranks.text, expected.text)
-    told = made.run(np.float32(2), State(1))
-    assert (told["retrieval_n"], told["retrieval_n_texts"], told["retrieval_unreadable"]) == (6, 15, 1)
+    results = made.run(np.float32(2), State(1))
+    assert (results["retrieval_n"], results["retrieval_n_texts"], results["retrieval_unreadable"]) == (6, 15, 1)

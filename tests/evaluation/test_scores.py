@@ -40,7 +40,7 @@ def test_bootstrap_is_a_function_of_seed_and_not_of_order(monkeypatch):
     first = bootstrap.resampled_sums(values, 1000, seed=3)
     np.testing.assert_array_equal(first, bootstrap.resampled_sums(values[::-1], 1000, seed=3))
     assert (first != bootstrap.resampled_sums(values, 1000, seed=4)).any()
-    monkeypatch.setattr(bootstrap, "BLOCK", 100)  # the resamples are drawn in several blocks
+    monkeypatch.setattr(bootstrap, "BLOCK", 100)  # the resamples are computed in several blocks
     np.testing.assert_array_equal(first, bootstrap.resampled_sums(values, 1000, seed=3))
 
 
@@ -67,14 +67,14 @@ def test_mcnemar_by_hand_and_by_scipy():
     stats = pytest.importorskip("scipy.stats")
     first = np.array([True] * 10 + [False] * 2 + [True] * 30)
     second = np.array([False] * 10 + [True] * 2 + [True] * 30)
-    found = bootstrap.mcnemar(first, second)
-    assert (found.only_first, found.only_second) == (10, 2)
-    assert found.p == pytest.approx(2 * (1 + 12 + 66) / 2**12)
+    result = bootstrap.mcnemar(first, second)
+    assert (result.only_first, result.only_second) == (10, 2)
+    assert result.p == pytest.approx(2 * (1 + 12 + 66) / 2**12)
     rng = np.random.default_rng(6)
     one, two = rng.random(5000) < 0.7, rng.random(5000) < 0.68
-    found = bootstrap.mcnemar(one, two)
-    expected = stats.binomtest(found.only_first, found.only_first + found.only_second, 0.5).pvalue
-    assert found.p == pytest.approx(expected, rel=1e-6)
+    result = bootstrap.mcnemar(one, two)
+    expected = stats.binomtest(result.only_first, result.only_first + result.only_second, 0.5).pvalue
+    assert result.p == pytest.approx(expected, rel=1e-6)
     assert bootstrap.mcnemar(one, one).p == 1
     with pytest.raises(MmjaxError, match="same items"):
         bootstrap.mcnemar(one, two[:5])
@@ -85,9 +85,9 @@ def test_paired_bootstrap_sees_what_unpaired_intervals_do_not():
     base = rng.random(400) < 0.5
     better = base | (rng.random(400) < 0.06)
     one, two = (np.stack([right, np.ones(400)], 1) for right in (better, base))
-    found = bootstrap.paired_bootstrap(one, two)
-    assert found.value == pytest.approx(100 * (better.mean() - base.mean()))
-    assert 0 < found.low < found.value < found.high and found.p < 0.01
+    result = bootstrap.paired_bootstrap(one, two)
+    assert result.value == pytest.approx(100 * (better.mean() - base.mean()))
+    assert 0 < result.low < result.value < result.high and result.p < 0.01
     assert bootstrap.bootstrap_interval(one)[0] < bootstrap.bootstrap_interval(two)[1]
     same = bootstrap.paired_bootstrap(two, two)
     assert (same.value, same.p) == (0, 1)
@@ -127,9 +127,9 @@ def test_table_json_and_metrics():
     assert '"split": "test"' in report.to_json(scores, split="test")
     console = rich.console.Console(width=100, record=True, file=io.StringIO())
     console.print(training_scores.table(scores, "ImageNet"))
-    told = console.export_text()
+    text = console.export_text()
     for word in ("ImageNet", "76.25", "75.90 - 76.60", "50,000", "0.10", "3.00 rank"):
-        assert word in told
+        assert word in text
     assert training_scores.metrics(scores, details=False) == {"top1": 76.25, "median": 3.0}
     assert training_scores.metrics(scores) == {
         "top1": 76.25, "median": 3.0, "top1_low": 75.9, "top1_high": 76.6, "top1_chance": 0.1

@@ -1,4 +1,4 @@
-"""Scores of translations: sacrebleu's own numbers, intervals that hold them, and the evaluation over batches."""
+"""Scores of translations: sacrebleu's numbers, intervals around them, and the evaluation over batches."""
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +35,8 @@ def test_texts_without_a_match():
     assert scores["bleu"].value == scores["bleu"].high == 0
     from sacrebleu import corpus_chrf
 
-    wanted = corpus_chrf(["", "ab", "x"], [["cd", "ab c", ""]]).score
-    assert scores["chrf"].value == pytest.approx(wanted, abs=1e-5) and scores["chrf"].low == 0
+    expected = corpus_chrf(["", "ab", "x"], [["cd", "ab c", ""]]).score
+    assert scores["chrf"].value == pytest.approx(expected, abs=1e-5) and scores["chrf"].low == 0
     assert translation_scores(["ab"], ["cd"])["chrf"].high == 0
 
 
@@ -82,13 +82,13 @@ def test_every_item_is_judged_once():
         batch_size=3,
         final_step=9,
     )
-    told = metrics(evaluation.run(jnp.asarray(0), State))
-    assert told["translation_greedy_exact_match"] == 100 and told["translation_beam_bleu"] == pytest.approx(100)
-    assert told["translation_n"] == 7 and "translation_examples" not in told
+    logged = metrics(evaluation.run(jnp.asarray(0), State))
+    assert logged["translation_greedy_exact_match"] == 100 and logged["translation_beam_bleu"] == pytest.approx(100)
+    assert logged["translation_n"] == 7 and "translation_examples" not in logged
     State.step = 9
-    told = metrics(evaluation.run(jnp.asarray(1), State))
-    assert told["translation_greedy_exact_match"] == 0 and told["translation_greedy_exact_match_high"] > 0
-    lines = told["translation_examples"].splitlines()
+    logged = metrics(evaluation.run(jnp.asarray(1), State))
+    assert logged["translation_greedy_exact_match"] == 0 and logged["translation_greedy_exact_match_high"] > 0
+    lines = logged["translation_examples"].splitlines()
     assert lines[0] == "source | reference | greedy | beam" and len(lines) == 8
     shifted = " ".join(str(id + 1) for id in ids[0])
     assert lines[1] == f"{texts[0]} | {texts[0]} | {shifted} | {shifted}"

@@ -65,7 +65,7 @@ def test_the_map_of_contractions_is_the_scripts():
     assert not {"id", "ill", "well", "hell", "shell", "shed", "shes", "wed", "were", "lets"} & CONTRACTIONS.keys()
 
 
-def transcribed(found, answers):
+def transcribed(prediction, answers):
     """The sheet's rules read once more, answer by answer."""
 
     def strip(text):
@@ -95,22 +95,25 @@ def transcribed(found, answers):
         ]:
             beside = any(near in text for near in (mark + " ", " " + mark))
             out = "".join(out.split(mark)) if beside or re.findall("[0-9],[0-9]", text) else " ".join(out.split(mark))
-        kept, removed = [], 0
-        for place, letter in enumerate(out):
-            if letter == "." and not out[place + 1 : place + 2].isdigit() and removed < 32:
+        letters, removed = [], 0
+        for index, letter in enumerate(out):
+            if letter == "." and not out[index + 1 : index + 2].isdigit() and removed < 32:
                 removed += 1
             else:
-                kept.append(letter)
-        return "".join(kept)
+                letters.append(letter)
+        return "".join(letters)
 
     words = []
-    for word in strip(found.replace("\n", " ").replace("\t", " ").strip()).lower().split():
+    for word in strip(prediction.replace("\n", " ").replace("\t", " ").strip()).lower().split():
         word = {"none": "0", "zero": "0", "one": "1", "two": "2", "ten": "10"}.get(word, word)
         if word not in ("a", "an", "the"):
             words.append({"dont": "don't", "youre": "you're"}.get(word, word))
-    said = " ".join(words)
-    given = [strip(answer) for answer in answers] if len(set(answers)) > 1 else answers
-    shares = [min(1, sum(a == said for j, a in enumerate(given) if j != i) / 3) for i in range(len(given))]
+    normalised_prediction = " ".join(words)
+    compared = [strip(answer) for answer in answers] if len(set(answers)) > 1 else answers
+    shares = [
+        min(1, sum(a == normalised_prediction for j, a in enumerate(compared) if j != i) / 3)
+        for i in range(len(compared))
+    ]
     return sum(shares) / len(shares)
 
 
@@ -140,9 +143,9 @@ def test_equals_a_transcription_on_random_answers():
     for trial in range(2000):
         pool = ["".join(rng.choices(parts, k=rng.randint(1, 5))) for _ in range(rng.randint(1, 3))]
         answers = rng.choices(pool, k=rng.choice([10, 10, 2, 5]))
-        found = rng.choice([*pool, pool[0].upper(), f"the {pool[0]}!"])
-        score = vqa_scores([found], [HumanAnswers(1, tuple(answers))])["accuracy"].value
-        assert score == pytest.approx(100 * transcribed(found, answers)), (trial, found, answers)
+        prediction = rng.choice([*pool, pool[0].upper(), f"the {pool[0]}!"])
+        score = vqa_scores([prediction], [HumanAnswers(1, tuple(answers))])["accuracy"].value
+        assert score == pytest.approx(100 * transcribed(prediction, answers)), (trial, prediction, answers)
         partial += 0 < score < 100
     assert partial > 100
 
@@ -156,8 +159,10 @@ def test_peoples_answers_lose_punctuation_alone_and_only_where_they_differ():
     assert comparable(["Yes!"] * 10) == ["Yes!"] * 10
     assert comparable(["Yes!", "the dog", "two"]) == ["Yes ", "the dog", "two"]
     assert without_punctuation("a.b-c") == "ab c"
-    told = vqa_scores(["two", "t-shirt"], [HumanAnswers(1, ("two",) * 10), HumanAnswers(2, ("t-shirt",) * 9 + ("x",))])
-    assert told["accuracy"].value == 50  # "2" is not "two"; both sides of "t shirt" lost the mark
+    scores = vqa_scores(
+        ["two", "t-shirt"], [HumanAnswers(1, ("two",) * 10), HumanAnswers(2, ("t-shirt",) * 9 + ("x",))]
+    )
+    assert scores["accuracy"].value == 50  # "2" is not "two"; both sides of "t shirt" lost the mark
 
 
 QUESTIONS = [
@@ -169,22 +174,22 @@ QUESTIONS = [
 
 
 def test_means_by_type_intervals_and_chance():
-    told = vqa_scores(["No", "two", "a dog", "yes."], QUESTIONS)
-    assert told["accuracy"].value == pytest.approx(100 * (0.6 + 0.6 + 0.9 + 1) / 4)
-    assert told["accuracy_answer_yes_no"].value == pytest.approx(80) and told["accuracy_answer_yes_no"].n == 2
-    assert told["accuracy_question_how_many"].value == pytest.approx(60)
-    assert list(told)[1:4] == ["accuracy_answer_number", "accuracy_answer_other", "accuracy_answer_yes_no"]
-    assert told["accuracy"].chance == pytest.approx(50)  # "yes" to all
-    # The two questions of an image are drawn together: means are those of 60, 95 or half of each.
-    assert (told["accuracy"].low, told["accuracy"].high) == pytest.approx((60, 95))
+    scores = vqa_scores(["No", "two", "a dog", "yes."], QUESTIONS)
+    assert scores["accuracy"].value == pytest.approx(100 * (0.6 + 0.6 + 0.9 + 1) / 4)
+    assert scores["accuracy_answer_yes_no"].value == pytest.approx(80) and scores["accuracy_answer_yes_no"].n == 2
+    assert scores["accuracy_question_how_many"].value == pytest.approx(60)
+    assert list(scores)[1:4] == ["accuracy_answer_number", "accuracy_answer_other", "accuracy_answer_yes_no"]
+    assert scores["accuracy"].chance == pytest.approx(50)  # "yes" to all
+    # The two questions of an image are resampled together: means are those of 60, 95 or half of each.
+    assert (scores["accuracy"].low, scores["accuracy"].high) == pytest.approx((60, 95))
     turned = vqa_scores(["yes.", "a dog", "two", "No"], QUESTIONS[::-1])
-    assert turned["accuracy"] == told["accuracy"]
+    assert turned["accuracy"] == scores["accuracy"]
     plain = vqa_scores(["yes"], [HumanAnswers(1, ("yes", "yes", "no"))])
     assert list(plain) == ["accuracy"]
 
 
 def test_files(tmp_path):
-    rows = [
+    annotations = [
         {
             "question_id": question.question,
             "image_id": question.image,
@@ -195,25 +200,25 @@ def test_files(tmp_path):
         for question in QUESTIONS
     ]
     file = tmp_path / "annotations.json"
-    file.write_text(json.dumps({"annotations": rows}))
+    file.write_text(json.dumps({"annotations": annotations}))
     assert read_human_answers(file) == QUESTIONS
     write_submission(tmp_path / "out.json", [question.question for question in QUESTIONS], ["No", "2", "a dog", "é"])
     out = json.loads((tmp_path / "out.json").read_text())
     assert out[0] == {"question_id": 1, "answer": "No"} and len(out) == 4 and out[3]["answer"] == "é"
 
-    for told, named in (
-        ({"annotations": [rows[0], rows[0]]}, "question_id 1 comes 2 times"),
-        ({"annotations": [{"question_id": 1, "answers": ["yes"]}]}, r"annotations\[0\]: want 'question_id'"),
-        ({"annotations": []}, "'annotations', a list of some"),
-        ([], "annotations.json: want an object"),
+    for content, named in (
+        ({"annotations": [annotations[0], annotations[0]]}, "question_id 1 occurs 2 times"),
+        ({"annotations": [{"question_id": 1, "answers": ["yes"]}]}, "expected a number 'question_id'"),
+        ({"annotations": []}, "a non-empty list 'annotations'"),
+        ([], "annotations.json: expected an object"),
     ):
-        file.write_text(json.dumps(told))
+        file.write_text(json.dumps(content))
         with pytest.raises(MmjaxError, match=named):
             read_human_answers(file)
     file.write_text("{")
     with pytest.raises(MmjaxError, match=r"annotations\.json: "):
         read_human_answers(file)
-    with pytest.raises(MmjaxError, match="question_id 1 comes 2 times"):
+    with pytest.raises(MmjaxError, match="question_id 1 occurs 2 times"):
         write_submission(tmp_path / "out.json", [1, 1], ["a", "b"])
     with pytest.raises(MmjaxError, match="1 answers for 2 question ids"):
         write_submission(tmp_path / "out.json", [1, 2], ["a"])

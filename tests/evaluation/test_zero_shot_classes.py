@@ -24,12 +24,12 @@ class State:
 
 
 def test_prompts_of_one_and_of_several_names():
-    texts, owners = prompts(["cat", ("happy", "smiling")], ["a {}.", "the {}"])
+    texts, text_class = prompts(["cat", ("happy", "smiling")], ["a {}.", "the {}"])
     assert texts == ["a cat.", "the cat", "a happy.", "the happy", "a smiling.", "the smiling"]
-    np.testing.assert_array_equal(owners, [0, 0, 1, 1, 1, 1])
+    np.testing.assert_array_equal(text_class, [0, 0, 1, 1, 1, 1])
     assert len(prompts(["cat", "dog"], TEMPLATES_7)[0]) == 14
     for classes, templates, named in (
-        (["cat"], ["no place"], "templates"),
+        (["cat"], ["no braces"], "templates"),
         ([], ["{}"], "classes"),
         ([()], ["{}"], "classes"),
     ):
@@ -45,24 +45,24 @@ def test_class_embeddings_by_hand():
     np.testing.assert_allclose(class_embeddings(texts[[2, 0, 1]], [1, 0, 0]), [[half, half], [0, -1]], atol=1e-6)
     logits = zero_shot_logits(np.array([[3.0, 3.0], [0.0, -7.0]]), class_embeddings(texts, [0, 0, 1]))
     np.testing.assert_allclose(logits, [[100, -100 * half], [-100 * half, 100]], atol=1e-4)
-    for features, owners, named in (
+    for features, text_class, named in (
         (texts, [0, 0, 2], "text_class: 1 of 3 classes have no text"),
         (texts, [0, 0], "text_class"),
         (texts * np.nan, [0, 0, 1], "text_features: 6 of 6"),
     ):
         with pytest.raises(MmjaxError, match=named):
-            class_embeddings(features, owners)
+            class_embeddings(features, text_class)
 
 
 def test_top_k_by_hand():
     logits = np.array([[5, 4, 3, 2], [1, 2, 3, 4], [7, 7, 0, 0], [0, 0, 0, 0], [1, 9, 2, 3]])
     labels = np.array([0, 2, 0, 3, 0])
     np.testing.assert_array_equal(classification.class_ranks(logits, labels), [0, 1, 1, 3, 3])
-    found = classification.top_k(logits, labels, (1, 2, 3, 4))
-    assert [found[k].value for k in (1, 2, 3)] == [20, 60, 60] and 4 not in found
-    assert found[2] == proportion(3, 5, 80.0)
+    top = classification.top_k(logits, labels, (1, 2, 3, 4))
+    assert [top[k].value for k in (1, 2, 3)] == [20, 60, 60] and 4 not in top
+    assert top[2] == proportion(3, 5, 80.0)
     # Always "class 0" is right 3 times of 5; naming two classes, 4 times.
-    assert (found[1].chance, found[2].chance) == (60, 80)
+    assert (top[1].chance, top[2].chance) == (60, 80)
     assert list(classification.top_k(np.zeros((3, 1)), np.zeros(3, int))) == [1]
 
 
@@ -140,13 +140,13 @@ def test_evaluation():
     params = {"scale": np.float32(3)}
     scores = made.scores(params, State(0))
     assert scores["zero_shot_top1"] == zero_shot_scores(images, labels, class_embeddings(texts, np.arange(12) // 2))[1]
-    told = metrics(made.run({"scale": np.float32(5)}, State(1)))
-    assert told["zero_shot_top1"] == scores["zero_shot_top1"].value and told["zero_shot_n"] == 53
-    assert told["zero_shot_top1"] < told["zero_shot_top5"] <= 100
+    logged = metrics(made.run({"scale": np.float32(5)}, State(1)))
+    assert logged["zero_shot_top1"] == scores["zero_shot_top1"].value and logged["zero_shot_n"] == 53
+    assert logged["zero_shot_top1"] < logged["zero_shot_top5"] <= 100
     normal = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
     guess = np.argmax(normal(images) @ normal(normal(texts).reshape(6, 2, 13).mean(1)).T, 1)
-    assert told["zero_shot_top1"] == pytest.approx(100 * np.mean(guess == labels))
+    assert logged["zero_shot_top1"] == pytest.approx(100 * np.mean(guess == labels))
     each = [np.mean(guess[labels == c] == c) for c in range(6)]
-    assert told["zero_shot_mean_per_class"] == pytest.approx(100 * np.mean(each))
-    assert told["zero_shot_confusion"].dtype == np.uint8
+    assert logged["zero_shot_mean_per_class"] == pytest.approx(100 * np.mean(each))
+    assert logged["zero_shot_confusion"].dtype == np.uint8
     assert traced == [(17, 13)]

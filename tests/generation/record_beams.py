@@ -72,7 +72,7 @@ class Chain(*BASES):
 def find(model, trial, prompts):
     """Ids as digits, up to the end, and scores, of all beams of all items; None: the version has no such search."""
     options = {"length_penalty": 1.0, "early_stopping": False, "eos": [EOS], "pad": PAD, "max_new_tokens": 8, **trial}
-    eos, pad, room = options.pop("eos"), options.pop("pad"), options.pop("max_new_tokens")
+    eos, pad, capacity = options.pop("eos"), options.pop("pad"), options.pop("max_new_tokens")
     least, embeds = options.pop("min_new_tokens", 0), options.pop("embeds", False)
     groups = "num_beam_groups" in options
     if VERSION >= (5, 0) and groups:
@@ -83,10 +83,10 @@ def find(model, trial, prompts):
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     if VERSION >= (5, 0):
-        options |= {"max_new_tokens": room, "min_new_tokens": least}
+        options |= {"max_new_tokens": capacity, "min_new_tokens": least}
     else:
         told = NEW_FROM if embeds else width
-        options |= {"max_length": told + room, "min_length": told + least}
+        options |= {"max_length": told + capacity, "min_length": told + least}
     if embeds:
         options["inputs_embeds"] = ids[..., None].float()
     else:
@@ -97,7 +97,7 @@ def find(model, trial, prompts):
         output_scores=True, **options,
     )  # fmt: skip
     new = found.sequences[:, NEW_FROM if embeds else width :].tolist()
-    texts = [row[: next((i + 1 for i, id in enumerate(row) if id in eos), room)] for row in new]
+    texts = [row[: next((i + 1 for i, id in enumerate(row) if id in eos), capacity)] for row in new]
     beams = [["".join(map(str, t)), round(float(s), 5)] for t, s in zip(texts, found.sequences_scores)]
     k = options["num_beams"]
     return [beams[i : i + k] for i in range(0, len(beams), k)]

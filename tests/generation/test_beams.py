@@ -18,8 +18,8 @@ PROMPTS = np.array([[3, 2], [1, 4], [2, 1], [4, 3]], np.int32)
 
 def search(**options):
     options = GenerationOptions(eos=(EOS,), pad=EOS, **options)
-    found = generate(Markov(), {"table": jnp.asarray(TABLE)}, {"input_ids": jnp.asarray(PROMPTS)}, options)
-    return np.asarray(found.ids), np.asarray(found.scores)
+    result = generate(Markov(), {"table": jnp.asarray(TABLE)}, {"input_ids": jnp.asarray(PROMPTS)}, options)
+    return np.asarray(result.ids), np.asarray(result.scores)
 
 
 def total(last, row):
@@ -30,8 +30,8 @@ def total(last, row):
 def test_wide_beams_find_the_best_of_all_texts(gnmt):
     length, penalty = 3, 0.7
     options = {"length_penalty": penalty, "early_stopping": "never", "beam_rules": BeamRules(gnmt=gnmt)}
-    found, scores = search(max_new_tokens=length, num_beams=V**2, **options)
-    for last, row, score in zip(PROMPTS[:, -1], found[:, 0], scores[:, 0]):
+    ids, scores = search(max_new_tokens=length, num_beams=V**2, **options)
+    for last, row, score in zip(PROMPTS[:, -1], ids[:, 0], scores[:, 0]):
         texts = [row for row in itertools.product(range(V), repeat=length) if EOS not in row[:-1]]
         texts += [(*row, EOS) for n in range(length - 1) for row in itertools.product(range(1, V), repeat=n)]
         divisors = {n: ((5 + n) / 6 if gnmt else n) ** penalty for n in range(1, length + 1)}
@@ -53,8 +53,8 @@ def by_the_rules(last, k, length, penalty, early):
         running = [pair for pair, h in zip(best, hit) if not h][:k]
         if not running or (early is True and len(ended) == k):
             break
-        reach = length if early == "never" and penalty > 0 else written
-        if len(ended) == k and running[0][0] / reach**penalty <= ended[-1][0]:
+        length_bound = length if early == "never" and penalty > 0 else written
+        if len(ended) == k and running[0][0] / length_bound**penalty <= ended[-1][0]:
             break
     return ended
 
@@ -63,13 +63,13 @@ def by_the_rules(last, k, length, penalty, early):
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.0, 2.0])
 def test_every_beam_follows_the_rules(early, penalty):
     k, length = 3, 7
-    found, scores = search(
+    ids, scores = search(
         max_new_tokens=length, num_beams=k, num_return_sequences=k, length_penalty=penalty, early_stopping=early
     )
     for i, last in enumerate(PROMPTS[:, -1]):
-        wanted = by_the_rules(last, k, length, penalty, early)
-        np.testing.assert_allclose(scores[i, : len(wanted)], [score for score, _ in wanted], rtol=1e-4)
-        for row, (_, text) in zip(found[i], wanted):
+        expected = by_the_rules(last, k, length, penalty, early)
+        np.testing.assert_allclose(scores[i, : len(expected)], [score for score, _ in expected], rtol=1e-4)
+        for row, (_, text) in zip(ids[i], expected):
             np.testing.assert_array_equal(row, [*text, *[EOS] * (length - len(text))])
 
 

@@ -58,7 +58,7 @@ def batch(size: int = 6, length: int = 17) -> dict[str, np.ndarray]:
     lengths = rng.integers(7, length + 1, size)
     mask = (np.arange(length) < lengths[:, None]).astype(np.int32)
     ids = rng.integers(5, 53, (size, length)).astype(np.int32) * mask
-    hidden = Masking(53, 4, (), rate=0.3, limit=5).rows(ids, lengths, seed=1)
+    hidden = Masking(53, 4, (), rate=0.3, limit=5).mask_all(ids, lengths, seed=1)
     types = (np.arange(length) > 3).astype(np.int32) * mask
     return hidden | {"attention_mask": mask, "token_type_ids": types, "next_label": np.arange(size, dtype=np.int32) % 2}
 
@@ -279,15 +279,15 @@ def test_windows_cover_a_context_and_each_piece_is_central_once(tokenizer):
     assert len(parts) == -(-(len(pieces) - room) // 4) + 1
     seen = {}
     for number, part in enumerate(parts):
-        assert len(part.ids) == len(part.types) == len(part.places) == len(part.central) <= 17
-        inside = [i for i, place in enumerate(part.places) if place is not None]
+        assert len(part.ids) == len(part.types) == len(part.offsets) == len(part.central) <= 17
+        inside = [i for i, place in enumerate(part.offsets) if place is not None]
         assert part.ids[inside[0] : inside[-1] + 1] == pieces[4 * number : 4 * number + room]
         for i in inside:
             if part.central[i]:
-                assert seen.setdefault(part.places[i], number) == number
+                assert seen.setdefault(part.offsets[i], number) == number
     assert len(seen) == len(pieces)
     for part in parts:
-        for id, place in zip(part.ids, part.places):
+        for id, place in zip(part.ids, part.offsets):
             if place is not None:
                 assert context[slice(*place)] == tokenizer.tokenizer.id_to_token(id).removeprefix("##")
     with pytest.raises(MmjaxError, match="a context of 0 pieces"):

@@ -9,11 +9,11 @@ from mmjax.errors import MmjaxError
 from mmjax.text.captions import (
     albef_caption,
     albef_question,
-    answer_rows,
     blip_caption,
     blip_question,
     caption_columns,
     exchange_sides,
+    vqa_answer_columns,
 )
 from mmjax.text.wordpiece import SPECIAL, WordPieceTokenizer
 
@@ -21,7 +21,7 @@ FOUR = (albef_caption, albef_question, blip_caption, blip_question)
 
 
 @pytest.mark.parametrize(
-    "text, wanted",
+    "text, expected",
     [
         # ALBEF's captions and questions, BLIP's captions and questions
         ("It's a, b?", ("its a b", "its a b", "it's a, b?", "it's a, b?")),
@@ -37,8 +37,8 @@ FOUR = (albef_caption, albef_question, blip_caption, blip_question)
         ("...", ("",) * 4),
     ],
 )
-def test_each_difference(text, wanted):
-    assert tuple(clean(text) for clean in FOUR) == wanted
+def test_each_difference(text, expected):
+    assert tuple(clean(text) for clean in FOUR) == expected
 
 
 def test_how_many_words_are_kept():
@@ -81,13 +81,13 @@ def another_transcription(text, deleted, blanks, joins, words):
         while joined[-1:] == " ":
             joined = joined[:-1]
         text = joined
-    kept, seen = "", 0
+    result, spaces = "", 0
     for character in text:
-        seen += character == " "
-        if seen == words:
+        spaces += character == " "
+        if spaces == words:
             break
-        kept += character
-    return kept
+        result += character
+    return result
 
 
 def test_random_texts_against_another_transcription():
@@ -138,21 +138,21 @@ def test_albefs_texts_have_no_end_and_blips_have(tokenizer):
         np.testing.assert_array_equal(columns["input_ids"] != pad, columns["attention_mask"] == 1)
     assert caption_columns(tokenizer, ["a"], 2, False)["input_ids"].tolist() == [[cls, a]]
     for length, sep in ((1, False), (2, True)):
-        with pytest.raises(MmjaxError, match=f"length={length} leaves no room"):
+        with pytest.raises(MmjaxError, match=f"length={length}: too short"):
             caption_columns(tokenizer, ["a"], length, sep)
 
 
 def test_answers_fill_their_slots_by_weight(tokenizer):
     yes, no, red = (tokenizer.tokenizer.token_to_id(name) for name in ("yes", "no", "red"))
     pad, cls, sep = tokenizer.pad, tokenizer.cls, tokenizer.sep
-    told = answer_rows(tokenizer, ["no", "yes", "red"], [0.3, 0.6, 0.1], 4, 4)
+    columns = vqa_answer_columns(tokenizer, ["no", "yes", "red"], [0.3, 0.6, 0.1], 4, 4)
     np.testing.assert_array_equal(
-        told["answer_ids"], [[cls, yes, sep, pad], [cls, no, sep, pad], [cls, red, sep, pad], [cls, sep, pad, pad]]
+        columns["answer_ids"], [[cls, yes, sep, pad], [cls, no, sep, pad], [cls, red, sep, pad], [cls, sep, pad, pad]]
     )
-    np.testing.assert_array_equal(told["answer_weights"], np.array([0.6, 0.3, 0.1, 0.0], np.float32))
-    assert told["answer_mask"].sum(1).tolist() == [3, 3, 3, 2]
-    two = answer_rows(tokenizer, ["no", "yes", "red"], [0.3, 0.6, 0.1], 2, 4)
-    np.testing.assert_array_equal(two["answer_ids"], told["answer_ids"][:2])
+    np.testing.assert_array_equal(columns["answer_weights"], np.array([0.6, 0.3, 0.1, 0.0], np.float32))
+    assert columns["answer_mask"].sum(1).tolist() == [3, 3, 3, 2]
+    two = vqa_answer_columns(tokenizer, ["no", "yes", "red"], [0.3, 0.6, 0.1], 2, 4)
+    np.testing.assert_array_equal(two["answer_ids"], columns["answer_ids"][:2])
     # ALBEF glues the end on: the same ids.
     glued = tokenizer.pieces(["yes[SEP]"])[0]
-    assert [cls, *glued] == told["answer_ids"][0, :3].tolist()
+    assert [cls, *glued] == columns["answer_ids"][0, :3].tolist()

@@ -239,14 +239,14 @@ def test_open_clips_tokenizer_agrees(open_clip, public, monkeypatch):
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    theirs = module.SimpleTokenizer()
+    reference = module.SimpleTokenizer()
     texts = TEXTS + random_texts(500)
-    expected = theirs(texts).numpy()
+    expected = reference(texts).numpy()
     np.testing.assert_array_equal(public(texts), expected)
     for row in expected:
         kept = [id for id in row[1:].tolist() if id]
         if len(kept) < 60 and 0 not in row[: len(kept) + 1]:
-            assert public.decode(row) == theirs.decode(kept[:-1]).strip()
+            assert public.decode(row) == reference.decode(kept[:-1]).strip()
 
 
 @pytest.mark.torch
@@ -256,10 +256,10 @@ def test_transformers_tokenizer_agrees(tmp_path, open_clip, public):
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     merges = "\n".join(" ".join(pair) for pair in model["merges"])
     (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
-    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
-    theirs.save_pretrained(tmp_path / "theirs")
+    reference = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    reference.save_pretrained(tmp_path / "theirs")
     texts = TEXTS + random_texts(500)
-    expected = theirs(texts, padding="max_length", max_length=77, truncation=True)["input_ids"]
+    expected = reference(texts, padding="max_length", max_length=77, truncation=True)["input_ids"]
     for ours in (
         CLIPTokenizer.from_vocab(tmp_path / "vocab.json", tmp_path / "merges.txt"),
         CLIPTokenizer.from_file(tmp_path / "theirs" / "tokenizer.json"),

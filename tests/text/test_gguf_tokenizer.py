@@ -65,7 +65,7 @@ def test_special_tokens_and_templates(metadata):
 
 
 @pytest.mark.parametrize(
-    "key, value, told",
+    "key, value, message",
     [
         ("pre", "deepseek-coder", "tokenizer.ggml.pre is 'deepseek-coder'"),
         ("merges", ["a b c"], "is not a pair"),
@@ -77,8 +77,8 @@ def test_special_tokens_and_templates(metadata):
         ("tokens", ["a", "a"], "2 tokens, 1 different ones"),
     ],
 )
-def test_metadata_that_do_not_fit(metadata, key, value, told):
-    with pytest.raises(MmjaxError, match=rf"x\.gguf: .*{told}"):
+def test_metadata_that_do_not_fit(metadata, key, value, message):
+    with pytest.raises(MmjaxError, match=rf"x\.gguf: .*{message}"):
         tokenizer_from_gguf(metadata | {f"tokenizer.ggml.{key}": value}, "x.gguf")
 
 
@@ -88,7 +88,7 @@ def test_qwen2_is_cut_as_transformers_cuts_it(metadata):
 
     vocab = {token: id for id, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    theirs = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges)
+    reference = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges)
     ours = tokenizer_from_gguf(metadata)
     for text in (TEXT, "cafe\u0301 ½ ٣٤ 12\n\n\n3  \t x", "日本語。I'm HE'S\u00a0\u00a0a"):
-        assert ours(text)[0][0].tolist() == theirs(text)["input_ids"]
+        assert ours(text)[0][0].tolist() == reference(text)["input_ids"]

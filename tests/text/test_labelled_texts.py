@@ -26,30 +26,30 @@ def test_columns_by_name_and_by_number(tmp_path):
     ]
     table = written(tmp_path / "c.csv", 'a,b,score\n"x, ""y""\nz",w,2.5\nu,v,0\n')
     rows = read_labelled(table, "a", "score", "b")
-    assert rows[0] == LabelledText('x, "y"\nz', "2.5", "w", f"{table}, line 3") and rows[1].place.endswith("line 4")
+    assert rows[0] == LabelledText('x, "y"\nz', "2.5", "w", f"{table}, line 3") and rows[1].location.endswith("line 4")
     lines = written(tmp_path / "d.jsonl", json.dumps({"text": "a\u2028b", "stars": 4}, ensure_ascii=False) + "\n\n")
     assert read_labelled(lines, "text", "stars") == [LabelledText("a\u2028b", "4", "", f"{lines}, line 1")]
 
 
 @pytest.mark.parametrize(
-    "name, text, told",
+    "name, text, message",
     [
         ("a.tsv", "text\tlabel\nx\t1\n", "a.tsv, line 1: no column 'sentence'; there are text, label"),
-        ("a.tsv", "sentence\tlabel\nx\t1\n\ny\n", "a.tsv, line 4: 1 columns; want 2 or more"),
-        ("a.tsv", "sentence\tlabel\n  \t1\n", "a.tsv, line 2: nothing in column 'sentence'"),
-        ("a.tsv", "sentence\tlabel\n", "a.tsv: no row"),
+        ("a.tsv", "sentence\tlabel\nx\t1\n\ny\n", "a.tsv, line 4: 1 columns; expected 2 or more"),
+        ("a.tsv", "sentence\tlabel\n  \t1\n", "a.tsv, line 2: column 'sentence' is empty"),
+        ("a.tsv", "sentence\tlabel\n", "a.tsv: it has no records"),
         ("a.csv", 'sentence,label\nx,1\n"y" z,0\n', "a.csv, line 3: "),
         (
             "a.jsonl",
             '{"sentence": "x", "label": 1}\n{"sentence": "y"}\n',
-            "a.jsonl, line 2: want an object with sentence",
+            "a.jsonl, line 2: expected an object with sentence",
         ),
-        ("a.jsonl", "[]\n", "a.jsonl, line 1: want an object"),
-        ("a.txt", "x", "want a file that ends in .tsv, .csv, .jsonl"),
+        ("a.jsonl", "[]\n", "a.jsonl, line 1: expected an object"),
+        ("a.txt", "x", "expected a file name that ends in .tsv, .csv, .jsonl"),
     ],
 )
-def test_a_bad_row_is_told_with_file_and_line(tmp_path, name, text, told):
-    with pytest.raises(MmjaxError, match=told):
+def test_a_bad_record_is_refused_with_file_and_line(tmp_path, name, text, message):
+    with pytest.raises(MmjaxError, match=message):
         read_labelled(written(tmp_path / name, text))
 
 
@@ -72,6 +72,6 @@ def test_classes_and_rows():
     with pytest.raises(MmjaxError, match="line 1: the label '9' is not among 10, 11"):
         classified_columns(rows, tokenizer, 9, ("10", "11"))
     with pytest.raises(MmjaxError, match="line 0: the label 'nan' is not a number"):
-        classified_columns([LabelledText("x", "nan", place="line 0")], tokenizer, 9, ())
+        classified_columns([LabelledText("x", "nan", location="line 0")], tokenizer, 9, ())
     with pytest.raises(MmjaxError, match="all 1 texts are of one class, '10'"):
         class_names(rows[:1])

@@ -78,8 +78,8 @@ def test_pads_on_either_side(tokenizer):
 
 def test_lengths_and_buckets(tokenizer):
     assert tokenizer(["a"], length=13)[0].shape == (1, 13)
-    for buckets, wanted in (((7, 3, 29), 3), ((29, 5), 5), ((1, 2), 2)):
-        assert tokenizer("a", length=buckets)[0].shape == (1, wanted)
+    for buckets, expected in (((7, 3, 29), 3), ((29, 5), 5), ((1, 2), 2)):
+        assert tokenizer("a", length=buckets)[0].shape == (1, expected)
     with pytest.raises(MmjaxError, match=r"length=3: a text of \d+ ids does not fit: 'naïve"):
         tokenizer(TEXTS, length=3)
     cut, mask = tokenizer(TEXTS, length=(2, 3), truncate=True)
@@ -106,11 +106,11 @@ def test_ids_of_special_tokens(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "call, told",
+    "call, message",
     [
         (lambda t: t(["a", 3]), "strings, not int: 3"),
         (lambda t: t("a", padding_side="middle"), "padding_side='middle'"),
-        (lambda t: t.decode([1, -100]), "-100 is no id"),
+        (lambda t: t.decode([1, -100]), "-100 is not an id"),
         (lambda t: t.chat(TALK, template="tool"), "no chat template 'tool': there are default, rag"),
         (lambda t: t.chat(TALK, tools=[{"name": "f"}]), "the chat template fails: TemplateError: no tools here"),
         (lambda t: t.chat(["hi"]), "messages: each is a dictionary"),
@@ -126,8 +126,8 @@ def test_ids_of_special_tokens(tokenizer):
         (lambda t: Tokenizer(byte_bpe(), {}, {"default": "{{ messages.append(1) }}"}).chat(TALK), "SecurityError"),
     ],
 )
-def test_bad_input_is_one_clear_error(tokenizer, call, told):
-    with pytest.raises(MmjaxError, match=told.replace("(", r"\(")):
+def test_bad_input_is_one_clear_error(tokenizer, call, message):
+    with pytest.raises(MmjaxError, match=message.replace("(", r"\(")):
         call(tokenizer)
 
 
@@ -135,7 +135,7 @@ def test_a_saved_tokenizer_comes_back(tokenizer, tmp_path):
     file = tmp_path / "model" / "tokenizer.json"
     file.parent.mkdir()
     (file.parent / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 1}')
-    # What another tokenizer left there has no say.
+    # Files left by another tokenizer have no effect.
     (file.parent / "chat_template.jinja").write_text("old")
     (file.parent / "special_tokens_map.json").write_text('{"bos_token": "</s>"}')
     tokenizer.save(file)
@@ -160,17 +160,17 @@ def test_reads_what_lies_beside(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("with {{ tools | length }}")
-    told = Tokenizer.from_file(tmp_path / "tokenizer.json")
-    assert told.special == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    assert told.unk == bare.vocab_size == told.vocab_size - 1, "a token that the vocabulary lacked was added"
-    assert told.eos == (7, 5)
-    assert told.chat([]) == "first" and told.chat([], tools=[1, 2]) == "with 2"
+    loaded = Tokenizer.from_file(tmp_path / "tokenizer.json")
+    assert loaded.special == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    assert loaded.unk == bare.vocab_size == loaded.vocab_size - 1, "a token that the vocabulary lacked was added"
+    assert loaded.eos == (7, 5)
+    assert loaded.chat([]) == "first" and loaded.chat([], tools=[1, 2]) == "with 2"
     (tmp_path / "chat_template.jinja").write_text("second")
     assert Tokenizer.from_file(tmp_path / "tokenizer.json").chat([]) == "second"
 
 
 @pytest.mark.parametrize(
-    "name, content, told",
+    "name, content, message",
     [
         ("tokenizer.json", "{", "tokenizer.json: not a tokenizer.json"),
         ("tokenizer_config.json", "[1", "tokenizer_config.json: its JSON cannot be read"),
@@ -183,10 +183,10 @@ def test_reads_what_lies_beside(tmp_path):
         ("chat_template.jinja", b"\xff", "chat_template.jinja"),
     ],
 )
-def test_damaged_files_are_named(tmp_path, name, content, told):
+def test_damaged_files_are_named(tmp_path, name, content, message):
     byte_bpe().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(MmjaxError, match=told):
+    with pytest.raises(MmjaxError, match=message):
         Tokenizer.from_file(tmp_path / "tokenizer.json")
     with pytest.raises(MmjaxError, match="no such file"):
         Tokenizer.from_file(tmp_path / "nowhere.json")
@@ -218,17 +218,19 @@ def test_vocab_and_merges(tmp_path):
 # ------------------------------------------------------------------------------------------------- against transformers
 
 
-def same_as_transformers(ours: Tokenizer, theirs) -> None:
+def same_as_transformers(ours: Tokenizer, reference) -> None:
     for side in ("left", "right"):
         for special in (True, False):
-            wanted = theirs(TEXTS, padding=True, padding_side=side, add_special_tokens=special, return_tensors="np")
+            expected = reference(
+                TEXTS, padding=True, padding_side=side, add_special_tokens=special, return_tensors="np"
+            )
             ids, mask = ours(TEXTS, side, add_special_tokens=special)
-            np.testing.assert_array_equal(ids, wanted["input_ids"])
-            np.testing.assert_array_equal(mask, wanted["attention_mask"])
+            np.testing.assert_array_equal(ids, expected["input_ids"])
+            np.testing.assert_array_equal(mask, expected["attention_mask"])
     for skip in (True, False):
-        assert [ours.decode(row, skip) for row in ids] == theirs.batch_decode(ids, skip_special_tokens=skip)
-    assert (ours.bos, ours.pad, ours.unk) == (theirs.bos_token_id, theirs.pad_token_id, theirs.unk_token_id)
-    assert ours.vocab_size == len(theirs)
+        assert [ours.decode(row, skip) for row in ids] == reference.batch_decode(ids, skip_special_tokens=skip)
+    assert (ours.bos, ours.pad, ours.unk) == (reference.bos_token_id, reference.pad_token_id, reference.unk_token_id)
+    assert ours.vocab_size == len(reference)
 
 
 @pytest.mark.torch
@@ -236,14 +238,14 @@ def test_transformers_reads_what_we_save(tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
 
     tokenizer.save(tmp_path / "tokenizer.json")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    same_as_transformers(tokenizer, theirs)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    same_as_transformers(tokenizer, reference)
     for prompt in (True, False):
-        wanted = theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=prompt, wish="a bone")
-        assert tokenizer.chat(TALK, prompt, wish="a bone") == wanted
+        expected = reference.apply_chat_template(TALK, tokenize=False, add_generation_prompt=prompt, wish="a bone")
+        assert tokenizer.chat(TALK, prompt, wish="a bone") == expected
     documents = [{"title": "t", "text": "body"}]
     assert tokenizer.chat(TALK, template="rag", documents=documents) == "body"
-    assert theirs.apply_chat_template(TALK, chat_template="rag", documents=documents, tokenize=False) == "body"
+    assert reference.apply_chat_template(TALK, chat_template="rag", documents=documents, tokenize=False) == "body"
     assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == list(tokenizer.eos)
 
 
@@ -270,10 +272,10 @@ def test_reads_what_transformers_reads(tmp_path, config):
 
     byte_bpe().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHATML}))
-    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    reference = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     ours = Tokenizer.from_file(tmp_path / "tokenizer.json")
-    same_as_transformers(ours, theirs)
-    assert ours.chat(TALK) == theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
+    same_as_transformers(ours, reference)
+    assert ours.chat(TALK) == reference.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
 
 
 @pytest.mark.torch

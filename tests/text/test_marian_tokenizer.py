@@ -67,8 +67,8 @@ def write_tokenizer(folder: pathlib.Path, separate: bool, kind: str = "unigram",
         del kept[5::11]
         ids = ["</s>", "<unk>", ">>de<<", *kept, "<pad>"]
         (folder / name).write_text(json.dumps({piece: id for id, piece in enumerate(ids)}))
-    told = {"source_lang": "en", "target_lang": "de", "separate_vocabs": separate, **config}
-    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    settings = {"source_lang": "en", "target_lang": "de", "separate_vocabs": separate, **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 
@@ -115,27 +115,27 @@ CASES: dict[str, dict[str, Any]] = {
 def test_ids_and_texts_are_those_of_transformers(case: str, tmp_path: pathlib.Path):
     transformers = pytest.importorskip("transformers")
     folder = write_tokenizer(tmp_path / "folder", **CASES[case])
-    theirs, ours = transformers.MarianTokenizer.from_pretrained(folder), MarianTokenizer.from_folder(folder)
-    assert (ours.eos, ours.pad, ours.unk) == ((theirs.eos_token_id,), theirs.pad_token_id, theirs.unk_token_id)
-    assert ours.vocab_size == len(theirs)
+    reference, ours = transformers.MarianTokenizer.from_pretrained(folder), MarianTokenizer.from_folder(folder)
+    assert (ours.eos, ours.pad, ours.unk) == ((reference.eos_token_id,), reference.pad_token_id, reference.unk_token_id)
+    assert ours.vocab_size == len(reference)
     texts = [*TEXTS, *drawn_texts(200), "<sep> a<begin>b"]
-    for own, wanted in ((ours, theirs(texts)), (ours.of_target, theirs(text_target=texts))):
-        assert own.rows(texts) == wanted["input_ids"]
-    batch, padded = ours(texts[:7]), theirs(texts[:7], padding=True)
+    for tokenizer_of_side, expected in ((ours, reference(texts)), (ours.of_target, reference(text_target=texts))):
+        assert tokenizer_of_side.encode(texts) == expected["input_ids"]
+    batch, padded = ours(texts[:7]), reference(texts[:7], padding=True)
     np.testing.assert_array_equal(batch[0], padded["input_ids"])
     np.testing.assert_array_equal(batch[1], padded["attention_mask"])
-    cut = theirs(texts, truncation=True, max_length=5)["input_ids"]
+    cut = reference(texts, truncation=True, max_length=5)["input_ids"]
     assert [row[: sum(mask)] for row, mask in zip(*(x.tolist() for x in ours(texts, length=5, truncate=True)))] == cut
-    rows = ours.of_target.rows(drawn_texts(50)) + np.random.default_rng(0).integers(0, 50, (50, 9)).tolist()
+    rows = ours.of_target.encode(drawn_texts(50)) + np.random.default_rng(0).integers(0, 50, (50, 9)).tolist()
     if ours.target_vocab is not None:
         # transformers takes the source's <pad> for the target's, which has another id.
         others = {ours.pad, ours.target_vocab["<pad>"]}
         rows = [[id for id in row if id not in others] for row in rows]
     for skip in (True, False):
-        told = theirs.batch_decode(rows, skip_special_tokens=skip, use_source_tokenizer=False)
-        assert [ours.decode(row, skip) for row in rows] == told
-    # Unless told, transformers writes by the source's model where the vocabulary is one: the same text.
-    assert [ours.decode(row) for row in rows] == theirs.batch_decode(rows, skip_special_tokens=True)
+        expected = reference.batch_decode(rows, skip_special_tokens=skip, use_source_tokenizer=False)
+        assert [ours.decode(row, skip) for row in rows] == expected
+    # By default transformers decodes with the source's model where the vocabulary is one: the same text.
+    assert [ours.decode(row) for row in rows] == reference.batch_decode(rows, skip_special_tokens=True)
 
 
 def marian_folder(folder: pathlib.Path, separate: bool) -> pathlib.Path:
@@ -179,11 +179,11 @@ def test_a_folder_translates_as_in_transformers_and_is_written_back(tmp_path: pa
         assert json.loads((place / "vocab.json").read_text()) == json.loads((folder / "vocab.json").read_text())
         assert not (place / "tokenizer.json").exists()
         again = mmjax.load(place).tokenizer
-        assert again.rows(TEXTS) == model.tokenizer.rows(TEXTS)
+        assert again.encode(TEXTS) == model.tokenizer.encode(TEXTS)
 
     tokenizer = transformers.MarianTokenizer.from_pretrained(tmp_path / "out")
-    theirs = transformers.MarianMTModel.from_pretrained(tmp_path / "out").eval()
-    ids = theirs.generate(**tokenizer(texts, return_tensors="pt", padding=True), num_beams=2, max_new_tokens=12)
+    reference = transformers.MarianMTModel.from_pretrained(tmp_path / "out").eval()
+    ids = reference.generate(**tokenizer(texts, return_tensors="pt", padding=True), num_beams=2, max_new_tokens=12)
     assert tokenizer.batch_decode(ids, skip_special_tokens=True) == found
 
 
@@ -200,20 +200,20 @@ def test_what_is_missing_or_broken_is_named(tmp_path: pathlib.Path):
     folder = write_tokenizer(tmp_path / "folder", False)
     tokenizer = MarianTokenizer.from_folder(folder)
     assert tokenizer.language_codes == (">>de<<",)
-    with pytest.raises(MmjaxError, match="-100 is no id"):
+    with pytest.raises(MmjaxError, match="-100 is not an id"):
         tokenizer.decode([3, -100])
     spaced = [piece for piece in tokenizer.vocab if piece.startswith("▁")]
     assert spaced and all(
         tokenizer.token_bytes()[tokenizer.vocab[piece]] == b" " + piece[1:].encode() for piece in spaced
     )
-    for name, text, told in (
+    for name, text, message in (
         ("vocab.json", '{"</s>": 0}', "without '<unk>'"),
-        ("vocab.json", '{"<unk>": "1"}', "vocab.json: should give every piece its id"),
+        ("vocab.json", '{"<unk>": "1"}', "vocab.json: should map every piece to an id"),
         ("target.spm", "nothing", "target.spm: not a SentencePiece model"),
         ("target.spm", None, "target.spm: no such file"),
     ):
-        kept = (folder / name).read_bytes()
+        content = (folder / name).read_bytes()
         (folder / name).unlink() if text is None else (folder / name).write_text(text)
-        with pytest.raises(MmjaxError, match=told):
+        with pytest.raises(MmjaxError, match=message):
             MarianTokenizer.from_folder(folder)
-        (folder / name).write_bytes(kept)
+        (folder / name).write_bytes(content)

@@ -27,30 +27,30 @@ def test_as_many_are_chosen_as_the_original_chooses():
     for length in (3, 4, 10, 17, 30, 50, 130):
         ids = np.full(131, 7, np.int32)
         ids[0], ids[length - 1] = CLS, SEP
-        hidden = masking(ids, length, np.random.default_rng(length))
-        wanted = min(11, max(1, round(length * 0.15)))  # 10 -> 2, 30 -> 4, 50 -> 8: half to even
-        assert int(hidden["masked_weights"].sum()) == wanted, length
-        places = hidden["masked_positions"][:wanted]
-        assert (np.diff(places) > 0).all() and places.min() > 0 and places.max() < length - 1
-        assert not hidden["masked_positions"][wanted:].any() and not hidden["masked_ids"][wanted:].any()
+        masked = masking(ids, length, np.random.default_rng(length))
+        expected = min(11, max(1, round(length * 0.15)))  # 10 -> 2, 30 -> 4, 50 -> 8: half to even
+        assert int(masked["masked_weights"].sum()) == expected, length
+        positions = masked["masked_positions"][:expected]
+        assert (np.diff(positions) > 0).all() and positions.min() > 0 and positions.max() < length - 1
+        assert not masked["masked_positions"][expected:].any() and not masked["masked_ids"][expected:].any()
 
 
 def test_what_is_hidden_can_be_put_back():
     ids, lengths = texts()
-    hidden = Masking(VOCAB, MASK, (CLS, SEP)).rows(ids, lengths, seed=3)
-    back = hidden["input_ids"].copy()
+    masked = Masking(VOCAB, MASK, (CLS, SEP)).mask_all(ids, lengths, seed=3)
+    back = masked["input_ids"].copy()
     for row in range(len(ids)):
-        count = int(hidden["masked_weights"][row].sum())
-        back[row, hidden["masked_positions"][row, :count]] = hidden["masked_ids"][row, :count]
+        count = int(masked["masked_weights"][row].sum())
+        back[row, masked["masked_positions"][row, :count]] = masked["masked_ids"][row, :count]
     np.testing.assert_array_equal(back, ids)
-    assert (hidden["input_ids"] != ids).any()
+    assert (masked["input_ids"] != ids).any()
 
 
 def test_eighty_ten_ten_of_the_whole_vocabulary():
     ids = np.full(20_000, 50, np.int32)
     masking = Masking(VOCAB, MASK, (CLS, SEP), rate=0.9, limit=18_000)
-    seen = masking(ids, len(ids), np.random.default_rng(1))["input_ids"]
-    counts = np.bincount(seen, minlength=VOCAB)
+    masked_ids = masking(ids, len(ids), np.random.default_rng(1))["input_ids"]
+    counts = np.bincount(masked_ids, minlength=VOCAB)
     # 18,000 chosen: standard deviations 54 and 40; of a single piece 1800 / 101 = 17.8, 4.2.
     assert abs(counts[MASK] - 0.8 * 18_000) < 220
     assert abs(counts[50] - 2_000 - 1_800) < 165
@@ -62,23 +62,23 @@ def test_whole_words_are_chosen_together():
     ids, lengths = texts(n=41)
     joins = np.arange(VOCAB) % 3 == 0
     masking = Masking(VOCAB, MASK, (CLS, SEP), limit=9, continuations=joins)
-    hidden = masking.rows(ids, lengths, seed=0)
+    masked = masking.mask_all(ids, lengths, seed=0)
     for row, length in enumerate(lengths):
         words, word = {}, 0
-        for place in range(1, length - 1):
-            word += not (joins[ids[row, place]] and place > 1)
-            words[place] = word
-        count = int(hidden["masked_weights"][row].sum())
-        chosen = {words[place] for place in hidden["masked_positions"][row, :count]}
+        for position in range(1, length - 1):
+            word += not (joins[ids[row, position]] and position > 1)
+            words[position] = word
+        count = int(masked["masked_weights"][row].sum())
+        chosen = {words[position] for position in masked["masked_positions"][row, :count]}
         assert sum(word in chosen for word in words.values()) == count <= min(9, max(1, round(length * 0.15)))
 
 
 def test_static_rows_depend_on_seed_and_row_alone_and_dynamic_ones_on_the_epoch():
     ids, lengths = texts()
     masking = Masking(VOCAB, MASK, (CLS, SEP))
-    one = masking.rows(ids, lengths, seed=5)
-    np.testing.assert_array_equal(masking.rows(ids[:3], lengths[:3], seed=5)["input_ids"], one["input_ids"][:3])
-    assert (masking.rows(ids, lengths, seed=6)["input_ids"] != one["input_ids"]).any()
+    one = masking.mask_all(ids, lengths, seed=5)
+    np.testing.assert_array_equal(masking.mask_all(ids[:3], lengths[:3], seed=5)["input_ids"], one["input_ids"][:3])
+    assert (masking.mask_all(ids, lengths, seed=6)["input_ids"] != one["input_ids"]).any()
 
     mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int32)
     pipeline = Pipeline(ArraySource(input_ids=ids, attention_mask=mask), 7, seed=2, transforms=(MaskTokens(masking),))

@@ -16,14 +16,14 @@ from mmjax.text.training import train_wordpiece
 def documents(count=13, seed=0):
     """Every piece is document * 10,000 + its place, so that a segment tells where it is from."""
     rng = np.random.default_rng(seed)
-    found = []
+    documents = []
     for number in range(count):
-        sizes, place, document = rng.integers(1, 19, rng.integers(1, 23)), 0, []
+        sizes, position, document = rng.integers(1, 19, rng.integers(1, 23)), 0, []
         for size in sizes.tolist():
-            document.append([10_000 * number + place + i for i in range(size)])
-            place += size
-        found.append(document)
-    return found
+            document.append([10_000 * number + position + i for i in range(size)])
+            position += size
+        documents.append(document)
+    return documents
 
 
 def test_segments_are_whole_and_random_ones_are_of_other_documents():
@@ -83,9 +83,11 @@ def test_pairs_become_columns():
         assert columns["next_label"][row] == pair.random and columns["document"][row] == pair.document
 
 
-@pytest.mark.parametrize("bad, told", [([[[1]]], "two documents"), ([[[1]], [[]]], "not empty"), ([[[1]], []], "not")])
-def test_bad_documents_are_told(bad, told):
-    with pytest.raises(MmjaxError, match=told):
+@pytest.mark.parametrize(
+    "bad, message", [([[[1]]], "two documents"), ([[[1]], [[]]], "not empty"), ([[[1]], []], "not")]
+)
+def test_bad_documents_are_refused(bad, message):
+    with pytest.raises(MmjaxError, match=message):
         list(sentence_pairs(bad, 37))
 
 
@@ -126,8 +128,8 @@ def test_documentation_strings_are_read_and_not_imported(tmp_path):
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "skipped.py").write_text((stdlib / "argparse.py").read_text("utf-8"), "utf-8")
     (tmp_path / "broken.py").write_text('"""No. Not. This. One."""\ndef (:\nraise SystemExit')
-    found = stdlib_documents(tmp_path)
-    topics = {name for name in found if "#" in name}
-    assert found.keys() - topics == {"argparse.py", "json/__init__.py"} and "pydoc_data/topics.py#while" in topics
-    assert found["argparse.py"][0] == "Command-line parsing library"
-    assert all(len(sentences) >= 4 and all(sentences) for sentences in found.values())
+    documents = stdlib_documents(tmp_path)
+    topics = {name for name in documents if "#" in name}
+    assert documents.keys() - topics == {"argparse.py", "json/__init__.py"} and "pydoc_data/topics.py#while" in topics
+    assert documents["argparse.py"][0] == "Command-line parsing library"
+    assert all(len(sentences) >= 4 and all(sentences) for sentences in documents.values())

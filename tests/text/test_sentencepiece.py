@@ -51,15 +51,15 @@ def t5(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_ids_are_sentencepieces(kind, request):
     file = request.getfixturevalue(kind)
-    theirs, ours = spm.SentencePieceProcessor(model_file=file), Tokenizer.from_sentencepiece(file)
-    assert ours.vocab_size == theirs.vocab_size()
+    reference, ours = spm.SentencePieceProcessor(model_file=file), Tokenizer.from_sentencepiece(file)
+    assert ours.vocab_size == reference.vocab_size()
     for text in TEXTS:
-        wanted = theirs.encode(text)
+        expected = reference.encode(text)
         ids = ours(text, add_special_tokens=False)[0][0].tolist()
-        assert ids == wanted, text
+        assert ids == expected, text
         whole = ours(text)[0][0].tolist()
-        assert whole == ([1, *wanted] if kind == "llama" else [*wanted, 1])
-        decoded = theirs.decode(wanted).replace(" ⁇ ", "<unk>")
+        assert whole == ([1, *expected] if kind == "llama" else [*expected, 1])
+        decoded = reference.decode(expected).replace(" ⁇ ", "<unk>")
         assert ours.decode(ids, skip_special_tokens=False) == decoded, text
 
 
@@ -79,14 +79,14 @@ def test_saved_as_tokenizer_json_it_is_the_same(llama, tmp_path):
 
 
 def test_the_same_pieces_in_a_gguf_file(llama):
-    theirs = spm.SentencePieceProcessor(model_file=llama)
-    ids = range(theirs.vocab_size())
-    kinds = [(theirs.is_unknown(i), theirs.is_control(i), theirs.is_byte(i)) for i in ids]
+    reference = spm.SentencePieceProcessor(model_file=llama)
+    ids = range(reference.vocab_size())
+    kinds = [(reference.is_unknown(i), reference.is_control(i), reference.is_byte(i)) for i in ids]
     types = [2 if unknown else 3 if control else 6 if byte else 1 for unknown, control, byte in kinds]
     metadata = {
         "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [theirs.id_to_piece(i) for i in ids],
-        "tokenizer.ggml.scores": np.array([theirs.get_score(i) for i in ids], np.float32),
+        "tokenizer.ggml.tokens": [reference.id_to_piece(i) for i in ids],
+        "tokenizer.ggml.scores": np.array([reference.get_score(i) for i in ids], np.float32),
         "tokenizer.ggml.token_type": np.array(types, np.int32),
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
@@ -94,16 +94,16 @@ def test_the_same_pieces_in_a_gguf_file(llama):
     }
     tokenizer = tokenizer_from_gguf(metadata)
     for text in TEXTS:
-        assert tokenizer(text)[0][0].tolist() == [1, *theirs.encode(text)]
+        assert tokenizer(text)[0][0].tolist() == [1, *reference.encode(text)]
     assert (tokenizer.bos, tokenizer.eos) == (1, (2, 7))
-    for key, value, told in [
+    for key, value, message in [
         ("scores", [1.0], "391 tokens, 1 scores"),
         ("bos_token_id", 391, "bos_token_id is 391, of 391 tokens"),
         ("token_type", [1], "391 tokens, 391 different ones, 1 types"),
         ("model", "rwkv", "tokenizer.ggml.model is 'rwkv'"),
         ("tokens", None, "tokenizer.ggml.tokens should be an array"),
     ]:
-        with pytest.raises(MmjaxError, match=f"x.gguf: .*{told}"):
+        with pytest.raises(MmjaxError, match=f"x.gguf: .*{message}"):
             tokenizer_from_gguf(metadata | {f"tokenizer.ggml.{key}": value}, "x.gguf")
 
 

@@ -37,20 +37,20 @@ def test_both_versions_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value, told",
+    "value, message",
     [
         ('{"data": [\n{]}', "dev.json, line 2: not JSON"),
-        ([], "dev.json: want 'data', a list"),
-        (squad(), "no question in it"),
-        (squad(entry("red hen", 5)), r"qas\[0\] \(id a1\): the answer 'red hen' should stand at 5, .*'ed hen '"),
-        (squad(entry("red hen", -4)), "should stand at -4"),
+        ([], "dev.json: expected 'data', a list"),
+        (squad(), "it has no questions"),
+        (squad(entry("red hen", 5)), r"qas\[0\] \(id a1\): the answer 'red hen' is not at 5, .*'ed hen '"),
+        (squad(entry("red hen", -4)), "is not at -4"),
         (squad(entry("red", answers=[])), "no answer, and is_impossible is not true"),
-        (squad(entry("red", question=None)), r"paragraphs\[0\].qas\[0\]: want 'question', a str, not NoneType"),
-        (squad(entry("red"), context=3), r"data\[0\].paragraphs\[0\]: want 'context', a str, not int"),
+        (squad(entry("red", question=None)), r"paragraphs\[0\].qas\[0\]: expected 'question', a str, not NoneType"),
+        (squad(entry("red"), context=3), r"data\[0\].paragraphs\[0\]: expected 'context', a str, not int"),
     ],
 )
-def test_a_bad_file_is_told(tmp_path, value, told):
-    with pytest.raises(MmjaxError, match=told):
+def test_a_bad_file_is_refused(tmp_path, value, message):
+    with pytest.raises(MmjaxError, match=message):
         read_squad(write(tmp_path, value))
     with pytest.raises(MmjaxError, match=r"none\.json"):
         read_squad(tmp_path / "none.json")
@@ -66,35 +66,35 @@ def test_what_the_labels_mark_is_the_answer(tokenizer, text):
     """A network that scores just the labels gives the answer back, whichever windows there are."""
     question = Question("q", "who?", CONTEXT, ((text, CONTEXT.rindex(text)),))
     for length, stride in ((80, 40), (37, 9)):
-        asked, columns = answer_columns([question], tokenizer, length, stride)
-        assert columns["input_ids"].shape == (len(asked.windows), length) and (length == 80) == (
-            len(asked.windows) == 1
+        windows, columns = answer_columns([question], tokenizer, length, stride)
+        assert columns["input_ids"].shape == (len(windows.windows), length) and (length == 80) == (
+            len(windows.windows) == 1
         )
         scores = np.zeros((2, *columns["input_ids"].shape))
         inside = columns["start"] > 0
         assert inside.any()
         for row in np.flatnonzero(inside):
             scores[0, row, columns["start"][row]] = scores[1, row, columns["end"][row]] = 9
-            first, last = (asked.windows[row].places[columns[end][row]] for end in ("start", "end"))
+            first, last = (windows.windows[row].offsets[columns[end][row]] for end in ("start", "end"))
             assert (first[0], last[1]) == (question.answers[0][1], question.answers[0][1] + len(text))
-        assert best_answers(CONTEXT, asked.windows, *scores)[0].text == text
+        assert best_answers(CONTEXT, windows.windows, *scores)[0].text == text
         np.testing.assert_array_equal(columns["end"][~inside], 0)
 
 
 def test_a_window_with_a_part_of_the_answer_has_none(tokenizer):
     text = "hen runs to the sea, and the puppy"
     question = Question("q", "who?", CONTEXT, ((text, 8),))
-    asked, columns = answer_columns([question, Question("n", "when?", CONTEXT, ())], tokenizer, 30, 7)
-    for window, start, owner in zip(asked.windows, columns["start"], asked.owners):
-        places = [place for place in window.places if place]
-        covers = places[0][0] <= 8 and places[-1][1] >= 8 + len(text) and owner == 0
+    windows, columns = answer_columns([question, Question("n", "when?", CONTEXT, ())], tokenizer, 30, 7)
+    for window, start, question_index in zip(windows.windows, columns["start"], windows.question_indices):
+        offsets = [offset for offset in window.offsets if offset]
+        covers = offsets[0][0] <= 8 and offsets[-1][1] >= 8 + len(text) and question_index == 0
         assert (start > 0) == covers
-    assert set(asked.owners) == {0, 1} and span_in(asked.windows[0], 0, len(CONTEXT)) == (0, 0)
+    assert set(windows.question_indices) == {0, 1} and span_in(windows.windows[0], 0, len(CONTEXT)) == (0, 0)
 
 
 def test_an_answer_inside_a_piece_is_the_piece(tokenizer):
-    asked, columns = answer_columns([Question("q", "who?", CONTEXT, (("u", CONTEXT.index("uppy")),))], tokenizer, 80)
-    place = asked.windows[0].places[columns["start"][0]]
-    assert place[0] <= CONTEXT.index("uppy") < place[1] and columns["start"][0] == columns["end"][0]
+    windows, columns = answer_columns([Question("q", "who?", CONTEXT, (("u", CONTEXT.index("uppy")),))], tokenizer, 80)
+    offset = windows.windows[0].offsets[columns["start"][0]]
+    assert offset[0] <= CONTEXT.index("uppy") < offset[1] and columns["start"][0] == columns["end"][0]
     with pytest.raises(MmjaxError, match="question q: a context of 0 pieces"):
         answer_columns([Question("q", "who?", "  ", ())], tokenizer, 80)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mmjax.errors import MmjaxError
-from mmjax.text.tagged_words import TaggedWords, read_columns, tag_names, tagged_columns, word_rows, words_of
+from mmjax.text.tagged_words import TaggedWords, read_columns, tag_names, tagged_columns, word_sequences, words_of
 from mmjax.text.training import train_wordpiece
 
 FILE = "-DOCSTART- -X- O O\n\nEU NNP B-NP B-ORG\nrejects VBZ B-VP O\n\n\nPeter\tNNP\tB-NP\tB-PER\n"
@@ -13,25 +13,25 @@ FILE = "-DOCSTART- -X- O O\n\nEU NNP B-NP B-ORG\nrejects VBZ B-VP O\n\n\nPeter\t
 def test_a_file_of_columns(tmp_path):
     file = tmp_path / "eng.train"
     file.write_text(FILE)
-    told = read_columns(file)
-    assert [(s.words, s.tags) for s in told] == [(("EU", "rejects"), ("B-ORG", "O")), (("Peter",), ("B-PER",))]
-    assert told[0].place == f"{file}, line 3" and [s.group for s in told] == ["0", "1"]
+    sentences = read_columns(file)
+    assert [(s.words, s.tags) for s in sentences] == [(("EU", "rejects"), ("B-ORG", "O")), (("Peter",), ("B-PER",))]
+    assert sentences[0].location == f"{file}, line 3" and [s.group for s in sentences] == ["0", "1"]
     assert read_columns(file, tag=1)[1].tags == ("NNP",)
-    assert tag_names(told) == ("O", "B-ORG", "B-PER")
+    assert tag_names(sentences) == ("O", "B-ORG", "B-PER")
 
 
 @pytest.mark.parametrize(
-    "text, tag, told",
+    "text, tag, message",
     [
-        ("a O\nb B-X extra\n", -1, "f.txt, line 2: 3 columns; want 2"),
+        ("a O\nb B-X extra\n", -1, "f.txt, line 2: 3 columns; expected 2"),
         ("a O\nb O\n", 3, "f.txt, line 1: 2 columns; .*the tag in 3"),
-        ("\n\nalone\n", -1, "f.txt, line 3: 1 columns; want 2"),
-        ("-DOCSTART- O\n\n", -1, "f.txt: no word"),
+        ("\n\nalone\n", -1, "f.txt, line 3: 1 columns; expected 2"),
+        ("-DOCSTART- O\n\n", -1, "f.txt: it has no words"),
     ],
 )
-def test_a_bad_line_is_told(tmp_path, text, tag, told):
+def test_a_bad_line_is_refused(tmp_path, text, tag, message):
     (tmp_path / "f.txt").write_text(text)
-    with pytest.raises(MmjaxError, match=told):
+    with pytest.raises(MmjaxError, match=message):
         read_columns(tmp_path / "f.txt", tag=tag)
 
 
@@ -40,19 +40,27 @@ def test_the_first_piece_of_a_word_carries_its_tag_and_nothing_is_lost():
     sentence = ("ab", "ac", "cd", "\x00", "dbca", "ab")
     tags = tuple("012345")
     length = 7
-    rows, columns = tagged_columns([TaggedWords(sentence, tags), TaggedWords(("cd",), ("5",))], tokenizer, length, tags)
-    assert len(rows) > 2 and columns["labels"].shape == (len(rows), length)
+    sequences, columns = tagged_columns(
+        [TaggedWords(sentence, tags), TaggedWords(("cd",), ("5",))], tokenizer, length, tags
+    )
+    assert len(sequences) > 2 and columns["labels"].shape == (len(sequences), length)
     cut = [tokenizer.pieces(word)[0] or [tokenizer.unknown] for word in sentence]
     assert [len(pieces) for pieces in cut] == [1, 2, 1, 1, 4, 1]
-    for row, ids, mask, labels in zip(rows, columns["input_ids"], columns["attention_mask"], columns["labels"]):
-        words = cut[row.first : row.first + len(row.firsts)] if row.sentence == 0 else [tokenizer.pieces("cd")[0]]
+    for sequence, ids, mask, labels in zip(
+        sequences, columns["input_ids"], columns["attention_mask"], columns["labels"]
+    ):
+        words = (
+            cut[sequence.first : sequence.first + len(sequence.firsts)]
+            if sequence.sentence == 0
+            else [tokenizer.pieces("cd")[0]]
+        )
         flat = [piece for pieces in words for piece in pieces]
         assert ids[: mask.sum()].tolist() == [tokenizer.cls, *flat, tokenizer.sep]
-        assert (labels >= 0).sum() == len(words) and np.all(labels[list(row.firsts)] >= 0)
-        assert [ids[place] for place in row.firsts] == [pieces[0] for pieces in words]
+        assert (labels >= 0).sum() == len(words) and np.all(labels[list(sequence.firsts)] >= 0)
+        assert [ids[position] for position in sequence.firsts] == [pieces[0] for pieces in words]
     # What was put in comes out again, in order.
-    assert words_of(rows, columns["labels"], 2) == [[0, 1, 2, 3, 4, 5], [5]]
+    assert words_of(sequences, columns["labels"], 2) == [[0, 1, 2, 3, 4, 5], [5]]
     with pytest.raises(MmjaxError, match="line 8: the tag 'B' is not among O"):
         tagged_columns([TaggedWords(("ab",), ("B",), "line 8")], tokenizer, 9, ("O",))
     with pytest.raises(MmjaxError, match="no words"):
-        word_rows([["ab"], []], tokenizer, 9)
+        word_sequences([["ab"], []], tokenizer, 9)

@@ -57,22 +57,22 @@ def test_pairs_padding_and_lengths(tmp_path):
     np.testing.assert_array_equal(batch["attention_mask"].sum(1), [7, 5])
     assert tokenizer(["a a a a a"], length=4, multiple=16)["input_ids"].tolist() == [[cls, a, a, sep]]
     assert tokenizer.continuations().nonzero()[0].tolist() == [6, 7, 9, 16]
-    for given, told in (((["a"], ["b", "a"]), "texts: 1, pairs: 2"), (([3],), "takes strings, not int")):
-        with pytest.raises(MmjaxError, match=told):
-            tokenizer(*given)
-    with pytest.raises(MmjaxError, match="length=2 leaves no room"):
+    for arguments, message in (((["a"], ["b", "a"]), "texts: 1, pairs: 2"), (([3],), "takes strings, not int")):
+        with pytest.raises(MmjaxError, match=message):
+            tokenizer(*arguments)
+    with pytest.raises(MmjaxError, match="length=2: too short"):
         tokenizer("a", length=2)
 
 
 def test_cutting_is_that_of_the_original_loop():
     rng = np.random.default_rng(5)
     for _ in range(200):
-        m, n, room = (int(x) for x in rng.integers(0, 14, 3))
+        m, n, capacity = (int(x) for x in rng.integers(0, 14, 3))
         a, b = list(range(m)), list(range(n))
-        found = cut(list(a), list(b), room)
-        while len(a) + len(b) > room:
+        truncated = cut(list(a), list(b), capacity)
+        while len(a) + len(b) > capacity:
             (a if len(a) > len(b) else b).pop()
-        assert found == (a, b)
+        assert truncated == (a, b)
 
 
 def test_files_survive_and_bad_ones_are_named(tmp_path):
@@ -82,7 +82,7 @@ def test_files_survive_and_bad_ones_are_named(tmp_path):
     text = "Unaffable hens, café"
     assert again.pieces([text]) == tokenizer.pieces([text])
     assert again.decode(again([text])["input_ids"][0]) == "unaffable hens, cafe"
-    with pytest.raises(MmjaxError, match=r"twice\.txt: the piece 'red' stands there twice"):
+    with pytest.raises(MmjaxError, match=r"twice\.txt: the piece 'red' occurs twice"):
         WordPieceTokenizer.from_vocab(vocab(tmp_path, ("red", "a", "red"), "twice.txt"))
     (tmp_path / "bare.txt").write_text("[PAD]\n[UNK]\na\n")
     with pytest.raises(MmjaxError, match=r"bare\.txt: .*lacks \[CLS\], \[SEP\], \[MASK\]"):
@@ -119,7 +119,7 @@ def test_transformers_cuts_the_same_pieces(tmp_path, lower):
     legacy = pytest.importorskip("transformers.models.bert.tokenization_bert_legacy")
     letters = sorted({c for text in NASTY for c in text.lower() + text if not c.isspace()} | set("abcdefghijklm"))
     file = vocab(tmp_path, (*letters, *(f"##{c}" for c in letters), "##oco", "quotes", "##line"))
-    theirs = legacy.BertTokenizerLegacy(str(file), do_lower_case=lower)
+    reference = legacy.BertTokenizerLegacy(str(file), do_lower_case=lower)
     ours = WordPieceTokenizer.from_vocab(file, lower=lower)
     for text in NASTY:
-        assert names(ours, text) == theirs.tokenize(text), text
+        assert names(ours, text) == reference.tokenize(text), text

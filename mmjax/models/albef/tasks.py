@@ -121,7 +121,7 @@ class AlbefModel(ImageTextModel):
     @classmethod
     def load_tokenizer(cls, file: pathlib.Path) -> WordPieceTokenizer | None:
         """tokenizer.json, or vocab.txt beside where it would be."""
-        return WordPieceTokenizer.found(file)
+        return WordPieceTokenizer.from_file_or_vocab(file)
 
     # ----------------------------------------------------------------------------------------------------------- arrays
 

@@ -16,7 +16,7 @@ from mmjax.interface.model import LENGTHS, Model, batched, top_k_labels
 from mmjax.models.bert.network import Bert, BertConfig
 from mmjax.nn.norm import l2_normalize
 from mmjax.text.answer_spans import best_answers, windows
-from mmjax.text.tagged_words import word_rows, words_of
+from mmjax.text.tagged_words import word_sequences, words_of
 from mmjax.text.wordpiece import WordPieceTokenizer, fitting
 from mmjax.types import Array, ArrayLike, Float, Int
 
@@ -48,7 +48,7 @@ class BertModel(Model):
     @classmethod
     def load_tokenizer(cls, file: pathlib.Path) -> WordPieceTokenizer | None:
         """tokenizer.json, or vocab.txt beside where it would be."""
-        return WordPieceTokenizer.found(file)
+        return WordPieceTokenizer.from_file_or_vocab(file)
 
     # ----------------------------------------------------------------------------------------------------------- arrays
 
@@ -168,7 +168,7 @@ class BertModel(Model):
             raise MmjaxError("this BERT has no head of classes of tokens (token_classes=0): it cannot tag words")
         names, tokenizer = self.class_names(labels), self._tokenizer
         words = [tokenizer.words(one) if isinstance(one, str) else list(one) for one in sentences]
-        rows, given = word_rows(words, tokenizer, min(length, self.config.positions))
+        rows, given = word_sequences(words, tokenizer, min(length, self.config.positions))
         shares = np.asarray(jax.nn.softmax(self.forward(**given)["logits"]))
         best = zip(words, words_of(rows, shares.argmax(-1), len(words)), words_of(rows, shares.max(-1), len(words)))
         return [[(word, names[int(i)], p) for word, i, p in zip(*sentence)] for sentence in best]

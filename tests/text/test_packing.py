@@ -7,7 +7,7 @@ import pytest
 from models.tiny_text import chat_tokenizer
 
 from mmjax.errors import MmjaxError
-from mmjax.text.language_rows import IGNORED, conversation_rows, packed, read_conversations
+from mmjax.text.packing import IGNORED, conversation_columns, pack_texts, read_conversations
 
 
 @pytest.fixture(scope="module")
@@ -25,37 +25,37 @@ TALK = [
 
 def test_texts_are_packed_end_to_end(tokenizer):
     texts = ["once upon a time", "the sea is blue", "yellow fruits"]
-    rows = packed(tokenizer, texts, 7)
+    columns = pack_texts(tokenizer, texts, 7)
     flat = [id for text in texts for id in [*tokenizer.tokenizer.encode(text).ids, tokenizer.eos[0]]]
-    assert rows["input_ids"].ravel().tolist() == flat[: len(flat) // 7 * 7]
-    np.testing.assert_array_equal(rows["labels"], rows["input_ids"])
+    assert columns["input_ids"].ravel().tolist() == flat[: len(flat) // 7 * 7]
+    np.testing.assert_array_equal(columns["labels"], columns["input_ids"])
     with pytest.raises(MmjaxError, match=r"length=500"):
-        packed(tokenizer, texts, 500)
+        pack_texts(tokenizer, texts, 500)
 
 
 def test_only_answers_are_learned_with_what_closes_them(tokenizer):
-    rows = conversation_rows(tokenizer, [TALK], 120)
+    columns = conversation_columns(tokenizer, [TALK], 120)
     text = tokenizer.chat(TALK, add_generation_prompt=False)
     ids = tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
-    assert rows["input_ids"][0, : len(ids)].tolist() == ids
-    assert (rows["input_ids"][0, len(ids) :] == tokenizer.pad).all() and (
-        rows["labels"][0, len(ids) :] == IGNORED
+    assert columns["input_ids"][0, : len(ids)].tolist() == ids
+    assert (columns["input_ids"][0, len(ids) :] == tokenizer.pad).all() and (
+        columns["labels"][0, len(ids) :] == IGNORED
     ).all()
-    learned = rows["input_ids"][0][rows["labels"][0] != IGNORED]
+    learned = columns["input_ids"][0][columns["labels"][0] != IGNORED]
     assert tokenizer.decode(learned, skip_special_tokens=False) == "sea, time</s>blue</s>"
-    assert (rows["labels"][0][rows["labels"][0] != IGNORED] == learned).all()
+    assert (columns["labels"][0][columns["labels"][0] != IGNORED] == learned).all()
 
 
 def test_a_conversation_of_which_nothing_is_left_is_refused(tokenizer):
     with pytest.raises(MmjaxError, match=r"length=9.*name three"):
-        conversation_rows(tokenizer, [TALK], 9)
+        conversation_columns(tokenizer, [TALK], 9)
 
 
 def test_a_template_that_changes_what_was_said_is_refused(tokenizer):
     last = "{% for m in messages %}<s>{{ m.content if loop.last else 'forgotten' }}</s>{% endfor %}"
     changed = type(tokenizer)(tokenizer.tokenizer, tokenizer.special, {"default": last})
     with pytest.raises(MmjaxError, match="turn 1 otherwise"):
-        conversation_rows(changed, [TALK], 120)
+        conversation_columns(changed, [TALK], 120)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_template_that_changes_what_was_said_is_refused(tokenizer):
         ("{", "line 2"),
         ('{"text": "x"}', "messages"),
         ('{"messages": [{"role": "user"}]}', "content"),
-        ('{"messages": [{"role": "user", "content": "x"}]}', "the assistant says nothing"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "it has no assistant message"),
     ],
 )
 def test_lines_that_are_no_conversation_are_named(tmp_path, line, message):
@@ -75,5 +75,5 @@ def test_lines_that_are_no_conversation_are_named(tmp_path, line, message):
     file.write_text(json.dumps({"messages": TALK}) + "\n\n")
     assert read_conversations(file) == [TALK]
     file.write_text("\n")
-    with pytest.raises(MmjaxError, match="no conversation"):
+    with pytest.raises(MmjaxError, match="no conversations"):
         read_conversations(file)
