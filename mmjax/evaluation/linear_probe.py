@@ -95,7 +95,7 @@ def logistic_regression(
         iterations: maximum number.
         tolerance: stops when no entry of the gradient is larger.
 
-    Raises MmjaxError, naming the argument: NaN, fewer than two rows, labels out of range, l2 below 0.
+    Raises MmjaxError, naming the argument: NaN, fewer than two items, labels out of range, l2 below 0.
     """
     x, y, classes = _training_set(features, labels, classes)
     if not 0 <= l2 < math.inf:
@@ -326,13 +326,13 @@ def _sgd(
         padded = jnp.concatenate([order, jnp.full(steps * batch_size - n, -1, order.dtype)])
         features, rate = passes[number % count], rates[number]
 
-        def step(carry: Any, rows: Array) -> Any:
+        def step(carry: Any, batch: Array) -> Any:
             layer, velocity = carry
-            loss, gradient = jax.value_and_grad(loss_of)(layer, features[rows], labels[rows], rows >= 0)
+            loss, gradient = jax.value_and_grad(loss_of)(layer, features[batch], labels[batch], batch >= 0)
             gradient = jax.tree.map(lambda g, w: g + decay * w, gradient, layer)
             velocity = jax.tree.map(lambda v, g: momentum * v + g, velocity, gradient)
             layer = jax.tree.map(lambda w, v: w - rate * v, layer, velocity)
-            return (layer, velocity), loss * jnp.sum(rows >= 0)
+            return (layer, velocity), loss * jnp.sum(batch >= 0)
 
         carry, losses = jax.lax.scan(step, carry, padded.reshape(steps, batch_size))
         return carry, jnp.sum(losses) / n

@@ -49,16 +49,16 @@ def read_labelled(file: File, text: str = "sentence", label: str = "label", pair
     readers = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl}
     if path.suffix not in readers:
         raise MmjaxError(f"{file}: expected a file name that ends in {', '.join(readers)}")
-    rows = []
+    records = []
     for number, row in readers[path.suffix](content, file, names):
         location = f"{file}, line {number}"
         empty = [name for name in names if not row[name].strip()]
         if empty:
             raise MmjaxError(f"{location}: column {empty[0]!r} is empty")
-        rows.append(LabelledText(row[text], row[label].strip(), row[pair] if pair else "", location))
-    if not rows:
+        records.append(LabelledText(row[text], row[label].strip(), row[pair] if pair else "", location))
+    if not records:
         raise MmjaxError(f"{file}: it has no records")
-    return rows
+    return records
 
 
 Numbered = Iterator[tuple[int, Mapping[str, str]]]
@@ -71,14 +71,14 @@ def _tsv(content: str, file: File, names: Sequence[str]) -> Numbered:
 
 
 def _csv(content: str, file: File, names: Sequence[str]) -> Numbered:
-    def rows() -> Iterator[tuple[int, list[str]]]:
+    def numbered() -> Iterator[tuple[int, list[str]]]:
         reader = csv.reader(io.StringIO(content, newline=""), strict=True)
         try:
             yield from ((reader.line_num, row) for row in reader if row)
         except csv.Error as error:
             raise MmjaxError(f"{file}, line {reader.line_num}: {error}") from error
 
-    return _columns(rows(), file, names)
+    return _columns(numbered(), file, names)
 
 
 def _columns(rows: Iterator[tuple[int, list[str]]], file: File, names: Sequence[str]) -> Numbered:
@@ -107,17 +107,17 @@ def _jsonl(content: str, file: File, names: Sequence[str]) -> Numbered:
                 raise MmjaxError(f"{file}, line {number}: {expected}: {type(error).__name__}: {error}") from error
 
 
-def class_names(rows: Sequence[LabelledText]) -> tuple[str, ...]:
+def class_names(texts: Sequence[LabelledText]) -> tuple[str, ...]:
     """The distinct labels, sorted as integers if all are, else by name. Raises MmjaxError for fewer than two."""
-    names = {row.label for row in rows}
+    names = {text.label for text in texts}
     if len(names) < 2:
-        raise MmjaxError(f"{rows[0].location}: all {len(rows)} texts are of one class, {rows[0].label!r}")
+        raise MmjaxError(f"{texts[0].location}: all {len(texts)} texts are of one class, {texts[0].label!r}")
     numbered = all(name.isdigit() for name in names)
     return tuple(sorted(names, key=int) if numbered else sorted(names))
 
 
 def classified_columns(
-    rows: Sequence[LabelledText], tokenizer: WordPieceTokenizer, length: int, classes: Sequence[str]
+    texts: Sequence[LabelledText], tokenizer: WordPieceTokenizer, length: int, classes: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """Columns "input_ids", "attention_mask", "token_type_ids", int32 [n, l], l at most `length`, and "label" [n]: the
     class index, or without `classes` the label as a float32 number.
@@ -126,14 +126,14 @@ def classified_columns(
     """
     class_index = {name: index for index, name in enumerate(classes)}
     labels = []
-    for row in rows:
-        value: Any = class_index.get(row.label) if classes else _finite(row.label)
+    for text in texts:
+        value: Any = class_index.get(text.label) if classes else _finite(text.label)
         if value is None:
-            expected = f"not among {', '.join(classes)}" if classes else "not a number"
-            raise MmjaxError(f"{row.location}: the label {row.label!r} is {expected}")
+            problem = f"not among {', '.join(classes)}" if classes else "not a number"
+            raise MmjaxError(f"{text.location}: the label {text.label!r} is {problem}")
         labels.append(value)
-    pairs = [row.pair for row in rows] if any(row.pair for row in rows) else None
-    columns = tokenizer([row.text for row in rows], pairs, length)
+    pairs = [text.pair for text in texts] if any(text.pair for text in texts) else None
+    columns = tokenizer([text.text for text in texts], pairs, length)
     return columns | {"label": np.array(labels, np.int32 if classes else np.float32)}
 
 
