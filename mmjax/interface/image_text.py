@@ -31,7 +31,7 @@ class ImageTextModel(Model):
         Strings are always texts: open image files first.
         """
         queries, candidates = self._features(queries), self._features(candidates)
-        return ranked(queries @ candidates.T, k)
+        return ranked(jnp.matmul(queries, candidates.T, precision="highest"), k)
 
     def _features(self, items: Any) -> Array:
         if are_texts(items):

@@ -1,5 +1,6 @@
 """Precision of losses and metrics as it stands in the programs, which a CPU's numbers cannot show."""
 
+import ast
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -80,3 +81,15 @@ def test_language_losses_sum_in_float32(tied, block):
     assert {"dot_general", "reduce_sum", "exp", "log"} <= {e.primitive.name for e in sums}
     floats = {v.aval.dtype for e in sums for v in e.outvars if jnp.issubdtype(v.aval.dtype, jnp.floating)}
     assert floats == {jnp.dtype(jnp.float32)}
+
+
+def test_no_similarity_leaves_its_precision_to_the_device(repository):
+    """x @ y.T compares the rows of x with those of y: such products say precision="highest" everywhere."""
+    implicit = [
+        f"{file.relative_to(repository)}:{node.lineno}"
+        for file in sorted((repository / "mmjax").rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult)
+        if isinstance(node.right, ast.Attribute) and node.right.attr == "T"
+    ]
+    assert not implicit

@@ -43,7 +43,7 @@ class TwoStages:
         images, image_embeds = self._batched(self._see, params, {"image": np.asarray(self.images)})
         texts, text_embeds = self._batched(self._read, params, {k: np.asarray(v) for k, v in self.texts.items()})
         known = {"images": images, "texts": texts, "mask": jnp.asarray(self.texts["attention_mask"])}
-        return image_embeds @ text_embeds.T, known
+        return jnp.matmul(image_embeds, text_embeds.T, precision="highest"), known
 
     def match(self, params: Params, known: Mapping[str, Array], rows: Mapping[str, Array]) -> Float[Array, "b t"]:
         """How well each image matches each of its texts, by their numbers: the head's logit of class 1."""

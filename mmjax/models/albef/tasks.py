@@ -152,7 +152,8 @@ class AlbefModel(ImageTextModel):
         if not tokens or "input_ids" not in inputs:
             return told
         if c.embed_dim:
-            logits = told["image_embeds"] @ told["text_embeds"].T / variables["params"]["temperature"]
+            cosines = jnp.matmul(told["image_embeds"], told["text_embeds"].T, precision="highest")
+            logits = cosines / variables["params"]["temperature"]
             told |= {"logits_per_image": logits, "logits_per_text": logits.T}
         if len(tokens[0]) != len(states):
             raise MmjaxError(f"{len(tokens[0])} images and {len(states)} texts: ALBEF reads them in pairs")
@@ -264,7 +265,7 @@ class AlbefModel(ImageTextModel):
         ask, (ids, mask) = functools.partial(self._asked, self.variables), self._columns(texts, albef_caption, 30)
         tokens = batched(functools.partial(ask, ("image",)), batch_size, self.pixels(images))
         states = batched(functools.partial(ask, ("read",)), batch_size, ids, mask)
-        cosines = ask(("text_embeds",), states) @ ask(("image_embeds",), tokens).T
+        cosines = jnp.matmul(ask(("text_embeds",), states), ask(("image_embeds",), tokens).T, precision="highest")
         cosines = cosines if of_texts else cosines.T
         near = np.asarray(jax.lax.top_k(cosines, min(max(rerank, k), cosines.shape[1]))[1])
         rows = np.broadcast_to(np.arange(len(near))[:, None], near.shape)

@@ -99,7 +99,8 @@ class CLIPModel(ImageTextModel):
 
     @staticmethod
     def _logits(params: Mapping[str, Any], image: Array, text: Array) -> Array:
-        logits = jnp.exp(params["logit_scale"].astype(jnp.float32)) * image @ text.T
+        scale = jnp.exp(params["logit_scale"].astype(jnp.float32))
+        logits = scale * jnp.matmul(image, text.T, precision="highest")
         return logits + params["logit_bias"] if "logit_bias" in params else logits
 
     @property
