@@ -11,7 +11,7 @@ def question(context, *answers, group="g"):
     return Question("q", "who?", context, tuple((text, 0) for text in answers), group)
 
 
-def test_what_counts_as_the_same():
+def test_normalisation_and_matches():
     assert normalised("  The U.S.A.'s  an apple\n theme ") == "usas apple theme"
     assert word_f1("the red hen", "a red, red hen!") == pytest.approx(0.8)  # 2 of 2 and 2 of 3
     assert word_f1("The", "a") == 1 and word_f1("the", "hen") == 0 == word_f1("hen", "")

@@ -84,7 +84,7 @@ def test_words_of_other_lines_are_stanfords_where_it_is_installed():
     assert not wrong
 
 
-def test_words_are_their_own_words():
+def test_words_tokenise_to_themselves():
     for text in WORDS:
         plain = [word for word in caption_words(text) if word.isalnum()]
         assert caption_words(" ".join(plain)) == plain
@@ -153,7 +153,7 @@ def test_brevity_counts_against_bleu():
     assert bleu_counts(["a", "b", "c", "d", "e"], [["a", "b", "c", "d", "e", "f", "g"], ["a", "b", "c"]])[1] == 3
 
 
-def test_bad_corpora_are_told():
+def test_invalid_corpora_are_refused():
     with pytest.raises(MmjaxError, match="1 captions for references of 2 images"):
         caption_scores(["a"], [["a"], ["b"]])
     with pytest.raises(MmjaxError, match="0 captions"):

@@ -52,7 +52,7 @@ def test_two_classes_have_f1_and_matthews():
     assert one["matthews"].value == one["f1"].value == 0
 
 
-def test_surest_mistakes_come_first():
+def test_most_confident_mistakes_come_first():
     np.testing.assert_array_equal(surest_mistakes(LOGITS, LABELS), [2, 3])
     np.testing.assert_array_equal(surest_mistakes(LOGITS, LABELS, most=1), [2])
 
@@ -72,7 +72,7 @@ def predict(params, state, x):
     return x.reshape(len(x), -1).astype(jnp.float32) @ params["kernel"] + state.stats["shift"]
 
 
-def test_arrays_and_pipelines_are_judged_alike_and_pictures_come_at_the_end():
+def test_arrays_and_pipelines_score_alike_and_pictures_come_at_the_end():
     pictures, labels = images()
     params = {"kernel": np.random.default_rng(1).standard_normal((18, C)).astype(np.float32)}
     state = State(3, {"shift": np.arange(C, dtype=np.float32)})
@@ -98,7 +98,7 @@ def test_arrays_and_pipelines_are_judged_alike_and_pictures_come_at_the_end():
     assert "classification_top1_low" in end
 
 
-def test_mistakes_are_drawn_each_with_its_line():
+def test_each_mistake_is_shown_with_its_line():
     one = mistakes_picture(np.zeros((1, 5, 7, 3), np.uint8), ["shirt, not coat (97 %)"])
     many = mistakes_picture(np.zeros((11, 5, 7, 1), np.uint8), ["$x"] * 11)
     assert many.shape[1] == 8 * one.shape[1] and many.shape[0] > 1.7 * one.shape[0]

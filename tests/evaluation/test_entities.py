@@ -19,7 +19,7 @@ from mmjax.text.tagged_words import TaggedWords
         ("O O", []),
     ],
 )
-def test_which_entities_tags_mark(tags, expected):
+def test_entities_of_tags(tags, expected):
     assert entities(tags.split()) == expected
 
 
@@ -41,6 +41,6 @@ def test_scores_by_hand():
         tag_scores(predicted, [["O"], *expected[1:]], ["x", "y", "y"])
 
 
-def test_a_lexicon_gives_words_their_commonest_tag():
+def test_a_lexicon_gives_words_their_most_frequent_tag():
     train = [TaggedWords(("a", "b", "a"), ("B-X", "O", "B-X")), TaggedWords(("a", "c", "d"), ("O", "O", "O"))]
     assert lexicon_tags(train, [("a", "b", "new")]) == [["B-X", "O", "O"]]

@@ -21,7 +21,7 @@ def counting(calls):
 
 
 @pytest.mark.parametrize("rows", [3, 7, 14, 23])
-def test_every_row_once_and_in_order(n):
+def test_every_item_once_and_in_order(n):
     calls: list = []
     extract = Extractor(counting(calls), batch_size=7)
     inputs = np.arange(n * 2, dtype=np.uint8).reshape(n, 2)

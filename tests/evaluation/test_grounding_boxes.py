@@ -65,7 +65,7 @@ def test_the_box_is_the_one_with_the_most_heat_for_its_size():
     assert predicted == (0, 0, 20, 20)
 
 
-def test_where_nothing_is_hot_the_box_before_is_used():
+def test_the_previous_box_is_reused_where_no_score_is_positive():
     hot, cold = np.ones((4, 4)), -np.ones((4, 4))
     expressions = [expression((0, 0, 9, 9), [(0, 0, 9, 9)]), expression((5, 5, 9, 9), [(5, 5, 9, 9)])]
     assert chosen_boxes([hot, cold], expressions) == ([(0, 0, 9, 9), (0, 0, 9, 9)], 1)

@@ -47,7 +47,7 @@ def test_votes_equal_the_definition(monkeypatch, k, block):
 
 
 @pytest.mark.parametrize("k", [3, 10_000])
-def test_leave_one_out_never_sees_itself(k):
+def test_leave_one_out_excludes_the_query(k):
     bank, labels = blobs(101, 3, 2)
     ours = knn_votes(bank, labels, None, k, 0.1)
     np.testing.assert_allclose(ours, brute_votes(bank, labels, bank, k, 0.1, 3, leave_one_out=True), atol=2e-5)

@@ -59,7 +59,7 @@ def test_same_optimum_as_scikit_learn(classes, l2):
     assert agree >= 1 - 1 / 503 and abs(ours.scores(test, truth)[1].value - 100 * reference.score(test, truth)) < 0.3
 
 
-def test_standardised_probe_is_blind_to_scales():
+def test_standardised_probe_is_invariant_to_scales():
     features, labels = blobs(211, 5, 2)
     scaled = features * np.array([1e3, 1e-3, 1, 10, 1, 1, 5], np.float32) + np.float32(7)
     constant = np.concatenate([scaled, np.full((211, 1), 0.1, np.float32)], 1)
@@ -86,8 +86,8 @@ def test_sweep_chooses_on_its_validation_part():
     np.testing.assert_allclose(right, np.round(right), atol=1e-3)
 
 
-def test_sweep_standardises_by_the_rows_it_fits_alone():
-    """Its accuracies and its choice again by hand: moments, optimum and verdict, each on its rows."""
+def test_sweep_standardises_by_the_fitted_items_only():
+    """Its accuracies and its choice again by hand: moments, optimum and choice, each on its items."""
     features, labels = blobs(101, 3, 17, spread=2.5)
     validation = np.random.default_rng(5).permutation(101)[:30]
     fitted = np.setdiff1d(np.arange(101), validation)
@@ -113,8 +113,8 @@ def test_sweep_standardises_by_the_rows_it_fits_alone():
     np.testing.assert_allclose(sweep.probe.scale, whole[1], rtol=1e-5)
 
 
-def test_a_sweep_settles_ties_by_cross_entropy():
-    """Far apart classes: every penalty is right, and the weakest is the surest."""
+def test_a_sweep_decides_ties_by_cross_entropy():
+    """Far apart classes: every penalty is right, and the weakest is the most confident."""
     features, labels = blobs(101, 2, 18, spread=0.05)
     sweep = swept_probe(features, labels, l2s=(1.0, 1e-2, 1e-4))
     assert sweep.accuracies == (100.0, 100.0, 100.0) and sweep.l2 == 1e-4
@@ -171,7 +171,7 @@ def test_sgd_equals_pytorch():
     assert float(ours.loss) == pytest.approx(float(loss.detach()), rel=1e-5) and int(ours.steps) == 23
 
 
-def test_sgd_with_a_short_last_batch_sees_every_row():
+def test_sgd_with_a_short_last_batch_uses_every_item():
     # Batches of 8 from 19 rows: 8, 8 and 3. A rate so small that the layer stands still: the loss is the mean of all.
     features, labels = blobs(19, 3, 6)
     ours = sgd_probe(features, labels, SGDConfig(learning_rate=1e-12, batch_size=8, epochs=2), seed=7)
@@ -180,7 +180,7 @@ def test_sgd_with_a_short_last_batch_sees_every_row():
     assert int(ours.steps) == 6
 
 
-def test_sgd_takes_passes_in_turn():
+def test_sgd_uses_passes_in_turn():
     features, labels = blobs(19, 3, 8)
     config = SGDConfig(learning_rate=0.1, batch_size=19, epochs=4)
     passes = np.stack([features, features * 0])

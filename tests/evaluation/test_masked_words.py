@@ -53,7 +53,7 @@ def test_scores_are_means_over_masked_words():
     assert logged["mlm_documents"] == 3 and logged["mlm_loss"] == scores["mlm_loss"]
 
 
-def test_nothing_to_judge_is_told():
+def test_no_masked_word_is_refused():
     columns = {"masked_weights": np.zeros((2, 3))}
     with pytest.raises(MmjaxError, match="no masked word in 2 rows"):
         evaluation(columns=columns, documents=np.zeros(2))

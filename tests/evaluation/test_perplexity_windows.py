@@ -15,7 +15,7 @@ TABLE = jax.random.normal(jax.random.key(0), (V, V))
 
 
 def causal(table, ids, mask):
-    """All tokens so far speak, those behind the text never."""
+    """Logits depend on all tokens so far and on none after the text."""
     return jnp.cumsum(jnp.where(mask[..., None], table[ids], 7.0), axis=1) / 3
 
 
@@ -50,7 +50,7 @@ def test_every_token_but_the_first_is_scored_once():
 @pytest.mark.parametrize(
     "length, stride, batch_size", [(10, 3, 4), (10, 3, 99), (12, None, 5), (99, 1, 8), (16, 15, 1)]
 )
-def test_it_is_what_a_plain_loop_gives(length, stride, batch_size):
+def test_matches_a_plain_loop(length, stride, batch_size):
     score = perplexity(causal, TABLE, TEXT, length=length, stride=stride, batch_size=batch_size)
     sums, counts = loop(length, stride or length // 2)
     assert score.n == sum(counts) == N - 1 and score.chance == V and score.unit == "perplexity"
@@ -59,12 +59,12 @@ def test_it_is_what_a_plain_loop_gives(length, stride, batch_size):
     assert len(sums) == 1 or score.low < score.high
 
 
-def test_a_model_that_knows_nothing_is_at_chance():
+def test_a_uniform_model_is_at_chance():
     score = perplexity(lambda table, ids, mask: jnp.zeros((*ids.shape, V)), None, TEXT, length=8)
     assert abs(score.value - V) < 1e-5 and score.high is not None and abs(score.high - V) < 1e-5
 
 
-def test_it_is_compiled_once():
+def test_compiles_once():
     traced = []
 
     def counted(table, ids, mask):

@@ -108,7 +108,7 @@ def test_each_pair_is_scored_once():
     assert len(groups["image"]) == sum(-(-sum(image == i for i, _ in pairs) // 4) for image in range(N))
 
 
-def test_a_list_without_the_right_answer():
+def test_a_shortlist_without_the_matching_text():
     """Two images, two texts each; the nearest text of the first is the other's, and its list is one long."""
     near = np.array([[0.1, 0.2, 0.9, 0.3], [0.0, 0.1, 0.8, 0.2]])
     shortlists = Reranker(head([]), 1, False)(np.float32(1), np.arange(8.0).reshape(2, 4), near, [0, 0, 1, 1])
@@ -139,7 +139,7 @@ def test_means_by_hand():
     assert results["R_mean"].low < results["R_mean"].value < results["R_mean"].high
 
 
-def test_progress_is_told_on_a_terminal_alone():
+def test_progress_is_shown_on_a_terminal_only():
     near, scores = problem(3)
     rerank, shown = Reranker(head([]), 10, False, 4, 4), []
     for terminal in (True, False):

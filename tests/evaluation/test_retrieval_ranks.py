@@ -67,7 +67,7 @@ def test_equals_an_exhaustive_sort(monkeypatch, block):
     np.testing.assert_array_equal(again.text, ranks.text)
 
 
-def test_ties_stand_before_the_right_answer():
+def test_ties_rank_before_the_matching_candidate():
     ranks = ranks_of_features(np.ones((11, 3)), np.ones((23, 3)), np.arange(23) % 11)
     # Of 23 texts, image 0 owns three (0, 11, 22), the others two.
     np.testing.assert_array_equal(ranks.image, [20] + [21] * 10)
@@ -77,7 +77,7 @@ def test_ties_stand_before_the_right_answer():
     np.testing.assert_array_equal(ranks_of_scores(scores).image, [0, 2, 2])
 
 
-def test_two_directions_may_have_their_own_scores():
+def test_directions_may_have_separate_scores():
     forward, backward = np.array([[2.0, 1.0], [2.0, 1.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])
     ranks = ranks_of_scores(forward, text_image_scores=backward)
     np.testing.assert_array_equal(ranks.image, [0, 1])
@@ -187,7 +187,7 @@ def test_scores_and_a_second_data_set():
     np.testing.assert_array_equal(made.ranks(params).text, np.zeros(14))
 
 
-def test_an_encoder_that_broke_is_told():
+def test_a_broken_encoder_is_refused():
     made, _ = evaluation()
     with pytest.raises(MmjaxError, match="images: 84 of 84"):
         made.scores({"image": np.full((12, 12), np.nan, np.float32)})
@@ -200,7 +200,7 @@ class Damaged(ArraySource):
         return super().__getitem__(index)
 
 
-def test_unreadable_images_leave_with_their_texts():
+def test_unreadable_images_are_dropped_with_their_texts():
     images, texts, owner = features(7, 5, 11), features(17, 5, 12), np.arange(17) % 7
     pipeline = Pipeline(Damaged(image=images), batch_size=2, max_bad_fraction=0.5)
     made = RetrievalEvaluation(

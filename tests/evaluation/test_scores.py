@@ -80,7 +80,7 @@ def test_mcnemar_by_hand_and_by_scipy():
         bootstrap.mcnemar(one, two[:5])
 
 
-def test_paired_bootstrap_sees_what_unpaired_intervals_do_not():
+def test_paired_bootstrap_detects_what_unpaired_intervals_miss():
     rng = np.random.default_rng(7)
     base = rng.random(400) < 0.5
     better = base | (rng.random(400) < 0.06)

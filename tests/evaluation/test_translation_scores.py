@@ -40,7 +40,7 @@ def test_texts_without_a_match():
     assert translation_scores(["ab"], ["cd"])["chrf"].high == 0
 
 
-def test_bad_corpora_are_told():
+def test_invalid_corpora_are_refused():
     with pytest.raises(MmjaxError, match="1 translations and 2 references"):
         translation_scores(["a"], ["a", "b"])
     with pytest.raises(MmjaxError, match="0 translations and 0 references"):
@@ -62,8 +62,8 @@ class Copies:
         return logits, state._replace(index=state.index + 1)
 
 
-def test_every_item_is_judged_once():
-    """Seven items in batches of three; the examples come at the end alone."""
+def test_every_item_is_scored_once():
+    """Seven items in batches of three; examples come only at the end."""
     ids = np.random.default_rng(0).integers(3, 40, (7, 6)).astype(np.int32)
     ids[:, -1] = 2
     texts = [" ".join(map(str, row[:-1])) for row in ids]

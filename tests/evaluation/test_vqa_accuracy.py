@@ -55,7 +55,7 @@ def test_normalisation_by_hand(text):
     assert normalised(text) == NORMALISED[text]
 
 
-def test_the_map_of_contractions_is_the_scripts():
+def test_contractions_match_the_script():
     """120 keys; the value is the key with one apostrophe more, but for six oddities; some words are not in it."""
     odd = {"somebody'd", "let's", "she's", "ow's'at", "'ows'at", "'ow'sat"}
     assert len(CONTRACTIONS) == 120
@@ -66,7 +66,7 @@ def test_the_map_of_contractions_is_the_scripts():
 
 
 def transcribed(prediction, answers):
-    """The sheet's rules read once more, answer by answer."""
+    """An independent transcription of the rules, answer by answer."""
 
     def strip(text):
         out = text
@@ -155,7 +155,7 @@ def test_accuracy_by_matches():
     assert accuracy(10, 10) == 1 and accuracy(2, 2) == pytest.approx(1 / 3) and accuracy(1, 2) == pytest.approx(1 / 6)
 
 
-def test_peoples_answers_lose_punctuation_alone_and_only_where_they_differ():
+def test_human_answers_lose_punctuation_only_where_they_differ():
     assert comparable(["Yes!"] * 10) == ["Yes!"] * 10
     assert comparable(["Yes!", "the dog", "two"]) == ["Yes ", "the dog", "two"]
     assert without_punctuation("a.b-c") == "ab c"
@@ -224,7 +224,7 @@ def test_files(tmp_path):
         write_submission(tmp_path / "out.json", [1, 2], ["a"])
 
 
-def test_bad_questions_are_told():
+def test_invalid_questions_are_refused():
     with pytest.raises(MmjaxError, match="1 answers for 4 questions"):
         vqa_scores(["yes"], QUESTIONS)
     with pytest.raises(MmjaxError, match="question 5: 1 answers"):

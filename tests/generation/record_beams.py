@@ -59,7 +59,7 @@ class Chain(*BASES):
         self.table = torch.nn.Parameter(torch.tensor(table, dtype=torch.float32))
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **_):
-        """Embeddings are a prompt's ids as numbers; what old versions have in their place, BOS, is not read."""
+        """Embeddings are a prompt's ids as numbers; the BOS that old versions use instead is not processed."""
         if inputs_embeds is None:
             return {"input_ids": input_ids, "attention_mask": attention_mask}
         return {"input_ids": torch.cat([inputs_embeds[..., 0].long(), input_ids[:, NEW_FROM:]], 1)}

@@ -1,4 +1,4 @@
-"""Beam searches as four versions of transformers gave them (record_beams.py tells how), and what is ours alone."""
+"""Beam searches as four versions of transformers gave them (see record_beams.py), and further rules."""
 
 import json
 import pathlib
@@ -50,7 +50,7 @@ def test_every_beam_is_that_of_the_version(version, i):
 
 
 class Remembering(Markov):
-    """What it has read before sharpens or flattens what it says."""
+    """The logits depend on all tokens processed before."""
 
     def step(self, variables, ids, state):
         logits, state = super().step(variables, ids, state)
@@ -58,8 +58,8 @@ class Remembering(Markov):
         return logits * (1 + 0.1 * jnp.sum(jnp.maximum(read, 0), axis=-1, keepdims=True)), state
 
 
-def test_each_beam_of_each_group_remembers_its_own():
-    """A text's score is that of its own ids, whichever beams it has come from; groups tell which search found it."""
+def test_each_beam_of_each_group_has_its_cache():
+    """The score of a text is that of its ids, whichever beams it came from; groups identify the search."""
     table, k, capacity = np.array(RECORD["table"]), 4, 6
     options = GenerationOptions(
         max_new_tokens=capacity, num_beams=k, num_beam_groups=2, diversity_penalty=1e-6, num_return_sequences=k,
@@ -88,7 +88,7 @@ def test_each_beam_of_each_group_remembers_its_own():
     np.testing.assert_array_equal(first, alone.ids, err_msg="the first group is as if it were alone")
 
 
-def test_a_length_counts_the_prompt_it_is_told_of():
+def test_lengths_count_the_prompt_ids():
     options = GenerationOptions(num_beams=2, beam_rules=BeamRules.v4_33())
     inputs = {"inputs_embeds": jnp.ones((2, 3, 1))}
     with pytest.raises(MmjaxError, match="a prompt of embeddings has none: set bos="):

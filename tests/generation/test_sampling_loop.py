@@ -35,7 +35,7 @@ def walk(last, length, allowed=lambda row, scores: scores):
     return row
 
 
-def test_greedy_takes_the_likeliest_and_pads_behind_the_end():
+def test_greedy_takes_the_most_probable_and_pads_after_the_end():
     result = run(max_new_tokens=9)
     sequences = [walk(last, 9) for last in PROMPTS[:, -1]]
     np.testing.assert_array_equal(result.ids[:, 0], sequences)
@@ -54,7 +54,7 @@ def test_padding_on_either_side_changes_nothing():
     np.testing.assert_array_equal(left.ids[:, 0], [walk(5, 5), walk(1, 5)])
 
 
-def test_what_the_model_has_read_is_what_was_chosen():
+def test_the_model_processes_the_chosen_tokens():
     result = run(max_new_tokens=6, temperature=1.0, num_return_sequences=3)
     assert result.state is not None
     np.testing.assert_array_equal(result.state.rows["read"][:, :5], result.ids[..., :5].reshape(-1, 5))
@@ -75,7 +75,7 @@ def test_streamed_tokens_are_those_of_one_run():
 @pytest.mark.parametrize(
     ("top_k", "top_p", "temperature"), [(0, 0.8, 1.0), (3, 1.0, 0.5), (4, 0.6, 1.7), (0, 1.0, 0.9)]
 )
-def test_draws_follow_the_definition(top_k, top_p, temperature):
+def test_samples_follow_the_definition(top_k, top_p, temperature):
     """Pearson's chi-square of 6,000 first tokens against the filtered distribution, and nothing outside of it."""
     scores = np.asarray(TABLE[5], np.float64) / temperature
     included = np.argsort(-scores)[: top_k or V]
@@ -96,7 +96,7 @@ def test_draws_follow_the_definition(top_k, top_p, temperature):
         assert statistic < freedom * (1 - 2 / (9 * freedom) + 3.72 * (2 / (9 * freedom)) ** 0.5) ** 3
 
 
-def test_the_nucleus_is_the_smallest_set_that_holds_the_mass():
+def test_the_nucleus_is_the_smallest_set_with_the_mass():
     logits = jnp.asarray(np.random.default_rng(1).normal(size=(200, 31)) * 3, jnp.float32)
     for top_p in (0.05, 0.5, 0.9, 0.999):
         included = np.isfinite(nucleus(logits, GenerationOptions(temperature=1.3, top_p=top_p)))
@@ -114,7 +114,7 @@ def test_halves_of_the_mass_at_the_border():
     np.testing.assert_array_equal(included, [True, True, False, False])
 
 
-def test_an_item_draws_the_same_whatever_follows_it():
+def test_an_items_samples_do_not_depend_on_later_items():
     options = {"max_new_tokens": 6, "temperature": 1.0, "seed": 9}
     np.testing.assert_array_equal(run(**options).ids[:1], run(**options, prompts=PROMPTS[:1]).ids)
 
@@ -140,14 +140,14 @@ def without_repeats(size, prompt, penalty=1.0):
     return rule
 
 
-def test_a_repetition_penalty_counts_prompt_and_row():
+def test_a_repetition_penalty_counts_prompt_and_sequence():
     result = run(max_new_tokens=9, repetition_penalty=1.4)
     sequences = [walk(p[-1], 9, without_repeats(99, p.tolist(), penalty=1.4)) for p in PROMPTS]
     np.testing.assert_array_equal(result.ids[:, 0], sequences)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_no_sequence_of_ids_comes_twice_in_prompt_and_row(size):
+def test_no_ngram_occurs_twice_in_prompt_and_sequence(size):
     prompts = np.array([[3, 5, 3, 5], [6, 4, 1, 1], [2, 6, 2, 6]]) if size > 1 else PROMPTS
     length = 12 if size > 1 else 5
     result = np.asarray(run(max_new_tokens=length, no_repeat_ngram_size=size, prompts=prompts).ids[:, 0])
@@ -159,7 +159,7 @@ def test_no_sequence_of_ids_comes_twice_in_prompt_and_row(size):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_is_no_id_of_a_prompt(side):
+def test_padding_is_not_part_of_a_prompt(side):
     """Short prompts beside a long one are penalised as they would be alone."""
     texts, pad, options = [[1], [3, 5, 3], [2, 6, 2, 6, 4]], 5, {"repetition_penalty": 1.6, "no_repeat_ngram_size": 2}
     sequences = [np.pad(t, (5 - len(t), 0) if side == "left" else (0, 5 - len(t)), constant_values=pad) for t in texts]
@@ -175,7 +175,7 @@ def test_of_an_encoder_decoder_the_decoder_s_ids_count():
     np.testing.assert_array_equal(run(begun=begun, **options).ids, run(prompts=begun, **options).ids)
 
 
-def test_draws_repeat_no_sequence_either():
+def test_samples_repeat_no_ngram_either():
     result = run(
         max_new_tokens=20, temperature=3.0, num_return_sequences=20, no_repeat_ngram_size=2, repetition_penalty=1.1
     )
@@ -185,7 +185,7 @@ def test_draws_repeat_no_sequence_either():
             assert len(set(grams)) == len(grams)
 
 
-def test_a_forced_beginning_comes_behind_one_id_alone():
+def test_a_forced_bos_follows_a_single_id_only():
     start, longer = np.array([[3], [4], [0]]), np.array([[3, 3], [1, 4], [2, 0]])
     forced = {"max_new_tokens": 4, "forced_bos": 6}
     for begun in ({"prompts": start}, {"begun": start}):
@@ -200,12 +200,12 @@ def test_a_forced_beginning_comes_behind_one_id_alone():
     np.testing.assert_array_equal(padded.ids, greedy.ids)
 
 
-def test_a_forced_end_is_the_last_token_and_no_eos_comes_too_early():
+def test_a_forced_eos_is_the_last_token_and_none_comes_earlier():
     result = np.asarray(run(max_new_tokens=6, eos=(1,), forced_eos=True, min_new_tokens=6).ids[:, 0])
     assert (result[:, -1] == 1).all() and (result[:, :-1] != 1).all()
 
 
-def test_stop_strings_end_rows_where_they_end():
+def test_stop_strings_end_sequences():
     spelled = [bytes([97 + i]) for i in range(V)]
     row = walk(5, 12)
     text = "".join(chr(97 + i) for i in row)

@@ -41,7 +41,7 @@ def test_each_difference(text, expected):
     assert tuple(clean(text) for clean in FOUR) == expected
 
 
-def test_how_many_words_are_kept():
+def test_number_of_words():
     text = " ".join(f"w{i}" for i in range(60))
     assert [len(clean(text).split()) for clean in FOUR] == [30, 30, 30, 50]
     assert albef_question(text, 50) == " ".join(text.split()[:50]) and len(blip_caption(text, 40).split()) == 40
@@ -53,7 +53,7 @@ def test_how_many_words_are_kept():
 
 
 def another_transcription(text, deleted, blanks, joins, words):
-    """The sheet's rule, a character at a time."""
+    """An independent transcription, character by character."""
     out = []
     for character in text.lower():
         if character in blanks:
@@ -120,7 +120,7 @@ def tokenizer(tmp_path_factory):
     return WordPieceTokenizer.from_vocab(file)
 
 
-def test_albefs_texts_have_no_end_and_blips_have(tokenizer):
+def test_blips_texts_end_with_sep_and_albefs_do_not(tokenizer):
     texts = ["a red hen", "hens", "a a a a a a a"]
     a, red, hen, s = (tokenizer.tokenizer.token_to_id(name) for name in ("a", "red", "hen", "##s"))
     pad, cls, sep = tokenizer.pad, tokenizer.cls, tokenizer.sep

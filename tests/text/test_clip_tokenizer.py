@@ -138,7 +138,7 @@ def test_training_merges_the_most_frequent_pair_first(small):
 
 
 def test_training_is_a_function_of_its_texts(small, tmp_path):
-    """In another process too: nothing hangs on the order of a hash table."""
+    """In another process too: nothing depends on the order of a hash table."""
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import test_clip_tokenizer as t;"
         "t.train_clip_tokenizer(t.CAPTIONS, 527, 13).save(sys.argv[2])"
@@ -201,7 +201,7 @@ def test_bad_files_are_named(tmp_path):
             call()
 
 
-def test_bad_arguments_are_told(small):
+def test_invalid_arguments_are_refused(small):
     with pytest.raises(MmjaxError, match="takes strings, not bytes"):
         small([b"cat"])
     with pytest.raises(MmjaxError, match="context_length=2"):

@@ -77,7 +77,7 @@ def test_special_tokens_and_templates(metadata):
         ("tokens", ["a", "a"], "2 tokens, 1 different ones"),
     ],
 )
-def test_metadata_that_do_not_fit(metadata, key, value, message):
+def test_invalid_metadata_are_refused(metadata, key, value, message):
     with pytest.raises(MmjaxError, match=rf"x\.gguf: .*{message}"):
         tokenizer_from_gguf(metadata | {f"tokenizer.ggml.{key}": value}, "x.gguf")
 

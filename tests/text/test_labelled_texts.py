@@ -53,14 +53,14 @@ def test_a_bad_record_is_refused_with_file_and_line(tmp_path, name, text, messag
         read_labelled(written(tmp_path / name, text))
 
 
-def test_not_utf_8_and_not_there(tmp_path):
+def test_not_utf_8_and_missing_files(tmp_path):
     (tmp_path / "a.tsv").write_bytes(b"sentence\tlabel\n\xff\t1\n")
     for name in ("a.tsv", "b.tsv"):
         with pytest.raises(MmjaxError, match=name):
             read_labelled(tmp_path / name)
 
 
-def test_classes_and_rows():
+def test_classes_and_columns():
     rows = [LabelledText("the red hen", label, "a hen", f"line {i}") for i, label in enumerate(("10", "9", "10"))]
     assert class_names(rows) == ("9", "10")
     tokenizer = train_wordpiece(["the red hen and a hen"] * 3, 60)

@@ -146,7 +146,7 @@ def test_a_saved_tokenizer_comes_back(tokenizer, tmp_path):
     assert json.loads((file.parent / "generation_config.json").read_text())["temperature"] == 0.6
 
 
-def test_reads_what_lies_beside(tmp_path):
+def test_reads_files_beside(tmp_path):
     """The older files of the hub: tokens as objects, eos in generation_config, templates in files of their own."""
     byte_bpe().save(str(tmp_path / "tokenizer.json"))
     bare = Tokenizer.from_file(tmp_path / "tokenizer.json")

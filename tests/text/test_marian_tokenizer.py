@@ -196,7 +196,7 @@ def test_two_vocabularies_translate_and_stop(tmp_path: pathlib.Path):
     assert mmjax.load(tmp_path / "out").generate("the fox jumps", max_new_tokens=12) == whole
 
 
-def test_what_is_missing_or_broken_is_named(tmp_path: pathlib.Path):
+def test_missing_and_broken_files_are_named(tmp_path: pathlib.Path):
     folder = write_tokenizer(tmp_path / "folder", False)
     tokenizer = MarianTokenizer.from_folder(folder)
     assert tokenizer.language_codes == (">>de<<",)

@@ -22,7 +22,7 @@ def texts(n=7, l=37):
     return ids, lengths
 
 
-def test_as_many_are_chosen_as_the_original_chooses():
+def test_number_of_selected_tokens():
     masking = Masking(VOCAB, MASK, (CLS, SEP), limit=11)
     for length in (3, 4, 10, 17, 30, 50, 130):
         ids = np.full(131, 7, np.int32)
@@ -35,7 +35,7 @@ def test_as_many_are_chosen_as_the_original_chooses():
         assert not masked["masked_positions"][expected:].any() and not masked["masked_ids"][expected:].any()
 
 
-def test_what_is_hidden_can_be_put_back():
+def test_masked_ids_restore_the_text():
     ids, lengths = texts()
     masked = Masking(VOCAB, MASK, (CLS, SEP)).mask_all(ids, lengths, seed=3)
     back = masked["input_ids"].copy()
@@ -58,7 +58,7 @@ def test_eighty_ten_ten_of_the_whole_vocabulary():
     assert others.min() > 3 and others.max() < 40 and abs(others.sum() - 1_800 * 99 / 101) < 165
 
 
-def test_whole_words_are_chosen_together():
+def test_whole_words_are_selected_together():
     ids, lengths = texts(n=41)
     joins = np.arange(VOCAB) % 3 == 0
     masking = Masking(VOCAB, MASK, (CLS, SEP), limit=9, continuations=joins)
@@ -73,7 +73,7 @@ def test_whole_words_are_chosen_together():
         assert sum(word in chosen for word in words.values()) == count <= min(9, max(1, round(length * 0.15)))
 
 
-def test_static_rows_depend_on_seed_and_row_alone_and_dynamic_ones_on_the_epoch():
+def test_static_masks_depend_on_seed_and_index_and_dynamic_ones_on_the_epoch():
     ids, lengths = texts()
     masking = Masking(VOCAB, MASK, (CLS, SEP))
     one = masking.mask_all(ids, lengths, seed=5)
@@ -91,7 +91,7 @@ def test_static_rows_depend_on_seed_and_row_alone_and_dynamic_ones_on_the_epoch(
     assert (first["masked_positions"][order[0]] != second["masked_positions"][order[1]]).any()
 
 
-def test_bad_masking_is_told():
+def test_invalid_masking_is_refused():
     with pytest.raises(MmjaxError, match=r"rate=0 \(above 0"):
         Masking(VOCAB, MASK, (), rate=0)
     with pytest.raises(MmjaxError, match="continuations of 5 pieces, not 101"):

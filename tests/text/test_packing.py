@@ -33,7 +33,7 @@ def test_texts_are_packed_end_to_end(tokenizer):
         pack_texts(tokenizer, texts, 500)
 
 
-def test_only_answers_are_learned_with_what_closes_them(tokenizer):
+def test_only_assistant_messages_are_trained_on(tokenizer):
     columns = conversation_columns(tokenizer, [TALK], 120)
     text = tokenizer.chat(TALK, add_generation_prompt=False)
     ids = tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
@@ -46,12 +46,12 @@ def test_only_answers_are_learned_with_what_closes_them(tokenizer):
     assert (columns["labels"][0][columns["labels"][0] != IGNORED] == learned).all()
 
 
-def test_a_conversation_of_which_nothing_is_left_is_refused(tokenizer):
+def test_a_conversation_without_trained_tokens_is_refused(tokenizer):
     with pytest.raises(MmjaxError, match=r"length=9.*name three"):
         conversation_columns(tokenizer, [TALK], 9)
 
 
-def test_a_template_that_changes_what_was_said_is_refused(tokenizer):
+def test_a_template_that_changes_earlier_messages_is_refused(tokenizer):
     last = "{% for m in messages %}<s>{{ m.content if loop.last else 'forgotten' }}</s>{% endfor %}"
     changed = type(tokenizer)(tokenizer.tokenizer, tokenizer.special, {"default": last})
     with pytest.raises(MmjaxError, match="turn 1 otherwise"):
@@ -67,7 +67,7 @@ def test_a_template_that_changes_what_was_said_is_refused(tokenizer):
         ('{"messages": [{"role": "user", "content": "x"}]}', "it has no assistant message"),
     ],
 )
-def test_lines_that_are_no_conversation_are_named(tmp_path, line, message):
+def test_invalid_lines_are_named(tmp_path, line, message):
     file = tmp_path / "talks.jsonl"
     file.write_text(json.dumps({"messages": TALK}) + "\n" + line + "\n")
     with pytest.raises(MmjaxError, match=rf"talks\.jsonl, line 2.*{message}|{message}"):

@@ -14,7 +14,7 @@ from mmjax.text.training import train_wordpiece
 
 
 def documents(count=13, seed=0):
-    """Every piece is document * 10,000 + its place, so that a segment tells where it is from."""
+    """Piece i of document d is d * 10,000 + i, which identifies the source of a segment."""
     rng = np.random.default_rng(seed)
     documents = []
     for number in range(count):
@@ -41,15 +41,15 @@ def test_segments_are_whole_and_random_ones_are_of_other_documents():
     assert 0.5 < share < 0.75  # single sentences at a document's end add to the half
 
 
-def test_what_a_random_segment_stood_in_for_is_used_again():
-    """So in a pass every piece of a document stands in some true segment, or was cut from its ends."""
+def test_sentences_replaced_by_a_random_segment_are_used_again():
+    """So in a pass every piece of a document is in some true segment, or was cut from its ends."""
     long = [[[i] for i in range(500)], [[9_999]]]
     pairs = [pair for pair in sentence_pairs(long, length=23, passes=1, short=0.0, seed=2) if pair.document == 0]
     used = np.concatenate([pair.a if pair.random else pair.a + pair.b for pair in pairs])
     np.testing.assert_array_equal(used, np.arange(500))
 
 
-def test_short_targets_are_drawn_once_a_document_and_pass():
+def test_short_targets_are_sampled_once_per_document_and_pass():
     long = [[[i] for i in range(300)], [[1000 + i] for i in range(300)]]
     aims = [
         [

@@ -107,7 +107,7 @@ def test_the_same_pieces_in_a_gguf_file(llama):
             tokenizer_from_gguf(metadata | {f"tokenizer.ggml.{key}": value}, "x.gguf")
 
 
-def test_what_is_no_model_is_named(tmp_path):
+def test_invalid_models_are_named(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\x0b\xff\xff no proto")
     with pytest.raises(MmjaxError, match=r"tokenizer\.model: not a SentencePiece model"):
         Tokenizer.from_sentencepiece(tmp_path / "tokenizer.model")

@@ -62,8 +62,8 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("text", ["red hen", "puppy", "1895", "it", "The", "hen runs to the sea", "brown"])
-def test_what_the_labels_mark_is_the_answer(tokenizer, text):
-    """A network that scores just the labels gives the answer back, whichever windows there are."""
+def test_labels_mark_the_answer(tokenizer, text):
+    """Logits that are high at the labels give the answer, whichever windows there are."""
     question = Question("q", "who?", CONTEXT, ((text, CONTEXT.rindex(text)),))
     for length, stride in ((80, 40), (37, 9)):
         windows, columns = answer_columns([question], tokenizer, length, stride)

@@ -65,7 +65,7 @@ def test_a_large_vocabulary_takes_well_under_a_second():
 
 
 @pytest.mark.parametrize("strings", [[], [""], ["a", ""], "abc", [b"a"]])
-def test_refuses_what_is_no_stop_string(strings):
+def test_invalid_stop_strings_are_refused(strings):
     with pytest.raises(MmjaxError, match="stop strings"):
         stop_automaton(strings, [b"a"])
 

@@ -35,7 +35,7 @@ def test_a_bad_line_is_refused(tmp_path, text, tag, message):
         read_columns(tmp_path / "f.txt", tag=tag)
 
 
-def test_the_first_piece_of_a_word_carries_its_tag_and_nothing_is_lost():
+def test_the_first_piece_of_a_word_has_its_tag_and_no_word_is_lost():
     tokenizer = train_wordpiece(["ab ab ab cd cd cd bdac"] * 2, 15)  # four letters, at both places, and "ab", "cd"
     sentence = ("ab", "ac", "cd", "\x00", "dbca", "ab")
     tags = tuple("012345")

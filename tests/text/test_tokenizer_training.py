@@ -122,7 +122,7 @@ def test_unigram_is_sentencepieces():
         (["ab cd"] * 9, "unigram", 5, "vocab_size=5: sentencepiece failed"),
     ],
 )
-def test_refuses_what_cannot_be_learned(texts, kind, vocab_size, message):
+def test_invalid_training_arguments_are_refused(texts, kind, vocab_size, message):
     if kind == "unigram":
         pytest.importorskip("sentencepiece")
     with pytest.raises(MmjaxError, match=message):
@@ -172,7 +172,7 @@ def test_command_line(kind, folder, tmp_path, capsys):
     assert ("the texts hold no more pieces" in captured.out) == (expected.vocab_size < 331)
 
 
-def test_command_line_tells_what_is_wrong(folder, tmp_path, capsys):
+def test_command_line_errors(folder, tmp_path, capsys):
     (tmp_path / "bad.txt").write_bytes(b"good\n\n\xff\n")
     (tmp_path / "empty").mkdir()
     for place, flags, message in [
@@ -188,7 +188,7 @@ def test_command_line_tells_what_is_wrong(folder, tmp_path, capsys):
     assert [file.name for file in corpus_files([folder, tmp_path / "bad.txt"])] == ["b.txt", "a.txt", "bad.txt"]
 
 
-def test_a_bad_line_is_told_by_sentencepiece_too(tmp_path, capsys):
+def test_a_bad_line_is_reported_with_sentencepiece_too(tmp_path, capsys):
     pytest.importorskip("sentencepiece")
     (tmp_path / "bad.txt").write_bytes(b"good\n\xff\n")
     flags = ["--kind", "unigram", "--vocab_size", "300"]

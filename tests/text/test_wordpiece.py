@@ -36,7 +36,7 @@ def test_the_rules_of_the_original(tmp_path):
     assert {text: names(tokenizer, text) for text in cases} == cases
 
 
-def test_case_is_kept_where_the_vocabulary_or_the_config_says_so(tmp_path):
+def test_case_follows_the_vocabulary_or_the_config(tmp_path):
     cased = vocab(tmp_path, ("Red", "red", "é"))
     assert names(WordPieceTokenizer.from_vocab(cased), "Red é") == ["Red", "é"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True}))
@@ -64,7 +64,7 @@ def test_pairs_padding_and_lengths(tmp_path):
         tokenizer("a", length=2)
 
 
-def test_cutting_is_that_of_the_original_loop():
+def test_truncation_matches_the_original_loop():
     rng = np.random.default_rng(5)
     for _ in range(200):
         m, n, capacity = (int(x) for x in rng.integers(0, 14, 3))
