@@ -20,7 +20,7 @@ def counting(calls):
     return encode
 
 
-@pytest.mark.parametrize("rows", [3, 7, 14, 23])
+@pytest.mark.parametrize("n", [3, 7, 14, 23])
 def test_every_item_once_and_in_order(n):
     calls: list = []
     extract = Extractor(counting(calls), batch_size=7)

@@ -123,8 +123,13 @@ def test_evaluation():
     class State:
         step = 1
 
-    expressions = [expression((0, 0, 9, 9), [(0, 0, 9, 9)], "testA"), expression((5, 5, 9, 9), [(30, 5, 9, 9)], "testB")]
+    expressions = [
+        expression((0, 0, 9, 9), [(0, 0, 9, 9)], "testA"),
+        expression((5, 5, 9, 9), [(30, 5, 9, 9)], "testB"),
+    ]
     evaluation = GroundingEvaluation(heats=lambda params, state: params, expressions=expressions)
     logged = metrics(evaluation.run(np.ones((2, 4, 4)), State))
-    assert logged["grounding_testA"] == 100 and logged["grounding_testB"] == 0 and logged["grounding_testA_chance"] == 100
+    assert (
+        logged["grounding_testA"] == 100 and logged["grounding_testB"] == 0 and logged["grounding_testA_chance"] == 100
+    )
     assert logged["grounding_n"] == 2 and logged["grounding_reused"] == 0
