@@ -90,7 +90,8 @@ def wilson_interval(successes: float, n: int, z: float = Z) -> tuple[float, floa
     share, wide = successes / n, z * z / n
     centre = share + wide / 2
     half = z * math.sqrt((share * (1 - share) + wide / 4) / n)
-    return max(0.0, 100.0 * (centre - half) / (1 + wide)), min(100.0, 100.0 * (centre + half) / (1 + wide))
+    low, high = 100.0 * (centre - half) / (1 + wide), 100.0 * (centre + half) / (1 + wide)
+    return 0.0 if successes == 0 else low, 100.0 if successes == n else high  # exact where rounding is not
 
 
 @dataclasses.dataclass(frozen=True)
