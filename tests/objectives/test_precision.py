@@ -74,7 +74,7 @@ def test_language_losses_sum_in_float32(tied, block):
 
     def loss(hidden, kernel):
         smoothed = {"label_smoothing": 0.1, "z_loss": 1e-4}
-        return language.linear_cross_entropy(hidden, kernel, LABELS, tied=tied, block=block, **smoothed).loss
+        return language.linear_cross_entropy(hidden, kernel, LABELS, tied=tied, block=block, **smoothed).loss.value
 
     jaxpr = jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(X.astype(jnp.bfloat16), kernel)
     summed = ("dot_general", "reduce_sum", "reduce_max", "exp", "log", "cumsum")

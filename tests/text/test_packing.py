@@ -54,7 +54,7 @@ def test_a_conversation_without_trained_tokens_is_refused(tokenizer):
 def test_a_template_that_changes_earlier_messages_is_refused(tokenizer):
     last = "{% for m in messages %}<s>{{ m.content if loop.last else 'forgotten' }}</s>{% endfor %}"
     changed = type(tokenizer)(tokenizer.tokenizer, tokenizer.special, {"default": last})
-    with pytest.raises(MmjaxError, match="turn 1 otherwise"):
+    with pytest.raises(MmjaxError, match="message 1 differently"):
         conversation_columns(changed, [TALK], 120)
 
 
