@@ -69,10 +69,10 @@ def parse_over(texts: Sequence[str]) -> dict[str, list[str]]:
         if not name or not equals or not all(chosen) or len(set(chosen)) < len(chosen):
             raise MmjaxError(f"--over {text}: want NAME=VALUE,VALUE,... with different values")
         if name in over:
-            raise MmjaxError(f"--over {name}: given twice; write its values in one list")
+            raise MmjaxError(f"--over {name}: repeated; write its values in one list")
         over[name] = chosen
     if not over:
-        raise MmjaxError("--over NAME=VALUE,VALUE,... says what differs between the arms")
+        raise MmjaxError("--over NAME=VALUE,VALUE,... is missing: what differs between the arms")
     return over
 
 
@@ -83,18 +83,18 @@ def _seed(text: str) -> int:
 
 
 def plan(experiment: str, topology: str | None, fields: Sequence[str]) -> int:
-    """Returns 1 for a step that does not fit, so that scripts can ask."""
+    """Returns 1 for a step that does not fit, for scripts."""
     from mmjax.training import plan as planning
     from mmjax.training import roofline
     from mmjax.training.experiment import load_experiment, parse_overrides
 
     parse_overrides(load_experiment(experiment), fields, prog=f"mmjax plan {experiment}")
     if topology is None:
-        raise MmjaxError("--topology says for which slice: v5e:8x8, say")
+        raise MmjaxError("--topology is missing: a slice such as v5e:8x8")
     with rich.get_console().status(f"compiling {experiment} for {topology}"):
-        told = planning.plan(experiment, topology, fields)
-    for table in roofline.tables(told):
+        report = planning.plan(experiment, topology, fields)
+    for table in roofline.tables(report):
         rich.print(table)
-    for sentence in planning.sentences(told):
+    for sentence in planning.sentences(report):
         print(sentence)
-    return 0 if told["fits"] else 1
+    return 0 if report["fits"] else 1

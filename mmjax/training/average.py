@@ -15,13 +15,14 @@ from mmjax.types import Params
 def average_checkpoints(workdir: str | os.PathLike[str], last: int) -> Params:
     """The arithmetic mean of the newest `last` steps' parameters, summed in float64, in the dtypes they have.
 
-    Frozen int8 matrices, equal in all steps, are taken as they are. A run's config says how many steps it keeps
-    (`keep`). Raises CheckpointError where there are fewer, or one is damaged.
+    Frozen int8 matrices, equal in all steps, are copied. A run keeps as many steps as its config's `keep`. Raises
+    CheckpointError where there are fewer than `last`, or one is damaged.
     """
     committed = steps(workdir)
     if not 1 <= last <= len(committed):
         raise CheckpointError(
-            f"{workdir}: last={last} of {len(committed)} checkpoints (steps {committed}); `keep` says how many"
+            f"{workdir}: last={last} of {len(committed)} checkpoints (steps {committed}); "
+            "`keep` of the config sets their number"
         )
     sums: dict[str, Any] = {}
     dtypes: dict[str, Any] = {}

@@ -80,8 +80,8 @@ def steps(workdir: Any) -> list[int]:
 
 def latest(workdir: Any) -> int | None:
     """The newest committed step (by its number, never by a clock), or None."""
-    found = steps(workdir)
-    return found[-1] if found else None
+    committed = steps(workdir)
+    return committed[-1] if committed else None
 
 
 def _discard(folder: epath.Path) -> None:
@@ -129,7 +129,7 @@ def load_state(folder: Any, template: Any, frozen: Collection[str] = ()) -> Rest
     try:
         environment = json.loads((folder / "environment.json").read_bytes())
     except (OSError, ValueError):
-        environment = {}  # said for information only
+        environment = {}  # for information only
     return Restored(state, manifest["step"], decode(manifest["data"]), manifest["counters"], environment)
 
 
@@ -165,15 +165,17 @@ def _example_key(leaf: Any) -> Any:
 
 
 def _check_fits(folder: epath.Path, manifest: Mapping[str, Any], template: Any) -> None:
-    told, wanted = manifest["leaves"], state_leaves(template)
+    saved, expected = manifest["leaves"], state_leaves(template)
     fields = field_names(template)
     wrong = [f"field {name} is missing" for name in sorted(fields - set(manifest["fields"]))]
     wrong += [f"field {name} is not of this experiment" for name in sorted(set(manifest["fields"]) - fields) if fields]
-    wrong += [f"{key}: missing, want {leaf.dtype}{list(leaf.shape)}" for key, leaf in wanted.items() if key not in told]
-    wrong += [f"{key}: not in this experiment's state" for key in told if key not in wanted]
-    for key, leaf in wanted.items():
+    wrong += [
+        f"{key}: missing, want {leaf.dtype}{list(leaf.shape)}" for key, leaf in expected.items() if key not in saved
+    ]
+    wrong += [f"{key}: not in this experiment's state" for key in saved if key not in expected]
+    for key, leaf in expected.items():
         want = describe(leaf)
-        got = {name: told[key][name] for name in want} if key in told else want
+        got = {name: saved[key][name] for name in want} if key in saved else want
         if got != want:
             wrong.append(f"{key}: want {want['dtype']}{want['shape']}, got {got['dtype']}{got['shape']}")
     if wrong:
@@ -198,9 +200,9 @@ def restore(
 
     A damaged newest step is passed over for the one before, with one warning; if no step is whole, that is an error.
     """
-    found = steps(workdir)
+    committed = steps(workdir)
     damage: list[str] = []
-    for step in reversed(found):
+    for step in reversed(committed):
         try:
             restored = load_state(step_folder(workdir, step), template, frozen)
         except DamagedCheckpoint as error:
@@ -320,7 +322,7 @@ class CheckpointWriter:
             if temporary != final or not (final / MANIFEST).exists():
                 remove_folder(temporary)
             size = sum(array.nbytes for array in arrays.values())
-            # TensorStore tells the system's error in words alone.
+            # TensorStore has the system's error in its message alone.
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or "No space" in str(
                 error
             )
@@ -337,7 +339,7 @@ class CheckpointWriter:
             with tempfile.TemporaryDirectory() as folder:
                 self._write_files(epath.Path(folder), arrays)
                 upload(pathlib.Path(folder), final)
-        # Read back before it counts: what the older steps are given up for must be whole.
+        # Read back before it counts: the older steps are removed for it.
         read_arrays(temporary / "arrays", {key: manifest["leaves"][key] for key in arrays})
         if is_local(final):
             sync_folder(temporary)
@@ -356,8 +358,8 @@ class CheckpointWriter:
         (folder / "environment.json").write_text(json.dumps(self.environment, indent=1, sort_keys=True))
 
     def _prune(self, newest: int) -> None:
-        """Removes all but the `keep` newest steps up to the one just verified, those of a future given up, and frozen
-        leaves that belong to none of the rest."""
+        """Removes all but the `keep` newest steps up to the one just verified, those of an abandoned future, and
+        frozen leaves that belong to none of the rest."""
         committed = steps(self.workdir)
         past = [step for step in committed if step <= newest]
         for step in [*past[: -self.keep], *(step for step in committed if step > newest)]:

@@ -1,4 +1,4 @@
-"""The files of one checkpoint: every leaf of a state under its path, and a manifest that says what they are.
+"""The files of one checkpoint: every leaf of a state under its path, and a manifest that describes them.
 
 `mmjax.training.checkpoint` decides when they count; here they are made, described and read back, or refused.
 """
@@ -31,7 +31,7 @@ from mmjax.types import Params
 MANIFEST = "manifest.json"
 FILES = "files.json"
 
-# Said at each save in this layout, and of no meaning to the user.
+# Logged at each save in this layout, and of no meaning to the user.
 logging.getLogger("absl").addFilter(lambda record: "Skipping merge of OCDBT" not in record.getMessage())
 
 
@@ -85,9 +85,9 @@ def make_manifest(
     counters: Mapping[str, Any] | None = None,
     stored: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """What `manifest.json` says of a state; equal states (and iterator positions) give equal manifests.
+    """The content of `manifest.json` for a state; equal states (and iterator positions) give equal manifests.
 
-    stored: {key: what it says} of the leaves that are in the `mmjax.training.frozen` store.
+    stored: {key: description} of the leaves that are in the `mmjax.training.frozen` store.
     """
     stored = stored or {}
     leaves = {
@@ -155,7 +155,7 @@ def read_manifest(folder: Any) -> dict[str, Any]:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    # One process writes: the others have given their shards before, and must not be waited for.
+    # One process writes: the others have sent their shards before, and must not be waited for.
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="mmjax"
     )
@@ -165,7 +165,7 @@ def _checkpointer() -> ocp.Checkpointer:
 
 
 def write_arrays(folder: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    # Orbax refuses arrays without elements; their shape in the manifest says all there is to know.
+    # Orbax refuses arrays without elements; their shape in the manifest is enough.
     full = {key: array for key, array in arrays.items() if array.size}
     dotted = collections.Counter(_folder_name(key) for key in full)
     if any(count > 1 for count in dotted.values()):
@@ -229,10 +229,10 @@ def _checked_files(folder: epath.Path, keys: Collection[str]) -> Iterator[pathli
     with ExitStack() as stack:
         try:
             local = stack.enter_context(local_copy(folder, names))
-            found = file_digests(local)
+            actual = file_digests(local)
         except OSError as error:
             raise DamagedCheckpoint(f"{folder}: unreadable: {type(error).__name__}: {error}") from error
-        bad = [f"{folder / name}" for name in names if found.get(name) != digests[name]]
+        bad = [f"{folder / name}" for name in names if actual.get(name) != digests[name]]
         if bad:
             raise DamagedCheckpoint(f"not what was written: {', '.join(bad)}")
         yield local

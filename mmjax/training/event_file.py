@@ -23,7 +23,7 @@ class EventFile:
     """
 
     def __init__(self, folder: Any, first_step: int):
-        """first_step: TensorBoard forgets what earlier files of the folder say of this step and those after it."""
+        """first_step: TensorBoard drops what earlier files of the folder have for this step and later ones."""
         self._folder = epath.Path(folder)
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._path, self._records, self._written, self._uploaded = self._folder / name, b"", 0, 0.0

@@ -46,7 +46,7 @@ optional."""
 class DataIterator(Protocol):
     """Batches of this process's rows. The state between two batches can be taken and set again.
 
-    May have `skipped`: what of the bad records met so far is told at the end of a run, a string each.
+    May have `skipped`: a string for each bad record so far, reported at the end of a run.
     """
 
     def __iter__(self) -> Iterator[Batch]: ...
@@ -68,8 +68,9 @@ class ExperimentConfig:
         log_every: steps between lines of metrics.jsonl.
         eval_every: steps between evaluations; 0 evaluates only at the end.
         checkpoint_every: steps between checkpoints; 0 saves only at the end (and on SIGTERM or Ctrl-C).
-        keep: newest checkpoints kept, at least 2.
-        init_from: weights to start from, where the workdir has no checkpoint to resume.
+        keep: number of newest checkpoints that stay, at least 2.
+        init_from: weights to start from, where the workdir has no checkpoint to resume: a run, a model or a hub id.
+            Parameters, statistics, momentum parameters and queues that fit are taken (`mmjax.training.initialize`).
         accumulate: micro-batches a step is cut in.
         workers: processes that load data; 0 loads in this one.
         max_bad_fraction: share of unreadable records past which the run stops.
@@ -82,7 +83,7 @@ class ExperimentConfig:
 
     Of the class, for `mmjax ablate`:
         published: name -> {value: a paper's figure or a word}, to stand beside ours.
-        courses: training metrics that are told by their mean over the run.
+        courses: training metrics that are reported as their mean over the run.
     """
 
     unit: ClassVar[str] = "images"
@@ -122,8 +123,8 @@ class ExperimentConfig:
             raise MmjaxError("experiment config: " + "; ".join(wrong))
 
     def save_assets(self, workdir: pathlib.Path) -> dict[str, Any]:
-        """Writes what loading the model needs beside its weights (tokenizer.json), and returns what config.json says of
-        it: {"tokenizer": "tokenizer.json", "preprocess": {...}}. By default nothing."""
+        """Writes what loading the model needs beside its weights (tokenizer.json), and returns its entries of
+        config.json: {"tokenizer": "tokenizer.json", "preprocess": {...}}. By default nothing."""
         return {}
 
     def initial_weights(self, load: LoadWeights) -> Mapping[str, Any]:
@@ -159,7 +160,7 @@ def load_experiment(path: str | os.PathLike[str]) -> type[ExperimentConfig]:
     file = pathlib.Path(path)
     if not file.is_file():
         raise MmjaxError(f"{file}: no such experiment file")
-    # A name of its own in sys.modules: dataclasses and tyro look annotations up there.
+    # A unique name in sys.modules: dataclasses and tyro look annotations up there.
     name = "mmjax_experiment_" + "".join(c if c.isalnum() else "_" for c in str(file.resolve()))
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
@@ -204,7 +205,7 @@ def batch_shapes(config: Any, first_batch: Callable[[], Batch] | None = None) ->
 
 
 INTERVALS = {"log_every": 20, "eval_every": 4, "checkpoint_every": 4}
-"""Fields that count the steps between two events, with the number of events that a shortened run has room for."""
+"""Fields that count the steps between two events, with the number of events in a shortened run."""
 
 
 def parse_overrides(
@@ -216,7 +217,7 @@ def parse_overrides(
     """The config with `--seed 3 --optimizer.learning_rate 1e-3` applied.
 
     `--steps` below the recipe's shortens the recipe's warmup and its intervals too (`shorten`). `report` receives one
-    line that says which; a flag of its own keeps a field as it is.
+    line that names them; an explicit flag leaves a field as it is.
 
     A flag that does not exist, or a value of the wrong type, is printed on stderr and exits with code 2.
     """

@@ -1,8 +1,8 @@
-"""Where a run keeps what it does not train: each frozen leaf once, beside the checkpoints.
+"""The store of a run's frozen parameters: each leaf once, beside the checkpoints.
 
     WORKDIR/frozen/<SHA-256>    the bytes of one leaf, in C order
 
-The name is the hash of the leaf's dtype, shape and bytes (`tree.leaf_hash`). A checkpoint's manifest says the same hash
+The name is the hash of the leaf's dtype, shape and bytes (`tree.leaf_hash`). A checkpoint's manifest has the same hash
 of the leaf, so the file is checked whenever it is read, and leaves that are equal share a file.
 """
 
@@ -28,7 +28,7 @@ class FrozenStore:
         self._stored: dict[str, dict[str, Any]] = {}
 
     def store(self, leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Makes sure that every leaf is in the store; returns {key: what the manifest says of it}.
+        """Makes sure that every leaf is in the store; returns {key: its description in the manifest}.
 
         A leaf is hashed and written the first time that its key comes: no step of the run changes it. A file that an
         earlier run left is read back, and replaced if it is damaged.

@@ -1,6 +1,6 @@
 """Where a run starts that does not start from scratch: `init_from`.
 
-One rule for every system says what a fresh state takes from its source, be it a run of ours or a loaded model:
+One rule for every system: a fresh state takes from its source, a run of ours or a loaded model,
 
     params    Every leaf of the source has to be a leaf of the state, of the same shape. Trainable leaves get the
               state's dtype, float32. Frozen ones keep the source's: bfloat16 stays bfloat16, int8 stays int8. What the
@@ -41,7 +41,7 @@ def initialize_from(
         state: as `create_state` makes it, on the host.
         weights: see `LoadWeights`.
         source: what `init_from` names, for messages.
-        partition: says which parameters are frozen; None: none.
+        partition: labels the frozen parameters; None: none.
 
     Raises:
         MmjaxError: leaves of the source that the state does not have, of another shape, or none in common. One message
@@ -58,11 +58,11 @@ def initialize_from(
     if AVERAGED in extra:
         extra[AVERAGED], _ = _overlay(extra[AVERAGED], weights.get("averaged_stats") or stats, source)
     queues, report = _queues(state.queues, weights.get("queues") or {})
-    said = f"initialised from {source}: {len(tree.flatten(params)) - len(fresh)} arrays"
+    message = f"initialised from {source}: {len(tree.flatten(params)) - len(fresh)} arrays"
     if fresh:
-        said += f"; fresh: {', '.join(fresh[:LISTED])}{' ...' if len(fresh) > LISTED else ''}"
+        message += f"; fresh: {', '.join(fresh[:LISTED])}{' ...' if len(fresh) > LISTED else ''}"
     taken = {"params": params, "stats": stats, "ema": ema, "queues": queues, "extra": extra}
-    return dataclasses.replace(state, **taken), said + report
+    return dataclasses.replace(state, **taken), message + report
 
 
 def _queues(target: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[dict[str, Any], str]:

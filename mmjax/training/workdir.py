@@ -20,9 +20,12 @@ class Lock:
     """One writer a workdir: an advisory lock that dies with its process, however that ends."""
 
     def __init__(self, workdir: Any):
-        """Makes the workdir. Raises CheckpointError: it is not writable, or another process holds it (pid told)."""
+        """Makes the workdir. Raises CheckpointError: it cannot be written, or another process (named) uses it."""
         self._file = None
-        workdir = epath.Path(workdir)
+        try:
+            workdir = epath.Path(workdir)
+        except KeyError as error:
+            raise CheckpointError(f"workdir {workdir}: unknown scheme; gs://, s3:// or a folder") from error
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             if not is_local(workdir):

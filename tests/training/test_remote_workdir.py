@@ -16,8 +16,9 @@ from mmjax import cli, tree
 from mmjax.cli.runs import load_weights
 from mmjax.training import checkpoint
 from mmjax.training.average import average_checkpoints
-from mmjax.training.checkpoint_format import DamagedCheckpoint
+from mmjax.training.checkpoint_format import CheckpointError, DamagedCheckpoint
 from mmjax.training.metrics import read_metrics
+from mmjax.training.workdir import Lock
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXPERIMENT = os.fspath(pathlib.Path(__file__).with_name("small_language.py"))
@@ -96,3 +97,23 @@ def test_an_ablation_lives_in_an_object_store():
     for name in ("ablation.json", "ablation.png", "arms/learning_rate=0.02,seed=0/tokenizer.json"):
         assert (epath.Path(WORKDIR) / name).exists()
     assert checkpoint.latest(f"{WORKDIR}/arms/learning_rate=0.02,seed=0") == 2
+
+
+def test_an_unknown_scheme_is_refused():
+    with pytest.raises(CheckpointError, match="workdir nowhere://run: unknown scheme"):
+        Lock("nowhere://run")
+
+
+def test_frozen_leaves_lie_once_in_an_object_store(bucket):
+    params = {"tower": {"kernel": np.arange(6, dtype=np.int8)}, "head": {"kernel": np.ones(3, np.float32)}}
+    writer = checkpoint.CheckpointWriter(WORKDIR)
+    for step in (1, 2):
+        writer.save({"params": params}, step, frozen={"params/tower/kernel"})
+    writer.wait()
+    (name,) = [name for name in bucket if "/frozen/" in name]
+    loaded = checkpoint.load_params(WORKDIR)["params"]
+    assert tree.tree_hash(loaded) == tree.tree_hash(params)
+    with epath.Path(f"gs:/{name}").open("wb") as file:
+        file.write(bytes(6))
+    with pytest.raises(DamagedCheckpoint, match=rf"gs:/{name} \(params/tower/kernel\): wrong bytes"):
+        checkpoint.load_params(WORKDIR)
