@@ -21,8 +21,8 @@ from mmjax.weights.table import load_table, save_table
 RNG, STEP = jax.random.key(0), jnp.zeros((), jnp.int32)
 
 
-def text_of(told: dict[str, Any], **fields: Any) -> BertConfig:
-    bert = told["bert_config"]
+def text_of(recorded: dict[str, Any], **fields: Any) -> BertConfig:
+    bert = recorded["bert_config"]
     sizes = {
         "vocab_size": bert["vocab_size"],
         "width": bert["hidden_size"],
@@ -41,38 +41,38 @@ def text_of(told: dict[str, Any], **fields: Any) -> BertConfig:
     return BertConfig(**(sizes | fields))
 
 
-def config_of(name: str, told: dict[str, Any]) -> AlbefConfig:
+def config_of(name: str, recorded: dict[str, Any]) -> AlbefConfig:
     vision = ViTConfig(
-        width=told["vision_width"],
-        depth=told["vision_depth"],
-        heads=told["vision_heads"],
-        hidden=int(told["vision_width"] * told["vit"]["mlp_ratio"]),
-        patch=told["patch_size"],
-        image_size=(told["image_res"], told["image_res"]),
-        epsilon=told["vit"]["layer_norm_eps"],
+        width=recorded["vision_width"],
+        depth=recorded["vision_depth"],
+        heads=recorded["vision_heads"],
+        hidden=int(recorded["vision_width"] * recorded["vit"]["mlp_ratio"]),
+        patch=recorded["patch_size"],
+        image_size=(recorded["image_res"], recorded["image_res"]),
+        epsilon=recorded["vit"]["layer_norm_eps"],
         rule="bicubic",
         init="normal",
     )
     kind = name.removeprefix("albef_")
     compared = kind in ("pretrain", "retrieval")
     decoder = None
-    if "decoder" in told:
-        depth, first = told["decoder"]["num_hidden_layers"], told["decoder"]["fusion_layer"]
-        decoder = text_of(told, depth=depth, cross_from=first, causal=True, mlm=True)
-    depth = {"depth": told["nlvr"]["num_hidden_layers"]} if "nlvr" in told else {}
+    if "decoder" in recorded:
+        depth, first = recorded["decoder"]["num_hidden_layers"], recorded["decoder"]["fusion_layer"]
+        decoder = text_of(recorded, depth=depth, cross_from=first, causal=True, mlm=True)
+    depth = {"depth": recorded["nlvr"]["num_hidden_layers"]} if "nlvr" in recorded else {}
     return AlbefConfig(
         vision,
-        text_of(told, mlm=kind == "pretrain", **depth),
-        embed_dim=told["embed_dim"] if compared else 0,
+        text_of(recorded, mlm=kind == "pretrain", **depth),
+        embed_dim=recorded["embed_dim"] if compared else 0,
         matching=compared,
-        classes=told.get("classes", 2) if kind in ("ve", "nlvr") else 0,
+        classes=recorded.get("classes", 2) if kind in ("ve", "nlvr") else 0,
         pairs=kind == "nlvr",
         decoder=decoder,
-        temperature=told["temp"],
-        queue=told["queue_size"] if compared else 0,
+        temperature=recorded["temp"],
+        queue=recorded["queue_size"] if compared else 0,
         by_image=kind == "retrieval",
-        momentum=told["momentum"],
-        alpha=told["alpha"] if told.get("distill", True) else 0.0,
+        momentum=recorded["vqa_momentum" if kind == "vqa" else "momentum"],
+        alpha=recorded["alpha"] if recorded.get("distill", True) else 0.0,
         holds_state=True,
     )
 
@@ -89,49 +89,66 @@ def check(meta: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, Any
     )
     for key, array in save_table(table, variables).items():
         np.testing.assert_array_equal(array, weights[names[key]], err_msg=key)
-    params, held = (jax.tree.map(jnp.asarray, variables[name]) for name in ("params", "stats"))
+    params, stats = (jax.tree.map(jnp.asarray, variables[name]) for name in ("params", "stats"))
     queues = {}
     if config.queue:
-        cursor = held["queue"]["cursor"]
-        queues = {name: Queue(keys, cursor) for name, keys in held["queue"].items() if name != "cursor"}
-    ema = update_ema(held["momentum"], params, config.momentum)
+        cursor = stats["queue"]["cursor"]
+        queues = {name: Queue(keys, cursor) for name, keys in stats["queue"].items() if name != "cursor"}
+    ema = update_ema(stats["momentum"], params, config.momentum)
     hparams = {"momentum": jnp.float32(config.momentum), "alpha": jnp.float32(config.alpha)}
     carry = Carry(ema, queues, hparams=hparams)
     batch = {"image": np.moveaxis(inputs["image"], 1, -1)}
     run = {"pretrain": pretraining, "retrieval": retrieval, "vqa": answering}.get(
         meta["name"].removeprefix("albef_"), classification
     )
-    found, grads = run(config, params, carry, batch, inputs, meta)
-    after = {"params": grads, "stats": {"momentum": ema} | ({"queue": held["queue"]} if queues else {})}
+    outputs, grads = run(config, params, carry, batch, inputs, meta)
+    after = {"params": grads, "stats": {"momentum": ema} | ({"queue": stats["queue"]} if queues else {})}
     for key, array in save_table(table, jax.tree.map(np.asarray, after)).items():
-        found[f"{'momentum_after' if '_m.' in key else 'grad'}/{key}"] = array
-    return found
+        outputs[f"{'momentum_after' if '_m.' in key else 'grad'}/{key}"] = array
+    return outputs
 
 
-def hardest(method, params, batch, told):
-    return tuple(
-        jnp.argmax(weights, 1) for weights in jax.jit(method.hardness, static_argnums=3)(params, batch, told, None)
-    )
+def compiled(function, *arrays):
+    """Arrays are arguments of the program: XLA folds what is constant, for minutes.
+
+    Without fusion, which on CPU copies the residual stream into the kernels of every layer: 82 s and 4 GB for a step of
+    NLVR2's 18 layers, 11 s and 0.5 GB without. That needs the emitters, which conftest.py leaves out.
+    """
+    options = {"xla_disable_hlo_passes": "fusion", "xla_cpu_use_fusion_emitters": True}
+    return jax.jit(function, compiler_options=options)(*arrays)
 
 
-def aligned(method, params, carry, batch, told, negatives):
+def gradient(loss, *arrays):
+    """((value, aux), gradient with respect to the first array)."""
+    return compiled(jax.value_and_grad(loss, has_aux=True), *arrays)
+
+
+def hardest(method, params, batch, encoded):
+    weights = compiled(lambda *arrays: method.hardness(*arrays, None), params, batch, encoded)
+    return tuple(jnp.argmax(w, 1) for w in weights)
+
+
+def aligned(method, params, carry, batch, encoded, negatives):
     """What pre-training and retrieval both have."""
-    contrast = method.contrast(params, carry, batch, told, method.alpha(carry, STEP), None)
-    matching, _, logits = method.match(params, batch, told, negatives, RNG, None)
+    contrast = method.contrast(params, carry, batch, encoded, method.alpha(carry, STEP), None)
+    matching, _, logits = method.match(params, batch, encoded, negatives, RNG, None)
     return contrast, matching.value, logits
 
 
-def contrast_outputs(method, params, carry, batch, told, negatives) -> dict[str, Any]:
-    keys = {"i2t": (told.image_embeds, told.text_keys, "text"), "t2i": (told.text_embeds, told.image_keys, "image")}
-    found: dict[str, Any] = {
-        f"sim_{name}": query @ jnp.concatenate([own, carry.queues[queue].keys]).T / params["temperature"]
-        for name, (query, own, queue) in keys.items()
+def contrast_outputs(method, params, carry, batch, encoded, negatives) -> dict[str, Any]:
+    keys = {
+        "i2t": (encoded.image_embeds, encoded.text_keys, "text"),
+        "t2i": (encoded.text_embeds, encoded.image_keys, "image"),
     }
-    found |= {"neg_image_idx": negatives[0], "neg_text_idx": negatives[1]}
-    after = {name: write(queue) for name, queue in method.enqueued(carry, batch, told, None).items()}
-    found |= {f"{name}_queue_after": after[name].keys.T for name in ("image", "text")}
-    found["queue_ptr_after"] = after["image"].cursor[None]
-    return found | ({"idx_queue_after": after["ids"].keys.T} if "ids" in after else {})
+    outputs: dict[str, Any] = {
+        f"sim_{name}": query @ jnp.concatenate([local, carry.queues[queue].keys]).T / params["temperature"]
+        for name, (query, local, queue) in keys.items()
+    }
+    outputs |= {"neg_image_idx": negatives[0], "neg_text_idx": negatives[1]}
+    after = {name: write(queue) for name, queue in method.enqueued(carry, batch, encoded, None).items()}
+    outputs |= {f"{name}_queue_after": after[name].keys.T for name in ("image", "text")}
+    outputs["queue_ptr_after"] = after["image"].cursor[None]
+    return outputs | ({"idx_queue_after": after["ids"].keys.T} if "ids" in after else {})
 
 
 def texts(batch, inputs):
@@ -144,44 +161,45 @@ def texts(batch, inputs):
 def pretraining(config, params, carry, batch, inputs, meta):
     method = AlbefPretraining(config)
     batch = texts(batch, inputs)
-    told = jax.jit(method.encode, static_argnums=4)(params, carry, batch, RNG, None)
-    negatives = hardest(method, params, batch, told)
+    encoded = compiled(lambda *arrays: method.encode(*arrays, RNG, None), params, carry, batch)
+    negatives = hardest(method, params, batch, encoded)
     masked = inputs["mlm_input_ids"].astype(np.int32), inputs["mlm_labels"].astype(np.int32)
 
-    def loss(params):
-        told = method.encode(params, carry, batch, RNG, None)
-        contrast, matching, logits = aligned(method, params, carry, batch, told, negatives)
+    def loss(params, carry, batch, negatives, masked):
+        encoded = method.encode(params, carry, batch, RNG, None)
+        contrast, matching, logits = aligned(method, params, carry, batch, encoded, negatives)
         alpha = method.alpha(carry, STEP)
-        words, _, (own, theirs) = method.name_words(params, carry, batch, told, masked, alpha, RNG, None)
-        found = {"loss_ita": contrast, "loss_itm": matching, "loss_mlm": words.value, "itm_logits": logits}
-        return contrast + matching + words.value, found | {"mlm_logits": own, "mlm_logits_m": theirs}
+        words, _, (student, teacher) = method.name_words(params, carry, batch, encoded, masked, alpha, RNG, None)
+        outputs = {"loss_ita": contrast, "loss_itm": matching, "loss_mlm": words.value, "itm_logits": logits}
+        return contrast + matching + words.value, outputs | {"mlm_logits": student, "mlm_logits_m": teacher}
 
-    (_, found), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    teacher = method.teacher(params, carry)
-    found |= contrast_outputs(method, params, carry, batch, told, negatives)
-    found |= {"image_embeds": told.image, "image_embeds_m": told.teacher_image, "text_embeds": told.text}
-    found |= {"image_feat": told.image_embeds, "text_feat": told.text_embeds}
-    found |= {"image_feat_m": told.image_keys, "text_feat_m": told.text_keys}
-    found["text_embeds_m"] = method.run(
-        teacher, "read", batch["input_ids"], batch["attention_mask"], axis_name=None, rng=RNG
-    )
-    found["fusion_pos"] = method.head(params, "fuse", told.text, batch["attention_mask"], told.image)
-    return found, grads
+    (_, outputs), grads = gradient(loss, params, carry, batch, negatives, masked)
+    outputs |= contrast_outputs(method, params, carry, batch, encoded, negatives)
+    outputs |= {"image_embeds": encoded.image, "image_embeds_m": encoded.teacher_image, "text_embeds": encoded.text}
+    outputs |= {"image_feat": encoded.image_embeds, "text_feat": encoded.text_embeds}
+    outputs |= {"image_feat_m": encoded.image_keys, "text_feat_m": encoded.text_keys}
+
+    def states(params, carry, batch, encoded):
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        teacher = method.run(method.teacher(params, carry), "read", ids, mask, axis_name=None, rng=RNG)
+        return {"text_embeds_m": teacher, "fusion_pos": method.head(params, "fuse", encoded.text, mask, encoded.image)}
+
+    return outputs | compiled(states, params, carry, batch, encoded), grads
 
 
 def retrieval(config, params, carry, batch, inputs, meta):
     method = AlbefRetrieval(config)
     batch = texts(batch, inputs) | {"image_id": inputs["idx"].astype(np.int32)}
-    told = jax.jit(method.encode, static_argnums=4)(params, carry, batch, RNG, None)
-    negatives = hardest(method, params, batch, told)
+    encoded = compiled(lambda *arrays: method.encode(*arrays, RNG, None), params, carry, batch)
+    negatives = hardest(method, params, batch, encoded)
 
-    def loss(params):
-        told = method.encode(params, carry, batch, RNG, None)
-        contrast, matching, logits = aligned(method, params, carry, batch, told, negatives)
+    def loss(params, carry, batch, negatives):
+        encoded = method.encode(params, carry, batch, RNG, None)
+        contrast, matching, logits = aligned(method, params, carry, batch, encoded, negatives)
         return contrast + matching, {"loss_ita": contrast, "loss_itm": matching, "itm_logits": logits}
 
-    (_, found), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    return found | contrast_outputs(method, params, carry, batch, told, negatives), grads
+    (_, outputs), grads = gradient(loss, params, carry, batch, negatives)
+    return outputs | contrast_outputs(method, params, carry, batch, encoded, negatives), grads
 
 
 def classification(config, params, carry, batch, inputs, meta):
@@ -190,25 +208,30 @@ def classification(config, params, carry, batch, inputs, meta):
     names = ("image_0", "image_1") if config.pairs else ("image",)
     batch = texts(dict(zip(names, images)), inputs)
     batch["label"] = inputs["targets"].astype(np.int32)
-    value, grads = jax.jit(jax.value_and_grad(lambda p: method.loss(p, carry, batch, RNG, STEP)[0]))(params)
-    teacher = method.teacher(params, carry)
-    tokens = [method.head(params, "image", image) for image in images]
-    states = method.head(params, "read", batch["input_ids"], batch["attention_mask"])
-    found = {"image_embeds": jnp.concatenate(tokens), "loss": value}
-    found["last_hidden_state"] = method.head(params, "fuse", states, batch["attention_mask"], *tokens)
-    found |= {"prediction": method.logits(params, batch, RNG), "prediction_m": method.logits(teacher, batch, RNG)}
-    return found, grads
+
+    def loss(params, carry, batch):
+        return method.loss(params, carry, batch, RNG, STEP)[0], None
+
+    def outputs(params, carry, batch, images):
+        tokens = [method.head(params, "image", image) for image in images]
+        states = method.head(params, "read", batch["input_ids"], batch["attention_mask"])
+        outputs = {"image_embeds": jnp.concatenate(tokens), "prediction": method.logits(params, batch, RNG)}
+        outputs["last_hidden_state"] = method.head(params, "fuse", states, batch["attention_mask"], *tokens)
+        return outputs | {"prediction_m": method.logits(method.teacher(params, carry), batch, RNG)}
+
+    (value, _), grads = gradient(loss, params, carry, batch)
+    return {"loss": value} | compiled(outputs, params, carry, batch, images), grads
 
 
 def answering(config, params, carry, batch, inputs, meta):
-    """Answers of a question stand in one row here, in a run of rows there."""
+    """Answers of a question: an axis of their own here, consecutive rows in the original."""
     method, counts = AlbefAnswering(config), inputs["k"]
-    question, place = np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(k) for k in counts])
+    question, position = np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(k) for k in counts])
     shape = (len(counts), int(max(counts)))
 
     def rows(values, fill=0):
         out = np.full((*shape, *values.shape[1:]), fill, values.dtype)
-        out[question, place] = values
+        out[question, position] = values
         return jnp.asarray(out)
 
     batch |= {"input_ids": inputs["question_ids"].astype(np.int32)}
@@ -216,20 +239,22 @@ def answering(config, params, carry, batch, inputs, meta):
     batch |= {f"answer_{name}": rows(inputs[f"answer_{name}"].astype(np.int32)) for name in ("ids", "mask")}
     batch["answer_weights"] = rows(inputs["weights"])
 
-    def loss(params):
+    def loss(params, carry, batch):
         value, _ = method.loss(params, carry, batch, RNG, STEP)
         return value, method.losses(params, carry, batch, RNG, STEP)
 
-    (value, (losses, (own, theirs))), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    found = {"loss": value, "answer_loss": losses[question, place], "answer_logits": own[question, place]}
-    found["answer_logits_m"] = theirs[question, place][:, :-1]
+    (value, (losses, (student, teacher))), grads = gradient(loss, params, carry, batch)
+    outputs = {"loss": value, "answer_loss": losses[question, position], "answer_logits": student[question, position]}
+    outputs["answer_logits_m"] = teacher[question, position][:, :-1]
     model = AlbefModel(config, params)
     candidates = inputs["cand_ids"].astype(np.int32), inputs["cand_mask"].astype(np.int32)
-    told = model.rank(
+    ranked = model.rank(
         batch["image"], batch["input_ids"], batch["attention_mask"], *candidates, k=meta["config"]["k_test"]
     )
-    found |= {"topk_ids": told.places, "topk_probs": told.probabilities, "start_logits": told.start_logits}
-    found["rank_loss"] = told.losses.reshape(-1)
-    found["image_embeds"] = method.head(params, "image", batch["image"])
-    found["question_states"] = told.states
-    return found, grads
+    outputs |= {"topk_ids": ranked.places, "topk_probs": ranked.probabilities, "start_logits": ranked.start_logits}
+    outputs["rank_loss"] = ranked.losses.reshape(-1)
+    outputs["image_embeds"] = compiled(
+        lambda *arrays: method.head(arrays[0], "image", arrays[1]), params, batch["image"]
+    )
+    outputs["question_states"] = ranked.states
+    return outputs, grads

@@ -15,20 +15,20 @@ from mmjax.objectives.contrastive import clip_loss
 from mmjax.weights.table import load_table, save_table
 
 
-def openai(told):
-    width, heads = told["vision_width"], told["vision_heads"]
-    if isinstance(told["vision_layers"], list):
-        vision = ModifiedResNetConfig(told["image_resolution"], tuple(told["vision_layers"]), width, heads)
+def openai(recorded):
+    width, heads = recorded["vision_width"], recorded["vision_heads"]
+    if isinstance(recorded["vision_layers"], list):
+        vision = ModifiedResNetConfig(recorded["image_resolution"], tuple(recorded["vision_layers"]), width, heads)
     else:
-        patch, depth = told["vision_patch_size"], told["vision_layers"]
-        vision = CLIPVisionConfig(told["image_resolution"], patch, width, depth, heads, 4 * width)
-    width, depth, heads = (told[f"transformer_{name}"] for name in ("width", "layers", "heads"))
-    text = CLIPTextConfig(told["context_length"], told["vocab_size"], width, depth, heads, 4 * width)
-    return CLIPConfig(vision, text, told["embed_dim"], re.match(r"\w+", told["act"])[0])
+        patch, depth = recorded["vision_patch_size"], recorded["vision_layers"]
+        vision = CLIPVisionConfig(recorded["image_resolution"], patch, width, depth, heads, 4 * width)
+    width, depth, heads = (recorded[f"transformer_{name}"] for name in ("width", "layers", "heads"))
+    text = CLIPTextConfig(recorded["context_length"], recorded["vocab_size"], width, depth, heads, 4 * width)
+    return CLIPConfig(vision, text, recorded["embed_dim"], re.match(r"\w+", recorded["act"])[0])
 
 
-def open_clip(told):
-    vision, text = told["vision_cfg"], told["text_cfg"]
+def open_clip(recorded):
+    vision, text = recorded["vision_cfg"], recorded["text_cfg"]
     width, head = vision["width"], vision.get("head_width", 64)
     if isinstance(vision["layers"], list):
         image = ModifiedResNetConfig(vision["image_size"], tuple(vision["layers"]), width, 32 * width // head)
@@ -40,12 +40,12 @@ def open_clip(told):
     words = CLIPTextConfig(
         text["context_length"], text["vocab_size"], text["width"], text["layers"], text["heads"], 4 * text["width"]
     )
-    return CLIPConfig(image, words, told["embed_dim"], "quick_gelu" if told.get("quick_gelu") else "gelu")
+    return CLIPConfig(image, words, recorded["embed_dim"], "quick_gelu" if recorded.get("quick_gelu") else "gelu")
 
 
 def check(meta, tensors):
-    told = meta["config"]
-    config = open_clip(told) if "vision_cfg" in told else openai(told)
+    recorded = meta["config"]
+    config = open_clip(recorded) if "vision_cfg" in recorded else openai(recorded)
     layout = OPEN_CLIP_CUSTOM_TEXT if "weights/text.text_projection" in tensors else OPENAI
     weights = {key.removeprefix("weights/"): value for key, value in tensors.items() if key.startswith("weights/")}
     names = layout.unwrap(weights)
@@ -61,9 +61,9 @@ def check(meta, tensors):
         return clip_loss(l2_normalize(image), l2_normalize(text), params["logit_scale"]), out
 
     (value, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
-    found = outputs(out, jnp.exp(variables["params"]["logit_scale"]), open_clip="vision_cfg" in told)
+    results = outputs(out, jnp.exp(variables["params"]["logit_scale"]), open_clip="vision_cfg" in recorded)
     saved = save_table(layout.table(config), {"params": grads} | ({"stats": variables["stats"]} if stats else {}))
-    return found | {f"grad/{key}": array for key, array in saved.items()} | {"contrastive_loss": value, "loss": value}
+    return results | {f"grad/{key}": array for key, array in saved.items()} | {"contrastive_loss": value, "loss": value}
 
 
 def outputs(out, scale, open_clip):
@@ -71,10 +71,10 @@ def outputs(out, scale, open_clip):
     image, words = l2_normalize(vision["embeds"]), l2_normalize(text["embeds"])
     logits = scale * image @ words.T
     raw = {"image_features": vision["embeds"], "text_features": text["embeds"]}
-    found = {f"raw_{name}": value for name, value in raw.items()}
-    found |= {"image_features": image, "text_features": words} if open_clip else raw
-    found |= {"logits_per_image": logits, "logits_per_text": logits.T, "logit_scale_exp": scale}
-    found["text_hidden"] = text["states"][-1]
+    results = {f"raw_{name}": value for name, value in raw.items()}
+    results |= {"image_features": image, "text_features": words} if open_clip else raw
+    results |= {"logits_per_image": logits, "logits_per_text": logits.T, "logit_scale_exp": scale}
+    results["text_hidden"] = text["states"][-1]
     if "states" in vision:
-        return found | {"visual_pre": vision["states"][0], "visual_hidden": vision["states"][-1]}
-    return found | {f"visual_layer{i}": vision[f"layer{i}"].transpose(0, 3, 1, 2) for i in (1, 2, 3, 4)}
+        return results | {"visual_pre": vision["states"][0], "visual_hidden": vision["states"][-1]}
+    return results | {f"visual_layer{i}": vision[f"layer{i}"].transpose(0, 3, 1, 2) for i in (1, 2, 3, 4)}

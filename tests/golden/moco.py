@@ -21,18 +21,18 @@ from mmjax.training.step import train_step
 from mmjax.weights.table import load_table, save_table
 
 
-def config_of(told: dict[str, Any]) -> MoCoConfig:
+def config_of(recorded: dict[str, Any]) -> MoCoConfig:
     backbone = ResNetConfig(
-        layers=tuple(told["layers"]),
-        block=told["block"],
-        stem_width=told["stem_width"],
-        stage_widths=tuple(told["stage_widths"]),
+        layers=tuple(recorded["layers"]),
+        block=recorded["block"],
+        stem_width=recorded["stem_width"],
+        stage_widths=tuple(recorded["stage_widths"]),
         num_classes=0,
-        bn_epsilon=told["bn_eps"],
-        bn_momentum=1 - told["bn_momentum"],
+        bn_epsilon=recorded["bn_eps"],
+        bn_momentum=1 - recorded["bn_momentum"],
     )
-    fields = {"dim": told["dim"], "queue": told["K"], "momentum": told["m"], "temperature": told["T"]}
-    make = MoCoConfig.v2 if told["mlp"] else MoCoConfig.v1
+    fields = {"dim": recorded["dim"], "queue": recorded["K"], "momentum": recorded["m"], "temperature": recorded["T"]}
+    make = MoCoConfig.v2 if recorded["mlp"] else MoCoConfig.v1
     return make(backbone, holds_state=True, **fields)
 
 
@@ -52,32 +52,34 @@ def check(meta: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, Any
     # SGD at rate 1 without momentum: the parameters' change is the gradient, negated.
     optimizer = Optimizer(optax.sgd(1.0))
     state = create_state(method, optimizer, jax.random.key(0), batch)
-    held = jax.tree.map(jnp.asarray, variables["stats"])
-    before = Queue(held["queue"]["keys"], held["queue"]["cursor"])
+    stats = jax.tree.map(jnp.asarray, variables["stats"])
+    before = Queue(stats["queue"]["keys"], stats["queue"]["cursor"])
     state = state.replace(
         params=jax.tree.map(jnp.asarray, variables["params"]),
-        ema=held["momentum"],
+        ema=stats["momentum"],
         queues={"keys": before},
-        stats={"query": held["query"], "key": held["key"]},
+        stats={"query": stats["query"], "key": stats["key"]},
     )
-    new, metrics = jax.jit(lambda state: train_step(method, optimizer, state, batch))(state)
+    # Arrays are arguments of the programs: XLA folds what is constant, for minutes.
+    new, metrics = jax.jit(lambda state, batch: train_step(method, optimizer, state, batch))(state, batch)
 
     ema = update_ema(state.ema, state.params, config.momentum)
-    told, _ = jax.jit(lambda v: method.module.apply(v, batch["view_1"], True, mutable=["batch_stats"]))(
-        {"params": state.params, "batch_stats": held["query"]}
+    network, _ = jax.jit(lambda v, image: method.module.apply(v, image, True, mutable=["batch_stats"]))(
+        {"params": state.params, "batch_stats": stats["query"]}, batch["view_1"]
     )
     encode = jax.jit(method.encode, static_argnums=(3, 4))
-    q, _ = encode(state.params, held["query"], batch["view_1"], None, True)
-    k, _ = encode(ema, held["key"], batch["view_2"], None, False)
-    gradient = jax.grad(lambda params: method.loss(params, state.carry.replace(ema=ema), batch, state.rng, 0)[0])
-    grads = save_table(layout.table(config), {"params": jax.jit(gradient)(state.params), "stats": variables["stats"]})
-    held_after = {"query": new.stats["query"], "key": new.stats["key"], "momentum": new.ema}
-    held_after["queue"] = {"keys": new.queues["keys"].keys, "cursor": new.queues["keys"].cursor}
-    host = jax.tree.map(np.asarray, {"params": state.params, "stats": held_after})
+    q, _ = encode(state.params, stats["query"], batch["view_1"], None, True)
+    k, _ = encode(ema, stats["key"], batch["view_2"], None, False)
+    gradient = jax.jit(jax.grad(lambda *arrays: method.loss(*arrays, 0)[0]))
+    grads = gradient(state.params, state.carry.replace(ema=ema), batch, state.rng)
+    grads = save_table(layout.table(config), {"params": grads, "stats": variables["stats"]})
+    stats_after = {"query": new.stats["query"], "key": new.stats["key"], "momentum": new.ema}
+    stats_after["queue"] = {"keys": new.queues["keys"].keys, "cursor": new.queues["keys"].cursor}
+    host = jax.tree.map(np.asarray, {"params": state.params, "stats": stats_after})
     after = save_table(layout.table(config), host)
     labels = np.zeros(len(q), np.int64)
     logits = info_nce_logits(q, k, before.keys, config.temperature)
-    outputs = {"encoder_q_raw": told["embedding"], "q": q, "k": k, "logits": logits, "labels": labels}
+    outputs = {"encoder_q_raw": network["embedding"], "q": q, "k": k, "logits": logits, "labels": labels}
     outputs |= {"loss": metrics["loss"], "queue_after": after["queue"], "queue_ptr_after": after["queue_ptr"]}
     outputs |= {
         key.replace("encoder_q.", "encoder_q_after/").replace("encoder_k.", "encoder_k_after/"): value

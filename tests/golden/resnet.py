@@ -15,18 +15,18 @@ from mmjax.weights.table import load_table, save_table
 TORCHVISION = next(layout for layout in LAYOUTS if layout.name == "torchvision")
 
 
-def config_of(told: dict[str, Any]) -> ResNetConfig:
-    block = {"basicblock": "basic"}.get(told["block"].lower(), told["block"].lower())
-    known = {"groups", "width_per_group", "zero_init_residual"} & told.keys()
+def config_of(recorded: dict[str, Any]) -> ResNetConfig:
+    block = {"basicblock": "basic"}.get(recorded["block"].lower(), recorded["block"].lower())
+    known = {"groups", "width_per_group", "zero_init_residual"} & recorded.keys()
     return ResNetConfig(
-        layers=tuple(told["layers"]),
+        layers=tuple(recorded["layers"]),
         block=block,  # type: ignore[arg-type]
-        stem_width=told["stem_width"],
-        stage_widths=tuple(told["stage_widths"]),
-        num_classes=told["num_classes"],
-        bn_epsilon=told["bn_eps"],
-        bn_momentum=1 - told["bn_momentum"],
-        **{name: told[name] for name in known},
+        stem_width=recorded["stem_width"],
+        stage_widths=tuple(recorded["stage_widths"]),
+        num_classes=recorded["num_classes"],
+        bn_epsilon=recorded["bn_eps"],
+        bn_momentum=1 - recorded["bn_momentum"],
+        **{name: recorded[name] for name in known},
     )
 
 
@@ -47,8 +47,8 @@ def check(meta: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, Any
     compiled = jax.jit(run, static_argnums=2)
     outputs: dict[str, Any] = {}
     for mode in ("eval", "train"):
-        given, new = compiled(variables["params"], variables["stats"], mode == "train")
-        for name, value in given.items():
+        outputs_of_mode, new = compiled(variables["params"], variables["stats"], mode == "train")
+        for name, value in outputs_of_mode.items():
             outputs[f"{mode}/{name}"] = value.transpose(0, 3, 1, 2) if value.ndim == 4 else value
         after = save_table(TORCHVISION.table(config), {"params": variables["params"], "stats": new["batch_stats"]})
         outputs |= {f"{mode}/after/{key}": value for key, value in after.items()}

@@ -1,6 +1,6 @@
-"""Every golden vault found, one test each: our outputs against those recorded from the original implementations.
+"""Every golden vault, one test each: our outputs against those recorded from the original implementations.
 
-A vault is NAME.json and NAME.safetensors (see the README beside them). Its system is told by the name's beginning; the
+A vault is NAME.json and NAME.safetensors (see the README beside them). Its name begins with its system; the
 module of that system here has `check(meta, tensors) -> {output: array}`, which builds the model from `meta["config"]`,
 loads `tensors["weights/..."]` through the library's own tables and computes every output that the json lists.
 """
@@ -78,5 +78,5 @@ def test_vault(name):
     assert set(recorded) == set(meta["outputs"])
     ours = module.check(meta, {key: value for key, value in tensors.items() if not key.startswith("outputs/")})
     wrong = {output: problem(name, output, ours.get(output), value) for output, value in recorded.items()}
-    told = [f"{output}: {what}" for output, what in wrong.items() if what]
-    assert not told, f"{len(told)} of {len(recorded)} outputs of {name} are wrong:\n" + "\n".join(told)
+    problems = [f"{output}: {what}" for output, what in wrong.items() if what]
+    assert not problems, f"{len(problems)} of {len(recorded)} outputs of {name} are wrong:\n" + "\n".join(problems)

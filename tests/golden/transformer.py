@@ -23,9 +23,9 @@ def check(meta, tensors):
     params = load_table(layout.table(config), weights, TransformerModel.shapes(config), meta["name"])["params"]
     inputs = {key.removeprefix("inputs/"): value for key, value in tensors.items() if key.startswith("inputs/")}
     inputs = {key: jnp.asarray(value.astype(np.int32)) for key, value in inputs.items()}
-    found, grads = (of_torch if layout is TORCH else of_marian)(config, params, inputs)
+    outputs, grads = (of_torch if layout is TORCH else of_marian)(config, params, inputs)
     saved = save_table(layout.table(config), {"params": grads})
-    return found | {f"grad/{key}": array for key, array in saved.items()}
+    return outputs | {f"grad/{key}": array for key, array in saved.items()}
 
 
 def of_torch(config, params, inputs):
@@ -39,14 +39,14 @@ def of_torch(config, params, inputs):
     (value, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     norm_first = Transformer(dataclasses.replace(config, norm_first=True))
     before = jax.jit(norm_first.apply)({"params": params}, src, tgt, mask, tgt_mask)
-    found = {"positions": sinusoids(src.shape[1], config.width, config.positions), "loss": value}
-    found |= {"src_embedded": out["encoder_states"][0], "tgt_embedded": out["decoder_states"][0]}
-    found |= {"memory": out["memory"], "decoder_out": out["last"], "logits": out["logits"]}
-    found |= {"prenorm_memory": before["memory"], "prenorm_decoder_out": before["last"]}
-    found["loss_label_smoothing"] = translation_loss(out["logits"], labels, 0.1)[0].value
-    given = {"input_ids": src, "attention_mask": inputs["src_padding"] == 0}
-    new = generate(TransformerDecodable(config), {"params": params}, given, GenerationOptions(max_new_tokens=8))
-    return found | {"greedy_ids": started(config, new.ids)}, grads
+    outputs = {"positions": sinusoids(src.shape[1], config.width, config.positions), "loss": value}
+    outputs |= {"src_embedded": out["encoder_states"][0], "tgt_embedded": out["decoder_states"][0]}
+    outputs |= {"memory": out["memory"], "decoder_out": out["last"], "logits": out["logits"]}
+    outputs |= {"prenorm_memory": before["memory"], "prenorm_decoder_out": before["last"]}
+    outputs["loss_label_smoothing"] = translation_loss(out["logits"], labels, 0.1)[0].value
+    prompt = {"input_ids": src, "attention_mask": inputs["src_padding"] == 0}
+    new = generate(TransformerDecodable(config), {"params": params}, prompt, GenerationOptions(max_new_tokens=8))
+    return outputs | {"greedy_ids": started(config, new.ids)}, grads
 
 
 def of_marian(config, params, inputs):
@@ -58,17 +58,17 @@ def of_marian(config, params, inputs):
         return translation_loss(out["logits"], labels)[0].value, out
 
     (value, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    found = {"encoder_out": out["memory"], "logits": out["logits"], "loss": value, "decoder_input_ids": decoder_ids}
-    told = {"eos": (config.eos,), "pad": config.pad, "suppress": (config.pad,), "forced_eos": config.forced_eos}
-    plain = GenerationOptions(max_new_tokens=12, **told)
+    outputs = {"encoder_out": out["memory"], "logits": out["logits"], "loss": value, "decoder_input_ids": decoder_ids}
+    special = {"eos": (config.eos,), "pad": config.pad, "suppress": (config.pad,), "forced_eos": config.forced_eos}
+    plain = GenerationOptions(max_new_tokens=12, **special)
     beams = plain.replace(num_beams=4)
     early = beams.replace(length_penalty=2.0, early_stopping=True)
     for name, options in (("greedy", plain), ("beam4", beams), ("beam4_lp2_early", early)):
-        given = {"input_ids": ids, "attention_mask": inputs["attention_mask"]}
-        new = generate(TransformerDecodable(config), {"params": params}, given, options)
-        found[f"{name}_ids"] = started(config, new.ids)
-        found |= {"beam4_scores": new.scores[:, 0]} if name == "beam4" else {}
-    return found, grads
+        prompt = {"input_ids": ids, "attention_mask": inputs["attention_mask"]}
+        new = generate(TransformerDecodable(config), {"params": params}, prompt, options)
+        outputs[f"{name}_ids"] = started(config, new.ids)
+        outputs |= {"beam4_scores": new.scores[:, 0]} if name == "beam4" else {}
+    return outputs, grads
 
 
 def started(config, ids):

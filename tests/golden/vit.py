@@ -22,33 +22,33 @@ def check(meta, tensors):
 
 def positions(meta, tensors):
     table, grid = jnp.asarray(tensors["inputs/pos_embed"]), meta["config"]["grid"]
-    found = {}
+    outputs = {}
     for output in meta["outputs"]:
         source, rows, columns = re.fullmatch(r"(\w+)_(\d+)x(\d+)", output).groups()
         prefix = table.shape[1] - grid * grid
-        found[output] = interpolate(table, (grid, grid), (int(rows), int(columns)), RULES[source], prefix)
-    return found
+        outputs[output] = interpolate(table, (grid, grid), (int(rows), int(columns)), RULES[source], prefix)
+    return outputs
 
 
-def vit_config(told):
-    transformer, root = told["transformer"], told.get("resnet")
-    pool = {"token": "token", "gap": "mean"}[told["classifier"]]
-    size, (patch, _) = told["image_size"], told["patches"]["size"]
+def vit_config(recorded):
+    transformer, root = recorded["transformer"], recorded.get("resnet")
+    pool = {"token": "token", "gap": "mean"}[recorded["classifier"]]
+    size, (patch, _) = recorded["image_size"], recorded["patches"]["size"]
     return ViTConfig(
-        width=told["hidden_size"],
+        width=recorded["hidden_size"],
         depth=transformer["num_layers"],
         heads=transformer["num_heads"],
         hidden=transformer["mlp_dim"],
         patch=patch,
         image_size=(size, size),
-        num_classes=told["num_classes"],
+        num_classes=recorded["num_classes"],
         rule="endpoints",
         class_token=pool == "token",
         class_position=pool == "token",
         pool=pool,
-        representation=told["representation_size"],
+        representation=recorded["representation_size"],
         act="gelu_tanh",
-        epsilon=told["layer_norm_eps"],
+        epsilon=recorded["layer_norm_eps"],
         root=RootConfig(tuple(root["num_layers"]), int(64 * root["width_factor"])) if root else None,
     )
 
@@ -70,10 +70,12 @@ def network(meta, tensors):
 
     out = jax.jit(module.apply)(variables, image)
     value, gradients = loss(variables)
-    found = {"logits": out.logits, "encoded": out.tokens, "loss": value}
-    found |= {f"grad/{key}": array for key, array in save_table(table, jax.tree.map(np.asarray, gradients)).items()}
+    outputs = {"logits": out.logits, "encoded": out.tokens, "loss": value}
+    outputs |= {f"grad/{key}": array for key, array in save_table(table, jax.tree.map(np.asarray, gradients)).items()}
     for output in meta["outputs"]:
         if size := re.fullmatch(r"posembed_(\d+)x(\d+)", output):
             new = (int(size[1]), int(size[2]))
-            found[output] = interpolate(variables["params"]["positions"], config.grid, new, config.rule, config.placed)
-    return found
+            outputs[output] = interpolate(
+                variables["params"]["positions"], config.grid, new, config.rule, config.placed
+            )
+    return outputs
