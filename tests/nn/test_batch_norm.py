@@ -141,7 +141,7 @@ def test_groups_that_do_not_fit_are_told():
 
 def test_one_device_and_eight_have_the_same_statistics_and_gradients():
     """groups = 1, fewer than devices (several devices a group), as many, and more."""
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=300, check=False

@@ -60,7 +60,7 @@ def test_groups_that_do_not_fit_are_told():
 
 def test_one_device_and_eight_take_the_same_rows():
     """In value and gradient; groups = 1, fewer than devices, as many, and more."""
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", CHILD], env=environment, capture_output=True, text=True, timeout=300

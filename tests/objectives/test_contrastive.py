@@ -190,7 +190,7 @@ def over_devices() -> dict[str, float]:
 def test_eight_devices_match_one(repository):
     environment = os.environ | {
         "PYTHONPATH": f"{repository}:{os.path.dirname(__file__)}",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
     }
     script = "import json, test_contrastive as t; print(json.dumps(t.over_devices()))"
     result = subprocess.run(

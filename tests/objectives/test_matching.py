@@ -205,8 +205,7 @@ def test_eight_devices_match_one(repository):
     """Samples are identical, loss and gradients to rounding; devices count different numbers of pairs."""
     environment = os.environ | {
         "PYTHONPATH": f"{repository}:{repository}/tests",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
     }
     script = "import json, objectives.test_matching as t; print(json.dumps(t.over_devices()))"
     result = subprocess.run(

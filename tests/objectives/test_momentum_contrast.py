@@ -274,9 +274,8 @@ def over_devices() -> dict[str, float]:
 def test_eight_devices_match_one(repository):
     """Groups of several devices, of one, and several of a device."""
     environment = os.environ | {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": f"{repository}:{os.path.dirname(__file__)}",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
     }
     script = "import json, test_momentum_contrast as t; print(json.dumps(t.over_devices()))"
     result = subprocess.run(

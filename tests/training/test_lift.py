@@ -21,9 +21,8 @@ def children(repository, tmp_path, lifts, devices, processes=1):
     out = tmp_path / "out.json"
     environment = os.environ | {
         "PYTHONPATH": os.fspath(repository),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     with socket.socket() as free:
         free.bind(("localhost", 0))
