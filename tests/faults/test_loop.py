@@ -6,57 +6,52 @@ the run which nothing happened to.
 
 import json
 import os
-import pathlib
 import random
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
+from warm import Warm
 
-EXPERIMENT = pathlib.Path(__file__).with_name("toy_experiment.py")
 STEPS = 60
 
 
 class Runner:
-    def __init__(self, repository):
-        self.environment = os.environ | {
+    """Runs of the toy experiment, forked from one process."""
+
+    def __init__(self, repository, folder):
+        environment = os.environ | {
             "PYTHONPATH": os.fspath(repository) + os.pathsep + os.environ.get("PYTHONPATH", ""),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONUNBUFFERED": "1",
         }
+        self.warm = Warm(environment, folder)
 
     def start(self, workdir, *flags, **environment):
-        command = [
-            sys.executable,
-            "-W",
-            "error",
-            "-W",
-            "ignore:optax.global_norm",
-            os.fspath(EXPERIMENT),
-            os.fspath(workdir),
-            *map(str, flags),
-        ]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, env=self.environment | environment, **pipes)
+        return self.warm.start([os.fspath(workdir), *map(str, flags)], environment)
 
     def run(self, workdir, *flags, code=0, **environment):
         run = self.start(workdir, *flags, **environment)
-        told = run.communicate(timeout=100)[0]
-        assert run.returncode == code, told[-3000:]
-        return told
+        output = run.communicate(timeout=100)[0]
+        assert run.returncode == code, output[-3000:]
+        return output
 
 
 @pytest.fixture(scope="module")
-def runner(repository):
-    return Runner(repository)
+def runner(repository, tmp_path_factory):
+    runner = Runner(repository, tmp_path_factory.mktemp("outputs"))
+    yield runner
+    runner.warm.close()
 
 
 def manifest(workdir, step=STEPS):
     return (workdir / "checkpoints" / str(step) / "manifest.json").read_text()
+
+
+def devices(count):
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
 
 
 def losses(workdir):
@@ -153,9 +148,9 @@ def test_stopped_by_a_signal_it_saves_and_exits_zero(clean, runner, tmp_path, nu
 def test_resume_on_other_devices_and_another_lift(clean, runner, tmp_path):
     runner.run(tmp_path, "--nan-from", 10**8, "--steps", 30, "--log-every", 10)
     flags = ("--lift", "pmap", "--steps", 40, "--log-every", 10)
-    told = runner.run(tmp_path, *flags, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    told = runner.run(tmp_path, *flags, XLA_FLAGS=devices(4))
     assert "devices was 1 cpu, is 4 cpu; lift was jit, is pmap" in told
-    told = runner.run(tmp_path, "--lift", "mesh", XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    told = runner.run(tmp_path, "--lift", "mesh", XLA_FLAGS=devices(2))
     assert "lift was pmap, is mesh" in told
     mine, wanted = losses(tmp_path), losses(clean)
     assert mine.keys() == wanted.keys()

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,8 @@ import numpy as np
 import optax
 
 from mmjax.errors import MmjaxError
-from mmjax.training.experiment import ExperimentConfig
+from mmjax.training.experiment import ExperimentConfig, load_experiment, parse_overrides
+from mmjax.training.loop import train
 from mmjax.training.method import Method
 from mmjax.training.optimizer import Optimizer
 from mmjax.training.partition import Partition
@@ -123,17 +124,15 @@ class Config(ExperimentConfig):
         return "toy", ModelConfig()
 
 
-if __name__ == "__main__":
-    from mmjax.training.experiment import load_experiment, parse_overrides
-    from mmjax.training.loop import train
-
-    workdir, *arguments = sys.argv[1:]
+def main(arguments: Sequence[str]) -> None:
+    """arguments: the workdir, then flags. TOY_CLUSTER: address, number and index of the processes of a run."""
+    workdir, *flags = arguments
     if "TOY_CLUSTER" in os.environ:
         address, count, index = os.environ["TOY_CLUSTER"].split()
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(address, int(count), int(index))
     try:
-        print(train(parse_overrides(load_experiment(os.path.abspath(__file__)), arguments), workdir))
+        print(train(parse_overrides(load_experiment(os.path.abspath(__file__)), flags), workdir))
     except MmjaxError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
