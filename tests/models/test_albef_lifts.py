@@ -15,11 +15,11 @@ from mmjax.training.optimizer import Optimizer, sgd
 STEPS = 5
 EVERYWHERE: dict[str, Method] = {
     "pretraining_8": tiny.pretraining(alpha_steps=3, groups=8, blocks=3),
-    "retrieval": AlbefRetrieval(tiny.RETRIEVAL, alpha_steps=3),
     "answering": AlbefAnswering(tiny.ANSWERS, alpha_steps=3),
-    "pairs": AlbefClassification(tiny.PAIRS, alpha_steps=3),
 }
 PMAPPED: dict[str, Method] = {
+    "retrieval": AlbefRetrieval(tiny.RETRIEVAL, alpha_steps=3),
+    "pairs": AlbefClassification(tiny.PAIRS, alpha_steps=3),
     "pretraining_1": tiny.pretraining(alpha_steps=3),
     "assignment": TextAssignment(tiny.ASSIGNMENT, groups=2),
 }
