@@ -104,10 +104,10 @@ class Rotary:
             frequency = frequency / np.asarray(factors, np.float32)
         return (frequency / self.factor).astype(np.float32)
 
-    def turns(
+    def rope(
         self, positions: Int[Array, "*b"], head_width: int, length: int | Int[Array, ""]
     ) -> tuple[Float[Array, "*b k"], Float[Array, "*b k"]]:
-        """(cosines, sines), float32, of the channels' first half. length: of the whole sequence; LongRope's ask."""
+        """(cosines, sines), float32, of the channels' first half. length: of the whole sequence, for LongRope."""
         frequency, scale = self.frequencies(head_width), 1.0
         if self.longrope is not None:
             scale = self.longrope.attention

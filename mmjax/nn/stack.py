@@ -8,8 +8,9 @@ block_{i}/cross_norm, block_{i}/cross_attention/{q,k,v,out}; block_{i}/norm_2, b
 block_{i}/{scale_1,cross_scale,scale_2}.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -19,8 +20,11 @@ from mmjax.nn.dropout import Dropout, DropPath
 from mmjax.nn.kv_cache import KeyValues
 from mmjax.nn.norm import LayerNorm
 from mmjax.nn.remat import rematerialised
-from mmjax.nn.transformer import Init, Mlp, MultiHeadAttention
+from mmjax.nn.transformer import NO_POSITIONS, Init, Mlp, MultiHeadAttention, PositionInputs
 from mmjax.types import Array, Bool, Float, Int
+
+Before: TypeAlias = Callable[[int, Array], Array]
+"""(number of a block, the state before it) -> the block's input."""
 
 
 class LayerCache(NamedTuple):
@@ -34,61 +38,45 @@ class LayerCache(NamedTuple):
 class Block(nn.Module):
     """Self attention, with `cross` attention to a context, and feed-forward, each around a residual with a norm.
 
+    What it is made of comes as functions that make the parts; `standard_block` has those of most systems.
+
     Attributes:
-        width, heads, hidden: of the states, the attentions, the feed-forward's middle.
-        causal: of the self attention. cross: whether there is an attention to a context.
+        make_norm, make_mlp: of each norm and feed-forward. make_attention: of the self attention, and with
+            `causal=False` of the cross attention.
+        cross: whether there is an attention to a context.
         query_feed_forward: the first tokens may be queries (BLIP-2's Q-Former). They have a norm and a feed-forward of
             their own, and they alone attend to the context.
         norm_first: x + f(norm(x)) (pre-norm), else norm(x + f(x)) (post-norm, as in BERT); a context is never normed.
+        parallel: x + attention(norm_1(x)) + mlp(norm_2(x)) (GPT-NeoX).
         layer_scale: the initial value of a learned factor on each branch [d] (DINOv2); None: there is none.
-        dropout: of each branch before it is added. attention_dropout, activation_dropout: of the attention's weights
-            and after the feed-forward's activation. drop_path: rate of stochastic depth.
+        dropout: of each branch before it is added. drop_path: rate of stochastic depth.
         axis_name: the mapped axis that cuts the batch: what an example loses depends on its place in the whole.
     """
 
-    width: int
-    heads: int
-    hidden: int
-    act: str = "gelu"
-    gated: bool = False
-    causal: bool = False
+    make_norm: Callable[[], nn.Module]
+    make_attention: Callable[..., MultiHeadAttention]
+    make_mlp: Callable[[], nn.Module]
     cross: bool = False
     query_feed_forward: bool = False
     norm_first: bool = True
-    epsilon: float = 1e-6
+    parallel: bool = False
     layer_scale: float | None = None
     dropout: float = 0.0
-    attention_dropout: float = 0.0
-    activation_dropout: float = 0.0
     drop_path: float = 0.0
-    init_with: Init = Init()
-    dtype: Any = jnp.float32
     axis_name: str | None = None
 
     def setup(self) -> None:
-        init, dtype, axis_name = self.init_with, self.dtype, self.axis_name
-
-        def attention(causal: bool) -> MultiHeadAttention:
-            return MultiHeadAttention(
-                self.heads, self.width, None, causal, self.attention_dropout, init, dtype, axis_name
-            )
-
-        self.norm_1, self.attention = LayerNorm(self.epsilon, dtype), attention(self.causal)
+        self.norm_1, self.attention = self.make_norm(), self.make_attention()
         if self.cross:
-            self.cross_norm, self.cross_attention = LayerNorm(self.epsilon, dtype), attention(False)
-
-        def mlp() -> Mlp:
-            return Mlp(self.hidden, self.act, self.gated, self.activation_dropout, init, dtype, axis_name)
-
-        self.norm_2, self.mlp = LayerNorm(self.epsilon, dtype), mlp()
+            self.cross_norm, self.cross_attention = self.make_norm(), self.make_attention(causal=False)
+        self.norm_2, self.mlp = self.make_norm(), self.make_mlp()
         if self.query_feed_forward:
-            self.query_norm, self.query_mlp = LayerNorm(self.epsilon, dtype), mlp()
+            self.query_norm, self.query_mlp = self.make_norm(), self.make_mlp()
         if self.layer_scale is not None:
-            constant = nn.initializers.constant(self.layer_scale)
-            self.scale_1, self.scale_2 = (self.param(f"scale_{i}", constant, (self.width,)) for i in (1, 2))
-            if self.cross:
-                self.cross_scale = self.param("cross_scale", constant, (self.width,))
-        self.drop, self.depth_drop = Dropout(self.dropout, axis_name), DropPath(self.drop_path, axis_name)
+            names = ("scale_1", "cross_scale", "scale_2") if self.cross else ("scale_1", "scale_2")
+            init, shape = nn.initializers.constant(self.layer_scale), (self.attention.width,)
+            self.scales = {name: self.param(name, init, shape) for name in names}
+        self.drop, self.depth_drop = Dropout(self.dropout, self.axis_name), DropPath(self.drop_path, self.axis_name)
 
     def __call__(
         self,
@@ -98,39 +86,44 @@ class Block(nn.Module):
         context_mask: Bool[Array, "#b #h #l s"] | None = None,
         train: bool = False,
         queries: int = 0,
+        positions: PositionInputs = NO_POSITIONS,
     ) -> Float[Array, "b l d"]:
         """See `prefill`."""
-        return self.prefill(x, mask, context, context_mask, train, queries)[0]
+        return self.prefill(x, mask, context, context_mask, train, queries, positions)[0]
 
     def prefill(
         self,
         x: Float[Array, "b l d"],
-        mask: Bool[Array, "#b #h #l l"] | None = None,
+        mask: Bool[Array, "#b #h #l s"] | None = None,
         context: Float[Array, "b s e"] | None = None,
         context_mask: Bool[Array, "#b #h #l s"] | None = None,
         train: bool = False,
         queries: int = 0,
+        positions: PositionInputs = NO_POSITIONS,
+        past: LayerCache | None = None,
     ) -> tuple[Float[Array, "b l d"], LayerCache]:
-        """The whole sequence. mask: of the self attention, besides `causal`. queries: how many of the first tokens are.
+        """The whole sequence. mask: of the self attention, besides causality. queries: their number at the start.
 
         context: for cross attention; a block that has one skips it without a context (BLIP's text mode).
+        past: of the tokens before x; see `MultiHeadAttention.prefill`.
         Raises MmjaxError for a context or queries in a block without what they need.
         """
         if context is not None and not self.cross:
             raise MmjaxError("a block with cross=False was given a context")
         if queries and not self.query_feed_forward:
             raise MmjaxError(f"a block with query_feed_forward=False was given {queries} queries")
-        y, prompt = self.attention.prefill(self._before(self.norm_1, x), None, mask, train)
+        before, past_prompt = x, None if past is None else past.prompt
+        y, prompt = self.attention.prefill(self._before(self.norm_1, x), None, mask, train, positions, past_prompt)
         x = self._joined(self.norm_1, x, y, "scale_1", train)
         if not self.query_feed_forward:
             x, seen = self._cross(x, context, context_mask, train)
-            return self._feed_forward(x, self.norm_2, self.mlp, train), LayerCache(prompt, seen)
+            return self._feed_forward(x, before, self.norm_2, self.mlp, train), LayerCache(prompt, seen)
         parts = []
         if queries:
             first, _ = self._cross(x[:, :queries], context, context_mask, train)
-            parts.append(self._feed_forward(first, self.query_norm, self.query_mlp, train))
+            parts.append(self._feed_forward(first, before, self.query_norm, self.query_mlp, train))
         if queries < x.shape[1]:
-            parts.append(self._feed_forward(x[:, queries:], self.norm_2, self.mlp, train))
+            parts.append(self._feed_forward(x[:, queries:], before, self.norm_2, self.mlp, train))
         return jnp.concatenate(parts, axis=1), LayerCache(prompt)
 
     def step(
@@ -141,18 +134,20 @@ class Block(nn.Module):
         index: Int[Array, ""],
         prompt_mask: Bool[Array, "b l"] | None = None,
         context_mask: Bool[Array, "b s"] | None = None,
+        positions: PositionInputs = NO_POSITIONS,
     ) -> tuple[Float[Array, "b r d"], KeyValues]:
         """One token a row; returns `new` with its key and value in slot `index`.
 
         cache: of the prompt and the context, as the full pass returned it; once an item, for all its rows. The masks
         are of its keys, True = a token.
         """
-        y, new = self.attention.step(self._before(self.norm_1, x), cache.prompt, prompt_mask, new, index)
+        before, normed = x, self._before(self.norm_1, x)
+        y, new = self.attention.step(normed, cache.prompt, prompt_mask, new, index, positions)
         x = self._joined(self.norm_1, x, y, "scale_1")
         if cache.context is not None:
-            y = self.cross_attention.look(self._before(self.cross_norm, x), cache.context, context_mask)
+            y = self.cross_attention.cross_step(self._before(self.cross_norm, x), cache.context, context_mask)
             x = self._joined(self.cross_norm, x, y, "cross_scale")
-        return self._feed_forward(x, self.norm_2, self.mlp), new
+        return self._feed_forward(x, before, self.norm_2, self.mlp), new
 
     def _cross(
         self, x: Array, context: Array | None, mask: Array | None, train: bool
@@ -162,34 +157,66 @@ class Block(nn.Module):
         y, seen = self.cross_attention.prefill(self._before(self.cross_norm, x), context, mask, train)
         return self._joined(self.cross_norm, x, y, "cross_scale", train), seen
 
-    def _feed_forward(self, x: Array, norm: LayerNorm, mlp: Mlp, train: bool = False) -> Array:
-        return self._joined(norm, x, mlp(self._before(norm, x), train), "scale_2", train)
+    def _feed_forward(self, x: Array, before: Array, norm: Any, mlp: Any, train: bool = False) -> Array:
+        """before: the block's input, which a parallel block reads here too."""
+        y = mlp(self._before(norm, before if self.parallel else x), train)
+        return self._joined(norm, x, y, "scale_2", train)
 
-    def _before(self, norm: LayerNorm, x: Array) -> Array:
+    def _before(self, norm: Any, x: Array) -> Array:
         return norm(x) if self.norm_first else x
 
-    def _joined(self, norm: LayerNorm, x: Array, y: Array, scale: str, train: bool = False) -> Array:
+    def _joined(self, norm: Any, x: Array, y: Array, scale: str, train: bool = False) -> Array:
         """The residual: x and its branch y."""
         y = self.drop(y, train)
         if self.layer_scale is not None:
-            y = y * getattr(self, scale).astype(self.dtype)
+            y = y * self.scales[scale].astype(y.dtype)
         x = x + self.depth_drop(y, train)
         return x if self.norm_first else norm(x)
+
+
+def standard_block(
+    width: int,
+    heads: int,
+    hidden: int,
+    act: str = "gelu",
+    gated: bool = False,
+    causal: bool = False,
+    epsilon: float = 1e-6,
+    attention_dropout: float = 0.0,
+    activation_dropout: float = 0.0,
+    init_with: Init | None = None,
+    dtype: Any = jnp.float32,
+    axis_name: str | None = None,
+    **fields: Any,
+) -> Block:
+    """A `Block` with layer norms, as many heads of keys as of queries, and biases everywhere: ViT, BERT, CLIP.
+
+    hidden: the feed-forward's middle. attention_dropout, activation_dropout: of the attention's weights, and after the
+    feed-forward's activation. fields: of `Block`.
+    """
+    parts: dict[str, Any] = {"init_with": init_with or Init(), "dtype": dtype, "axis_name": axis_name}
+    norm = functools.partial(LayerNorm, epsilon, dtype)
+    attention = functools.partial(MultiHeadAttention, heads, width, causal=causal, dropout=attention_dropout, **parts)
+    mlp = functools.partial(Mlp, hidden, act, gated, activation_dropout, **parts)
+    return Block(norm, attention, mlp, axis_name=axis_name, **fields)
 
 
 class Stack(nn.Module):
     """Blocks one after the other: block_0, block_1, ...; unrolled, not scanned (on CPU a scan copies every weight).
 
     Attributes:
-        block: what all blocks share, as a dict of `Block`'s fields.
+        make_block: makes a `Block` with the fields that it is given: cross, drop_path, name.
         cross_from: the first block with cross attention; of those after it every `cross_every`-th has it too. None:
             there is none.
         drop_path: of the last block; from the first it rises linearly from 0.
         remat: a block's activations are computed again in the backward pass instead of being kept.
+
+    before(i, x): each way through takes such a function, which makes the input of block i out of the state before it:
+    layers of a sibling between those of a stack whose parameters stay as they are (Flamingo).
     """
 
     depth: int
-    block: dict[str, Any]
+    make_block: Callable[..., Block]
     cross_from: int | None = None
     drop_path: float = 0.0
     remat: bool = False
@@ -199,7 +226,7 @@ class Stack(nn.Module):
         last = max(self.depth - 1, 1)
         crossed = () if self.cross_from is None else range(self.cross_from, self.depth, self.cross_every)
         self.blocks = [
-            Block(**self.block, cross=i in crossed, drop_path=self.drop_path * i / last, name=f"block_{i}")
+            self.make_block(cross=i in crossed, drop_path=self.drop_path * i / last, name=f"block_{i}")
             for i in range(self.depth)
         ]
 
@@ -213,6 +240,8 @@ class Stack(nn.Module):
         first: int = 0,
         last: int | None = None,
         queries: int = 0,
+        positions: PositionInputs = NO_POSITIONS,
+        before: Before | None = None,
     ) -> list[Float[Array, "b l d"]]:
         """The input, and the output of every block: depth + 1 arrays; what is not used is not kept by XLA.
 
@@ -220,29 +249,34 @@ class Stack(nn.Module):
         `first` to before `last`, as a slice takes them. queries: see `Block.prefill`.
         """
 
-        def run(block: Block, x: Array, mask: Array | None, context: Array | None, context_mask: Array | None) -> Array:
-            return block(x, mask, context, context_mask, train, queries)
+        def run(block: Block, x: Array, mask: Any, context: Any, context_mask: Any, positions: Any) -> Array:
+            return block(x, mask, context, context_mask, train, queries, positions)
 
         states = [x]
-        for block in self.blocks[first:last]:
+        for i, block in list(enumerate(self.blocks))[first:last]:
+            x = states[-1] if before is None else before(i, states[-1])
             seen = (context, context_mask) if block.cross else (None, None)
-            inputs = (states[-1], mask, *seen)
+            inputs: Any = (x, mask, *seen, positions)
             states.append(rematerialised(run, block, *inputs) if self.remat else run(block, *inputs))
         return states
 
     def prefill(
         self,
         x: Float[Array, "b l d"],
-        mask: Bool[Array, "#b #h #l l"] | None = None,
+        mask: Bool[Array, "#b #h #l s"] | None = None,
         context: Float[Array, "b s e"] | None = None,
         context_mask: Bool[Array, "#b #h #l s"] | None = None,
-        queries: int = 0,
+        positions: PositionInputs = NO_POSITIONS,
+        past: Sequence[LayerCache] | None = None,
+        before: Before | None = None,
     ) -> tuple[Float[Array, "b l d"], list[LayerCache]]:
-        """The last block's output, and each block's keys and values."""
+        """The last block's output, and each block's keys and values. past: those of the tokens before x."""
         caches = []
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            x = x if before is None else before(i, x)
             seen = (context, context_mask) if block.cross else (None, None)
-            x, cache = block.prefill(x, mask, *seen, queries=queries)
+            cached = None if past is None else past[i]
+            x, cache = block.prefill(x, mask, *seen, positions=positions, past=cached)
             caches.append(cache)
         return x, caches
 
@@ -254,10 +288,13 @@ class Stack(nn.Module):
         index: Int[Array, ""],
         prompt_mask: Bool[Array, "b l"] | None = None,
         context_mask: Bool[Array, "b s"] | None = None,
+        positions: PositionInputs = NO_POSITIONS,
+        before: Before | None = None,
     ) -> tuple[Float[Array, "b r d"], list[KeyValues]]:
         """One token a row through every block: see `Block.step`."""
         written = []
-        for block, cache, rows in zip(self.blocks, caches, new, strict=True):
-            x, rows = block.step(x, cache, rows, index, prompt_mask, context_mask)
-            written.append(rows)
+        for i, (block, cache, slots) in enumerate(zip(self.blocks, caches, new, strict=True)):
+            x = x if before is None else before(i, x)
+            x, slots = block.step(x, cache, slots, index, prompt_mask, context_mask, positions)
+            written.append(slots)
         return x, written

@@ -6,9 +6,8 @@ with backward 140 against 145), and a mesh, a freezing rule or an adapter can na
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
@@ -19,6 +18,7 @@ from mmjax.nn.attention import attention_weights, dot_product_attention
 from mmjax.nn.dropout import Dropout
 from mmjax.nn.int8 import product
 from mmjax.nn.kv_cache import KeyValues, attend, from_tokens, write
+from mmjax.nn.rotary import rotate
 from mmjax.types import Array, Bool, Float, Int
 
 Initializer = Callable[..., Any]
@@ -31,6 +31,7 @@ class Init:
     """How a block's parameters begin. The defaults are the original ViT's (vit_jax/models_vit.py).
 
     qkv, out, up, down: of the matrices (up also of a gate). mlp_bias: of the feed-forward's biases; others are zero.
+    q: of the queries' matrix where it is not `qkv` (T5).
     """
 
     qkv: Initializer = XAVIER
@@ -38,6 +39,21 @@ class Init:
     up: Initializer = XAVIER
     down: Initializer = XAVIER
     mlp_bias: Initializer = TINY
+    q: Initializer | None = None
+
+
+class PositionInputs(NamedTuple):
+    """How order enters self attention.
+
+    rope: (cosines, sines) [b, l, p] of the positions of its input, as `mmjax.nn.rotary` makes them.
+    bias: added to the scores, [#b, #h, #l, s] over all keys; in a step l is 1, and s is the prompt and all new slots.
+    """
+
+    rope: tuple[Array, Array] | None = None
+    bias: Array | None = None
+
+
+NO_POSITIONS = PositionInputs()
 
 
 class Dense(nn.Module):
@@ -63,13 +79,17 @@ class Dense(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """Queries from x, keys and values from a context or x itself. Params: q, k, v, out, each a `Dense`.
+    """Queries from x, keys and values from a context or x itself. Params: q, k, v, out, each a `Dense`; q_norm, k_norm.
 
     Attributes:
         width: of x and of the result; the context may have another.
-        inner: of queries, keys and values, all heads together; None: `width`. The heads divide it.
+        inner: of all heads' queries together; None: `width`. The heads divide it.
         causal: in a pass over a whole sequence a token attends to itself and to earlier ones.
         dropout: rate on the attention weights. axis_name: the mapped axis that cuts the batch, for dropout alone.
+        kv_heads: heads of keys and values, which divide `heads`; None: as many.
+        qkv_bias, out_bias: which products have one. scale: of the scores; None: 1 / sqrt(head width).
+        clip: queries, keys and values are clamped to +-clip (MPT). make_qk_norm: makes the norms over all heads of
+            queries and of keys together.
 
     Inside `apply(..., mutable=["intermediates"])` such a pass keeps its weights [b, h, l, s] as "weights".
     """
@@ -82,13 +102,23 @@ class MultiHeadAttention(nn.Module):
     init_with: Init = Init()
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    kv_heads: int | None = None
+    qkv_bias: bool = True
+    out_bias: bool = True
+    scale: float | None = None
+    clip: float | None = None
+    make_qk_norm: Callable[[], nn.Module] | None = None
 
     def setup(self) -> None:
-        inner = self.width if self.inner is None else self.inner
-        if inner % self.heads:
-            raise MmjaxError(f"{self.heads} heads do not divide the width {inner}")
-        self.q, self.k, self.v = (Dense(inner, True, self.dtype, self.init_with.qkv) for _ in range(3))
-        self.out = Dense(self.width, True, self.dtype, self.init_with.out)
+        inner, kv_heads = self.inner or self.width, self.kv_heads or self.heads
+        if inner % self.heads or self.heads % kv_heads:
+            raise MmjaxError(f"{self.heads} heads do not divide the width {inner}, or {kv_heads} not the heads")
+        init, self.head_width = self.init_with, inner // self.heads
+        self.q = Dense(inner, self.qkv_bias, self.dtype, init.qkv if init.q is None else init.q)
+        self.k, self.v = (Dense(self.head_width * kv_heads, self.qkv_bias, self.dtype, init.qkv) for _ in range(2))
+        self.out = Dense(self.width, self.out_bias, self.dtype, init.out)
+        if self.make_qk_norm is not None:
+            self.q_norm, self.k_norm = self.make_qk_norm(), self.make_qk_norm()
 
     def __call__(
         self,
@@ -96,8 +126,9 @@ class MultiHeadAttention(nn.Module):
         context: Float[Array, "b s e"] | None = None,
         mask: Bool[Array, "#b #h #l s"] | None = None,
         train: bool = False,
+        positions: PositionInputs = NO_POSITIONS,
     ) -> Float[Array, "b l d"]:
-        return self.prefill(x, context, mask, train)[0]
+        return self.prefill(x, context, mask, train, positions)[0]
 
     def prefill(
         self,
@@ -105,17 +136,27 @@ class MultiHeadAttention(nn.Module):
         context: Float[Array, "b s e"] | None = None,
         mask: Bool[Array, "#b #h #l s"] | None = None,
         train: bool = False,
+        positions: PositionInputs = NO_POSITIONS,
+        past: KeyValues | None = None,
     ) -> tuple[Float[Array, "b l d"], KeyValues]:
-        """The result, and the keys and values of the context (of x itself where it is None)."""
+        """The result, and the keys and values of the context (of x itself where it is None).
+
+        past: keys and values before those of x; mask and positions.bias cover them too, and they are in the result's.
+        """
         context = x if context is None else context
-        q, k, v = (self._heads(y) for y in (self.q(x), self.k(context), self.v(context)))
+        q = self._queries(x, positions.rope)
+        k, v = self._keys(context, positions.rope), self._heads(self.v(context))
+        cache = from_tokens(k, v)
+        if past is not None:
+            cache = KeyValues(*(jnp.concatenate(pair, axis=2) for pair in zip(past, cache)))
+            k, v = (rearrange(y, "b g s k -> b s g k") for y in cache)
+        options: dict[str, Any] = {"causal": self.causal, "bias": positions.bias, "scale": self.scale}
         if self.is_mutable_collection("intermediates") and not self.is_initializing():
-            self.sow("intermediates", "weights", attention_weights(q, k, mask, self.causal))
+            self.sow("intermediates", "weights", attention_weights(q, k, mask, **options))
         rng = self.make_rng("dropout") if train and self.dropout else None
-        mixed = dot_product_attention(
-            q, k, v, mask, causal=self.causal, dropout_rate=self.dropout, dropout_rng=rng, axis_name=self.axis_name
-        )
-        return self.out(rearrange(mixed, "b l h k -> b l (h k)")), from_tokens(k, v)
+        options |= {"dropout_rate": self.dropout, "dropout_rng": rng, "axis_name": self.axis_name}
+        mixed = dot_product_attention(q, k, v, mask, **options)
+        return self.out(rearrange(mixed, "b l h k -> b l (h k)")), cache
 
     def step(
         self,
@@ -124,27 +165,41 @@ class MultiHeadAttention(nn.Module):
         prompt_mask: Bool[Array, "b s"] | None,
         new: KeyValues,
         index: Int[Array, ""],
+        positions: PositionInputs = NO_POSITIONS,
     ) -> tuple[Float[Array, "b r d"], KeyValues]:
         """One token a row, over the prompt and the row's own tokens, which it joins in slot `index`."""
-        new = write(new, self._heads(self.k(x)), self._heads(self.v(x)), index)
-        mixed = attend(self._heads(self.q(x)), prompt, prompt_mask, new, index)
+        new = write(new, self._keys(x, positions.rope), self._heads(self.v(x)), index)
+        bias = None if positions.bias is None else rearrange(positions.bias, "b h 1 s -> b 1 h s")
+        mixed = attend(self._queries(x, positions.rope), prompt, prompt_mask, new, index, bias, self.scale)
         return self.out(rearrange(mixed, "b r h k -> b r (h k)")), new
 
-    def look(
+    def cross_step(
         self, x: Float[Array, "b r d"], context: KeyValues, mask: Bool[Array, "b s"] | None
     ) -> Float[Array, "b r d"]:
-        """One token a row, over the kept keys and values of a context alone."""
-        mixed = attend(self._heads(self.q(x)), context, mask, None, 0)
+        """One token a row, over the cached keys and values of a context alone."""
+        mixed = attend(self._queries(x, None), context, mask, None, 0, scale=self.scale)
         return self.out(rearrange(mixed, "b r h k -> b r (h k)"))
 
-    def _heads(self, x: Float[Array, "b l d"]) -> Float[Array, "b l h k"]:
-        return rearrange(x, "b l (h k) -> b l h k", h=self.heads)
+    def _queries(self, x: Float[Array, "b l d"], rope: tuple[Array, Array] | None) -> Float[Array, "b l h k"]:
+        return self._rotated(self.q(x), None if self.make_qk_norm is None else self.q_norm, rope)
+
+    def _keys(self, x: Float[Array, "b s d"], rope: tuple[Array, Array] | None) -> Float[Array, "b s g k"]:
+        return self._rotated(self.k(x), None if self.make_qk_norm is None else self.k_norm, rope)
+
+    def _rotated(self, y: Array, norm: Any, rope: tuple[Array, Array] | None) -> Array:
+        y = self._heads(y, norm)
+        return y if rope is None else rotate(y, *rope)
+
+    def _heads(self, y: Float[Array, "b l d"], norm: Any = None) -> Float[Array, "b l h k"]:
+        if self.clip is not None:
+            y = jnp.clip(y, -self.clip, self.clip)
+        return rearrange(y if norm is None else norm(y), "b l (h k) -> b l h k", k=self.head_width)
 
 
 class Mlp(nn.Module):
-    """down(act(up(x))), or gated: down(silu(gate(x)) * up(x)), the SwiGLU of DINOv2's largest model.
+    """down(act(up(x))), or gated: down(act(gate(x)) * up(x)), which with silu is SwiGLU. Params: up, gate, down.
 
-    dropout: after the activation, as in the original ViT and torch's layer; BERT has none there.
+    dropout: after the activation, as in the original ViT, T5 and torch's layer; BERT has none there.
     """
 
     hidden: int
@@ -154,16 +209,14 @@ class Mlp(nn.Module):
     init_with: Init = Init()
     dtype: Any = jnp.float32
     axis_name: str | None = None
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"], train: bool = False) -> Float[Array, "*b d"]:
         def dense(name: str, features: int, kernel_init: Initializer) -> Dense:
-            return Dense(features, True, self.dtype, kernel_init, self.init_with.mlp_bias, name=name)
+            return Dense(features, self.use_bias, self.dtype, kernel_init, self.init_with.mlp_bias, name=name)
 
-        h = dense("up", self.hidden, self.init_with.up)(x)
-        if self.gated:
-            h = jax.nn.silu(dense("gate", self.hidden, self.init_with.up)(x)) * h
-        else:
-            h = activation(self.act)(h)
+        act, h = activation(self.act), dense("up", self.hidden, self.init_with.up)(x)
+        h = act(dense("gate", self.hidden, self.init_with.up)(x)) * h if self.gated else act(h)
         h = Dropout(self.dropout, self.axis_name)(h, train)
         return dense("down", x.shape[-1], self.init_with.down)(h)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import mmjax
 from mmjax.errors import MmjaxError
@@ -16,9 +17,11 @@ from mmjax.interface.config import config_from_json
 from mmjax.models.language.checkpoint import HF, config_of, hf_config
 from mmjax.models.language.config import Alibi, DecoderConfig, Learned
 from mmjax.models.language.decode import remember
-from mmjax.models.language.network import alibi_slopes
+from mmjax.models.language.network import Decoder, alibi_slopes, token_positions
 from mmjax.models.language.tasks import LanguageModel
+from mmjax.nn import kv_cache
 from mmjax.nn.rotary import Llama3Scaling, LongRope, Rotary
+from mmjax.nn.transformer import Dense
 from mmjax.tree import flatten
 from mmjax.weights.table import WeightsError
 
@@ -253,6 +256,76 @@ def test_embeddings_in_the_place_of_ids():
         for inputs in ({"input_ids": ids}, {"inputs_embeds": embeds})
     )
     np.testing.assert_array_equal(by_ids, by_embeds)
+
+
+class Gated(nn.Module):
+    """A decoder with a layer of a sibling before every second block, as Flamingo has it."""
+
+    config: DecoderConfig
+
+    def setup(self):
+        self.decoder, self.layer = Decoder(self.config), Dense(self.config.width)
+        self.gate = self.param("gate", nn.initializers.zeros, ())
+
+    def before(self, i, x):
+        return x + jnp.tanh(self.gate) * self.layer(x) if i % 2 else x
+
+    def __call__(self, ids):
+        return self.decoder(ids, before=self.before)["logits"]
+
+    def prefill(self, ids, mask):
+        x, caches = self.decoder.prefill(self.decoder.embed(ids), mask, token_positions(mask), before=self.before)
+        return self.decoder.logits(x[:, -1]), caches
+
+    def step(self, *inputs):
+        return self.decoder.step(*inputs, before=self.before)
+
+
+@pytest.fixture(scope="module")
+def gated():
+    config = tiny()
+    shapes = jax.eval_shape(Gated(config).init, jax.random.key(0), PROMPTS)["params"]
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.4, leaf.dtype), shapes)
+    return config, {**params, "decoder": random_model(config).params}
+
+
+def test_a_layer_between_blocks_leaves_the_decoders_parameters_where_they_are(gated):
+    config, params = gated
+    assert flatten(params["decoder"]).keys() == flatten(LanguageModel.shapes(config)["params"]).keys()
+    plain = random_model(config).forward(input_ids=PROMPTS)["logits"]
+    run = jax.jit(Gated(config).apply)
+    closed = run({"params": {**params, "gate": jnp.float32(0)}}, PROMPTS)
+    np.testing.assert_allclose(closed, plain, atol=1e-5 * np.abs(plain).max())
+    assert np.abs(run({"params": params}, PROMPTS) - plain).max() > 0.1
+
+
+def test_a_layer_between_blocks_has_the_same_gradient_with_remat(gated):
+    config, params = gated
+
+    def slopes(config):
+        def loss(params):
+            return jnp.sum(Gated(config).apply({"params": params}, PROMPTS) ** 2)
+
+        return jax.jit(jax.grad(loss))(params)
+
+    plain, again = flatten(slopes(config)), flatten(slopes(dataclasses.replace(config, remat=True)))
+    assert np.abs(plain["gate"]) > 1 and np.abs(plain["layer/kernel"]).max() > 1
+    for path, slope in plain.items():
+        np.testing.assert_allclose(again[path], slope, rtol=1e-4, atol=1e-5 * np.abs(slope).max(), err_msg=path)
+
+
+def test_a_layer_between_blocks_in_steps_is_that_of_the_whole_pass(gated):
+    config, params = gated
+    module, variables, mask = Gated(config), {"params": params}, jnp.ones((3, 6), bool)
+    whole = jax.jit(module.apply)(variables, PROMPTS)
+    found, caches = module.apply(variables, PROMPTS[:, :6], mask, method="prefill")
+    new = [kv_cache.empty(3, 1, config.kv_heads, 4, config.head_width, jnp.float32)] * config.depth
+    for t in range(6, 10):
+        np.testing.assert_allclose(found, whole[:, t - 1], atol=2e-5 * np.abs(whole).max())
+        inputs = (PROMPTS[:, t : t + 1], caches, mask, token_positions(mask), new, jnp.int32(t - 6))
+        logits, new = module.apply(variables, *inputs, method="step")
+        found = logits[:, 0]
 
 
 COUNTS = {

@@ -1,5 +1,6 @@
 """Masks: their share, their scale, and one mask for every way to cut the batch."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,9 +9,13 @@ import numpy as np
 import pytest
 
 from mmjax.nn.dropout import Dropout, DropPath, kept
-from mmjax.nn.stack import Stack
+from mmjax.nn.stack import Stack, standard_block
 
 RNG = jax.random.key(5)
+
+
+def standard_stack(depth, fields, *args, **kwargs):
+    return Stack(depth, functools.partial(standard_block, **fields), *args, **kwargs)
 
 
 def test_share_and_scale():
@@ -37,7 +42,7 @@ def test_a_cut_batch_loses_the_same(devices: int):
 def test_a_cut_batch_goes_the_same_way_through_an_encoder():
     x = jax.random.normal(jax.random.key(0), (6, 5, 14))
     fields = {"width": 14, "heads": 2, "hidden": 13, "dropout": 0.3, "attention_dropout": 0.2}
-    encoder: Any = Stack(2, fields, drop_path=0.4)
+    encoder: Any = standard_stack(2, fields, drop_path=0.4)
     variables = jax.jit(encoder.init)(jax.random.key(1), x)
     whole, plain = jax.jit(
         lambda x: (
@@ -48,7 +53,7 @@ def test_a_cut_batch_goes_the_same_way_through_an_encoder():
     assert np.abs(whole - plain).max() > 0.1
 
     def share(x: jax.Array) -> jax.Array:
-        mapped: Any = Stack(2, fields | {"axis_name": "data"}, drop_path=0.4)
+        mapped: Any = standard_stack(2, fields | {"axis_name": "data"}, drop_path=0.4)
         return mapped.apply(variables, x, train=True, rngs={"dropout": RNG})[-1]
 
     cut = jax.jit(jax.vmap(share, axis_name="data"))(x.reshape(3, 2, 5, 14))

@@ -12,7 +12,7 @@ from mmjax import tree
 from mmjax.errors import MmjaxError
 from mmjax.nn import kv_cache
 from mmjax.nn.masks import causal_mask, padding_mask
-from mmjax.nn.stack import Block, Stack
+from mmjax.nn.stack import Stack, standard_block
 
 B, R, L, S, D, E, HEADS, HIDDEN = 3, 2, 5, 7, 21, 11, 3, 13
 FIELDS = {
@@ -24,6 +24,10 @@ FIELDS = {
     "norm_first": False,
     "epsilon": 1e-5,
 }
+
+
+def standard_stack(depth, fields, *args, **kwargs):
+    return Stack(depth, functools.partial(standard_block, **fields), *args, **kwargs)
 
 
 def randomised(module, *inputs):
@@ -49,7 +53,7 @@ def test_a_step_is_a_column_of_the_full_pass(inputs, norm_first):
     x, context, mask = inputs
     prompt, rows = x[:, :2], drawn(3, B, R, 3, D)
     fields = {key: value for key, value in FIELDS.items() if key != "cross"}
-    stack = Stack(2, fields | {"norm_first": norm_first, "act": "silu"}, cross_from=0)
+    stack = standard_stack(2, fields | {"norm_first": norm_first, "act": "silu"}, cross_from=0)
     variables = randomised(stack, x, None, context)
     key_mask = padding_mask(mask)
     full = jax.jit(stack.apply)
@@ -73,7 +77,7 @@ def test_a_step_is_a_column_of_the_full_pass(inputs, norm_first):
 
 def test_a_prompts_padding_is_not_seen(inputs):
     x, context, _ = inputs
-    block, short = Block(**FIELDS), x[:, 2:]
+    block, short = standard_block(**FIELDS), x[:, 2:]
     variables = randomised(block, x, None, context)
     valid, y = jnp.broadcast_to(jnp.arange(L) >= 2, (B, L)), drawn(5, B, 1, D)
 
@@ -89,23 +93,23 @@ def test_a_prompts_padding_is_not_seen(inputs):
 def test_without_a_context_cross_attention_is_skipped(inputs):
     """BLIP's text mode: the block is that without cross attention, over the same parameters."""
     x, context, _ = inputs
-    block = Block(**FIELDS)
+    block = standard_block(**FIELDS)
     variables = randomised(block, x, None, context)
-    plain = Block(**{**FIELDS, "cross": False})
+    plain = standard_block(**{**FIELDS, "cross": False})
     np.testing.assert_array_equal(jax.jit(block.apply)(variables, x), jax.jit(plain.apply)(variables, x))
 
 
 def test_cross_attention_in_every_second_block(inputs):
     x, context, _ = inputs
     fields = {key: value for key, value in FIELDS.items() if key != "cross"}
-    params = randomised(Stack(5, fields, cross_from=1, cross_every=2), x, None, context)["params"]
+    params = randomised(standard_stack(5, fields, cross_from=1, cross_every=2), x, None, context)["params"]
     assert [f"block_{i}" for i in range(5) if "cross_attention" in params[f"block_{i}"]] == ["block_1", "block_3"]
 
 
 def test_names_do_not_depend_on_the_cross_attention(inputs):
     x, context, _ = inputs
     shapes = [
-        set(tree.flatten(randomised(Block(**{**FIELDS, "cross": cross}), x, None, c)["params"]))
+        set(tree.flatten(randomised(standard_block(**{**FIELDS, "cross": cross}), x, None, c)["params"]))
         for cross, c in ((False, None), (True, context))
     ]
     assert shapes[0] < shapes[1]
@@ -114,7 +118,7 @@ def test_names_do_not_depend_on_the_cross_attention(inputs):
 
 def test_weights_are_kept_on_request(inputs):
     x, context, mask = inputs
-    block = Block(**FIELDS)
+    block = standard_block(**FIELDS)
     variables = randomised(block, x, None, context)
     _, kept = jax.jit(functools.partial(block.apply, mutable=["intermediates"]))(
         variables, x, None, context, padding_mask(mask)
@@ -128,12 +132,12 @@ def test_weights_are_kept_on_request(inputs):
 
 def test_each_dropout_has_its_place(inputs):
     x, context, _ = inputs
-    still = Block(**FIELDS)
+    still = standard_block(**FIELDS)
     variables = randomised(still, x, None, context)
     wanted = jax.jit(still.apply)(variables, x, None, context)
     outs = [wanted]
     for name in ("dropout", "attention_dropout", "activation_dropout"):
-        block = Block(**FIELDS, **{name: 0.4})
+        block = standard_block(**FIELDS, **{name: 0.4})
 
         @jax.jit
         def both(variables, block=block):
@@ -150,7 +154,7 @@ def test_each_dropout_has_its_place(inputs):
 def test_bad_blocks_are_told(inputs):
     x, context, _ = inputs
     with pytest.raises(MmjaxError, match="cross=False was given a context"):
-        Block(**{**FIELDS, "cross": False}).init(jax.random.key(0), x, None, context)
+        standard_block(**{**FIELDS, "cross": False}).init(jax.random.key(0), x, None, context)
 
 
 @pytest.mark.torch
@@ -160,7 +164,7 @@ def test_decoder_block_is_torchs(inputs, norm_first):
 
     x, mask = inputs[0], inputs[2]
     context = drawn(4, B, S, D)
-    block = Block(**{**FIELDS, "act": "relu", "norm_first": norm_first})
+    block = standard_block(**{**FIELDS, "act": "relu", "norm_first": norm_first})
     variables = randomised(block, x, None, context)
     params = jax.tree.map(np.array, variables["params"])
     theirs = torch.nn.TransformerDecoderLayer(D, HEADS, HIDDEN, 0.0, norm_first=norm_first, batch_first=True)

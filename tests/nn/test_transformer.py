@@ -1,5 +1,7 @@
 """The block and its parts: torch's layer in both orders, dropout and depth exactly, patches as a convolution."""
 
+import functools
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,14 @@ from mmjax.nn.activation import activation
 from mmjax.nn.dropout import DropPath
 from mmjax.nn.embeddings import PatchEmbed
 from mmjax.nn.norm import LayerNorm
-from mmjax.nn.stack import Block, Stack
+from mmjax.nn.stack import Stack, standard_block
 from mmjax.nn.transformer import Dense, MultiHeadAttention
 
 B, N, H, D, HIDDEN = 2, 5, 3, 21, 13
+
+
+def standard_stack(depth, fields, *args, **kwargs):
+    return Stack(depth, functools.partial(standard_block, **fields), *args, **kwargs)
 
 
 def randomised(variables, seed=23):
@@ -85,7 +91,7 @@ def test_torch_has_the_same_layer(x, norm_first, act):
     layer = torch.nn.TransformerEncoderLayer(
         D, H, HIDDEN, 0.0, act, layer_norm_eps=1e-3, batch_first=True, norm_first=norm_first
     )
-    block = Block(D, H, HIDDEN, act, norm_first=norm_first, epsilon=1e-3)
+    block = standard_block(D, H, HIDDEN, act, norm_first=norm_first, epsilon=1e-3)
     mask = jnp.arange(N) < jnp.array([[3], [5]])
     variables = initialised(block, x)
     p = variables["params"]
@@ -115,7 +121,7 @@ def test_torch_has_the_same_layer(x, norm_first, act):
 
 
 def test_layer_scale_and_gate_by_hand(x):
-    block = Block(D, H, HIDDEN, gated=True, layer_scale=0.5)
+    block = standard_block(D, H, HIDDEN, gated=True, layer_scale=0.5)
     variables = block.init(jax.random.key(0), x)
     np.testing.assert_array_equal(variables["params"]["scale_2"], np.full(D, 0.5))
     p = randomised(variables)["params"]
@@ -143,7 +149,7 @@ def test_cross_attention_reads_only_what_the_mask_shows(x):
 
 
 def test_causal_blocks_do_not_see_the_future(x):
-    encoder = Stack(2, {"width": D, "heads": H, "hidden": HIDDEN, "causal": True})
+    encoder = standard_stack(2, {"width": D, "heads": H, "hidden": HIDDEN, "causal": True})
     variables = initialised(encoder, x)
     changed = x.at[:, 3:].add(1.0)
     first, second = encoder.apply(variables, x)[-1], encoder.apply(variables, changed)[-1]
@@ -152,7 +158,7 @@ def test_causal_blocks_do_not_see_the_future(x):
 
 
 def test_attention_weights_are_shown_when_asked_for(x):
-    encoder = Stack(2, {"width": D, "heads": H, "hidden": HIDDEN})
+    encoder = standard_stack(2, {"width": D, "heads": H, "hidden": HIDDEN})
     variables = initialised(encoder, x)
     _, seen = encoder.apply(variables, x, mutable=["intermediates"])
     paths = flax.traverse_util.flatten_dict(seen["intermediates"])
@@ -173,7 +179,7 @@ def test_drop_path_drops_whole_examples_and_keeps_the_mean():
 
 def test_depth_rates_rise_linearly(x):
     """At a rate of nearly one the last block is left out, the first, whose rate is zero, is not."""
-    encoder = Stack(2, {"width": D, "heads": H, "hidden": HIDDEN}, drop_path=1 - 1e-7)
+    encoder = standard_stack(2, {"width": D, "heads": H, "hidden": HIDDEN}, drop_path=1 - 1e-7)
     variables = initialised(encoder, x)
     plain = encoder.apply(variables, x)
     states = encoder.apply(variables, x, train=True, rngs={"dropout": jax.random.key(41)})
@@ -183,7 +189,7 @@ def test_depth_rates_rise_linearly(x):
 
 def test_branches_are_dropped_before_they_are_added(x):
     """With all of a branch's numbers left out, or doubled, and nothing else random."""
-    block = Block(D, H, HIDDEN, dropout=0.5)
+    block = standard_block(D, H, HIDDEN, dropout=0.5)
     p = initialised(block, x)["params"]
     p["mlp"] = jax.tree.map(jnp.zeros_like, p["mlp"])
     branch = np.asarray(block.apply({"params": p}, x) - x)
@@ -200,7 +206,7 @@ def test_remat_changes_no_number(x, train):
     mask = jnp.asarray([[1] * N, [1] * (N - 2) + [0] * 2], bool)[:, None, None]
     found = []
     for remat in (False, True):
-        encoder = Stack(2, fields, drop_path=0.3, remat=remat)
+        encoder = standard_stack(2, fields, drop_path=0.3, remat=remat)
         variables = initialised(encoder, x)
 
         def total(variables, x, encoder=encoder):
@@ -216,7 +222,7 @@ def test_remat_keeps_the_inputs_of_blocks_alone(x):
     """What the backward pass keeps beside the parameters: one array of x's size a block, and the last output."""
 
     def kept(remat):
-        encoder = Stack(3, {"width": D, "heads": H, "hidden": HIDDEN}, remat=remat)
+        encoder = standard_stack(3, {"width": D, "heads": H, "hidden": HIDDEN}, remat=remat)
         variables = initialised(encoder, x)
         held = jax.tree.leaves(jax.vjp(lambda v: (encoder.apply(v, x)[-1] ** 2).sum(), variables)[1])
         own = {leaf.shape for leaf in jax.tree.leaves(variables)}
@@ -227,7 +233,7 @@ def test_remat_keeps_the_inputs_of_blocks_alone(x):
 
 def test_remat_finishes_a_block_before_it_begins_with_the_one_before(x):
     """The gradient of a block's input passes a barrier together with the gradients of all its weights."""
-    encoder = Stack(2, {"width": D, "heads": H, "hidden": HIDDEN}, remat=True)
+    encoder = standard_stack(2, {"width": D, "heads": H, "hidden": HIDDEN}, remat=True)
     variables = initialised(encoder, x)
     traced = jax.make_jaxpr(jax.grad(lambda v, x: encoder.apply(v, x)[-1].sum(), (0, 1)))(variables, x)
     weights = len(jax.tree.leaves(variables["params"]["block_0"]))
@@ -236,8 +242,8 @@ def test_remat_finishes_a_block_before_it_begins_with_the_one_before(x):
 
 
 def test_half_precision_blocks_stay_close(x):
-    exact = Block(D, H, HIDDEN)
-    half = Block(D, H, HIDDEN, dtype=jnp.bfloat16)
+    exact = standard_block(D, H, HIDDEN)
+    half = standard_block(D, H, HIDDEN, dtype=jnp.bfloat16)
     variables = initialised(exact, x)
     out = half.apply(variables, x.astype(jnp.bfloat16))
     assert out.dtype == jnp.bfloat16

@@ -15,7 +15,7 @@ from mmjax.nn.dropout import Dropout
 from mmjax.nn.kv_cache import KeyValues
 from mmjax.nn.masks import padding_mask
 from mmjax.nn.norm import LayerNorm
-from mmjax.nn.stack import LayerCache, Stack
+from mmjax.nn.stack import LayerCache, Stack, standard_block
 from mmjax.nn.transformer import Dense, Init, Initializer
 from mmjax.types import Array, Bool, Float, Int
 
@@ -192,21 +192,22 @@ class Bert(nn.Module):
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         dense = functools.partial(Dense, kernel_init=c.drawn)
         self.embeddings = Embeddings(c, self.axis_name)
-        block = {
-            "width": c.width,
-            "heads": c.heads,
-            "hidden": c.hidden,
-            "act": c.act,
-            "causal": c.causal,
-            "query_feed_forward": c.query_feed_forward,
-            "norm_first": False,
-            "epsilon": c.epsilon,
-            "dropout": c.dropout,
-            "attention_dropout": c.attention_dropout,
-            "init_with": Init(c.drawn, c.drawn, c.drawn, c.drawn, ZEROS),
-            "dtype": dtype,
-            "axis_name": self.axis_name,
-        }
+        block = functools.partial(
+            standard_block,
+            c.width,
+            c.heads,
+            c.hidden,
+            c.act,
+            causal=c.causal,
+            epsilon=c.epsilon,
+            attention_dropout=c.attention_dropout,
+            init_with=Init(c.drawn, c.drawn, c.drawn, c.drawn, ZEROS),
+            dtype=dtype,
+            axis_name=self.axis_name,
+            query_feed_forward=c.query_feed_forward,
+            norm_first=False,
+            dropout=c.dropout,
+        )
         self.encoder = Stack(c.depth, block, c.cross_from, remat=c.remat, cross_every=c.cross_every)
         if c.pooler:
             self.pooler = dense(c.width, dtype=dtype)

@@ -1,6 +1,7 @@
 """CLIP's two towers (openai/CLIP model.py; open_clip model.py and transformer.py): embeddings and what leads there."""
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, Self
@@ -16,7 +17,7 @@ from mmjax.nn.embeddings import PatchEmbed
 from mmjax.nn.masks import padding_mask
 from mmjax.nn.norm import LayerNorm
 from mmjax.nn.positions import interpolate
-from mmjax.nn.stack import Stack
+from mmjax.nn.stack import Stack, standard_block
 from mmjax.nn.transformer import Dense, Init
 from mmjax.types import Array, Float, Int, Params
 
@@ -259,7 +260,7 @@ ZEROS = nn.initializers.zeros
 def _encoder(config: CLIPConfig, tower: CLIPVisionConfig | CLIPTextConfig, init: Init, causal: bool) -> Stack:
     block = {"width": tower.width, "heads": tower.heads, "hidden": tower.hidden, "act": config.act, "causal": causal}
     block |= {"epsilon": EPSILON, "init_with": init, "dtype": jnp.dtype(config.dtype)}
-    return Stack(tower.depth, block, remat=config.remat, name="encoder")
+    return Stack(tower.depth, functools.partial(standard_block, **block), remat=config.remat, name="encoder")
 
 
 def _embeds(config: CLIPConfig, pooled: Array) -> dict[str, Array]:

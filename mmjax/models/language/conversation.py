@@ -11,7 +11,7 @@ import numpy as np
 from mmjax.errors import MmjaxError
 from mmjax.generation.engine import stream
 from mmjax.interface.generation import BUCKETS
-from mmjax.models.language.decode import Past, nothing, remember
+from mmjax.models.language.decode import Past, empty_past, remember
 from mmjax.models.language.tasks import LanguageModel
 from mmjax.nn.rotary import Rotary
 
@@ -63,7 +63,7 @@ class Conversation:
         mask = np.zeros((1, width), np.int32)
         mask[:, width - rest.shape[1] :] = 1
         model.check_room(len(ids), asked.max_new_tokens)
-        past = nothing(model.config, SMALLEST) if self._past is None else self._past
+        past = empty_past(model.config, SMALLEST) if self._past is None else self._past
         inputs = {"input_ids": jnp.asarray(np.pad(rest, ((0, 0), (width - rest.shape[1], 0)))), "past": past}
         inputs["attention_mask"] = jnp.asarray(mask)
         stops = model.stops(self._stop, inputs)

@@ -1,39 +1,31 @@
 """The decoder of the language models: one stack, whose config says which model it is.
 
-A block is attention and a feed-forward around residuals. It runs in two ways over the same parameters: over a whole
-prompt, which leaves its keys and values behind, and one token at a time over what is kept (`mmjax.nn.kv_cache`).
+Its blocks are those of `mmjax.nn.stack`. They run in two ways over the same parameters: over a whole prompt, which
+leaves its keys and values behind, and one token at a time over cached ones (`mmjax.nn.kv_cache`).
 
-Parameter paths: token_embedding [v, d]; position_embedding [places, d] if learned; project_in, project_out (OPT-350m);
-block_{i}/norm_1, norm_2, block_{i}/attention/{q,k,v,out,q_norm,k_norm}, block_{i}/mlp/{gate,up,down}; norm;
-head/kernel [d, v] unless it is tied.
+Parameter paths: token_embedding [v, d]; position_embedding [positions, d] if learned; project_in, project_out
+(OPT-350m); block_{i} as in `mmjax.nn.stack`; norm; head/kernel [d, v] unless it is tied.
 """
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import linen as nn
 
 from mmjax.models.language.config import Alibi, DecoderConfig, Learned
-from mmjax.nn import int8, kv_cache
-from mmjax.nn.activation import activation
-from mmjax.nn.attention import dot_product_attention
+from mmjax.nn import int8
 from mmjax.nn.kv_cache import KeyValues
 from mmjax.nn.masks import padding_mask
 from mmjax.nn.norm import LayerNorm, RMSNorm
-from mmjax.nn.rotary import Rotary, rotate
-from mmjax.nn.transformer import Dense
+from mmjax.nn.rotary import Rotary
+from mmjax.nn.stack import Before, Block, LayerCache, Stack
+from mmjax.nn.transformer import Dense, Init, Mlp, MultiHeadAttention, PositionInputs
 from mmjax.types import Array, Bool, Float, Int
 
 INIT = nn.initializers.normal(0.02)
-
-
-class Places(NamedTuple):
-    """How order enters a block. turns: (cosines, sines) [b, l, k / 2]. bias: of scores, [b, h, l or 1, s]."""
-
-    turns: tuple[Array, Array] | None
-    bias: Array | None
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
@@ -45,75 +37,9 @@ def alibi_slopes(heads: int) -> np.ndarray:
     return slopes.astype(np.float32)
 
 
-def token_places(mask: Int[Array, "b s"] | Bool[Array, "b s"]) -> Int[Array, "b s"]:
-    """The place of each token among the tokens of its row, from 0; of padding: of the token before, -1 at the start."""
+def token_positions(mask: Int[Array, "b s"] | Bool[Array, "b s"]) -> Int[Array, "b s"]:
+    """Each token's position among the tokens of its row, from 0; of padding: of the token before, -1 at the start."""
     return jnp.cumsum(mask.astype(jnp.int32), axis=-1) - 1
-
-
-class Attention(nn.Module):
-    """Causal attention with grouped keys and values. `__call__` takes whole prompts, `step` one token a row."""
-
-    config: DecoderConfig
-
-    def setup(self) -> None:
-        c, dtype = self.config, jnp.dtype(self.config.dtype)
-        self.q = Dense(c.heads * c.head_width, c.qkv_bias, dtype, INIT)
-        self.k = Dense(c.kv_heads * c.head_width, c.qkv_bias, dtype, INIT)
-        self.v = Dense(c.kv_heads * c.head_width, c.qkv_bias, dtype, INIT)
-        self.out = Dense(c.width, c.out_bias, dtype, nn.initializers.normal(0.02 / (2 * c.depth) ** 0.5))
-        if c.qk_norm:
-            self.q_norm, self.k_norm = _norm(c), _norm(c)
-
-    def _project(self, x: Float[Array, "b l d"], turns: tuple[Array, Array] | None) -> tuple[Array, Array, Array]:
-        c = self.config
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        if c.clip_qkv is not None:
-            q, k, v = (jnp.clip(y, -c.clip_qkv, c.clip_qkv) for y in (q, k, v))
-        if c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (rearrange(y, "b l (h k) -> b l h k", k=c.head_width) for y in (q, k, v))
-        if turns is not None:
-            q, k = rotate(q, *turns), rotate(k, *turns)
-        return q, k, v
-
-    def __call__(
-        self, x: Float[Array, "b l d"], mask: Bool[Array, "b 1 #l s"], places: Places, past: KeyValues | None = None
-    ) -> tuple[Float[Array, "b l d"], KeyValues]:
-        """past: what is before x, of which `mask` and `places.bias` tell too. Returns also all that x can see."""
-        q, k, v = self._project(x, places.turns)
-        kept = kv_cache.from_tokens(k, v)
-        if past is not None:
-            kept = KeyValues(*(jnp.concatenate(pair, axis=2) for pair in zip(past, kept)))
-            k, v = (rearrange(y, "b g s k -> b s g k") for y in kept)
-        mixed = dot_product_attention(q, k, v, mask, causal=True, bias=places.bias)
-        return self.out(rearrange(mixed, "b l h k -> b l (h k)")), kept
-
-    def step(
-        self,
-        x: Float[Array, "b r d"],
-        prompt: KeyValues,
-        prompt_mask: Bool[Array, "b s"],
-        new: KeyValues,
-        index: Int[Array, ""],
-        places: Places,
-    ) -> tuple[Float[Array, "b r d"], KeyValues]:
-        q, k, v = self._project(x, places.turns)
-        new = kv_cache.write(new, k, v, index)
-        mixed = kv_cache.attend(q, prompt, prompt_mask, new, index, places.bias)
-        return self.out(rearrange(mixed, "b r h k -> b r (h k)")), new
-
-
-class FeedForward(nn.Module):
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        c, dtype = self.config, jnp.dtype(self.config.dtype)
-        act = activation(c.act)
-        y = Dense(c.hidden, c.mlp_bias, dtype, INIT, name="up")(x)
-        y = act(Dense(c.hidden, c.mlp_bias, dtype, INIT, name="gate")(x)) * y if c.gated else act(y)
-        down = nn.initializers.normal(0.02 / (2 * c.depth) ** 0.5)
-        return Dense(c.width, c.mlp_bias, dtype, down, name="down")(y)
 
 
 def _norm(config: DecoderConfig) -> nn.Module:
@@ -123,36 +49,34 @@ def _norm(config: DecoderConfig) -> nn.Module:
     return LayerNorm(config.epsilon, dtype, config.norm == "layer")
 
 
-class Block(nn.Module):
-    """One layer; `attend` below is either of the attention's two ways."""
-
-    config: DecoderConfig
-
-    def setup(self) -> None:
-        self.norm_1, self.norm_2 = _norm(self.config), _norm(self.config)
-        self.attention, self.mlp = Attention(self.config), FeedForward(self.config)
-
-    def __call__(self, x: Array, mask: Array, places: Places, past: KeyValues | None = None) -> tuple[Array, KeyValues]:
-        return self._around(x, lambda y: self.attention(y, mask, places, past))
-
-    def step(self, x: Array, *rest: Any) -> tuple[Array, KeyValues]:
-        """See `Attention.step`."""
-        return self._around(x, lambda y: self.attention.step(y, *rest))
-
-    def _around(self, x: Array, attend: Any) -> tuple[Array, KeyValues]:
-        c = self.config
-        if c.parallel:
-            mixed, kept = attend(self.norm_1(x))
-            return x + mixed + self.mlp(self.norm_2(x)), kept
-        mixed, kept = attend(self.norm_1(x) if c.norm_first else x)
-        x = x + mixed if c.norm_first else self.norm_1(x + mixed)
-        if c.norm_first:
-            return x + self.mlp(self.norm_2(x)), kept
-        return self.norm_2(x + self.mlp(x)), kept
+def _stack(c: DecoderConfig) -> Stack:
+    norm, last = functools.partial(_norm, c), nn.initializers.normal(0.02 / (2 * c.depth) ** 0.5)
+    init = Init(INIT, last, INIT, last, nn.initializers.zeros)
+    common: dict[str, Any] = {"init_with": init, "dtype": jnp.dtype(c.dtype)}
+    attention = functools.partial(
+        MultiHeadAttention,
+        c.heads,
+        c.width,
+        c.heads * c.head_width,
+        causal=True,
+        kv_heads=c.kv_heads,
+        qkv_bias=c.qkv_bias,
+        out_bias=c.out_bias,
+        clip=c.clip_qkv,
+        make_qk_norm=norm if c.qk_norm else None,
+        **common,
+    )
+    mlp = functools.partial(Mlp, c.hidden, c.act, c.gated, use_bias=c.mlp_bias, **common)
+    block = functools.partial(Block, norm, attention, mlp, norm_first=c.norm_first, parallel=c.parallel)
+    return Stack(c.depth, block, remat=c.remat)
 
 
 class Decoder(nn.Module):
-    """Ids or embeddings -> next tokens' logits, in one pass or step by step."""
+    """Ids or embeddings -> next tokens' logits, in one pass or step by step.
+
+    before(i, x): each way through takes such a function, which makes the input of block i out of the state before it
+    (`mmjax.nn.stack.Stack`): layers of a sibling, while all parameters here stay where they are.
+    """
 
     config: DecoderConfig
 
@@ -166,8 +90,8 @@ class Decoder(nn.Module):
         if c.embed_width is not None:
             self.project_in = Dense(c.width, False, dtype, INIT)
             self.project_out = Dense(c.embed_width, False, dtype, INIT)
-        block = nn.remat(Block, methods=["__call__"]) if c.remat else Block
-        self.blocks = [block(c, name=f"block_{i}") for i in range(c.depth)]
+        self.stack = _stack(c)
+        nn.share_scope(self, self.stack)  # block_{i} stand beside the embedding
         if c.final_norm:
             self.norm = _norm(c)
         if not c.tied:
@@ -180,58 +104,47 @@ class Decoder(nn.Module):
         ids: Int[Array, "b l"] | None = None,
         mask: Int[Array, "b l"] | None = None,
         embeds: Float[Array, "b l d"] | None = None,
+        before: Before | None = None,
     ) -> dict[str, Any]:
         """{"states": depth + 1 arrays [b, l, d], the last normed; "logits": float32 [b, l, v]}.
 
-        mask: 1 = a token. Padding is seen by no token; as in transformers it takes part in the places of learned and
+        mask: 1 = a token. No token attends to padding; as in transformers it takes part in the positions of learned and
         rotary positions, but for OPT's.
         """
-        x = self.embed(jnp.asarray(ids)) if embeds is None else embeds
-        valid = jnp.ones(x.shape[:2], jnp.int32) if mask is None else mask
-        learned = self.config.positions
-        counts = isinstance(learned, Learned) and learned.of_tokens
-        places = token_places(valid) if counts else jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-        states, _ = self.run(x, valid, places)
+        states = self._states(self.embed(jnp.asarray(ids)) if embeds is None else embeds, mask, before)
         return {"states": states, "logits": self.logits(states[-1])}
 
-    def hidden(self, ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-        """Of texts without padding, what the head's matrix multiplies."""
-        x = self.embed(ids)
-        states, _ = self.run(x, jnp.ones(ids.shape, jnp.int32), jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape))
-        return states[-1] if self.config.embed_width is None else self.project_out(states[-1])
+    def hidden(
+        self,
+        embeds: Float[Array, "b l d"],
+        mask: Int[Array, "b l"] | None = None,
+        before: Before | None = None,
+    ) -> Float[Array, "b l e"]:
+        """What the head's matrix multiplies; see `__call__`."""
+        last = self._states(embeds, mask, before)[-1]
+        return last if self.config.embed_width is None else self.project_out(last)
 
     def embed(self, ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
         """Rows of the embedding, brought to the model's width."""
         x = int8.rows(self.token_embedding, ids).astype(self.config.dtype)
         return x if self.config.embed_width is None else self.project_in(x)
 
-    def run(
+    def prefill(
         self,
         x: Float[Array, "b l d"],
         mask: Int[Array, "b s"],
-        places: Int[Array, "b s"],
-        past: tuple[KeyValues, ...] | None = None,
-        reach: Int[Array, ""] | None = None,
-    ) -> tuple[list[Float[Array, "b l d"]], tuple[KeyValues, ...]]:
-        """The states after each block, and all keys and values. `past` is before x; mask and places tell of both.
+        position_ids: Int[Array, "b s"],
+        past: Sequence[LayerCache] | None = None,
+        total_length: Int[Array, ""] | None = None,
+        before: Before | None = None,
+    ) -> tuple[Float[Array, "b l d"], list[LayerCache]]:
+        """The normed states, and all keys and values. `past` is before x; mask and position_ids are of both.
 
-        reach: the length that the longest row will grow to; None: that of `mask`.
+        total_length: the length that the longest row will grow to; None: that of `mask`.
         """
-        length, size = x.shape[1], mask.shape[1]
-        own = places[:, size - length :]
-        x = self._place(x, own)
-        allowed = padding_mask(mask)
-        if self.config.window is not None:
-            near = own[:, :, None] - places[:, None, :] < self.config.window
-            allowed = allowed & near[:, None]
-        entry = self._places(own, places, size if reach is None else reach)
-        states, kept = [x], []
-        for i, block in enumerate(self.blocks):
-            x, keys = block(x, allowed, entry, None if past is None else past[i])
-            states.append(x)
-            kept.append(keys)
-        states[-1] = self._last(x)
-        return states, tuple(kept)
+        x, allowed, positions = self._inputs(x, mask, position_ids, total_length)
+        x, caches = self.stack.prefill(x, allowed, positions=positions, past=past, before=before)
+        return self._final(x), caches
 
     def logits(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """float32 logits of normed states."""
@@ -241,54 +154,77 @@ class Decoder(nn.Module):
             return self.head(x).astype(jnp.float32)
         return int8.scores(x, self.token_embedding)
 
+    def _states(
+        self, x: Float[Array, "b l d"], mask: Int[Array, "b l"] | None, before: Before | None
+    ) -> list[Float[Array, "b l d"]]:
+        valid = jnp.ones(x.shape[:2], jnp.int32) if mask is None else mask
+        learned = self.config.positions
+        counts = isinstance(learned, Learned) and learned.of_tokens
+        position_ids = token_positions(valid) if counts else jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        x, allowed, positions = self._inputs(x, valid, position_ids, None)
+        states = self.stack(x, allowed, positions=positions, before=before)
+        return [*states[:-1], self._final(states[-1])]
+
     # -------------------------------------------------------------------------------------------------- token by token
 
     def step(
         self,
         ids: Int[Array, "b r"],
-        prompt: tuple[KeyValues, ...],
+        caches: Sequence[LayerCache],
         prompt_mask: Bool[Array, "b s"],
-        prompt_places: Int[Array, "b s"],
-        rows: tuple[KeyValues, ...],
+        prompt_positions: Int[Array, "b s"],
+        new: Sequence[KeyValues],
         index: Int[Array, ""],
-    ) -> tuple[Float[Array, "b r v"], tuple[KeyValues, ...]]:
-        """(logits of the token after `ids`, rows with these tokens' keys and values in slot `index`)."""
-        capacity = rows[0].k.shape[1]
+        before: Before | None = None,
+    ) -> tuple[Float[Array, "b r v"], list[KeyValues]]:
+        """(logits of the token after `ids`, `new` with these tokens' keys and values in slot `index`)."""
+        capacity = new[0].k.shape[1]
         lengths = prompt_mask.sum(-1, dtype=jnp.int32)
-        own = jnp.broadcast_to((lengths + index)[:, None], ids.shape)
+        position_ids = jnp.broadcast_to((lengths + index)[:, None], ids.shape)
         slots = jnp.broadcast_to(lengths[:, None] + jnp.arange(capacity), (ids.shape[0], capacity))
-        keys = jnp.concatenate([prompt_places, slots], -1)
-        x = self._place(self.embed(ids), own)
-        entry = self._places(own, keys, lengths.max() + capacity - 1)
-        if entry.bias is not None:
-            entry = entry._replace(bias=rearrange(entry.bias, "b h 1 s -> b 1 h s"))
+        keys = jnp.concatenate([prompt_positions, slots], -1)
+        x = self._add_learned(self.embed(ids), position_ids)
+        positions = self._position_inputs(position_ids, keys, lengths.max() + capacity - 1)
         if self.config.window is not None:
-            far = own[:, :1] - keys >= self.config.window
-            entry = entry._replace(bias=jnp.where(far, jnp.finfo(jnp.float32).min, 0.0)[:, None, None])
-        written = []
-        for block, kept, new in zip(self.blocks, prompt, rows):
-            x, new = block.step(x, kept, prompt_mask, new, index, entry)
-            written.append(new)
-        return self.logits(self._last(x)), tuple(written)
+            far = position_ids[:, :1] - keys >= self.config.window
+            bias = jnp.where(far, jnp.finfo(jnp.float32).min, 0.0)[:, None, None]
+            positions = positions._replace(bias=bias if positions.bias is None else positions.bias + bias)
+        x, new = self.stack.step(x, caches, new, index, prompt_mask, positions=positions, before=before)
+        return self.logits(self._final(x)), new
 
     # ------------------------------------------------------------------------------------------------------- the parts
 
-    def _last(self, x: Array) -> Array:
+    def _inputs(
+        self, x: Array, mask: Array, position_ids: Int[Array, "b s"], total_length: Array | None
+    ) -> tuple[Array, Array, PositionInputs]:
+        """What the first block takes, and who may attend to whom besides causality; mask, position_ids: of all keys."""
+        length, size = x.shape[1], mask.shape[1]
+        new = position_ids[:, size - length :]
+        allowed = padding_mask(mask)
+        if self.config.window is not None:
+            near = new[:, :, None] - position_ids[:, None, :] < self.config.window
+            allowed = allowed & near[:, None]
+        positions = self._position_inputs(new, position_ids, size if total_length is None else total_length)
+        return self._add_learned(x, new), allowed, positions
+
+    def _final(self, x: Array) -> Array:
         return self.norm(x) if self.config.final_norm else x
 
-    def _place(self, x: Float[Array, "b l d"], places: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+    def _add_learned(self, x: Float[Array, "b l d"], position_ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
         """Adds learned positions. Beyond the table's end its last row is taken, as nothing reads such a token."""
         if not isinstance(self.config.positions, Learned):
             return x
-        rows = jnp.clip(places + self.config.positions.first, 0, self.position_embedding.shape[0] - 1)
+        rows = jnp.clip(position_ids + self.config.positions.first, 0, self.position_embedding.shape[0] - 1)
         return x + self.position_embedding[rows].astype(x.dtype)
 
-    def _places(self, own: Int[Array, "b l"], keys: Int[Array, "b s"], length: int | Int[Array, ""]) -> Places:
+    def _position_inputs(
+        self, queries: Int[Array, "b l"], keys: Int[Array, "b s"], length: int | Int[Array, ""]
+    ) -> PositionInputs:
         positions = self.config.positions
         if isinstance(positions, Rotary):
-            return Places(positions.turns(jnp.maximum(own, 0), self.config.head_width, length), None)
+            return PositionInputs(rope=positions.rope(jnp.maximum(queries, 0), self.config.head_width, length))
         if isinstance(positions, Alibi):
             # The same for every query: softmax takes no notice of what all keys' scores share.
             slopes = jnp.asarray(alibi_slopes(self.config.heads))
-            return Places(None, slopes[None, :, None, None] * keys[:, None, None, :].astype(jnp.float32))
-        return Places(None, None)
+            return PositionInputs(bias=slopes[None, :, None, None] * keys[:, None, None, :].astype(jnp.float32))
+        return PositionInputs()

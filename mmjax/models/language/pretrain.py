@@ -55,7 +55,11 @@ class CausalLM(Method):
 
     def _last(self, params: Params, ids: Array) -> tuple[Array, Array]:
         """(normed states [b, l, d] as the head takes them, the head's matrix or the embedding)."""
-        hidden: Any = Decoder(self.config).apply({"params": params}, ids, method="hidden")
+
+        def last(decoder: Decoder) -> Array:
+            return decoder.hidden(decoder.embed(ids))
+
+        hidden: Any = Decoder(self.config).apply({"params": params}, method=last)
         return hidden, params["token_embedding"] if self.config.tied else params["head"]["kernel"]
 
     def logits(self, params: Params, ids: Array, mask: Array) -> Float[Array, "b l v"]:

@@ -47,7 +47,7 @@ class LanguageModel(GeneratingModel):
         return {"logits": told["logits"], "last_hidden_state": states[-1], "hidden_states": states}
 
     def decodable(self) -> DecoderSteps:
-        return DecoderSteps(self.config)
+        return DecoderSteps(Decoder(self.config))
 
     def beginning(self) -> int:
         bos = self.config.bos if self.tokenizer is None or self.tokenizer.bos is None else self.tokenizer.bos

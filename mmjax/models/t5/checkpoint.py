@@ -41,13 +41,14 @@ def hf_table(config: T5Config, source: str = "", target: str = "params/") -> Tab
 
 def _block(source: str, target: str, decoder: bool, gated: bool) -> list[Entry]:
     entries: list[Entry] = []
-    parts = [("SelfAttention", "attention")] + ([("EncDecAttention", "cross")] if decoder else [])
-    for i, (public, ours) in enumerate(parts):
-        entries.append(Entry(f"{source}.{i}.layer_norm.weight", f"{target}/{ours}_norm/scale"))
+    parts = [("SelfAttention", "attention", "norm_1")]
+    parts += [("EncDecAttention", "cross_attention", "cross_norm")] if decoder else []
+    for i, (public, ours, norm) in enumerate(parts):
+        entries.append(Entry(f"{source}.{i}.layer_norm.weight", f"{target}/{norm}/scale"))
         for name, matrix in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out")):
             entries.append(Entry(f"{source}.{i}.{public}.{name}.weight", f"{target}/{ours}/{matrix}/kernel", linear))
     last = f"{source}.{len(parts)}"
-    entries.append(Entry(f"{last}.layer_norm.weight", f"{target}/mlp_norm/scale"))
+    entries.append(Entry(f"{last}.layer_norm.weight", f"{target}/norm_2/scale"))
     names = (("wi_0", "gate"), ("wi_1", "up")) if gated else (("wi", "up"),)
     for name, ours in (*names, ("wo", "down")):
         entries.append(Entry(f"{last}.DenseReluDense.{name}.weight", f"{target}/mlp/{ours}/kernel", linear))

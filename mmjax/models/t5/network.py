@@ -1,30 +1,27 @@
 """T5 (arXiv 1910.10683; transformers modeling_t5.py), T5 1.1 and Flan-T5.
 
-Parameter paths: embedding, head (where it is not the embedding), and of `encoder` and `decoder`: bias/table,
-block_{i}/{attention_norm, attention/{q,k,v,out}, mlp_norm, mlp/{up,down}}, in gated ones also mlp/gate, in decoders
-cross_norm and cross/{q,k,v,out}; norm. There are no biases but those of positions.
+Parameter paths: embedding, head (where it is not the embedding), and of `encoder` and `decoder`: bias/table, block_{i}
+as in `mmjax.nn.stack`, norm. There are no biases but those of positions.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax.numpy as jnp
-from einops import rearrange
 from flax import linen as nn
 
 from mmjax.errors import MmjaxError
 from mmjax.generation.decodable import DecodeState
 from mmjax.nn import int8, kv_cache
-from mmjax.nn.activation import activation
-from mmjax.nn.attention import dot_product_attention
 from mmjax.nn.dropout import Dropout
 from mmjax.nn.kv_cache import KeyValues
-from mmjax.nn.masks import causal_mask, padding_mask
+from mmjax.nn.masks import padding_mask
 from mmjax.nn.norm import RMSNorm
 from mmjax.nn.relative_positions import RelativeBias
-from mmjax.nn.remat import rematerialised
-from mmjax.nn.transformer import Dense
+from mmjax.nn.stack import Block, LayerCache, Stack
+from mmjax.nn.transformer import Init, Mlp, MultiHeadAttention, PositionInputs
 from mmjax.types import Array, Bool, Float, Int
 
 normal = nn.initializers.normal
@@ -115,202 +112,81 @@ class T5Config:
 FLAN = {"act": "gelu_tanh", "gated": True, "tied": False, "scaled": False}
 
 
-class Attention(nn.Module):
-    """Scores are not scaled: the initial queries are small instead. Params: q, k, v, out, without biases."""
+class T5Stack(nn.Module):
+    """Blocks that share one bias of positions, and a last norm.
+
+    Scores are not scaled: the initial queries are small instead.
+    """
 
     config: T5Config
+    decoder: bool
     axis_name: str | None = None
 
     def setup(self) -> None:
-        c = self.config
-        inner = c.heads * c.head_width
-
-        def dense(features: int, std: float) -> Dense:
-            return Dense(features, False, c.dtype, normal(std))
-
-        self.q = dense(inner, (c.width * c.head_width) ** -0.5)
-        self.k, self.v = dense(inner, c.width**-0.5), dense(inner, c.width**-0.5)
-        self.out = dense(c.width, inner**-0.5)
-
-    def keys_values(self, context: Float[Array, "b s d"]) -> tuple[Float[Array, "b s h k"], Float[Array, "b s h k"]]:
-        return self._heads(self.k(context)), self._heads(self.v(context))
-
-    def _heads(self, x: Array) -> Array:
-        return rearrange(x, "b n (h k) -> b n h k", h=self.config.heads)
-
-    def __call__(
-        self,
-        x: Float[Array, "b l d"],
-        keys_values: tuple[Array, Array],
-        mask: Bool[Array, "#b 1 #l s"] | None,
-        bias: Float[Array, "1 h l s"] | None,
-        train: bool,
-    ) -> Float[Array, "b l d"]:
-        rate = self.config.dropout
-        mixed = dot_product_attention(
-            self._heads(self.q(x)),
-            *keys_values,
-            mask,
-            dropout_rate=rate,
-            dropout_rng=self.make_rng("dropout") if train and rate else None,
-            axis_name=self.axis_name,
-            bias=bias,
+        c, inner = self.config, self.config.heads * self.config.head_width
+        narrow = normal(c.width**-0.5)
+        queries = normal((c.width * c.head_width) ** -0.5)
+        init = Init(narrow, normal(inner**-0.5), narrow, normal(c.hidden**-0.5), q=queries)
+        common: dict[str, Any] = {"dropout": c.dropout, "axis_name": self.axis_name}
+        parts: dict[str, Any] = {"init_with": init, "dtype": c.dtype, **common}
+        norm = functools.partial(RMSNorm, c.epsilon, c.dtype)
+        attention = functools.partial(
+            MultiHeadAttention,
+            c.heads,
+            c.width,
+            inner,
+            causal=self.decoder,
+            qkv_bias=False,
+            out_bias=False,
             scale=1.0,
+            **parts,
         )
-        return self.out(rearrange(mixed, "b l h k -> b l (h k)"))
-
-    def step(
-        self,
-        x: Float[Array, "b r d"],
-        prompt: KeyValues,
-        mask: Bool[Array, "b s"] | None,
-        new: KeyValues | None,
-        index: Int[Array, ""],
-        bias: Float[Array, "1 1 h s_t"] | None,
-    ) -> Float[Array, "b r d"]:
-        """One token a row; its own key and value are in `new` already."""
-        mixed = kv_cache.attend(self._heads(self.q(x)), prompt, mask, new, index, bias, scale=1.0)
-        return self.out(rearrange(mixed, "b r h k -> b r (h k)"))
-
-
-class Mlp(nn.Module):
-    """Params: up, down, and gate if the config is gated."""
-
-    config: T5Config
-    axis_name: str | None = None
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b l d"], train: bool) -> Float[Array, "b l d"]:
-        c, act = self.config, activation(self.config.act)
-
-        def dense(name: str, features: int, x: Array) -> Array:
-            return Dense(features, False, c.dtype, normal(x.shape[-1] ** -0.5), name=name)(x)
-
-        h = dense("up", c.hidden, x)
-        h = act(dense("gate", c.hidden, x)) * h if c.gated else act(h)
-        return dense("down", c.width, Dropout(c.dropout, self.axis_name)(h, train))
-
-
-class Kept(NamedTuple):
-    """What a decoder's block keeps an item: keys and values of the tokens it began with, and of the encoder's."""
-
-    prompt: KeyValues
-    cross: KeyValues
-
-
-class Block(nn.Module):
-    """x + f(norm(x)) for attention, in decoders for attention over the encoder's tokens, and for the feed-forward."""
-
-    config: T5Config
-    decoder: bool
-    axis_name: str | None = None
-
-    def setup(self) -> None:
-        c = self.config
-        self.attention_norm, self.attention = RMSNorm(c.epsilon, c.dtype), Attention(c, self.axis_name)
-        if self.decoder:
-            self.cross_norm, self.cross = RMSNorm(c.epsilon, c.dtype), Attention(c, self.axis_name)
-        self.mlp_norm, self.mlp = RMSNorm(c.epsilon, c.dtype), Mlp(c, self.axis_name)
-        self.dropout = Dropout(c.dropout, self.axis_name)
-
-    def __call__(
-        self,
-        x: Float[Array, "b l d"],
-        bias: Float[Array, "1 h l l"],
-        context: Float[Array, "b s d"] | None,
-        mask: Bool[Array, "#b 1 #l l"] | None,
-        context_mask: Bool[Array, "b 1 1 s"] | None,
-        train: bool,
-    ) -> tuple[Float[Array, "b l d"], Kept | None]:
-        y = self.attention_norm(x)
-        own, kept = self.attention.keys_values(y), None
-        x = x + self.dropout(self.attention(y, own, mask, bias, train), train)
-        if context is not None:
-            theirs = self.cross.keys_values(context)
-            x = x + self.dropout(self.cross(self.cross_norm(x), theirs, context_mask, None, train), train)
-            kept = Kept(kv_cache.from_tokens(*own), kv_cache.from_tokens(*theirs))
-        return x + self.dropout(self.mlp(self.mlp_norm(x), train), train), kept
-
-    def step(
-        self,
-        x: Float[Array, "b r d"],
-        bias: Float[Array, "1 1 h p_t"],
-        kept: Kept,
-        context_mask: Bool[Array, "b s"],
-        new: KeyValues,
-        index: Int[Array, ""],
-    ) -> tuple[Float[Array, "b r d"], KeyValues]:
-        y = self.attention_norm(x)
-        new = kv_cache.write(new, *self.attention.keys_values(y), index)
-        x = x + self.attention.step(y, kept.prompt, None, new, index, bias)
-        x = x + self.cross.step(self.cross_norm(x), kept.cross, context_mask, None, index, None)
-        return x + self.mlp(self.mlp_norm(x), False), new
-
-
-class Stack(nn.Module):
-    """Blocks that share one bias of positions, and a last norm."""
-
-    config: T5Config
-    decoder: bool
-    axis_name: str | None = None
-
-    def setup(self) -> None:
-        c = self.config
-        self.bias = RelativeBias(c.heads, not self.decoder, c.buckets, c.max_distance, normal(c.width**-0.5))
-        depth = c.decoder_depth if self.decoder else c.depth
-        self.block = [Block(c, self.decoder, self.axis_name) for _ in range(depth)]
+        mlp = functools.partial(Mlp, c.hidden, c.act, c.gated, use_bias=False, **parts)
+        depth, cross_from = (c.decoder_depth, 0) if self.decoder else (c.depth, None)
+        self.stack = Stack(depth, functools.partial(Block, norm, attention, mlp, **common), cross_from, remat=c.remat)
+        nn.share_scope(self, self.stack)  # block_{i} stand beside the bias
+        self.bias = RelativeBias(c.heads, not self.decoder, c.buckets, c.max_distance, narrow)
         self.norm = RMSNorm(c.epsilon, c.dtype)
         self.dropout = Dropout(c.dropout, self.axis_name)
 
-    def _masks(
-        self, x: Array, mask: Array | None, context: Array | None
-    ) -> tuple[Array, Array | None, Array | None, Array | None]:
-        """bias, context, mask and context_mask as blocks take them; mask: of the encoder's tokens."""
-        places = jnp.arange(x.shape[1])
-        mask = None if mask is None else padding_mask(mask)
-        if self.decoder:
-            return self.bias(places, places), context, causal_mask(len(places), len(places)), mask
-        return self.bias(places, places), None, mask, None
-
     def __call__(
         self,
         x: Float[Array, "b l d"],
-        mask: Int[Array, "b s"] | None,
+        mask: Int[Array, "b l"] | None = None,
         context: Float[Array, "b s d"] | None = None,
+        context_mask: Int[Array, "b s"] | None = None,
         train: bool = False,
     ) -> list[Float[Array, "b l d"]]:
         """The input of every block, and the last one's output after the norm: depth + 1 arrays."""
-
-        def run(block: Block, x: Array, *others: Any) -> Array:
-            bias, context, own_mask, context_mask = others
-            return block(x, bias, context, own_mask, context_mask, train)[0]
-
-        others = self._masks(x, mask, context)
-        states = [self.dropout(x, train)]
-        for block in self.block:
-            x = states[-1]
-            states.append(rematerialised(run, block, x, *others) if self.config.remat else run(block, x, *others))
+        mask, context_mask = (None if m is None else padding_mask(m) for m in (mask, context_mask))
+        positions = self._positions(x.shape[1])
+        states = self.stack(self.dropout(x, train), mask, context, context_mask, train, positions=positions)
         return [*states[:-1], self.dropout(self.norm(states[-1]), train)]
 
     def prefill(
-        self, x: Float[Array, "b p d"], mask: Bool[Array, "b s"], context: Float[Array, "b s d"]
-    ) -> tuple[Float[Array, "b d"], tuple[Kept, ...]]:
-        """The last token, and what is kept of all of them."""
-        bias, _, own_mask, context_mask = self._masks(x, mask, context)
-        kept = []
-        for block in self.block:
-            x, of_block = block(x, bias, context, own_mask, context_mask, False)
-            kept.append(of_block)
-        return self.norm(x[:, -1]), tuple(kept)
+        self, x: Float[Array, "b p d"], context: Float[Array, "b s d"], context_mask: Bool[Array, "b s"]
+    ) -> tuple[Float[Array, "b d"], list[LayerCache]]:
+        """The last token's state, and the keys and values of all of them."""
+        positions = self._positions(x.shape[1])
+        x, caches = self.stack.prefill(x, None, context, padding_mask(context_mask), positions)
+        return self.norm(x[:, -1]), caches
 
-    def step(self, x: Float[Array, "b r d"], state: DecodeState) -> tuple[Float[Array, "b r d"], tuple[KeyValues, ...]]:
-        kept, written = state.items["blocks"], []
-        begun, capacity = kept[0].prompt.k.shape[2], state.rows[0].k.shape[1]
-        bias = rearrange(self.bias((begun + state.index)[None], jnp.arange(begun + capacity)), "1 h 1 s -> 1 1 h s")
-        for block, of_block, new in zip(self.block, kept, state.rows):
-            x, new = block.step(x, bias, of_block, state.items["mask"], new, state.index)
-            written.append(new)
-        return self.norm(x), tuple(written)
+    def step(
+        self,
+        x: Float[Array, "b r d"],
+        caches: Sequence[LayerCache],
+        new: Sequence[KeyValues],
+        index: Int[Array, ""],
+        context_mask: Bool[Array, "b s"],
+    ) -> tuple[Float[Array, "b r d"], list[KeyValues]]:
+        """The next token of each row: see `Stack.step`."""
+        prompt, capacity = caches[0].prompt.k.shape[2], new[0].k.shape[1]
+        bias = self.bias((prompt + index)[None], jnp.arange(prompt + capacity))
+        x, new = self.stack.step(x, caches, new, index, None, context_mask, PositionInputs(bias=bias))
+        return self.norm(x), new
+
+    def _positions(self, length: int) -> PositionInputs:
+        return PositionInputs(bias=self.bias(jnp.arange(length), jnp.arange(length)))
 
 
 class T5(nn.Module):
@@ -322,9 +198,9 @@ class T5(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embedding = self.param("embedding", normal(1.0), (c.vocab_size, c.width))
-        self.encoder = Stack(c, False, self.axis_name)
+        self.encoder = T5Stack(c, False, self.axis_name)
         if c.decoder_depth:
-            self.decoder = Stack(c, True, self.axis_name)
+            self.decoder = T5Stack(c, True, self.axis_name)
             if not c.tied:
                 self.head = self.param("head", normal(c.width**-0.5), (c.vocab_size, c.width))
 
@@ -374,7 +250,7 @@ class T5(nn.Module):
         train: bool = False,
     ) -> list[Float[Array, "b l d"]]:
         """The decoder's states; context: the encoder's last, attention_mask: of its tokens."""
-        return self.decoder(self.embed(decoder_ids), attention_mask, context, train)
+        return self.decoder(self.embed(decoder_ids), None, context, attention_mask, train)
 
     def logits(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         c = self.config
@@ -387,12 +263,13 @@ class T5(nn.Module):
         context = self.encode(inputs.get("input_ids"), mask, inputs.get("inputs_embeds"))[-1]
         b, s = context.shape[:2]
         mask = jnp.ones((b, s), bool) if mask is None else mask.astype(bool)
-        begun = inputs.get("decoder_input_ids", jnp.full((b, 1), c.start))
-        x, kept = self.decoder.prefill(self.embed(begun), mask, context)
-        room = kv_cache.empty(b, rows, c.heads, capacity, c.head_width, jnp.dtype(c.dtype))
-        state = DecodeState({"mask": mask, "blocks": kept}, (room,) * c.decoder_depth, jnp.int32(0))
+        prompt = inputs.get("decoder_input_ids", jnp.full((b, 1), c.start))
+        x, caches = self.decoder.prefill(self.embed(prompt), context, mask)
+        new = kv_cache.empty(b, rows, c.heads, capacity, c.head_width, jnp.dtype(c.dtype))
+        state = DecodeState({"mask": mask, "caches": caches}, [new] * c.decoder_depth, jnp.int32(0))
         return self.logits(x), state
 
     def step(self, ids: Int[Array, "b r"], state: DecodeState) -> tuple[Float[Array, "b r v"], DecodeState]:
-        x, rows = self.decoder.step(self.embed(ids), state)
-        return self.logits(x), DecodeState(state.items, rows, state.index + 1)
+        items, index = state.items, state.index
+        x, new = self.decoder.step(self.embed(ids), items["caches"], state.rows, index, items["mask"])
+        return self.logits(x), DecodeState(items, new, index + 1)

@@ -8,7 +8,8 @@ bias of the logits       none           the generator's           final_logits_b
 look-up of the pad id    an ordinary    an ordinary               gets no gradient
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -23,7 +24,7 @@ from mmjax.nn.dropout import Dropout
 from mmjax.nn.kv_cache import KeyValues
 from mmjax.nn.masks import padding_mask
 from mmjax.nn.norm import LayerNorm
-from mmjax.nn.stack import LayerCache, Stack
+from mmjax.nn.stack import Block, LayerCache, Stack, standard_block
 from mmjax.nn.transformer import XAVIER, Init
 from mmjax.types import Array, Bool, Float, Int
 
@@ -133,23 +134,26 @@ class Transformer(nn.Module):
             self.output_bias = self.param("output_bias", nn.initializers.zeros, (c.outputs,))
         self.drop = Dropout(c.dropout, self.axis_name)
 
-    def _block(self, heads: int, hidden: int, decoder: bool) -> dict[str, Any]:
+    def _block(self, heads: int, hidden: int, decoder: bool) -> Callable[..., Block]:
         c, zeros = self.config, nn.initializers.zeros
         # torch draws q, k and v as one matrix of three times the width, whence the half of Xavier's variance.
         init = Init(qkv=nn.initializers.variance_scaling(0.5, "fan_in", "uniform"), mlp_bias=zeros)
-        sizes = {"width": c.width, "heads": heads, "hidden": hidden, "causal": decoder}
-        rates = {"attention_dropout": c.attention_dropout, "activation_dropout": c.activation_dropout}
-        return {
-            **sizes,
-            **rates,
-            "act": c.act,
-            "norm_first": c.norm_first,
-            "epsilon": EPSILON,
-            "dropout": c.dropout,
-            "init_with": init,
-            "dtype": jnp.dtype(c.dtype),
-            "axis_name": self.axis_name,
-        }
+        return functools.partial(
+            standard_block,
+            c.width,
+            heads,
+            hidden,
+            c.act,
+            causal=decoder,
+            epsilon=EPSILON,
+            attention_dropout=c.attention_dropout,
+            activation_dropout=c.activation_dropout,
+            init_with=init,
+            dtype=jnp.dtype(c.dtype),
+            axis_name=self.axis_name,
+            norm_first=c.norm_first,
+            dropout=c.dropout,
+        )
 
     def __call__(
         self,

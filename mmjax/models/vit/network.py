@@ -1,6 +1,7 @@
 """The Vision Transformer (Dosovitskiy et al. 2021) and its relatives: DeiT, DINOv2, MoCo v3, big_vision, hybrids."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from mmjax.nn.dropout import Dropout
 from mmjax.nn.embeddings import PatchEmbed
 from mmjax.nn.norm import LayerNorm
 from mmjax.nn.positions import Rule, interpolate, sincos_2d
-from mmjax.nn.stack import Stack
+from mmjax.nn.stack import Stack, standard_block
 from mmjax.nn.transformer import Dense, Init, Mlp, MultiHeadAttention
 from mmjax.types import Array, Bool, Float
 
@@ -240,7 +241,7 @@ class ViT(nn.Module):
             "width": c.width,
             "heads": c.heads,
             "hidden": c.hidden,
-            "act": c.act,
+            "act": "silu" if c.gated else c.act,
             "gated": c.gated,
             "epsilon": c.epsilon,
             "layer_scale": c.layer_scale,
@@ -251,7 +252,8 @@ class ViT(nn.Module):
             "dtype": c.dtype,
             "axis_name": axis_name,
         }
-        states = Stack(c.depth, block, None, c.drop_path, c.remat, name="encoder")(x, train=train)
+        encoder = Stack(c.depth, functools.partial(standard_block, **block), None, c.drop_path, c.remat, name="encoder")
+        states = encoder(x, train=train)
         norm = LayerNorm(c.epsilon, c.dtype, name="norm")
         if c.norm_after_pool:
             tokens, normed = states[-1], states
