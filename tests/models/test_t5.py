@@ -319,12 +319,12 @@ BEAMS = {"num_beams": 4}
     "name, eos, asked",
     [
         ("tied relu", 9, ({}, BEAMS)),
-        ("untied gated", 31, (BEAMS | {"repetition_penalty": 1.7, "length_penalty": 0.0},)),
+        ("untied gated", 38, (BEAMS | {"repetition_penalty": 1.7, "length_penalty": 0.0},)),
     ],
 )
 def test_generated_ids_as_transformers(tmp_path, name, eos, asked):
     """Rows end at different lengths, by ids that these weights do write; the penalty counts what the decoder read."""
-    torch, given = pytest.importorskip("torch"), inputs(11)
+    torch, given = pytest.importorskip("torch"), inputs(17)
     theirs = reference(dataclasses.replace(CONFIGS[name], eos=(eos,)), tmp_path)
     ours = mmjax.load(tmp_path)
     tensors = {key: torch.tensor(given[key]) for key in ("input_ids", "attention_mask")}
