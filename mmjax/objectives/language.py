@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.errors import MmjaxError
+from mmjax.nn import int8
 from mmjax.objectives.distillation import distilled_cross_entropy
 from mmjax.types import Array, Bool, Float, Int, Mean
 
@@ -137,11 +138,12 @@ def answer_loss(losses: Float[Array, "answers"], weights: Float[Array, "answers"
 
 def linear_cross_entropy(
     hidden: Float[Array, "*b d"],
-    kernel: Float[Array, "d v"] | Float[Array, "v d"],
+    kernel: int8.Matrix,
     labels: Int[Array, "*b"],
     *,
     tied: bool = False,
     bias: Float[Array, "v"] | None = None,
+    added: tuple[Float[Array, "d n"] | Float[Array, "n d"], Float[Array, "n"] | None] | None = None,
     logit_scale: Float[Array, ""] | float = 1.0,
     weights: Float[Array, "*b"] | None = None,
     label_smoothing: Float[Array, ""] | float = 0.0,
@@ -160,15 +162,17 @@ def linear_cross_entropy(
     for TPU only and materialises all logits elsewhere; it ignores no label and has neither bias nor smoothing.)
 
     Args:
-        kernel: of the output layer, [d, v]; if `tied` an embedding table, [v, d].
+        kernel: of the output layer, [d, v]; if `tied` an embedding table, [v, d]. In int8 it gets no gradient.
+        added: (kernel, bias) of n more vocabulary entries, trained beside a frozen kernel; without label_smoothing.
         block: vocabulary entries per block; None: as many as give `BLOCK` logits.
         others: see `token_cross_entropy`.
 
-    Raises MmjaxError: shapes that do not fit, or block < 1.
+    Raises MmjaxError: shapes that do not fit, block < 1, or label_smoothing with added entries.
     """
-    d, v = kernel.shape[::-1] if tied else kernel.shape
+    shape = kernel.qvalue.shape if int8.is_int8(kernel) else kernel.shape
+    d, v = shape[::-1] if tied else shape
     if hidden.shape != (*labels.shape, d) or (bias is not None and bias.shape != (v,)):
-        shapes = f"hidden {list(hidden.shape)}, kernel {list(kernel.shape)}, labels {list(labels.shape)}"
+        shapes = f"hidden {list(hidden.shape)}, kernel {list(shape)}, labels {list(labels.shape)}"
         raise MmjaxError(
             f"linear_cross_entropy: {shapes}, bias {None if bias is None else list(bias.shape)}: tied={tied}"
         )
@@ -178,14 +182,34 @@ def linear_cross_entropy(
     states = _counted((hidden * logit_scale).astype(hidden.dtype), labels).reshape(-1, d)
     offsets = jnp.zeros(v, jnp.float32) if bias is None else bias
     normaliser, label_logit = _sums(_Layer(tied, size), states, kernel, offsets, _valid_labels(labels, v).reshape(-1))
-    mean = None
+    mean, entries = None, v
+    if added is not None:
+        normaliser, label_logit, entries = _with_added(
+            states, tied, added, labels.reshape(-1) - v, normaliser, label_logit
+        )
+        entries += v
+        if not _off(label_smoothing):
+            raise MmjaxError("linear_cross_entropy: label_smoothing with added entries")
     if not _off(label_smoothing):  # the mean of all logits is the product with the mean of the kernel
-        mean_kernel = jnp.mean(kernel.astype(jnp.float32), axis=0 if tied else 1)
+        mean_kernel = jnp.mean(int8.as_float(kernel).astype(jnp.float32), axis=0 if tied else 1)
         mean = jnp.matmul(states.astype(jnp.float32), mean_kernel, precision="highest")
         mean = mean + jnp.mean(offsets.astype(jnp.float32))
     losses = _losses(normaliser, label_logit, mean, label_smoothing, z_loss)
     nll, losses = (x.reshape(labels.shape) for x in (normaliser - label_logit, losses))
-    return _means(losses, nll, labels, v, weights, epsilon)
+    return _means(losses, nll, labels, entries, weights, epsilon)
+
+
+def _with_added(
+    states: Array, tied: bool, added: tuple[Array, Array | None], index: Array, normaliser: Array, label_logit: Array
+) -> tuple[Array, Array, int]:
+    """The normaliser and the label's logit with the added entries, and how many those are. index: of labels in them."""
+    kernel, bias = added
+    logits = _product("td,vd->tv" if tied else "td,dv->tv", states, kernel.astype(states.dtype))
+    logits = logits if bias is None else logits + bias.astype(jnp.float32)
+    n = logits.shape[1]
+    own = jnp.take_along_axis(logits, jnp.clip(index, 0, n - 1)[:, None], axis=1)[:, 0]
+    normaliser = jnp.logaddexp(normaliser, jax.nn.logsumexp(logits, axis=1))
+    return normaliser, jnp.where((index >= 0) & (index < n), own, label_logit), n
 
 
 def _valid_labels(labels: Array, v: int) -> Array:
@@ -263,8 +287,12 @@ class _Layer(NamedTuple):
     tied: bool
     size: int
 
-    def block(self, kernel: Array, start: Array | int, size: int, dtype: Any) -> Array:
-        return jax.lax.dynamic_slice_in_dim(kernel, start, size, 0 if self.tied else 1).astype(dtype)
+    def block(self, kernel: int8.Matrix, start: Array | int, size: int, dtype: Any) -> Array:
+        def cut(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, size, 0 if self.tied else 1)
+
+        # Of int8 the two arrays are cut: their channels are the vocabulary's entries.
+        return int8.as_float(jax.tree.map(cut, kernel)).astype(dtype)
 
     def logits(self, states: Array, block: Array, bias: Array, start: Array | int) -> Array:
         """Float32 [t, size]."""
@@ -281,7 +309,7 @@ class _Layer(NamedTuple):
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _primal(layer: _Layer, states: Array, kernel: Array, bias: Array, labels: Array) -> tuple[Array, Array]:
+def _primal(layer: _Layer, states: Array, kernel: int8.Matrix, bias: Array, labels: Array) -> tuple[Array, Array]:
     """(log-sum-exp of each token's logits, the label's logit), each float32 [t]. labels: all within the vocabulary."""
 
     def run(carry: tuple[Array, Array, Array], start: Array | int, size: int) -> tuple[Array, Array, Array]:
@@ -299,7 +327,7 @@ def _primal(layer: _Layer, states: Array, kernel: Array, bias: Array, labels: Ar
     return largest + jnp.log(total), label_logit
 
 
-def _forward(layer: _Layer, states: Array, kernel: Array, bias: Array, labels: Array) -> Any:
+def _forward(layer: _Layer, states: Array, kernel: int8.Matrix, bias: Array, labels: Array) -> Any:
     normaliser, label_logit = _primal(layer, states, kernel, bias, labels)
     return (normaliser, label_logit), (states, kernel, bias, labels, normaliser)
 
@@ -320,11 +348,13 @@ def _backward(layer: _Layer, residuals: Any, gradients: tuple[Array, Array]) -> 
         else:
             d_states, d_block = d_states + _product("tv,dv->td", narrow, block), _product("td,tv->dv", states, narrow)
         axis = 0 if layer.tied else 1
-        d_kernel = jax.lax.dynamic_update_slice_in_dim(d_kernel, d_block.astype(kernel.dtype), start, axis)
+        if d_kernel is not None:
+            d_kernel = jax.lax.dynamic_update_slice_in_dim(d_kernel, d_block.astype(kernel.dtype), start, axis)
         d_bias = jax.lax.dynamic_update_slice_in_dim(d_bias, jnp.sum(d_logits, 0).astype(bias.dtype), start, 0)
         return d_states, d_kernel, d_bias
 
-    zeros = jnp.zeros(states.shape, jnp.float32), jnp.zeros_like(kernel), jnp.zeros_like(bias)
+    d_kernel = None if int8.is_int8(kernel) else jnp.zeros_like(kernel)
+    zeros = jnp.zeros(states.shape, jnp.float32), d_kernel, jnp.zeros_like(bias)
     d_states, d_kernel, d_bias = layer.loop(run, zeros, bias.shape[0])
     return d_states.astype(states.dtype), d_kernel, d_bias, None
 

@@ -18,10 +18,12 @@ from mmjax.models.language.checkpoint import HF, config_of, hf_config
 from mmjax.models.language.config import Alibi, DecoderConfig, Learned
 from mmjax.models.language.decode import remember
 from mmjax.models.language.network import Decoder, alibi_slopes, token_positions
+from mmjax.models.language.pretrain import CausalLM
 from mmjax.models.language.tasks import LanguageModel
-from mmjax.nn import kv_cache
+from mmjax.nn import int8, kv_cache
 from mmjax.nn.rotary import Llama3Scaling, LongRope, Rotary
 from mmjax.nn.transformer import Dense
+from mmjax.training.state import Carry
 from mmjax.tree import flatten
 from mmjax.weights.table import WeightsError
 
@@ -326,6 +328,74 @@ def test_a_layer_between_blocks_in_steps_is_that_of_the_whole_pass(gated):
         inputs = (PROMPTS[:, t : t + 1], caches, mask, token_positions(mask), new, jnp.int32(t - 6))
         logits, new = module.apply(variables, *inputs, method="step")
         found = logits[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------------------ the loss
+
+
+def loss_of(config, batch):
+    def loss(params):
+        return CausalLM(config, z_loss=1e-2).loss(params, Carry({}, {}, {}, {}), batch, jax.random.key(0))[0]
+
+    return loss
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_added_tokens_are_rows_of_a_larger_vocabulary(tied):
+    """The logits, the loss and the gradients of the same model with all rows in one table; biases of the head too."""
+    config = tiny(tied=tied, head_bias=not tied, added_tokens=3)
+    params = random_model(config).params
+    joined = {path: leaf for path, leaf in params.items() if not path.startswith("added")}
+    joined["token_embedding"] = jnp.concatenate([params["token_embedding"], params["added_embedding"]])
+    if not tied:
+        joined["head"] = jax.tree.map(lambda *pair: jnp.concatenate(pair, -1), params["head"], params["added_head"])
+    whole = dataclasses.replace(config, vocab_size=V + 3, added_tokens=0)
+    ids = jnp.asarray(np.where(PROMPTS % 5, PROMPTS, V + PROMPTS % 3))
+    batch = {"input_ids": ids, "labels": ids}
+    logits = LanguageModel(config, params).forward(input_ids=ids)["logits"]
+    np.testing.assert_allclose(logits, LanguageModel(whole, joined).forward(input_ids=ids)["logits"], atol=1e-5)
+    value, slopes = jax.jit(jax.value_and_grad(loss_of(config, batch)))(params)
+    expected, expected_slopes = jax.jit(jax.value_and_grad(loss_of(whole, batch)))(joined)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    table = np.concatenate([slopes["token_embedding"], slopes["added_embedding"]])
+    np.testing.assert_allclose(table, expected_slopes["token_embedding"], atol=1e-6)
+    assert np.abs(slopes["added_embedding"]).max() > 1e-2
+    if not tied:
+        bias = np.concatenate([slopes["head"]["bias"], slopes["added_head"]["bias"]])
+        np.testing.assert_allclose(bias, expected_slopes["head"]["bias"], atol=1e-6)
+
+
+def test_the_loss_of_a_spliced_prompt():
+    """Embeddings in, with padding on the left: as of the ids without it."""
+    config, batch = tiny(), {"input_ids": jnp.asarray(PROMPTS), "labels": jnp.asarray(PROMPTS)}
+    params = random_model(config).params
+    embeds = Decoder(config).apply({"params": params}, PROMPTS, method="embed")
+    padding = [(0, 0), (4, 0)]
+    spliced = {"inputs_embeds": jnp.pad(embeds, [*padding, (0, 0)], constant_values=9.0)}
+    spliced["labels"] = jnp.pad(batch["labels"], padding, constant_values=-100).at[:, 4].set(-100)
+    spliced["attention_mask"] = jnp.pad(jnp.ones_like(PROMPTS), padding)
+    np.testing.assert_allclose(*(jax.jit(loss_of(config, x))(params) for x in (batch, spliced)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_of_a_frozen_int8_model(tied):
+    """Of the matrices that int8 stands for, in value and in the gradient of the prompt; no gradient is of integers."""
+    pytest.importorskip("qwix")
+    config = tiny(tied=tied, remat=True)
+    model = random_model(config)
+    rounded = {**model.params, "token_embedding": int8.quantize(model.params["token_embedding"], 0)}
+    if not tied:
+        rounded["head"] = {"kernel": int8.quantize(model.params["head"]["kernel"], 1)}
+    floats = jax.tree.map(int8.as_float, rounded, is_leaf=int8.is_int8)
+    embeds = Decoder(config).apply({"params": floats}, PROMPTS, method="embed")
+
+    @jax.jit
+    def slope(embeds, params):
+        batch = {"inputs_embeds": embeds, "labels": jnp.asarray(PROMPTS)}
+        return jax.value_and_grad(lambda x: loss_of(config, batch | {"inputs_embeds": x})(params))(embeds)
+
+    for ours, expected in zip(slope(embeds, rounded), slope(embeds, floats)):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 COUNTS = {

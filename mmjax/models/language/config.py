@@ -48,7 +48,9 @@ class DecoderConfig:
         window: a token sees so many, itself included (Phi-3); None: all before it.
         clip_qkv: queries, keys and values are clamped to it (MPT); None: they are not.
         embed_width: of the embeddings, where it is not `width` (OPT-350m): projected in, and out before the head.
-        tied: the head is the embedding's transpose.
+        tied: the head is the embedding's transpose. head_bias: of a head that is not.
+        added_tokens: ids from vocab_size on. Their rows of the embedding and the head are parameters apart, to be
+            trained beside frozen ones (Flamingo: 2, xGen-MM: 3).
         bos, eos, pad: ids as the checkpoint's config tells them; any of `eos` ends a text.
         dtype: "float32" or "bfloat16", of the computation; norms, softmax and logits are float32.
         remat: blocks are computed again in the backward pass.
@@ -79,6 +81,8 @@ class DecoderConfig:
     clip_qkv: float | None = None
     embed_width: int | None = None
     tied: bool = False
+    head_bias: bool = False
+    added_tokens: int = 0
     bos: int | None = None
     eos: tuple[int, ...] = ()
     pad: int | None = None

@@ -4,7 +4,8 @@ Its blocks are those of `mmjax.nn.stack`. They run in two ways over the same par
 leaves its keys and values behind, and one token at a time over cached ones (`mmjax.nn.kv_cache`).
 
 Parameter paths: token_embedding [v, d]; position_embedding [positions, d] if learned; project_in, project_out
-(OPT-350m); block_{i} as in `mmjax.nn.stack`; norm; head/kernel [d, v] unless it is tied.
+(OPT-350m); block_{i} as in `mmjax.nn.stack`; norm; head/{kernel [d, v], bias} unless it is tied; of added tokens
+added_embedding [n, d] and added_head.
 """
 
 import functools
@@ -95,7 +96,11 @@ class Decoder(nn.Module):
         if c.final_norm:
             self.norm = _norm(c)
         if not c.tied:
-            self.head = Dense(c.vocab_size, False, dtype, INIT)
+            self.head = Dense(c.vocab_size, c.head_bias, dtype, INIT)
+        if c.added_tokens:
+            self.added_embedding = self.param("added_embedding", INIT, (c.added_tokens, narrow))
+            if not c.tied:
+                self.added_head = Dense(c.added_tokens, c.head_bias, dtype, INIT)
 
     # -------------------------------------------------------------------------------------------------- whole prompts
 
@@ -126,7 +131,13 @@ class Decoder(nn.Module):
 
     def embed(self, ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
         """Rows of the embedding, brought to the model's width."""
-        x = int8.rows(self.token_embedding, ids).astype(self.config.dtype)
+        c = self.config
+        if c.added_tokens:
+            x = int8.rows(self.token_embedding, jnp.minimum(ids, c.vocab_size - 1))
+            added = self.added_embedding[jnp.maximum(ids - c.vocab_size, 0)]
+            x = jnp.where((ids >= c.vocab_size)[..., None], added, x).astype(c.dtype)
+        else:
+            x = int8.rows(self.token_embedding, ids).astype(c.dtype)
         return x if self.config.embed_width is None else self.project_in(x)
 
     def prefill(
@@ -150,9 +161,12 @@ class Decoder(nn.Module):
         """float32 logits of normed states."""
         if self.config.embed_width is not None:
             x = self.project_out(x)
-        if not self.config.tied:
-            return self.head(x).astype(jnp.float32)
-        return int8.scores(x, self.token_embedding)
+        if self.config.tied:
+            logits = int8.scores(x, self.token_embedding)
+            added = int8.scores(x, self.added_embedding) if self.config.added_tokens else None
+        else:
+            logits, added = self.head(x), self.added_head(x) if self.config.added_tokens else None
+        return (logits if added is None else jnp.concatenate([logits, added], -1)).astype(jnp.float32)
 
     def _states(
         self, x: Float[Array, "b l d"], mask: Int[Array, "b l"] | None, before: Before | None

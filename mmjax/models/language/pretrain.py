@@ -16,6 +16,8 @@ from mmjax.types import Array, Batch, Float, Int, Mean, Means, Params, PRNGKeyAr
 class CausalLM(Method):
     """Batches {"input_ids" [b, l], "labels" [b, l]}, int32: labels are the ids, -100 where nothing is learned.
 
+    "inputs_embeds" [b, l, d] may stand for the ids: a spliced prompt. "attention_mask" [b, l]: 1 = a token.
+
     The loss is the mean over all labels but each text's first, taken without ever holding the logits of a whole batch.
     A batch without any label has the loss NaN, which the step refuses and counts.
 
@@ -41,28 +43,31 @@ class CausalLM(Method):
         axis_name: str | None = None,
     ) -> tuple[Loss, tuple[Carry, Means]]:
         """The loss; metrics: nll, in nats a token, and tokens_per_text, how many were counted."""
-        hidden, kernel = self._last(params, batch["input_ids"])
-        labels = next_tokens(batch["labels"])
-        told = linear_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]),
-            kernel,
-            labels.reshape(-1),
-            tied=self.config.tied,
-            z_loss=self.z_loss,
-        )
+        labels, layer = next_tokens(batch["labels"]), output_layer(params, self.config)
+        outputs = linear_cross_entropy(self._hidden(params, batch), labels=labels, z_loss=self.z_loss, **layer)
         texts = jnp.float32(len(labels))
-        return told.loss, (carry, {"nll": told.nll, "tokens_per_text": Mean(told.loss.count, texts)})
+        return outputs.loss, (carry, {"nll": outputs.nll, "tokens_per_text": Mean(outputs.loss.count, texts)})
 
-    def _last(self, params: Params, ids: Array) -> tuple[Array, Array]:
-        """(normed states [b, l, d] as the head takes them, the head's matrix or the embedding)."""
+    def _hidden(self, params: Params, batch: Batch) -> Float[Array, "b l d"]:
+        """Normed states as the head takes them."""
 
         def last(decoder: Decoder) -> Array:
-            return decoder.hidden(decoder.embed(ids))
+            embeds = batch["inputs_embeds"] if "inputs_embeds" in batch else decoder.embed(batch["input_ids"])
+            return decoder.hidden(embeds, batch.get("attention_mask"))
 
         hidden: Any = Decoder(self.config).apply({"params": params}, method=last)
-        return hidden, params["token_embedding"] if self.config.tied else params["head"]["kernel"]
+        return hidden
 
     def logits(self, params: Params, ids: Array, mask: Array) -> Float[Array, "b l v"]:
         """For evaluations; see `mmjax.evaluation.perplexity`."""
         told: Any = Decoder(self.config).apply({"params": params}, ids, mask)
         return told["logits"]
+
+
+def output_layer(params: Params, config: DecoderConfig) -> dict[str, Any]:
+    """The arguments of `linear_cross_entropy` by which the states of `Decoder.hidden` become logits."""
+    if config.tied:
+        added = (params["added_embedding"], None) if config.added_tokens else None
+        return {"kernel": params["token_embedding"], "tied": True, "added": added}
+    heads = [(params[name]["kernel"], params[name].get("bias")) for name in ("head", "added_head") if name in params]
+    return {"kernel": heads[0][0], "bias": heads[0][1], "added": heads[1] if config.added_tokens else None}
