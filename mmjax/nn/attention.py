@@ -9,6 +9,7 @@ from einops import rearrange
 
 from mmjax.nn.dropout import kept
 from mmjax.nn.masks import causal_mask
+from mmjax.nn.splash import splash_attention, splash_takes
 from mmjax.types import Array, Bool, Float, PRNGKeyArray
 
 LONG, CHUNK = 1024, 256
@@ -21,25 +22,29 @@ def attention_weights(
     causal: bool = False,
     bias: Float[Array, "#b #h #l s"] | None = None,
     scale: float | None = None,
+    zero_masked: bool = False,
 ) -> Float[Array, "b h l s"]:
-    """softmax(scale q k^T + bias) over the keys, float32. A query that may attend to nothing attends evenly to all.
+    """softmax(scale q k^T + bias) over the keys, float32. A query that may attend to nothing attends evenly to all,
+    or, with `zero_masked`, has weights of zero (text before the first image in OpenFlamingo).
 
     g: heads of the keys, a divisor of h; each serves h / g heads of queries in a row. scale: None: 1 / sqrt(k).
     """
     length, groups = q.shape[1], k.shape[2]
-    q = q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     # The queries of a group's heads are so many more rows of one product.
     q, k = rearrange(q, "b l (g m) k -> b g (m l) k", g=groups), rearrange(k, "b s g k -> b g s k")
     scores = jnp.einsum("bgqk,bgsk->bgqs", q, k, preferred_element_type=jnp.float32)
+    # Scaled in float32: a scaled q would be rounded to its dtype.
+    scores = scores * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     scores = rearrange(scores, "b g (m l) s -> b (g m) l s", l=length)
     if bias is not None:
         scores = scores + bias.astype(jnp.float32)
     allowed = causal_mask(length, k.shape[2]) if causal else None
     if mask is not None:
         allowed = mask if allowed is None else allowed & mask
-    if allowed is not None:
-        scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
-    return jax.nn.softmax(scores, axis=-1)
+    if allowed is None:
+        return jax.nn.softmax(scores, axis=-1)
+    weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    return jnp.where(jnp.any(allowed, axis=-1, keepdims=True), weights, 0) if zero_masked else weights
 
 
 def dot_product_attention(
@@ -54,24 +59,29 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     dropout_rng: PRNGKeyArray | None = None,
     axis_name: str | None = None,
+    zero_masked: bool = False,
 ) -> Float[Array, "b l h k"]:
     """Attention in the dtype of its arguments, softmax in float32.
 
     mask: True = may attend, broadcastable to [b, h, l, s]. causal: `causal_mask`, besides `mask`.
-    bias, scale, g: see `attention_weights`.
+    bias, scale, g, zero_masked: see `attention_weights`.
     dropout_rate: of the weights, where a key is given. axis_name: the mapped axis that cuts the batch, for dropout.
-    Which program runs: cuDNN's fused kernel on a GPU in half precision, where it takes the shapes and there is no bias
-    (it would be rounded to half precision, and its gradient is not to be had for every shape); otherwise the sums
-    written out with the heads before the tokens, which XLA's CPU backend runs 1.4-1.8 times as fast as
-    `jax.nn.dot_product_attention` (8 x 197 tokens, 12 heads), and of more than LONG queries CHUNK at a time, so that
-    the weights take memory in proportion to s alone. All give the same numbers to rounding.
+    Which program runs: where there is neither dropout nor a bias, on a TPU the splash kernel for long sequences
+    (`mmjax.nn.splash`), on a GPU in half precision cuDNN's fused kernel where it takes the shapes (it would round a
+    bias, and has a bias's gradient for some shapes alone). Otherwise the sums written out with the heads before the
+    tokens, which XLA's CPU backend runs 1.4-1.8 times as fast as `jax.nn.dot_product_attention` (8 x 197 tokens, 12
+    heads), and of more than LONG queries CHUNK at a time, so that the weights take memory in proportion to s alone.
+    All give the same numbers to rounding.
     """
     drop = dropout_rng is not None and dropout_rate > 0
-    if not drop and bias is None and _cudnn_takes(q, k, mask, causal):
+    plain = not drop and bias is None and not zero_masked
+    if plain and splash_takes(q, k, mask, causal):
+        return splash_attention(q, k, v, mask, causal, scale)
+    if plain and _cudnn_takes(q, k, mask, causal):
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, scale=scale, implementation="cudnn")
     if not drop and q.shape[1] > LONG:
-        return _by_chunks(q, k, v, mask, causal, bias, scale)
-    weights = attention_weights(q, k, mask, causal, bias, scale)
+        return _by_chunks(q, k, v, mask, causal, bias, scale, zero_masked)
+    weights = attention_weights(q, k, mask, causal, bias, scale, zero_masked)
     if dropout_rng is not None and dropout_rate > 0:
         stay = kept(dropout_rng, dropout_rate, weights.shape, axis_name)
         weights = jnp.where(stay, weights / (1 - dropout_rate), 0)
@@ -85,7 +95,9 @@ def _mix(weights: Float[Array, "b h l s"], v: Float[Array, "b s g k"]) -> Float[
     return rearrange(mixed, "b g (m l) k -> b l (g m) k", l=length)
 
 
-def _by_chunks(q: Array, k: Array, v: Array, mask: Any, causal: bool, bias: Any, scale: float | None) -> Array:
+def _by_chunks(
+    q: Array, k: Array, v: Array, mask: Any, causal: bool, bias: Any, scale: float | None, zero_masked: bool
+) -> Array:
     """The same, CHUNK queries after CHUNK queries; in the backward pass their weights are computed again."""
     length, size = q.shape[1], k.shape[1]
     extra = -length % CHUNK
@@ -100,10 +112,10 @@ def _by_chunks(q: Array, k: Array, v: Array, mask: Any, causal: bool, bias: Any,
     def attend(start: Array, part: Array) -> Array:
         allowed = cut(mask, start)
         if causal:
-            places = start + jnp.arange(CHUNK)[:, None] + (size - length)
-            seen = (jnp.arange(size) <= places)[None, None]
-            allowed = seen if allowed is None else allowed & seen
-        return _mix(attention_weights(part, k, allowed, False, cut(bias, start), scale), v)
+            positions = start + jnp.arange(CHUNK)[:, None] + (size - length)
+            visible = (jnp.arange(size) <= positions)[None, None]
+            allowed = visible if allowed is None else allowed & visible
+        return _mix(attention_weights(part, k, allowed, False, cut(bias, start), scale, zero_masked), v)
 
     parts = rearrange(jnp.pad(q, ((0, 0), (0, extra), (0, 0), (0, 0))), "b (n c) h k -> n b c h k", c=CHUNK)
     starts = CHUNK * jnp.arange(parts.shape[0])

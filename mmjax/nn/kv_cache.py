@@ -56,17 +56,17 @@ def attend(
     index: Int[Array, ""] | int,
     bias: Float[Array, "#b #r #h s_t"] | None = None,
     scale: float | None = None,
+    zero_masked: bool = False,
 ) -> Float[Array, "b r h k"]:
     """Attention of one token a row over an item's prompt and the row's own generated tokens (slots 0 to `index`).
 
     prompt, new: either may be None: cross attention has no generated keys. prompt_mask: True = a token.
     bias: added to the scores, over the prompt's keys and then the generated slots (ALiBi, T5).
     scale: of the scores; None: 1 / sqrt(k). T5 has 1.
-    Softmax in float32; a row that may attend to nothing attends evenly to all.
+    Softmax in float32; a row that may attend to nothing attends evenly to all, or with `zero_masked` gives zero.
     """
     b, r = q.shape[:2]
     groups = prompt.k.shape[1] if prompt is not None else new.k.shape[0] // (b * r)  # type: ignore[union-attr]
-    q = q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     q = rearrange(q, "b r (g m) k -> b g r m k", g=groups)
     parts: list[Array] = []
     masks: list[Array] = []
@@ -79,12 +79,13 @@ def attend(
         scores = jnp.einsum("nmk,ntk->nmt", own, new.k, preferred_element_type=jnp.float32)
         parts.append(rearrange(scores, "(b r g) m t -> b g r m t", r=r, g=groups))
         masks.append(jnp.broadcast_to(jnp.arange(new.k.shape[1]) <= index, (b, new.k.shape[1])))
-    scores = jnp.concatenate(parts, -1)
+    scores = jnp.concatenate(parts, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     if bias is not None:
         split = groups if bias.shape[-2] > 1 else 1
         scores = scores + rearrange(bias.astype(jnp.float32), "b r (g m) s -> b g r m s", g=split)
     allowed = jnp.concatenate(masks, -1)[:, None, None, None]
     weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    weights = jnp.where(jnp.any(allowed, axis=-1, keepdims=True), weights, 0) if zero_masked else weights
     mixed = jnp.zeros((), q.dtype)
     if prompt is not None:
         of_prompt, weights = jnp.split(weights, [prompt.k.shape[2]], axis=-1)

@@ -90,6 +90,7 @@ class MultiHeadAttention(nn.Module):
         qkv_bias, out_bias: which products have one. scale: of the scores; None: 1 / sqrt(head width).
         clip: queries, keys and values are clamped to +-clip (MPT). make_qk_norm: makes the norms over all heads of
             queries and of keys together.
+        zero_masked: a query that may attend to nothing gets zero, not the mean of all values.
 
     Inside `apply(..., mutable=["intermediates"])` such a pass keeps its weights [b, h, l, s] as "weights".
     """
@@ -108,6 +109,7 @@ class MultiHeadAttention(nn.Module):
     scale: float | None = None
     clip: float | None = None
     make_qk_norm: Callable[[], nn.Module] | None = None
+    zero_masked: bool = False
 
     def setup(self) -> None:
         inner, kv_heads = self.inner or self.width, self.kv_heads or self.heads
@@ -151,6 +153,7 @@ class MultiHeadAttention(nn.Module):
             cache = KeyValues(*(jnp.concatenate(pair, axis=2) for pair in zip(past, cache)))
             k, v = (rearrange(y, "b g s k -> b s g k") for y in cache)
         options: dict[str, Any] = {"causal": self.causal, "bias": positions.bias, "scale": self.scale}
+        options["zero_masked"] = self.zero_masked
         if self.is_mutable_collection("intermediates") and not self.is_initializing():
             self.sow("intermediates", "weights", attention_weights(q, k, mask, **options))
         rng = self.make_rng("dropout") if train and self.dropout else None
@@ -177,7 +180,7 @@ class MultiHeadAttention(nn.Module):
         self, x: Float[Array, "b r d"], context: KeyValues, mask: Bool[Array, "b s"] | None
     ) -> Float[Array, "b r d"]:
         """One token a row, over the cached keys and values of a context alone."""
-        mixed = attend(self._queries(x, None), context, mask, None, 0, scale=self.scale)
+        mixed = attend(self._queries(x, None), context, mask, None, 0, None, self.scale, self.zero_masked)
         return self.out(rearrange(mixed, "b r h k -> b r (h k)"))
 
     def _queries(self, x: Float[Array, "b l d"], rope: tuple[Array, Array] | None) -> Float[Array, "b l h k"]:

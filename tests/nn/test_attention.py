@@ -7,7 +7,9 @@ import pytest
 from jax.test_util import check_grads
 
 from mmjax.nn.attention import attention_weights, dot_product_attention
+from mmjax.nn.kv_cache import attend, from_tokens
 from mmjax.nn.masks import causal_mask, padding_mask
+from mmjax.nn.splash import splash_attention, splash_takes
 
 B, L, S, H, K = 2, 3, 5, 7, 11
 
@@ -65,6 +67,70 @@ def test_nobody_to_attend_to_is_everybody(qkv):
     np.testing.assert_allclose(weights, np.full((B, H, L, S), 1 / S), rtol=1e-6)
     gradient = jax.grad(lambda q: dot_product_attention(q, k, v, jnp.zeros((1, 1, 1, S), bool)).sum())(q)
     assert np.isfinite(gradient).all()
+
+
+def test_nobody_to_attend_to_is_nothing_on_request(qkv):
+    """The first query of the first item alone, in a pass and in a step; the others are as before."""
+    q, k, v = qkv
+    mask = jnp.ones((B, 1, L, S), bool).at[0, 0, 0].set(False)
+    zero, even = (dot_product_attention(q, k, v, mask, zero_masked=flag) for flag in (True, False))
+    assert not np.any(zero[0, 0]) and np.abs(even[0, 0]).min() > 0
+    np.testing.assert_array_equal(zero[0, 1:], even[0, 1:])
+    np.testing.assert_array_equal(zero[1], even[1])
+    gradient = jax.grad(lambda q: dot_product_attention(q, k, v, mask, zero_masked=True).sum())(q)
+    assert np.isfinite(gradient).all() and not np.any(gradient[0, 0])
+    valid = jnp.arange(S) < jnp.array([[0], [3]])
+    step = attend(q[:, :1], from_tokens(k, v), valid, None, 0, zero_masked=True)
+    assert not np.any(step[0])
+    expected = dot_product_attention(q[1:, :1], k[1:, :3], v[1:, :3])
+    np.testing.assert_allclose(step[1:], expected, atol=2e-6)
+
+
+def test_queries_are_not_rounded_by_their_scale():
+    """In bfloat16, with a scale that it cannot hold: as near to the exact weights as the product of exact inputs."""
+    keys = jax.random.split(jax.random.key(5), 2)
+    q, k = (8 * jax.random.normal(key, (1, 7, 1, 12)) for key in keys)
+    half = [x.astype(jnp.bfloat16) for x in (q, k)]
+    exact = attention_weights(*(x.astype(jnp.float32) for x in half))
+    np.testing.assert_allclose(attention_weights(*half), exact, rtol=1e-4, atol=1e-6)
+    step = attend(half[0], from_tokens(half[1], half[1]), None, None, 0)
+    one = jnp.einsum("blhs,bshk->blhk", exact.transpose(0, 2, 1, 3), half[1].astype(jnp.float32))
+    np.testing.assert_allclose(step.astype(jnp.float32), one, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_splash_kernel_has_the_same_numbers(causal):
+    """By its interpreter: grouped heads, padding, forward and backward."""
+    length, width = 256, 128
+    keys = jax.random.split(jax.random.key(7), 4)
+    q, dy = (jax.random.normal(key, (2, length, 2, width)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (2, length, 1, width)) for key in keys[2:])
+    mask = padding_mask(jnp.arange(length) < jnp.array([[length], [200]]))
+
+    def ours(q, k, v):
+        return splash_attention(q, k, v, mask, causal, 0.07, interpret=True)
+
+    def plain(q, k, v):
+        return dot_product_attention(q, k, v, mask, causal=causal, scale=0.07)
+
+    results = []
+    for run in (ours, plain):
+        y, pull = jax.vjp(jax.jit(run), q, k, v)
+        results.append((y, *pull(dy)))
+    for one, other in zip(*results):
+        np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.abs(other).max()))
+
+
+def test_the_splash_kernel_is_for_tpu_alone(monkeypatch):
+    q = jnp.zeros((1, 1024, 4, 128), jnp.bfloat16)
+    assert not splash_takes(q, q, None, True)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert splash_takes(q, q, None, True) and splash_takes(q, q, jnp.ones((1, 1, 1, 1024), bool), False)
+    assert not splash_takes(q, q, jnp.ones((1, 1, 1024, 1024), bool), True)
+    assert not splash_takes(q[..., :64], q[..., :64], None, True) and not splash_takes(q[:, :512], q, None, True)
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert not splash_takes(q, q, None, True)
 
 
 def test_gradients(qkv):
