@@ -121,7 +121,7 @@ def test_torch_has_the_same_layer(x, norm_first, act):
 
 
 def test_layer_scale_and_gate_by_hand(x):
-    block = standard_block(D, H, HIDDEN, gated=True, layer_scale=0.5)
+    block = standard_block(D, H, HIDDEN, "silu", gated=True, layer_scale=0.5)
     variables = block.init(jax.random.key(0), x)
     np.testing.assert_array_equal(variables["params"]["scale_2"], np.full(D, 0.5))
     p = randomised(variables)["params"]
