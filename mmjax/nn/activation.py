@@ -13,8 +13,8 @@ from mmjax.types import Array
 def relu(x: Array) -> Array:
     """max(x, 0), with gradient 0 at 0. Reverse mode only.
 
-    The backward pass asks the result which elements were positive, and asks in its dtype: a mask of booleans, which
-    `jax.nn.relu` keeps, is one array more to hold, and one that TPU v5e's compiler cannot place in MoCo v2's ResNet-50
+    The backward pass finds the positive elements in the result, in its dtype: a mask of booleans, which `jax.nn.relu`
+    stores, is one array more in memory, and one that TPU v5e's compiler cannot place in MoCo v2's ResNet-50
     at 32 images a chip (RESOURCE_EXHAUSTED, CompileTimeScopedVmemOom).
     """
     return jnp.maximum(x, 0)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mmjax.nn.dropout import kept
+from mmjax.nn.dropout import keep_mask
 from mmjax.nn.masks import causal_mask
 from mmjax.nn.splash import splash_attention, splash_takes
 from mmjax.types import Array, Bool, Float, PRNGKeyArray
@@ -65,7 +65,7 @@ def dot_product_attention(
 
     mask: True = may attend, broadcastable to [b, h, l, s]. causal: `causal_mask`, besides `mask`.
     bias, scale, g, zero_masked: see `attention_weights`.
-    dropout_rate: of the weights, where a key is given. axis_name: the mapped axis that cuts the batch, for dropout.
+    dropout_rate: of the weights, with a dropout_rng. axis_name: the mapped axis that cuts the batch, for dropout.
     Which program runs: where there is neither dropout nor a bias, on a TPU the splash kernel for long sequences
     (`mmjax.nn.splash`), on a GPU in half precision cuDNN's fused kernel where it takes the shapes (it would round a
     bias, and has a bias's gradient for some shapes alone). Otherwise the sums written out with the heads before the
@@ -83,8 +83,8 @@ def dot_product_attention(
         return _by_chunks(q, k, v, mask, causal, bias, scale, zero_masked)
     weights = attention_weights(q, k, mask, causal, bias, scale, zero_masked)
     if dropout_rng is not None and dropout_rate > 0:
-        stay = kept(dropout_rng, dropout_rate, weights.shape, axis_name)
-        weights = jnp.where(stay, weights / (1 - dropout_rate), 0)
+        keep = keep_mask(dropout_rng, dropout_rate, weights.shape, axis_name)
+        weights = jnp.where(keep, weights / (1 - dropout_rate), 0)
     return _mix(weights, v)
 
 

@@ -21,11 +21,11 @@ class BatchNorm(nn.Module):
     """y = (x - mean) / sqrt(var + epsilon) * scale + bias over the last axis; statistics of all other axes.
 
     Parameters scale and bias [c]; collection "batch_stats": mean and var [c] (float32) and count, the number of batches
-    seen (torch's num_batches_tracked). With several groups the running statistics move by the mean over the groups.
+    so far (torch's num_batches_tracked). With several groups the running statistics move by the mean over the groups.
 
     Attributes:
         use_running_average: normalise by the running statistics and leave them as they are (torch's eval mode).
-        momentum: the share of the old running statistics that is kept; 1 - torch's momentum.
+        momentum: the share of the old running statistics that stays; 1 - torch's momentum.
         groups: equal parts, in order, that the global batch is cut in; each is normalised by its own statistics.
         axis_name: the mapped axis over which the batch is cut; devices that share a group add up their sums.
         dtype: of the output; statistics are always float32.
@@ -119,8 +119,8 @@ def _normalise(
         y = centred * (scale * inverse) + bias
         return (y.astype(x.dtype), mean, var * (count / max(count - 1, 1))), (x, mean, inverse, scale)
 
-    def backward(kept: Any, cotangents: Any) -> tuple[Array, Array, Array]:
-        x, mean, inverse, scale = kept
+    def backward(residuals: Any, cotangents: Any) -> tuple[Array, Array, Array]:
+        x, mean, inverse, scale = residuals
         dy, centred = cotangents[0].astype(jnp.float32), x.astype(jnp.float32) - mean
         d_bias, d_slope = jnp.sum(dy, 0), jnp.sum(dy * centred, 0)
         all_bias, all_slope = total(d_bias, d_slope)

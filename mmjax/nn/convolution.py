@@ -103,8 +103,8 @@ def _conv(strides: Pair, padding: Pair, groups: int, dilation: Pair) -> Callable
     def forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
         return run(x, kernel), (x, kernel)
 
-    def backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-        return lax.platform_dependent(*kept, dy, cpu=backward_of(on_cpu), default=backward_of(native))
+    def backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+        return lax.platform_dependent(*residuals, dy, cpu=backward_of(on_cpu), default=backward_of(native))
 
     run.defvjp(forward, backward)
     return run
@@ -139,8 +139,8 @@ def _dense(strides: Pair, padding: Pair, dilation: Pair) -> Callable[[Array, Arr
             return _of_column_pairs(x, kernel, strides, padding)
         return _fast(strides, tuple((p, p) for p in padding), dilation)(x, kernel)
 
-    def backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-        x, kernel = kept
+    def backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+        x, kernel = residuals
         if _few_rows(x, kernel, strides, padding, dilation):
             (dx,) = jax.vjp(lambda x: _windows_product(x, kernel, strides, padding, dilation), x)[1](dy)
         else:
@@ -200,15 +200,15 @@ def _of_column_pairs(x: Array, kernel: Array, strides: Pair, padding: Pair) -> A
 def _dx(dy: Array, kernel: Array, size: Pair, strides: Pair, padding: Pair, dilation: Pair) -> Array:
     """The gradient of x: dy convolved with the kernel, turned by 180 degrees, input and output channels exchanged."""
     turned = rearrange(jnp.flip(kernel, (0, 1)), "h w c o -> h w o c")
-    reach = [d * (k - 1) for d, k in zip(dilation, kernel.shape[:2])]
-    low = [r - p for r, p in zip(reach, padding)]
+    extents = [d * (k - 1) for d, k in zip(dilation, kernel.shape[:2])]
+    low = [r - p for r, p in zip(extents, padding)]
     inner = [(n - 1) * s for n, s in zip(dy.shape[1:3], strides)]
-    pads = tuple((a, h - 1 - i + r - a) for a, h, i, r in zip(low, size, inner, reach))
+    pads = tuple((a, h - 1 - i + r - a) for a, h, i, r in zip(low, size, inner, extents))
     return _fast((1, 1), pads, dilation, strides)(dy, turned)
 
 
 def _dk(x: Array, dy: Array, size: tuple[int, ...], strides: Pair, padding: Pair, dilation: Pair) -> Array:
-    """The gradient of the kernel: x convolved with dy over the images, batch in the place of channels."""
+    """The gradient of the kernel: x convolved with dy over the images, batch instead of channels."""
     pads = []
     for axis, (k, n, s, p, d) in enumerate(zip(size, dy.shape[1:3], strides, padding, dilation), 1):
         high = d * (k - 1) + s * (n - 1) + 1 - x.shape[axis] - p
@@ -275,8 +275,8 @@ def _max_pool(size: int, stride: int, padding: int) -> Callable[[Array], Array]:
             best = jnp.maximum(best, other)
         return best, (first, x.shape)
 
-    def backward(kept: tuple[Array, tuple[int, ...]], dy: Array) -> tuple[Array]:
-        first, (b, height, width, c) = kept
+    def backward(residuals: tuple[Array, tuple[int, ...]], dy: Array) -> tuple[Array]:
+        first, (b, height, width, c) = residuals
         tiles = [-(-(length + 2 * padding) // stride) for length in (height, width)]
         rows = []
         for i in range(stride):

@@ -2,7 +2,7 @@
 
 A group is a number in the recipe, not a device: "64 pairs a process" means the same thing on one chip and on 256. The
 global batch is cut, in order, into equal groups. Under a mapped axis a device holds several whole groups, or several
-devices share one; where rows of other devices are asked for, they are gathered with their gradient.
+devices share one; rows of other devices are gathered with their gradient.
 """
 
 from typing import NamedTuple
@@ -55,18 +55,18 @@ def group_rows(x: Array, groups: int = 1, axis_name: str | None = None) -> Array
     return x.reshape(local, -1, *x.shape[1:])
 
 
-def group_places(rows: int, groups: int = 1, axis_name: str | None = None) -> Int[Array, "b"]:
-    """The place of each of this device's rows among the rows of its group, from 0. Raises as `cut` does."""
+def group_positions(rows: int, groups: int = 1, axis_name: str | None = None) -> Int[Array, "b"]:
+    """The position of each of this device's rows among the rows of its group, from 0. Raises as `cut` does."""
     local, together, _ = cut(rows, groups, axis_name)
     first = 0 if axis_name is None else lax.axis_index(axis_name) % together * rows
     return jnp.tile(first + jnp.arange(rows // local), local)
 
 
-def take_in_group(x: Array, places: Int[Array, "b"], groups: int = 1, axis_name: str | None = None) -> Array:
-    """[b, ...] -> [b, ...]: for each row the row of its group at `places`. A negative place counts from the end.
+def take_in_group(x: Array, positions: Int[Array, "b"], groups: int = 1, axis_name: str | None = None) -> Array:
+    """[b, ...] -> [b, ...]: for each row the row of its group at `positions`. A negative position counts from the end.
 
     Raises as `cut` does.
     """
     rows = group_rows(x, groups, axis_name)
-    taken = jax.vmap(lambda rows, places: rows[places])(rows, places.reshape(len(rows), -1))
+    taken = jax.vmap(lambda rows, positions: rows[positions])(rows, positions.reshape(len(rows), -1))
     return taken.reshape(x.shape)

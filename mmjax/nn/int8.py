@@ -56,7 +56,7 @@ def dequantize(leaf: Any) -> Any:
 
 
 def is_int8(leaf: Any) -> bool:
-    """Whether it is a `qwix.QArray`; told without importing qwix."""
+    """Whether it is a `qwix.QArray`, without importing qwix."""
     return hasattr(leaf, "qvalue")
 
 

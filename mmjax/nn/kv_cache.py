@@ -1,7 +1,7 @@
-"""Keys and values kept between the steps of decoding, and attention of one new token over them.
+"""The cache of keys and values between the steps of decoding, and attention of one new token over it.
 
-What an item's prompt left behind is kept once an item, however many beams or samples go on from it; only what was
-generated is kept a row. A beam search therefore moves the short part alone. All sizes are fixed when decoding begins;
+Keys and values of a prompt are cached once an item, however many beams or samples continue it; those of new tokens
+once a row. A beam search therefore moves the short part alone. All sizes are fixed when decoding begins;
 slots that are not written yet are masked. Keys stand heads before tokens, as the products want them, before any
 repetition of grouped heads, after rotary positions. Items, rows and heads share one axis: where one of them is an axis
 of length one XLA copies the whole cache at every step, between writing a slot and reading them all.
@@ -33,7 +33,7 @@ def from_tokens(k: Float[Array, "b s g k"], v: Float[Array, "b s g k"]) -> KeyVa
 
 
 def empty(b: int, rows: int, heads: int, capacity: int, width: int, dtype: jnp.dtype | type) -> KeyValues:
-    """Room for `capacity` generated tokens in each of `rows` rows of b items."""
+    """Slots for `capacity` generated tokens in each of `rows` rows of b items."""
     zeros = jnp.zeros((b * rows * heads, capacity, width), dtype)
     return KeyValues(zeros, zeros)
 
@@ -58,7 +58,7 @@ def attend(
     scale: float | None = None,
     zero_masked: bool = False,
 ) -> Float[Array, "b r h k"]:
-    """Attention of one token a row over an item's prompt and the row's own generated tokens (slots 0 to `index`).
+    """Attention of one token a row over an item's prompt and the row's generated tokens (slots 0 to `index`).
 
     prompt, new: either may be None: cross attention has no generated keys. prompt_mask: True = a token.
     bias: added to the scores, over the prompt's keys and then the generated slots (ALiBi, T5).
@@ -75,8 +75,8 @@ def attend(
         mask = jnp.ones((1, prompt.k.shape[2]), bool) if prompt_mask is None else prompt_mask
         masks.append(jnp.broadcast_to(mask, (b, prompt.k.shape[2])))
     if new is not None:
-        own = rearrange(q, "b g r m k -> (b r g) m k")
-        scores = jnp.einsum("nmk,ntk->nmt", own, new.k, preferred_element_type=jnp.float32)
+        q_rows = rearrange(q, "b g r m k -> (b r g) m k")
+        scores = jnp.einsum("nmk,ntk->nmt", q_rows, new.k, preferred_element_type=jnp.float32)
         parts.append(rearrange(scores, "(b r g) m t -> b g r m t", r=r, g=groups))
         masks.append(jnp.broadcast_to(jnp.arange(new.k.shape[1]) <= index, (b, new.k.shape[1])))
     scores = jnp.concatenate(parts, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
@@ -91,7 +91,7 @@ def attend(
         of_prompt, weights = jnp.split(weights, [prompt.k.shape[2]], axis=-1)
         mixed = mixed + jnp.einsum("bgrms,bgsk->bgrmk", of_prompt.astype(prompt.v.dtype), prompt.v)
     if new is not None:
-        own = rearrange(weights, "b g r m t -> (b r g) m t").astype(new.v.dtype)
-        of_rows = jnp.einsum("nmt,ntk->nmk", own, new.v)
+        of_new = rearrange(weights, "b g r m t -> (b r g) m t").astype(new.v.dtype)
+        of_rows = jnp.einsum("nmt,ntk->nmk", of_new, new.v)
         mixed = mixed + rearrange(of_rows, "(b r g) m k -> b g r m k", r=r, g=groups)
     return rearrange(mixed, "b g r m k -> b r (g m) k")

@@ -44,7 +44,7 @@ def matching_mask(n: int, l: int) -> Bool[Array, "1 1 n_l n_l"]:
 def grounded_mask(n: int, l: int) -> Bool[Array, "1 1 n_l n_l"]:
     """Image-grounded generation: queries see queries, text sees the queries and the text so far.
 
-    What an image tells a text goes through the queries, so they are a prefix that does not look at the text.
+    The text gets the image through the queries, so they are a prefix that does not attend to the text.
     """
     return prefix_mask(n, n + l)
 
@@ -60,9 +60,9 @@ def media_mask(
 ) -> Bool[Array, "b 1 l images_tokens"]:
     """Which of the `images` before it, `tokens` keys each, a text token sees (OpenFlamingo, helpers.py:160-235).
 
-    starts: True at the tokens that stand for an image; such a token sees its own image already.
+    starts: True at the tokens that stand for an image; such a token attends to its own image already.
     only_last: the last image alone, as in all of OpenFlamingo's weights; else every image so far.
     """
-    seen = jnp.cumsum(starts.astype(jnp.int32), axis=1)[:, None, :, None]
+    images_so_far = jnp.cumsum(starts.astype(jnp.int32), axis=1)[:, None, :, None]
     image = 1 + jnp.arange(images * tokens) // tokens
-    return image == seen if only_last else image <= seen
+    return image == images_so_far if only_last else image <= images_so_far

@@ -21,7 +21,7 @@ def bucket_table(bidirectional: bool, buckets: int = 32, max_distance: int = 128
     bidirectional: half of the buckets are for keys after the query; otherwise those fall into bucket 0.
     Half of a side's buckets hold one distance each; the rest grow with its logarithm, and the last has all that are
     farther than `max_distance`. In integers: float32 logarithms may fall short of a bound (16, 32, 64).
-    Raises MmjaxError where there is no room for the growing buckets.
+    Raises MmjaxError where the growing buckets do not fit.
     """
     side = buckets // 2 if bidirectional else buckets
     exact = side // 2
@@ -52,7 +52,7 @@ class RelativeBias(nn.Module):
     def __call__(self, queries: Int[Array, " l"], keys: Int[Array, " s"]) -> Float[Array, "1 h l s"]:
         """queries, keys: their positions; in cached decoding a query stands behind what was generated so far."""
         table = self.param("table", self.table_init, (self.buckets, self.heads)).astype(jnp.float32)
-        reach = self.max_distance
-        distance = jnp.clip(keys - queries[:, None], -reach, reach) + reach
-        bucket = jnp.asarray(bucket_table(self.bidirectional, self.buckets, reach))[distance]
+        limit = self.max_distance
+        distance = jnp.clip(keys - queries[:, None], -limit, limit) + limit
+        bucket = jnp.asarray(bucket_table(self.bidirectional, self.buckets, limit))[distance]
         return jnp.moveaxis(table[bucket], -1, 0)[None]

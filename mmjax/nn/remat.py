@@ -1,4 +1,4 @@
-"""Blocks whose activations are computed again in the backward pass instead of being kept."""
+"""Blocks whose activations are computed again in the backward pass instead of being stored."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +10,10 @@ from mmjax.types import Array
 
 
 def rematerialised(run: Callable[..., Array], block: nn.Module, x: Array, *others: Any) -> Array:
-    """`run(block, x, *others)`, of which the arguments alone are kept.
+    """`run(block, x, *others)`, of which the arguments alone are stored.
 
     The gradient of x waits for those of the weights. TPU's scheduler would put the latter's products off to the end
-    of the step, beside a collective, and keep what they are made of: of every block, all that was computed again.
+    of the step, beside a collective, and store what they are made of: of every block, all that was computed again.
     """
 
     def forward(block: nn.Module, *arguments: Any) -> Any:

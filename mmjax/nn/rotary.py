@@ -1,4 +1,7 @@
-"""Rotary positions (Su et al. 2021) in the half-rotation form of LLaMA and GPT-NeoX: channel i turns with i + p / 2."""
+"""Rotary positions (Su et al. 2021) in the half-rotation form of LLaMA and GPT-NeoX.
+
+Channels i and i + p / 2 rotate together.
+"""
 
 import dataclasses
 import math
@@ -90,13 +93,13 @@ class Rotary:
         channels = self.channels(head_width)
         frequency = 1.0 / self.theta ** (np.arange(0, channels, 2, dtype=np.float32) / np.float32(channels))
         if self.llama3 is not None:
-            told = self.llama3
-            turns = told.length * frequency / (2 * math.pi)
-            kept = np.clip((turns - told.low) / (told.high - told.low), 0, 1)
-            frequency = frequency * (kept + (1 - kept) / told.factor)
+            scaling = self.llama3
+            cycles = scaling.length * frequency / (2 * math.pi)
+            share = np.clip((cycles - scaling.low) / (scaling.high - scaling.low), 0, 1)
+            frequency = frequency * (share + (1 - share) / scaling.factor)
         if self.yarn is not None:
-            kept = _kept_by_yarn(self.yarn, self.theta, channels)
-            frequency = frequency * (kept + (1 - kept) / self.yarn.factor)
+            share = _unscaled_share(self.yarn, self.theta, channels)
+            frequency = frequency * (share + (1 - share) / self.yarn.factor)
         if self.longrope is not None:
             factors = self.longrope.long if long else self.longrope.short
             if len(factors) != len(frequency):
@@ -118,13 +121,13 @@ class Rotary:
         return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
-def _kept_by_yarn(told: YarnScaling, theta: float, channels: int) -> np.ndarray:
-    """How much of its own frequency each pair of channels keeps, [channels / 2] in 0 .. 1."""
+def _unscaled_share(scaling: YarnScaling, theta: float, channels: int) -> np.ndarray:
+    """The share of its frequency that each pair of channels keeps, [channels / 2] in 0 .. 1."""
     ends = [
-        channels * math.log(told.length / (turns * 2 * math.pi)) / (2 * math.log(theta))
-        for turns in (told.fast, told.slow)
+        channels * math.log(scaling.length / (cycles * 2 * math.pi)) / (2 * math.log(theta))
+        for cycles in (scaling.fast, scaling.slow)
     ]
-    low, high = (math.floor(ends[0]), math.ceil(ends[1])) if told.truncate else ends
+    low, high = (math.floor(ends[0]), math.ceil(ends[1])) if scaling.truncate else ends
     low, high = max(low, 0), min(high, channels - 1)
     ramp = (np.arange(channels // 2, dtype=np.float32) - low) / max(high - low, 0.001)
     return 1 - np.clip(ramp, 0, 1)

@@ -1,6 +1,6 @@
 """The block that the lineage's encoders and decoders share, and a stack of them.
 
-A stack runs over whole sequences, and, as a decoder, one token at a time over what such a pass kept.
+A stack runs over whole sequences, and, as a decoder, one token at a time over the cache of such a pass.
 
 Parameter paths within a `Stack`: block_{i}/norm_1, block_{i}/attention/{q,k,v,out}; with cross attention
 block_{i}/cross_norm, block_{i}/cross_attention/{q,k,v,out}; block_{i}/norm_2, block_{i}/mlp/{up,down} (gated:
@@ -50,7 +50,7 @@ class Block(nn.Module):
         parallel: x + attention(norm_1(x)) + mlp(norm_2(x)) (GPT-NeoX).
         layer_scale: the initial value of a learned factor on each branch [d] (DINOv2); None: there is none.
         dropout: of each branch before it is added. drop_path: rate of stochastic depth.
-        axis_name: the mapped axis that cuts the batch: what an example loses depends on its place in the whole.
+        axis_name: the mapped axis that cuts the batch: what an example loses depends on its index in the whole.
     """
 
     make_norm: Callable[[], nn.Module]
@@ -116,8 +116,8 @@ class Block(nn.Module):
         y, prompt = self.attention.prefill(self._before(self.norm_1, x), None, mask, train, positions, past_prompt)
         x = self._joined(self.norm_1, x, y, "scale_1", train)
         if not self.query_feed_forward:
-            x, seen = self._cross(x, context, context_mask, train)
-            return self._feed_forward(x, before, self.norm_2, self.mlp, train), LayerCache(prompt, seen)
+            x, context_cache = self._cross(x, context, context_mask, train)
+            return self._feed_forward(x, before, self.norm_2, self.mlp, train), LayerCache(prompt, context_cache)
         parts = []
         if queries:
             first, _ = self._cross(x[:, :queries], context, context_mask, train)
@@ -154,8 +154,8 @@ class Block(nn.Module):
     ) -> tuple[Array, KeyValues | None]:
         if context is None:
             return x, None
-        y, seen = self.cross_attention.prefill(self._before(self.cross_norm, x), context, mask, train)
-        return self._joined(self.cross_norm, x, y, "cross_scale", train), seen
+        y, cache = self.cross_attention.prefill(self._before(self.cross_norm, x), context, mask, train)
+        return self._joined(self.cross_norm, x, y, "cross_scale", train), cache
 
     def _feed_forward(self, x: Array, before: Array, norm: Any, mlp: Any, train: bool = False) -> Array:
         """before: the block's input, which a parallel block reads here too."""
@@ -205,11 +205,11 @@ class Stack(nn.Module):
     """Blocks one after the other: block_0, block_1, ...; unrolled, not scanned (on CPU a scan copies every weight).
 
     Attributes:
-        make_block: makes a `Block` with the fields that it is given: cross, drop_path, name.
+        make_block: makes a `Block` with the fields cross, drop_path, name.
         cross_from: the first block with cross attention; of those after it every `cross_every`-th has it too. None:
             there is none.
         drop_path: of the last block; from the first it rises linearly from 0.
-        remat: a block's activations are computed again in the backward pass instead of being kept.
+        remat: a block's activations are computed again in the backward pass instead of being stored.
 
     before(i, x): each way through takes such a function, which makes the input of block i out of the state before it:
     layers of a sibling between those of a stack whose parameters stay as they are (Flamingo).
@@ -243,7 +243,7 @@ class Stack(nn.Module):
         positions: PositionInputs = NO_POSITIONS,
         before: Before | None = None,
     ) -> list[Float[Array, "b l d"]]:
-        """The input, and the output of every block: depth + 1 arrays; what is not used is not kept by XLA.
+        """The input, and the output of every block: depth + 1 arrays; XLA stores what is used alone.
 
         context: of the blocks with cross attention, which skip it without one. first, last: of the blocks, those from
         `first` to before `last`, as a slice takes them. queries: see `Block.prefill`.
@@ -255,8 +255,8 @@ class Stack(nn.Module):
         states = [x]
         for i, block in list(enumerate(self.blocks))[first:last]:
             x = states[-1] if before is None else before(i, states[-1])
-            seen = (context, context_mask) if block.cross else (None, None)
-            inputs: Any = (x, mask, *seen, positions)
+            context_inputs = (context, context_mask) if block.cross else (None, None)
+            inputs: Any = (x, mask, *context_inputs, positions)
             states.append(rematerialised(run, block, *inputs) if self.remat else run(block, *inputs))
         return states
 
@@ -274,9 +274,9 @@ class Stack(nn.Module):
         caches = []
         for i, block in enumerate(self.blocks):
             x = x if before is None else before(i, x)
-            seen = (context, context_mask) if block.cross else (None, None)
+            context_inputs = (context, context_mask) if block.cross else (None, None)
             cached = None if past is None else past[i]
-            x, cache = block.prefill(x, mask, *seen, positions=positions, past=cached)
+            x, cache = block.prefill(x, mask, *context_inputs, positions=positions, past=cached)
             caches.append(cache)
         return x, caches
 

@@ -11,7 +11,7 @@ and likewise from images to texts. Three blocks of pairs are then classified: (t
 import jax
 import jax.numpy as jnp
 
-from mmjax.nn.groups import group_places, group_rows
+from mmjax.nn.groups import group_positions, group_rows
 from mmjax.objectives.language import IGNORED, token_cross_entropy
 from mmjax.types import Array, Bool, Float, Int, Mean, PRNGKeyArray
 
@@ -62,7 +62,7 @@ def _are_negatives(size: int, ids: Array | None, groups: int, axis_name: str | N
     candidate_ids = group_rows(ids, groups, axis_name)
     query_ids = ids.reshape(len(candidate_ids), -1)
     same = (query_ids[..., None] == candidate_ids[:, None]) & (query_ids != IGNORED)[..., None]
-    positions = group_places(size, groups, axis_name)
+    positions = group_positions(size, groups, axis_name)
     return ~same.reshape(size, -1) & (positions[:, None] != jnp.arange(same.shape[-1]))
 
 

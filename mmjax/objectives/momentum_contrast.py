@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.errors import MmjaxError
-from mmjax.nn.groups import cut, group_places, group_rows
+from mmjax.nn.groups import cut, group_positions, group_rows
 from mmjax.objectives.classification import softmax_cross_entropy
 from mmjax.objectives.contrastive import by_rows
 from mmjax.objectives.distillation import soft_labels_of
@@ -105,6 +105,6 @@ def _one_direction(
         target = jax.lax.stop_gradient(alpha * soft + (1 - alpha) * label)
         return carry, softmax_cross_entropy(similarities(query) / temperature, target)
 
-    columns = query, teacher, group_places(len(query), groups, axis_name), ids
+    columns = query, teacher, group_positions(len(query), groups, axis_name), ids
     rows = tuple(x.reshape(local, -1, *x.shape[1:]).swapaxes(0, 1) for x in columns)
     return jnp.mean(by_rows(run, jnp.zeros(()), rows, blocks)[1])

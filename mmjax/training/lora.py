@@ -26,7 +26,7 @@ from flax import linen as nn
 from mmjax import tree
 from mmjax.errors import MmjaxError
 from mmjax.nn import int8
-from mmjax.nn.dropout import kept
+from mmjax.nn.dropout import keep_mask
 from mmjax.training.method import Loss, Method
 from mmjax.training.partition import FROZEN, TRAINABLE, Partition
 from mmjax.training.rng import named
@@ -147,7 +147,7 @@ def adapted(
             raise MmjaxError(f"lora: {path} is a {type(module).__name__}, not a layer x [.., in] -> y [.., out]")
         if dropout and rng is not None:
             key = module.make_rng("dropout") if module.has_rng("dropout") else named(rng, path)
-            x = jnp.where(kept(key, dropout, x.shape, axis_name), x / (1 - dropout), 0)
+            x = jnp.where(keep_mask(key, dropout, x.shape, axis_name), x / (1 - dropout), 0)
         if met is not None:
             met.add(path)
         a, b, scale = (leaf.astype(y.dtype) for leaf in (a, b, scale))

@@ -38,7 +38,7 @@ def shapes(config: BertConfig) -> Any:
         queries = QUERIES if config.query_feed_forward else None
         n = N if config.query_feed_forward else 0
         x = bert.run(bert.embed(IDS, queries=queries), context=CONTEXT, queries=n)[-1]
-        return bert.words(x) if config.mlm else x
+        return bert.mlm_logits(x) if config.mlm else x
 
     return jax.eval_shape(lambda rng: Bert(config).init(rng, method=everything), jax.random.key(0))
 
@@ -224,7 +224,7 @@ def test_steps_are_the_whole_pass(side):
     states = run(DECODER, variables, whole, valid, context_mask=CONTEXT_MASK)
     cut = run(DECODER, variables, whole[1:2], valid[1:2], CONTEXT[1:2, :2])
     np.testing.assert_allclose(states[1], cut[0], atol=2e-5)
-    logits = np.asarray(Bert(DECODER).apply(variables, states, method="words"))
+    logits = np.asarray(Bert(DECODER).apply(variables, states, method="mlm_logits"))
     last = L - 1 - np.argmax(mask[:, ::-1], 1)
     np.testing.assert_array_equal(logits[np.arange(B), last].argmax(-1), written[:, 0])
     np.testing.assert_array_equal(logits[:, L:-1].argmax(-1), written[:, 1:])

@@ -335,7 +335,7 @@ def test_a_layer_between_blocks_in_steps_is_that_of_the_whole_pass(gated):
 
 def loss_of(config, batch):
     def loss(params):
-        return CausalLM(config, z_loss=1e-2).loss(params, Carry({}, {}, {}, {}), batch, jax.random.key(0))[0]
+        return CausalLM(config, z_loss=1e-2).loss(params, Carry(), batch, jax.random.key(0), jnp.int32(0))[0].value
 
     return loss
 

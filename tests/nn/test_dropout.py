@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.nn.dropout import Dropout, DropPath, kept
+from mmjax.nn.dropout import Dropout, DropPath, keep_mask
 from mmjax.nn.stack import Stack, standard_block
 
 RNG = jax.random.key(5)
@@ -33,8 +33,8 @@ def test_share_and_scale():
 
 @pytest.mark.parametrize("devices", [2, 3, 6])
 def test_a_cut_batch_loses_the_same(devices: int):
-    whole = kept(RNG, 0.4, (6, 5, 3))
-    cut = jax.vmap(lambda _: kept(RNG, 0.4, (6 // devices, 5, 3), "data"), axis_name="data")(jnp.arange(devices))
+    whole = keep_mask(RNG, 0.4, (6, 5, 3))
+    cut = jax.vmap(lambda _: keep_mask(RNG, 0.4, (6 // devices, 5, 3), "data"), axis_name="data")(jnp.arange(devices))
     np.testing.assert_array_equal(cut.reshape(6, 5, 3), whole)
     assert 0.3 < whole.mean() < 0.9
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from mmjax.errors import MmjaxError
-from mmjax.nn.groups import cut, group_places, group_rows, take_in_group
+from mmjax.nn.groups import cut, group_positions, group_rows, take_in_group
 
 CHILD = """
 import functools
 import jax, jax.numpy as jnp, numpy as np
-from mmjax.nn.groups import group_places, take_in_group
+from mmjax.nn.groups import group_positions, take_in_group
 
 rng = np.random.default_rng(1)
 x, weight = (jnp.asarray(rng.normal(size=(16, 3, 5)), jnp.float32) for _ in range(2))
@@ -26,7 +26,7 @@ for groups in (1, 2, 4, 8, 16):
 
     def run(x, weight, places, axis_name=None, groups=groups):
         value, pull = jax.vjp(lambda x: take_in_group(x, places, groups, axis_name), x)
-        return value, pull(weight)[0], group_places(len(x), groups, axis_name)
+        return value, pull(weight)[0], group_positions(len(x), groups, axis_name)
 
     first = np.arange(16) // (16 // groups) * (16 // groups)
     slopes = np.zeros_like(x)
@@ -45,7 +45,7 @@ print("same")
 def test_by_hand():
     x = jnp.arange(6) * 10
     np.testing.assert_array_equal(group_rows(x, 2), [[0, 10, 20], [30, 40, 50]])
-    np.testing.assert_array_equal(group_places(6, 2), [0, 1, 2, 0, 1, 2])
+    np.testing.assert_array_equal(group_positions(6, 2), [0, 1, 2, 0, 1, 2])
     np.testing.assert_array_equal(take_in_group(x, jnp.array([2, 0, 0, 1, 2, -1]), 2), [20, 0, 0, 40, 50, 50])
     np.testing.assert_array_equal(take_in_group(x, jnp.array([5, 0, 0, 1, 2, 3])), [50, 0, 0, 10, 20, 30])
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mmjax.errors import MmjaxError
 from mmjax.models.albef.method import ForwardPasses
-from mmjax.nn.groups import group_places, take_in_group
+from mmjax.nn.groups import group_positions, take_in_group
 from mmjax.objectives.classification import hits, softmax_cross_entropy
 from mmjax.objectives.matching import negative_log_weights, sample_negatives
 from mmjax.training.method import Loss
@@ -82,7 +82,7 @@ class TextAssignment(ForwardPasses):
             )
         keys = [example_keys(named(rng, name), len(weights), axis_name) for name in ("label", "other", "further")]
         labels = jax.vmap(lambda key: jax.random.randint(key, (), 0, 3))(keys[0])
-        own = group_places(len(weights), self.groups, axis_name)
+        own = group_positions(len(weights), self.groups, axis_name)
         other = sample_negatives(keys[1], weights)
         rest = jnp.where(other[:, None] == jnp.arange(weights.shape[1]), -jnp.inf, weights)
         further = sample_negatives(keys[2], rest)

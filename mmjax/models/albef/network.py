@@ -226,7 +226,7 @@ class Albef(nn.Module):
     def words(
         self, states: Float[Array, "b l d"], places: Int[Array, "b m"] | None = None
     ) -> Float[Array, "b l v"] | Float[Array, "b m v"]:
-        return self.text.words(states, places)
+        return self.text.mlm_logits(states, places)
 
     def match(self, states: Float[Array, "b l d"]) -> Float[Array, "b 2"]:
         """Of the first token: class 1 where text and image belong together."""
@@ -249,7 +249,7 @@ class Albef(nn.Module):
     ) -> Float[Array, "b t v"]:
         """The decoder's logits of the word after each token. states, states_mask: of the questions, a row an answer."""
         x = self.decoder.embed(ids, train=train)
-        return self.decoder.words(self.decoder.run(x, mask, states, states_mask, train)[-1])
+        return self.decoder.mlm_logits(self.decoder.run(x, mask, states, states_mask, train)[-1])
 
 
 def _linear(features: int, inputs: int) -> Dense:

@@ -32,11 +32,11 @@ class BertConfig:
         act: "gelu" (erf) in Hugging Face's BERTs, "gelu_tanh" in Google's code: 5e-4 apart.
         dropout: after the embeddings, each attention, each feed-forward, and before a head of classes.
         attention_dropout: of the attention weights.
-        pooler: tanh(W h + b) of the first token. nsp and classes read it.
-        mlm: the head that names masked tokens; its output matrix is the table of words.
-        nsp: the head that tells whether the second sentence follows the first: class 0 if it does.
+        pooler: tanh(W h + b) of the first token. the input of nsp and classes.
+        mlm: the MLM head; its output matrix is the word embedding.
+        nsp: the head for next sentences: class 0 if the second follows the first.
         classes: of whole texts. token_classes: of each token. 0: there is no such head.
-        spans: the head that marks an answer's first and last token.
+        spans: the head for the first and last token of an answer.
         cross_from, cross_every: the first block with attention to a context (None: there is none); of those after it
             every `cross_every`-th has it too (ALBEF and BLIP: 1, BLIP-2: 2).
         query_feed_forward: the first tokens may be queries, with feed-forwards of their own (BLIP-2's Q-Former).
@@ -73,15 +73,15 @@ class BertConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        """Raises MmjaxError for heads without what they read, or two that public files keep under one name."""
+        """Raises MmjaxError for heads without their input, or two that public files keep under one name."""
         if (self.nsp or self.classes) and not self.pooler:
-            raise MmjaxError(f"bert: nsp={self.nsp}, classes={self.classes} read the pooler, and pooler=False")
+            raise MmjaxError(f"bert: nsp={self.nsp}, classes={self.classes} need the pooler, and pooler=False")
         if self.classes and self.token_classes:
             raise MmjaxError(f"bert: classes={self.classes} and token_classes={self.token_classes}: one of the two")
 
     @property
-    def drawn(self) -> Initializer:
-        """How matrices and tables begin."""
+    def initializer(self) -> Initializer:
+        """Of matrices and tables."""
         return nn.initializers.truncated_normal(self.init_std)
 
     @classmethod
@@ -120,10 +120,10 @@ class Embeddings(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.words = self.param("words", c.drawn, (c.vocab_size, c.width))
-        self.positions = self.param("positions", c.drawn, (c.positions, c.width))
+        self.words = self.param("words", c.initializer, (c.vocab_size, c.width))
+        self.positions = self.param("positions", c.initializer, (c.positions, c.width))
         if c.types:
-            self.types = self.param("types", c.drawn, (c.types, c.width))
+            self.types = self.param("types", c.initializer, (c.types, c.width))
         self.norm = LayerNorm(c.epsilon, jnp.dtype(c.dtype))
         self.dropout = Dropout(c.dropout, self.axis_name)
 
@@ -167,14 +167,14 @@ def _mask(mask: Array | None) -> Array | None:
 
 
 class Transform(nn.Module):
-    """What the hidden states pass on their way to the words: norm(act(W x + b)). Params: dense, norm."""
+    """The MLM head before its output matrix: norm(act(W x + b)). Params: dense, norm."""
 
     config: BertConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        x = activation(c.act)(Dense(c.width, dtype=dtype, kernel_init=c.drawn, name="dense")(x))
+        x = activation(c.act)(Dense(c.width, dtype=dtype, kernel_init=c.initializer, name="dense")(x))
         return LayerNorm(c.epsilon, dtype, name="norm")(x)
 
 
@@ -190,7 +190,7 @@ class Bert(nn.Module):
 
     def setup(self) -> None:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        dense = functools.partial(Dense, kernel_init=c.drawn)
+        dense = functools.partial(Dense, kernel_init=c.initializer)
         self.embeddings = Embeddings(c, self.axis_name)
         block = functools.partial(
             standard_block,
@@ -201,7 +201,7 @@ class Bert(nn.Module):
             causal=c.causal,
             epsilon=c.epsilon,
             attention_dropout=c.attention_dropout,
-            init_with=Init(c.drawn, c.drawn, c.drawn, c.drawn, ZEROS),
+            init_with=Init(c.initializer, c.initializer, c.initializer, c.initializer, ZEROS),
             dtype=dtype,
             axis_name=self.axis_name,
             query_feed_forward=c.query_feed_forward,
@@ -232,23 +232,23 @@ class Bert(nn.Module):
         masked_positions: Int[Array, "b m"] | None = None,
         train: bool = False,
     ) -> dict[str, Any]:
-        """What the network and its heads give; logits are float32.
+        """All outputs of the network and its heads; logits are float32.
 
         attention_mask: 1 = a token, 0 = padding; None: all are tokens. token_types: None stands for zeros.
-        masked_positions: the places whose words are asked for; None: all of them.
-        train: with dropout, which asks for the rng "dropout".
+        masked_positions: the positions that "mlm_logits" are of; None: all of them.
+        train: with dropout, which needs the rng "dropout".
 
         Returns "states": depth + 1 arrays [b, l, d], the embeddings first; "pooled" [b, d]; "mlm_logits" [b, l, v] or
         [b, m, v]; "nsp_logits" [b, 2]; "logits" [b, c]; "token_logits" [b, l, c]; "span_logits" [b, l, 2].
         """
         c = self.config
         states = self.run(self.embeddings(ids, token_types, train), attention_mask, train=train)
-        told: dict[str, Any] = {"states": states}
+        outputs: dict[str, Any] = {"states": states}
         if c.pooler:
-            told["pooled"] = jnp.tanh(self.pooler(states[-1][:, 0]))
+            outputs["pooled"] = jnp.tanh(self.pooler(states[-1][:, 0]))
         if c.mlm:
-            told["mlm_logits"] = self.words(states[-1], masked_positions)
-        return told | self._classes(states[-1], told.get("pooled"), train)
+            outputs["mlm_logits"] = self.mlm_logits(states[-1], masked_positions)
+        return outputs | self._classes(states[-1], outputs.get("pooled"), train)
 
     def run(
         self,
@@ -293,7 +293,7 @@ class Bert(nn.Module):
         """The logits of the token after each prompt's last, and the keys and values that `step` continues from."""
         x, caches = self.encoder.prefill(self.embed(ids), _mask(attention_mask), context, _mask(context_mask))
         last = ids.shape[1] - 1 - jnp.argmax(attention_mask[:, ::-1], axis=1)
-        return self.words(jnp.take_along_axis(x, last[:, None, None], axis=1))[:, 0], caches
+        return self.mlm_logits(jnp.take_along_axis(x, last[:, None, None], axis=1))[:, 0], caches
 
     def step(
         self,
@@ -308,14 +308,14 @@ class Bert(nn.Module):
         start = prompt_mask.shape[1] + index
         x = rearrange(self.embeddings(rearrange(ids, "b r -> (b r) 1"), start=start), "(b r) 1 d -> b r d", b=len(ids))
         x, new = self.encoder.step(x, caches, new, index, prompt_mask, context_mask)
-        return self.words(x), new
+        return self.mlm_logits(x), new
 
-    def words(
-        self, x: Float[Array, "b l d"], places: Int[Array, "b m"] | None = None
+    def mlm_logits(
+        self, x: Float[Array, "b l d"], positions: Int[Array, "b m"] | None = None
     ) -> Float[Array, "b l v"] | Float[Array, "b m v"]:
-        """Of the last states, or of some places, the logits of words."""
-        if places is not None:  # before the head, which is most of a small model's work
-            x = jnp.take_along_axis(x, places[..., None], axis=1)
+        """The logits of tokens, from the last states; positions: of these alone."""
+        if positions is not None:  # before the head, which is most of a small model's work
+            x = jnp.take_along_axis(x, positions[..., None], axis=1)
         return self.embeddings.logits(self.mlm_transform(x)) + self.mlm_bias
 
     def _classes(self, x: Array, pooled: Any, train: bool) -> dict[str, Array]:
@@ -323,13 +323,13 @@ class Bert(nn.Module):
 
         pooled: None where there is no pooler, and so no head that reads it.
         """
-        c, told = self.config, {}
+        c, outputs = self.config, {}
         if c.nsp:
-            told["nsp_logits"] = self.nsp(pooled)
+            outputs["nsp_logits"] = self.nsp(pooled)
         if c.classes:
-            told["logits"] = self.classifier(self.drop(pooled, train))
+            outputs["logits"] = self.classifier(self.drop(pooled, train))
         if c.token_classes:
-            told["token_logits"] = self.token_classifier(self.drop(x, train))
+            outputs["token_logits"] = self.token_classifier(self.drop(x, train))
         if c.spans:
-            told["span_logits"] = self.spans(x)
-        return told
+            outputs["span_logits"] = self.spans(x)
+        return outputs

@@ -1,4 +1,4 @@
-"""What a BERT can be asked: sentence vectors, masked words, classes of texts, tags of words, answers out of a text."""
+"""BertModel: sentence vectors, masked words, classes of texts, tags of words, answers out of a text."""
 
 import functools
 import pathlib
@@ -59,20 +59,20 @@ class BertModel(Model):
         start_logits and end_logits [b, l]; of masked words and next sentences prediction_logits [b, l, v] and
         seq_relationship_logits [b, 2], called logits where no other head has logits.
         """
-        given = (inputs.get(name) for name in ("input_ids", "attention_mask", "token_type_ids"))
-        out: Any = self.module.apply(variables, *given)
-        told = {"last_hidden_state": out["states"][-1], "hidden_states": tuple(out["states"])}
+        arrays = (inputs.get(name) for name in ("input_ids", "attention_mask", "token_type_ids"))
+        out: Any = self.module.apply(variables, *arrays)
+        result = {"last_hidden_state": out["states"][-1], "hidden_states": tuple(out["states"])}
         if "pooled" in out:
-            told["pooler_output"] = out["pooled"]
+            result["pooler_output"] = out["pooled"]
         heads = {"prediction_logits": "mlm_logits", "seq_relationship_logits": "nsp_logits"}
-        logits = {name: out[own] for name, own in heads.items() if own in out}
+        logits = {name: out[key] for name, key in heads.items() if key in out}
         if "logits" in out or "token_logits" in out:
             logits["logits"] = out["logits"] if "logits" in out else out["token_logits"]
         elif len(logits) == 1:
             logits = {"logits": next(iter(logits.values()))}
         if "span_logits" in out:
             logits |= {"start_logits": out["span_logits"][..., 0], "end_logits": out["span_logits"][..., 1]}
-        return told | logits
+        return result | logits
 
     @functools.cached_property
     def _mean(self) -> Callable[..., Array]:
@@ -88,10 +88,10 @@ class BertModel(Model):
 
     @functools.cached_property
     def _words(self) -> Callable[..., Array]:
-        """(variables, ids, mask, types, places [b, m]) -> log probabilities of words there [b, m, v]."""
+        """(variables, ids, mask, types, positions [b, m]) -> log probabilities of words there [b, m, v]."""
 
-        def name(variables: Any, ids: Array, mask: Array, types: Array, places: Array) -> Array:
-            out: Any = self.module.apply(variables, ids, mask, types, places)
+        def name(variables: Any, ids: Array, mask: Array, types: Array, positions: Array) -> Array:
+            out: Any = self.module.apply(variables, ids, mask, types, positions)
             return jax.nn.log_softmax(out["mlm_logits"])
 
         return jax.jit(name)
@@ -106,12 +106,12 @@ class BertModel(Model):
         texts: strings, or ids [b, l] without padding. length: tokens of a string at most.
         """
         if isinstance(texts, np.ndarray | jax.Array) and texts.dtype.kind in "iu":
-            given = {"input_ids": np.asarray(texts, np.int32)}
-            given |= {"attention_mask": np.ones_like(given["input_ids"])}
-            given |= {"token_type_ids": np.zeros_like(given["input_ids"])}
+            inputs = {"input_ids": np.asarray(texts, np.int32)}
+            inputs |= {"attention_mask": np.ones_like(inputs["input_ids"])}
+            inputs |= {"token_type_ids": np.zeros_like(inputs["input_ids"])}
         else:
-            given = self._encoded(texts, None, length)
-        return batched(functools.partial(self._mean, self.variables), batch_size, *given.values())
+            inputs = self._encoded(texts, None, length)
+        return batched(functools.partial(self._mean, self.variables), batch_size, *inputs.values())
 
     def fill_mask(self, texts: str | Sequence[str], top: int = 5) -> list[list[tuple[str, float]]]:
         """For each [MASK], in the order of the texts, the most probable pieces and their probabilities, best first.
@@ -120,14 +120,14 @@ class BertModel(Model):
         """
         if not self.config.mlm:
             raise MmjaxError("this BERT has no head for masked words (mlm=False)")
-        given = self._encoded(texts)
-        masks = given["input_ids"] == self._tokenizer.mask
+        inputs = self._encoded(texts)
+        masks = inputs["input_ids"] == self._tokenizer.mask
         counts = masks.sum(1)
         if not counts.all():
             where = int(np.argmin(counts))
             raise MmjaxError(f"text {where} has no [MASK] among its first {self.config.positions} tokens")
-        places = np.argsort(~masks, axis=1, kind="stable")[:, : counts.max()].astype(np.int32)
-        logs = self._words(self.variables, *given.values(), places)
+        positions = np.argsort(~masks, axis=1, kind="stable")[:, : counts.max()].astype(np.int32)
+        logs = self._words(self.variables, *inputs.values(), positions)
         values, ids = jax.lax.top_k(logs, min(top, self.config.vocab_size))
         values, ids, name = np.exp(np.asarray(values)), np.asarray(ids), self._tokenizer.tokenizer.id_to_token
         rows = [(row, mask) for row, count in enumerate(counts) for mask in range(count)]
@@ -143,7 +143,7 @@ class BertModel(Model):
         """The most probable classes of each text, or pair of texts, with their probabilities, the best first.
 
         labels: the names of the head's classes, in its order; None: `self.labels`, or their
-        numbers. A head of one class tells a number in place of a probability.
+        numbers. A head of one class gives a number instead of a probability.
         Raises MmjaxError: no such head, or another number of names than classes.
         """
         classes = self.config.classes
@@ -168,8 +168,8 @@ class BertModel(Model):
             raise MmjaxError("this BERT has no head of classes of tokens (token_classes=0): it cannot tag words")
         names, tokenizer = self.class_names(labels), self._tokenizer
         words = [tokenizer.words(one) if isinstance(one, str) else list(one) for one in sentences]
-        rows, given = word_sequences(words, tokenizer, min(length, self.config.positions))
-        shares = np.asarray(jax.nn.softmax(self.forward(**given)["logits"]))
+        rows, inputs = word_sequences(words, tokenizer, min(length, self.config.positions))
+        shares = np.asarray(jax.nn.softmax(self.forward(**inputs)["logits"]))
         best = zip(words, words_of(rows, shares.argmax(-1), len(words)), words_of(rows, shares.max(-1), len(words)))
         return [[(word, names[int(i)], p) for word, i, p in zip(*sentence)] for sentence in best]
 
@@ -189,21 +189,21 @@ class BertModel(Model):
         """
         if not self.config.spans:
             raise MmjaxError("this BERT has no head that marks answers (spans=False)")
-        asked, read = ([x] if isinstance(x, str) else list(x) for x in (questions, contexts))
-        if len(asked) != len(read):
-            raise MmjaxError(f"{len(asked)} questions for {len(read)} contexts")
+        questions, contexts = ([x] if isinstance(x, str) else list(x) for x in (questions, contexts))
+        if len(questions) != len(contexts):
+            raise MmjaxError(f"{len(questions)} questions for {len(contexts)} contexts")
         length, tokenizer = min(length, self.config.positions), self._tokenizer
-        told = []
-        for question, context in zip(asked, read):
+        results = []
+        for question, context in zip(questions, contexts):
             parts = windows(tokenizer, question, context, length, stride)
             longest_part = -(-max(len(part.ids) for part in parts) // LENGTHS) * LENGTHS
-            given = tokenizer.batch([(part.ids, part.types) for part in parts], min(longest_part, length))
-            out = self.forward(**given)
+            inputs = tokenizer.batch([(part.ids, part.types) for part in parts], min(longest_part, length))
+            out = self.forward(**inputs)
             starts, ends = (np.asarray(out[f"{end}_logits"]) for end in ("start", "end"))
-            found = best_answers(context, parts, starts, ends, 20, longest, null_threshold)
-            shares = jax.nn.softmax(jnp.asarray([answer.score for answer in found])).tolist() if found else []
-            told.append([(answer.text, share) for answer, share in zip(found, shares)][:top])
-        return told
+            matches = best_answers(context, parts, starts, ends, 20, longest, null_threshold)
+            shares = jax.nn.softmax(jnp.asarray([answer.score for answer in matches])).tolist() if matches else []
+            results.append([(answer.text, share) for answer, share in zip(matches, shares)][:top])
+        return results
 
     @property
     def _tokenizer(self) -> WordPieceTokenizer:

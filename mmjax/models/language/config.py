@@ -12,7 +12,7 @@ class Learned:
 
     Attributes:
         first: the row of the first token (OPT: 2).
-        of_tokens: padding has no place of its own, in plain forward passes too (OPT); else only in generation.
+        of_tokens: padding has no position of its own, in plain forward passes too (OPT); else only in generation.
     """
 
     first: int = 0
@@ -51,7 +51,7 @@ class DecoderConfig:
         tied: the head is the embedding's transpose. head_bias: of a head that is not.
         added_tokens: ids from vocab_size on. Their rows of the embedding and the head are parameters apart, to be
             trained beside frozen ones (Flamingo: 2, xGen-MM: 3).
-        bos, eos, pad: ids as the checkpoint's config tells them; any of `eos` ends a text.
+        bos, eos, pad: ids of the checkpoint's config; any of `eos` ends a text.
         dtype: "float32" or "bfloat16", of the computation; norms, softmax and logits are float32.
         remat: blocks are computed again in the backward pass.
     """
@@ -93,15 +93,15 @@ class DecoderConfig:
 
     @classmethod
     def llama(cls, width: int, depth: int, heads: int, hidden: int, **changes: Any) -> Self:
-        """LLaMA's form: RMSNorm, rotary positions, SwiGLU, no biases. kv_heads is `heads` unless told."""
-        told: dict[str, Any] = {
+        """LLaMA's form: RMSNorm, rotary positions, SwiGLU, no biases. kv_heads is `heads` by default."""
+        fields: dict[str, Any] = {
             "family": "llama",
             "vocab_size": 32_000,
             "kv_heads": heads,
             "head_width": width // heads,
         }
-        told |= {"bos": 1, "eos": (2,), "context": 4096}
-        return cls(width=width, depth=depth, heads=heads, hidden=hidden, **told | changes)
+        fields |= {"bos": 1, "eos": (2,), "context": 4096}
+        return cls(width=width, depth=depth, heads=heads, hidden=hidden, **fields | changes)
 
     @classmethod
     def vicuna_7b(cls, **changes: Any) -> Self:
@@ -114,26 +114,26 @@ class DecoderConfig:
 
     @classmethod
     def smollm2_135m(cls, **changes: Any) -> Self:
-        told = {"vocab_size": 49_152, "kv_heads": 3, "positions": Rotary(100_000.0), "context": 8192, "tied": True}
-        return cls.llama(576, 30, 9, 1536, **{**told, "bos": 1, "eos": (2,), "pad": 2, **changes})
+        fields = {"vocab_size": 49_152, "kv_heads": 3, "positions": Rotary(100_000.0), "context": 8192, "tied": True}
+        return cls.llama(576, 30, 9, 1536, **{**fields, "bos": 1, "eos": (2,), "pad": 2, **changes})
 
     @classmethod
     def smollm2_360m(cls, **changes: Any) -> Self:
-        told = {"vocab_size": 49_152, "kv_heads": 5, "positions": Rotary(100_000.0), "context": 8192, "tied": True}
-        return cls.llama(960, 32, 15, 2560, **{**told, "bos": 1, "eos": (2,), "pad": 2, **changes})
+        fields = {"vocab_size": 49_152, "kv_heads": 5, "positions": Rotary(100_000.0), "context": 8192, "tied": True}
+        return cls.llama(960, 32, 15, 2560, **{**fields, "bos": 1, "eos": (2,), "pad": 2, **changes})
 
     @classmethod
     def qwen2(cls, width: int, depth: int, heads: int, kv_heads: int, hidden: int, **changes: Any) -> Self:
         """Qwen2's form: LLaMA with biases on queries, keys and values."""
-        told = {
+        fields = {
             "family": "qwen2",
             "vocab_size": 151_936,
             "kv_heads": kv_heads,
             "epsilon": 1e-6,
             "positions": Rotary(1e6),
         }
-        told |= {"context": 131_072, "qkv_bias": True, "tied": True, "bos": None, "eos": (151_643,)}
-        return cls.llama(width, depth, heads, hidden, **told | changes)
+        fields |= {"context": 131_072, "qkv_bias": True, "tied": True, "bos": None, "eos": (151_643,)}
+        return cls.llama(width, depth, heads, hidden, **fields | changes)
 
     @classmethod
     def qwen2_0_5b(cls, **changes: Any) -> Self:
@@ -141,27 +141,27 @@ class DecoderConfig:
 
     @classmethod
     def qwen2_7b(cls, **changes: Any) -> Self:
-        told = {"vocab_size": 152_064, "tied": False, "context": 32_768}
-        return cls.qwen2(3584, 28, 28, 4, 18_944, **told | changes)
+        fields = {"vocab_size": 152_064, "tied": False, "context": 32_768}
+        return cls.qwen2(3584, 28, 28, 4, 18_944, **fields | changes)
 
     @classmethod
     def phi3_mini_4k(cls, **changes: Any) -> Self:
-        told = {"family": "phi3", "vocab_size": 32_064, "window": 2047, "eos": (32_000,), "pad": 32_000}
-        return cls.llama(3072, 32, 32, 8192, **told | changes)
+        fields = {"family": "phi3", "vocab_size": 32_064, "window": 2047, "eos": (32_000,), "pad": 32_000}
+        return cls.llama(3072, 32, 32, 8192, **fields | changes)
 
     @classmethod
     def opt(cls, width: int, depth: int, heads: int, **changes: Any) -> Self:
         """OPT's form: LayerNorm, learned positions, ReLU, biases everywhere."""
-        told: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "family": "opt",
             "vocab_size": 50_272,
             "hidden": 4 * width,
             "act": "relu",
             "gated": False,
         }
-        told |= {"norm": "layer", "positions": Learned(2, True), "qkv_bias": True, "out_bias": True, "mlp_bias": True}
-        told |= {"kv_heads": heads, "head_width": width // heads, "tied": True, "bos": 2, "eos": (2,), "pad": 1}
-        return cls(width=width, depth=depth, heads=heads, **told | changes)
+        fields |= {"norm": "layer", "positions": Learned(2, True), "qkv_bias": True, "out_bias": True, "mlp_bias": True}
+        fields |= {"kv_heads": heads, "head_width": width // heads, "tied": True, "bos": 2, "eos": (2,), "pad": 1}
+        return cls(width=width, depth=depth, heads=heads, **fields | changes)
 
     @classmethod
     def opt_125m(cls, **changes: Any) -> Self:
@@ -183,26 +183,26 @@ class DecoderConfig:
     @classmethod
     def gpt2(cls, width: int = 768, depth: int = 12, heads: int = 12, **changes: Any) -> Self:
         """GPT-2's form; the smallest by default (medium 1024, 24, 16; large 1280, 36, 20; XL 1600, 48, 25)."""
-        told: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "family": "gpt2",
             "vocab_size": 50_257,
             "act": "gelu_tanh",
             "positions": Learned(),
             "context": 1024,
         }
-        return cls.opt(width, depth, heads, **{**told, "bos": 50_256, "eos": (50_256,), "pad": None, **changes})
+        return cls.opt(width, depth, heads, **{**fields, "bos": 50_256, "eos": (50_256,), "pad": None, **changes})
 
     @classmethod
     def gpt_neox(cls, width: int, depth: int, heads: int, **changes: Any) -> Self:
-        """GPT-NeoX's form, as of RedPajama-INCITE: not parallel, every channel turns."""
-        told: dict[str, Any] = {
+        """GPT-NeoX's form, as of RedPajama-INCITE: not parallel, every channel rotates."""
+        fields: dict[str, Any] = {
             "family": "gpt_neox",
             "vocab_size": 50_432,
             "act": "gelu",
             "positions": Rotary(),
             "tied": False,
         }
-        return cls.opt(width, depth, heads, **{**told, "bos": 0, "eos": (0,), "pad": None, **changes})
+        return cls.opt(width, depth, heads, **{**fields, "bos": 0, "eos": (0,), "pad": None, **changes})
 
     @classmethod
     def redpajama_3b(cls, **changes: Any) -> Self:
@@ -215,9 +215,9 @@ class DecoderConfig:
     @classmethod
     def mpt(cls, width: int, depth: int, heads: int, **changes: Any) -> Self:
         """MPT's form: ALiBi, no bias anywhere, norms neither."""
-        told: dict[str, Any] = {"family": "mpt", "vocab_size": 50_432, "act": "gelu", "norm": "layer_without_bias"}
-        told |= {"positions": Alibi(), "qkv_bias": False, "out_bias": False, "mlp_bias": False}
-        return cls.opt(width, depth, heads, **{**told, "bos": 0, "eos": (0,), "pad": None, **changes})
+        fields: dict[str, Any] = {"family": "mpt", "vocab_size": 50_432, "act": "gelu", "norm": "layer_without_bias"}
+        fields |= {"positions": Alibi(), "qkv_bias": False, "out_bias": False, "mlp_bias": False}
+        return cls.opt(width, depth, heads, **{**fields, "bos": 0, "eos": (0,), "pad": None, **changes})
 
     @classmethod
     def mpt_7b(cls, **changes: Any) -> Self:

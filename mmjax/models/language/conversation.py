@@ -1,4 +1,4 @@
-"""A conversation that keeps the keys and values of what was said, so that a turn costs only what is new in it."""
+"""A conversation that caches keys and values, so that a turn computes its new tokens alone."""
 
 import functools
 from collections.abc import Iterator
@@ -27,12 +27,12 @@ class Conversation:
             print(piece, end="")
 
     Attributes:
-        messages: what was said so far, as the chat template takes it.
-        reused: how many ids the last turn did not have to read again.
+        messages: the conversation so far, as the chat template takes it.
+        reused: how many ids of the last turn came from the cache.
     """
 
     def __init__(self, model: LanguageModel, system: str | None = None, **options: Any):
-        """system: the first message, else what the template has in its place. options: as of `generate`, and `stop`,
+        """system: the first message, else the template's own. options: as of `generate`, and `stop`,
         `seed`. Raises MmjaxError where the tokenizer has no chat template."""
         if model.tokenizer is None or not model.tokenizer.templates:
             raise MmjaxError("a conversation needs a tokenizer with a chat template")
@@ -41,36 +41,36 @@ class Conversation:
         self._seed = self._options.pop("seed", 0)
         self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self.reused = 0
-        self._read: list[int] = []
+        self._cached_ids: list[int] = []
         self._past: Past | None = None
 
     def say(self, text: str, every: int = 1) -> Iterator[str]:
-        """The answer, piece by piece; it joins `messages` when it has been told to its end.
+        """The answer, piece by piece; it joins `messages` when it is complete.
 
-        every: tokens between looks.
+        every: tokens between pieces.
         """
-        model, asked = self._model, self._model.options(**self._options)
-        turns = [*self.messages, {"role": "user", "content": text}]
-        ids = model.tokenizer(model.tokenizer.chat(turns), add_special_tokens=False)[0][0].tolist()
-        # The template may render an answer otherwise than it was generated: then everything is read again. And under
+        model, options = self._model, self._model.options(**self._options)
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = model.tokenizer(model.tokenizer.chat(messages), add_special_tokens=False)[0][0].tolist()
+        # The template may render an answer otherwise than it was generated: then nothing is reused. And under
         # LongRope always, whose keys of a short text do not serve a long one.
-        same = ids[: len(self._read)] == self._read and len(ids) > len(self._read)
-        self.reused = len(self._read) if same and not _turns_by_length(model) else 0
+        same = ids[: len(self._cached_ids)] == self._cached_ids and len(ids) > len(self._cached_ids)
+        self.reused = len(self._cached_ids) if same and not _depends_on_length(model) else 0
         if not self.reused:
-            self._read, self._past = [], None
+            self._cached_ids, self._past = [], None
         rest = np.asarray([ids[self.reused :]], np.int32)
         width = next(size for size in BUCKETS if size >= rest.shape[1])
         mask = np.zeros((1, width), np.int32)
         mask[:, width - rest.shape[1] :] = 1
-        model.check_room(len(ids), asked.max_new_tokens)
+        model.check_room(len(ids), options.max_new_tokens)
         past = empty_past(model.config, SMALLEST) if self._past is None else self._past
         inputs = {"input_ids": jnp.asarray(np.pad(rest, ((0, 0), (width - rest.shape[1], 0)))), "past": past}
         inputs["attention_mask"] = jnp.asarray(mask)
         stops = model.stops(self._stop, inputs)
-        parts = stream(model.decodable(), model.variables, inputs, asked, self._seed, stops, every)
-        said: list[int] = []
+        parts = stream(model.decodable(), model.variables, inputs, options, self._seed, stops, every)
+        new_ids: list[int] = []
 
-        def rows() -> Iterator[np.ndarray]:
+        def parts_of_row() -> Iterator[np.ndarray]:
             state = None
             while True:
                 try:
@@ -78,22 +78,22 @@ class Conversation:
                 except StopIteration as end:
                     state = end.value
                     break
-                said.extend(part.tolist())
+                new_ids.extend(part.tolist())
                 yield part
-            self._read = [*ids, *said[: int(state.index)]]
+            self._cached_ids = [*ids, *new_ids[: int(state.index)]]
             size = SMALLEST
-            while size < len(self._read):
+            while size < len(self._cached_ids):
                 size *= 2
             self._past = _remember(state, size)
 
-        told = ""
-        for piece in model.pieces(rows(), asked.eos, model.strings(self._stop)):
-            told += piece
+        text_so_far = ""
+        for piece in model.pieces(parts_of_row(), options.eos, model.strings(self._stop)):
+            text_so_far += piece
             yield piece
-        self.messages = [*turns, {"role": "assistant", "content": told}]
+        self.messages = [*messages, {"role": "assistant", "content": text_so_far}]
 
 
-def _turns_by_length(model: LanguageModel) -> bool:
+def _depends_on_length(model: LanguageModel) -> bool:
     return isinstance(model.config.positions, Rotary) and model.config.positions.longrope is not None
 
 

@@ -1,4 +1,4 @@
-"""The handle of the language models: going on from texts, and conversations that keep what they have read."""
+"""LanguageModel: continuing texts, and chat."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,9 +42,9 @@ class LanguageModel(GeneratingModel):
     def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
         """logits float32 [b, l, v]; last_hidden_state [b, l, d], after the last norm; hidden_states: all depth + 1."""
         self.check_room(inputs["input_ids"].shape[1], 0)
-        told: Any = self.module.apply(variables, inputs["input_ids"], inputs.get("attention_mask"))
-        states = tuple(told["states"])
-        return {"logits": told["logits"], "last_hidden_state": states[-1], "hidden_states": states}
+        outputs: Any = self.module.apply(variables, inputs["input_ids"], inputs.get("attention_mask"))
+        states = tuple(outputs["states"])
+        return {"logits": outputs["logits"], "last_hidden_state": states[-1], "hidden_states": states}
 
     def decodable(self) -> DecoderSteps:
         return DecoderSteps(Decoder(self.config))
@@ -57,15 +57,15 @@ class LanguageModel(GeneratingModel):
 
     def check_room(self, length: int, new_tokens: int) -> None:
         if isinstance(self.config.positions, Learned) and length + new_tokens > self.config.context:
-            told = f"{length} ids of prompt" + (f" and {new_tokens} new ones" if new_tokens else "")
-            raise MmjaxError(f"{told} are more than this model has positions for ({self.config.context})")
+            lengths = f"{length} ids of prompt" + (f" and {new_tokens} new ones" if new_tokens else "")
+            raise MmjaxError(f"{lengths} are more than this model has positions for ({self.config.context})")
 
     # ---------------------------------------------------------------------------------------------------- conversations
 
     def chat(self, messages: str | Sequence[Message], **options: Any) -> str:
         """The assistant's next turn.
 
-        messages: what the user says, or a conversation so far: [{"role": "user", "content": "..."}, ...].
+        messages: the user's message, or a conversation so far: [{"role": "user", "content": "..."}, ...].
         options: as of `generate`. Raises MmjaxError where the tokenizer has no chat template.
         """
         return self.generate(self._conversation(messages), add_special_tokens=False, **options)
@@ -77,5 +77,5 @@ class LanguageModel(GeneratingModel):
     def _conversation(self, messages: str | Sequence[Message]) -> str:
         if self.tokenizer is None:
             raise MmjaxError("a chat needs a tokenizer with a chat template")
-        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
-        return self.tokenizer.chat(turns)
+        conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        return self.tokenizer.chat(conversation)

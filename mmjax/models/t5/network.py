@@ -35,7 +35,7 @@ class T5Config:
         depth, decoder_depth: blocks of the two stacks; decoder_depth 0: an encoder alone.
         head_width: of a head; heads * head_width need not be the width (384 against 512 in flan-t5-small).
         hidden: width of the feed-forward. gated: down(act(gate(x)) * up(x)) instead of down(act(up(x))).
-        act: "relu" in T5, "gelu_tanh" in 1.1 and Flan; BLIP-2 puts the erf "gelu" in its place.
+        act: "relu" in T5, "gelu_tanh" in 1.1 and Flan; BLIP-2 uses the erf "gelu" instead.
         tied: the head is the embedding. scaled: the decoder's output times width^-0.5 before it. Both in T5, neither in
             1.1 and Flan.
         buckets, max_distance: of relative positions.
@@ -233,7 +233,7 @@ class T5(nn.Module):
         embeds: Float[Array, "b s d"] | None = None,
         train: bool = False,
     ) -> list[Float[Array, "b s d"]]:
-        """The encoder's states. Raises MmjaxError unless exactly one of ids and embeds is given."""
+        """The encoder's states. Raises MmjaxError unless it gets exactly one of ids and embeds."""
         if ids is not None and embeds is None:
             x = self.embed(ids)
         elif embeds is not None and ids is None:

@@ -1,4 +1,4 @@
-"""The handle of T5."""
+"""T5Model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -60,7 +60,7 @@ class T5Model(GeneratingModel):
         states = tuple(out["encoder"])
         if not self.config.decoder_depth:
             return {"last_hidden_state": states[-1], "hidden_states": states}
-        told = {"encoder_last_hidden_state": states[-1], "encoder_hidden_states": states}
+        result = {"encoder_last_hidden_state": states[-1], "encoder_hidden_states": states}
         if "logits" in out:
-            told |= {"logits": out["logits"], "decoder_hidden_states": tuple(out["decoder"])}
-        return told
+            result |= {"logits": out["logits"], "decoder_hidden_states": tuple(out["decoder"])}
+        return result

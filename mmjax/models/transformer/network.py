@@ -1,7 +1,7 @@
 """The Transformer (arXiv 1706.03762), and what torch.nn.Transformer and Marian made of it, as one configurable network.
 
 what                     paper          torch.nn.Transformer      Marian
-embeddings               one for all    three of their own        one for all, or two (softmax tied)
+embeddings               one for all    three tables             one for all, or two (softmax tied)
 norms after the stacks   none           two                       none
 positions                interleaved    by hand (interleaved)     concatenated
 bias of the logits       none           the generator's           final_logits_bias, not trained
@@ -118,12 +118,12 @@ class Transformer(nn.Module):
     axis_name: str | None = None
 
     def setup(self) -> None:
-        c, drawn = self.config, nn.initializers.normal(self.config.width**-0.5)
+        c, initializer = self.config, nn.initializers.normal(self.config.width**-0.5)
         if c.shared_embeddings:
-            self.embedding = self.param("embedding", drawn, (c.vocab_size, c.width))
+            self.embedding = self.param("embedding", initializer, (c.vocab_size, c.width))
         else:
-            self.source_embedding = self.param("source_embedding", drawn, (c.vocab_size, c.width))
-            self.target_embedding = self.param("target_embedding", drawn, (c.outputs, c.width))
+            self.source_embedding = self.param("source_embedding", initializer, (c.vocab_size, c.width))
+            self.target_embedding = self.param("target_embedding", initializer, (c.outputs, c.width))
         self.encoder = Stack(c.encoder_depth, self._block(c.encoder_heads, c.encoder_hidden, decoder=False))
         self.decoder = Stack(c.decoder_depth, self._block(c.decoder_heads, c.decoder_hidden, decoder=True), 0)
         if c.final_norm:
@@ -189,33 +189,36 @@ class Transformer(nn.Module):
         """{"logits": float32 [b, l, v], "last": the states that they are of, "decoder_states": before and after each
         block}."""
         x = self._embedded(ids, self._tables[1], train)
-        own, seen = (None if m is None else padding_mask(m) for m in (mask, memory_mask))
-        states = self.decoder(x, own, memory, seen, train)
+        mask, memory_mask = (None if m is None else padding_mask(m) for m in (mask, memory_mask))
+        states = self.decoder(x, mask, memory, memory_mask, train)
         last = self.decoder_norm(states[-1]) if self.config.final_norm else states[-1]
         return {"logits": self._logits(last), "last": last, "decoder_states": states}
 
     def prefill(
         self, ids: Int[Array, "b s"], start: Int[Array, "b l"], mask: Bool[Array, "b s"]
     ) -> tuple[Float[Array, "b v"], list[LayerCache]]:
-        """The logits after the decoder's first tokens, and what it goes on from. ids, mask: of the encoder."""
+        """The logits after the decoder's first tokens, and the keys and values that `step` continues from.
+
+        ids, mask: of the encoder.
+        """
         memory, _ = self.encode(ids, mask)
         x = self._embedded(start, self._tables[1], False)
-        x, kept = self.decoder.prefill(x, None, memory, padding_mask(mask))
-        return self._logits(self.decoder_norm(x[:, -1]) if self.config.final_norm else x[:, -1]), kept
+        x, caches = self.decoder.prefill(x, None, memory, padding_mask(mask))
+        return self._logits(self.decoder_norm(x[:, -1]) if self.config.final_norm else x[:, -1]), caches
 
     def step(
         self,
         ids: Int[Array, "b r"],
-        kept: list[LayerCache],
+        caches: list[LayerCache],
         new: list[KeyValues],
         index: Int[Array, ""],
         memory_mask: Bool[Array, "b s"] | None = None,
     ) -> tuple[Float[Array, "b r v"], list[KeyValues]]:
         """The logits after one more token a row, and the rows' keys and values with it."""
-        before, room = kept[0].prompt.k.shape[2], new[0].k.shape[1]
-        place = jax.lax.dynamic_slice_in_dim(self._positions(before + room), before + index, 1)
-        x = self._looked_up(ids, self._tables[1]) + place
-        x, new = self.decoder.step(x, kept, new, index, context_mask=memory_mask)
+        prompt, capacity = caches[0].prompt.k.shape[2], new[0].k.shape[1]
+        position = jax.lax.dynamic_slice_in_dim(self._positions(prompt + capacity), prompt + index, 1)
+        x = self._lookup(ids, self._tables[1]) + position
+        x, new = self.decoder.step(x, caches, new, index, context_mask=memory_mask)
         return self._logits(self.decoder_norm(x) if self.config.final_norm else x), new
 
     # ---------------------------------------------------------------------------------------------------------- tokens
@@ -227,14 +230,14 @@ class Transformer(nn.Module):
             return self.embedding, self.embedding
         return self.source_embedding, self.target_embedding
 
-    def _looked_up(self, ids: Int[Array, "b l"], table: Float[Array, "v d"]) -> Float[Array, "b l d"]:
+    def _lookup(self, ids: Int[Array, "b l"], table: Float[Array, "v d"]) -> Float[Array, "b l d"]:
         c, rows = self.config, table[ids]
         if c.fixed_pad:
             rows = jnp.where((ids == c.pad)[..., None], jax.lax.stop_gradient(rows), rows)
         return (rows * (c.width**0.5 if c.scale_embedding else 1.0)).astype(jnp.dtype(c.dtype))
 
     def _embedded(self, ids: Int[Array, "b l"], table: Float[Array, "v d"], train: bool) -> Float[Array, "b l d"]:
-        return self.drop(self._looked_up(ids, table) + self._positions(ids.shape[1]), train)
+        return self.drop(self._lookup(ids, table) + self._positions(ids.shape[1]), train)
 
     def _positions(self, length: int) -> Float[Array, "l d"]:
         """Raises MmjaxError past `max_length`."""
@@ -271,15 +274,17 @@ class TransformerDecodable:
         if c.max_length is not None and longest > c.max_length:
             raise MmjaxError(f"{longest} tokens, {capacity} of them new, are more than max_length={c.max_length}")
         out: Any = Transformer(c).apply(variables, ids, start, mask, method="prefill")
-        logits, kept = out
+        logits, caches = out
         heads, dtype = c.decoder_heads, jnp.dtype(c.dtype)
         new = [kv_cache.empty(b, rows, heads, capacity, c.width // heads, dtype) for _ in range(c.decoder_depth)]
-        return logits, DecodeState({"kept": kept, "mask": mask}, new, jnp.zeros((), jnp.int32))
+        return logits, DecodeState({"caches": caches, "mask": mask}, new, jnp.zeros((), jnp.int32))
 
     def step(
         self, variables: Mapping[str, Any], ids: Int[Array, "b r"], state: DecodeState
     ) -> tuple[Float[Array, "b r v"], DecodeState]:
-        kept, mask = state.items["kept"], state.items["mask"]
-        result: Any = Transformer(self.config).apply(variables, ids, kept, state.rows, state.index, mask, method="step")
+        caches, mask = state.items["caches"], state.items["mask"]
+        result: Any = Transformer(self.config).apply(
+            variables, ids, caches, state.rows, state.index, mask, method="step"
+        )
         logits, rows = result
         return logits, DecodeState(state.items, rows, state.index + 1)

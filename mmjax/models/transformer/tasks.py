@@ -1,4 +1,4 @@
-"""The handle of the Transformer: the network on arrays, and translation of strings."""
+"""TransformerModel: the network on arrays, and translation of strings."""
 
 import dataclasses
 import pathlib
@@ -63,11 +63,11 @@ class TransformerModel(GeneratingModel):
         )
         out: Any = self.module.apply(variables, ids, mask, method="encode")
         memory, states = out
-        told = {"encoder_last_hidden_state": memory, "encoder_hidden_states": tuple(states)}
+        result = {"encoder_last_hidden_state": memory, "encoder_hidden_states": tuple(states)}
         if decoder_ids is None:
-            return told
+            return result
         out = self.module.apply(variables, decoder_ids, memory, mask, decoder_mask, method="decode")
-        return told | {"logits": out["logits"], "decoder_hidden_states": tuple(out["decoder_states"])}
+        return result | {"logits": out["logits"], "decoder_hidden_states": tuple(out["decoder_states"])}
 
     # ------------------------------------------------------------------------------------------------------ generation
 
@@ -93,14 +93,14 @@ class TransformerModel(GeneratingModel):
 
     def check_room(self, length: int, new_tokens: int) -> None:
         """`length` is the source's; the decoder's start counts as one of its tokens."""
-        most, wanted = self.config.max_length, max(length, 1 + new_tokens)
-        if most is not None and wanted > most:
+        most, needed = self.config.max_length, max(length, 1 + new_tokens)
+        if most is not None and needed > most:
             raise MmjaxError(f"a source of {length} tokens and {new_tokens} new ones: {most} a side is the most")
 
     def translate(
         self, texts: str | Sequence[str], num_beams: int = 4, max_new_tokens: int | None = None, **options: Any
     ) -> Any:
-        """A string -> its translation; strings -> theirs.
+        """A string -> its translation; strings -> their translations.
 
         max_new_tokens: by default 50 more than the longest source has, as far as the model has positions.
         options: as of `generate`. Raises MmjaxError as `generate` does, and where there is no tokenizer.
