@@ -65,11 +65,6 @@ def holds_int8(params: Any) -> bool:
     return any(is_int8(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_int8))
 
 
-def as_float(matrix: Matrix) -> Float[Array, "i j"]:
-    """The matrix itself, of int8 in float32."""
-    return matrix.qvalue.astype(jnp.float32) * matrix.scale if is_int8(matrix) else matrix
-
-
 def product(x: Float[Array, "n i"], kernel: Matrix) -> Float[Array, "n j"]:
     """x W, of x's dtype. kernel [i, j]: its channels are j."""
     if not is_int8(kernel):
@@ -89,7 +84,7 @@ def scores(x: Float[Array, "*b i"], table: Matrix) -> Float[Array, "*b j"]:
 
 def rows(table: Matrix, ids: Int[Array, "*b"]) -> Float[Array, "*b i"]:
     """Rows of a table [j, i]; float32 if that is in int8."""
-    return as_float(jax.tree.map(lambda x: x[ids], table))
+    return dequantize(jax.tree.map(lambda x: x[ids], table))
 
 
 # ------------------------------------------------------------------------------------------- x [n, i] -> float32 [n, j]

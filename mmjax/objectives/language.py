@@ -191,7 +191,7 @@ def linear_cross_entropy(
         if not _off(label_smoothing):
             raise MmjaxError("linear_cross_entropy: label_smoothing with added entries")
     if not _off(label_smoothing):  # the mean of all logits is the product with the mean of the kernel
-        mean_kernel = jnp.mean(int8.as_float(kernel).astype(jnp.float32), axis=0 if tied else 1)
+        mean_kernel = jnp.mean(int8.dequantize(kernel).astype(jnp.float32), axis=0 if tied else 1)
         mean = jnp.matmul(states.astype(jnp.float32), mean_kernel, precision="highest")
         mean = mean + jnp.mean(offsets.astype(jnp.float32))
     losses = _losses(normaliser, label_logit, mean, label_smoothing, z_loss)
@@ -292,7 +292,7 @@ class _Layer(NamedTuple):
             return jax.lax.dynamic_slice_in_dim(x, start, size, 0 if self.tied else 1)
 
         # Of int8 the two arrays are cut: their channels are the vocabulary's entries.
-        return int8.as_float(jax.tree.map(cut, kernel)).astype(dtype)
+        return int8.dequantize(jax.tree.map(cut, kernel)).astype(dtype)
 
     def logits(self, states: Array, block: Array, bias: Array, start: Array | int) -> Array:
         """Float32 [t, size]."""

@@ -386,7 +386,7 @@ def test_the_loss_of_a_frozen_int8_model(tied):
     rounded = {**model.params, "token_embedding": int8.quantize(model.params["token_embedding"], 0)}
     if not tied:
         rounded["head"] = {"kernel": int8.quantize(model.params["head"]["kernel"], 1)}
-    floats = jax.tree.map(int8.as_float, rounded, is_leaf=int8.is_int8)
+    floats = jax.tree.map(int8.dequantize, rounded, is_leaf=int8.is_int8)
     embeds = Decoder(config).apply({"params": floats}, PROMPTS, method="embed")
 
     @jax.jit
