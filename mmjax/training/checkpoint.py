@@ -328,7 +328,7 @@ class CheckpointWriter:
             )
             cause = " (disk full)" if full else ""
             self._error = CheckpointError(
-                f"step {step} was not saved to {final}{cause}, {size} bytes wanted: {type(error).__name__}: {error}"
+                f"step {step} was not saved to {final}{cause}, {size} bytes needed: {type(error).__name__}: {error}"
             )
 
     def _write(self, temporary: epath.Path, final: epath.Path, arrays: dict[str, np.ndarray], manifest: Any) -> None:

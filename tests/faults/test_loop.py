@@ -75,8 +75,8 @@ def wait_for(run, condition):
 @pytest.fixture(scope="module")
 def clean(runner, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("clean")
-    told = runner.run(workdir)
-    assert "trainable" in told
+    output = runner.run(workdir)
+    assert "trainable" in output
     return workdir
 
 
@@ -95,8 +95,8 @@ def test_workdir_of_a_clean_run(clean, runner):
         np.testing.assert_allclose(line["perf/images_per_second"], 8 * line["perf/steps_per_second"], rtol=1e-6)
     assert len(rates) >= 5
     before = manifest(clean)
-    told = runner.run(clean)
-    assert "is finished (60 of 60 steps): only evaluating" in told
+    output = runner.run(clean)
+    assert "is finished (60 of 60 steps): only evaluating" in output
     assert manifest(clean) == before
     assert [json.loads(line) for line in (clean / "metrics.jsonl").read_text().splitlines()] == lines
 
@@ -116,10 +116,10 @@ def test_killed_at_random_times_it_ends_in_the_same_bits(clean, runner, tmp_path
         if reached and run.poll() is None:
             run.send_signal(signal.SIGKILL)
             kills += 1
-        told = run.communicate()[0]
+        output = run.communicate()[0]
         if run.returncode == 0:
             break
-        assert run.returncode == -signal.SIGKILL, told[-3000:]
+        assert run.returncode == -signal.SIGKILL, output[-3000:]
     runner.run(tmp_path, "--delay", 0)
     assert kills >= 4
     assert manifest(tmp_path) == manifest(clean)
@@ -134,13 +134,13 @@ def test_stopped_by_a_signal_it_saves_and_exits_zero(clean, runner, tmp_path, nu
     for _ in range(times):
         run.send_signal(number)
         time.sleep(0.01)
-    told = run.communicate(timeout=20)[0]
-    assert run.returncode == 0, told[-3000:]
-    assert f"{number.name}: saved step" in told
+    output = run.communicate(timeout=20)[0]
+    assert run.returncode == 0, output[-3000:]
+    assert f"{number.name}: saved step" in output
     (saved,) = os.listdir(tmp_path / "checkpoints")
     assert 10 <= int(saved) < STEPS
-    told = runner.run(tmp_path)
-    assert f"resumed {tmp_path} at step {saved}" in told
+    output = runner.run(tmp_path)
+    assert f"resumed {tmp_path} at step {saved}" in output
     assert manifest(tmp_path) == manifest(clean)
     assert losses(tmp_path) == losses(clean)
 
@@ -148,25 +148,25 @@ def test_stopped_by_a_signal_it_saves_and_exits_zero(clean, runner, tmp_path, nu
 def test_resume_on_other_devices_and_another_lift(clean, runner, tmp_path):
     runner.run(tmp_path, "--nan-from", 10**8, "--steps", 30, "--log-every", 10)
     flags = ("--lift", "pmap", "--steps", 40, "--log-every", 10)
-    told = runner.run(tmp_path, *flags, XLA_FLAGS=devices(4))
-    assert "devices was 1 cpu, is 4 cpu; lift was jit, is pmap" in told
-    told = runner.run(tmp_path, "--lift", "mesh", XLA_FLAGS=devices(2))
-    assert "lift was pmap, is mesh" in told
-    mine, wanted = losses(tmp_path), losses(clean)
-    assert mine.keys() == wanted.keys()
-    np.testing.assert_allclose([mine[k] for k in mine], [wanted[k] for k in mine], rtol=1e-5)
+    output = runner.run(tmp_path, *flags, XLA_FLAGS=devices(4))
+    assert "devices was 1 cpu, is 4 cpu; lift was jit, is pmap" in output
+    output = runner.run(tmp_path, "--lift", "mesh", XLA_FLAGS=devices(2))
+    assert "lift was pmap, is mesh" in output
+    resumed, expected = losses(tmp_path), losses(clean)
+    assert resumed.keys() == expected.keys()
+    np.testing.assert_allclose([resumed[k] for k in resumed], [expected[k] for k in resumed], rtol=1e-5)
     assert json.loads(manifest(tmp_path))["data"] == json.loads(manifest(clean))["data"]
 
 
 def test_non_finite_updates_are_counted_and_three_in_a_row_stop(runner, tmp_path):
-    told = runner.run(tmp_path, "--nan-from", 20, code=1)
-    assert "step 23: 3 updates in a row were not finite" in told
-    assert "parameters are those of step 20" in told
+    output = runner.run(tmp_path, "--nan-from", 20, code=1)
+    assert "step 23: 3 updates in a row were not finite" in output
+    assert "parameters are those of step 20" in output
 
 
 def test_too_many_bad_records_save_first(runner, tmp_path):
-    told = runner.run(tmp_path, "--bad-from", 25, code=1)
-    assert "rows.txt: 9 of 20 records are bad" in told
+    output = runner.run(tmp_path, "--bad-from", 25, code=1)
+    assert "rows.txt: 9 of 20 records are bad" in output
     assert sorted(os.listdir(tmp_path / "checkpoints"), key=int) == ["21", "25"]
 
 
@@ -174,26 +174,26 @@ def test_newest_checkpoint_damaged_resumes_from_the_one_before(clean, runner, tm
     runner.run(tmp_path, "--steps", 58)
     data = tmp_path / "checkpoints/58/arrays/params.stem.kernel/0.0"
     data.write_bytes(data.read_bytes()[:-1])
-    told = runner.run(tmp_path)
-    assert told.count("warning: falling back to step 56") == 1
+    output = runner.run(tmp_path)
+    assert output.count("warning: falling back to step 56") == 1
     assert manifest(tmp_path) == manifest(clean)
 
 
 def test_second_run_is_refused_with_the_pid(runner, tmp_path):
     run = runner.start(tmp_path, "--delay", 0.2)
     wait_for(run, lambda: (tmp_path / "config.json").exists())
-    told = runner.run(tmp_path, code=1)
-    assert f"in use by another run: pid {run.pid} on" in told
+    output = runner.run(tmp_path, code=1)
+    assert f"in use by another run: pid {run.pid} on" in output
     run.kill()
     run.communicate()
 
 
 def test_init_from_takes_what_fits_and_refuses_what_does_not(clean, runner, tmp_path):
-    told = runner.run(tmp_path / "a", "--init-from", clean, "--steps", 1)
-    assert f"initialised from {clean}: 4 arrays" in told
+    output = runner.run(tmp_path / "a", "--init-from", clean, "--steps", 1)
+    assert f"initialised from {clean}: 4 arrays" in output
     (tmp_path / "not").mkdir()
-    told = runner.run(tmp_path / "b", "--init-from", tmp_path / "not", "--steps", 1, code=1)
-    assert "not holds no checkpoint" in told or str(tmp_path / "not") in told
+    output = runner.run(tmp_path / "b", "--init-from", tmp_path / "not", "--steps", 1, code=1)
+    assert "not holds no checkpoint" in output or str(tmp_path / "not") in output
 
 
 def cluster(runner, workdir, *flags):
@@ -204,9 +204,9 @@ def cluster(runner, workdir, *flags):
 
 
 def finish(runs, code=0):
-    told = [run.communicate(timeout=100)[0] for run in runs]
-    assert [run.returncode for run in runs] == [code] * len(runs), "\n".join(told)[-4000:]
-    return told
+    output = [run.communicate(timeout=100)[0] for run in runs]
+    assert [run.returncode for run in runs] == [code] * len(runs), "\n".join(output)[-4000:]
+    return output
 
 
 def test_two_processes_stop_at_one_step_and_resume_in_the_same_bits(runner, tmp_path):

@@ -91,12 +91,12 @@ def test_every_misfit_is_in_one_message(tmp_path):
     }
     with pytest.raises(CheckpointError) as caught:
         checkpoint.restore(tmp_path, state.replace(params=params))
-    told = str(caught.value)
-    assert "params/stem/kernel: want float32[7, 8], got float32[5, 8]" in told
-    assert "params/stem/bias: want bfloat16[8], got float32[8]" in told
-    assert "params/tail/kernel: missing" in told
-    assert "params/head/kernel: not in this experiment's state" in told
-    assert str(tmp_path) in told
+    message = str(caught.value)
+    assert "params/stem/kernel: want float32[7, 8], got float32[5, 8]" in message
+    assert "params/stem/bias: want bfloat16[8], got float32[8]" in message
+    assert "params/tail/kernel: missing" in message
+    assert "params/head/kernel: not in this experiment's state" in message
+    assert str(tmp_path) in message
     assert not isinstance(caught.value, DamagedCheckpoint)  # so no older step is taken instead
 
 
@@ -126,8 +126,8 @@ def test_bit_flips_never_load_wrong_values(tmp_path):
             if not clean:
                 continue
             bad = bytearray(clean)
-            place = rng.randrange(len(bad))
-            bad[place] ^= 1 << rng.randrange(8)
+            offset = rng.randrange(len(bad))
+            bad[offset] ^= 1 << rng.randrange(8)
             path.write_bytes(bad)
             try:
                 loaded = checkpoint.load_state(folder, template()).state
@@ -135,7 +135,7 @@ def test_bit_flips_never_load_wrong_values(tmp_path):
                 caught += 1
                 assert str(folder) in str(error)
             else:
-                assert tree.tree_hash(loaded) == whole, (path, place)
+                assert tree.tree_hash(loaded) == whole, (path, offset)
         path.write_bytes(clean)
     assert caught >= 100
     assert tree.tree_hash(checkpoint.load_state(folder, template()).state) == whole
@@ -159,21 +159,21 @@ def test_truncations_and_deletions_never_load_wrong_values(tmp_path):
 def test_damage_names_file_and_key_and_falls_back_with_one_warning(tmp_path):
     states = save(tmp_path, 3, 5)
     folder = tmp_path / "checkpoints/5"
-    wanted = np.asarray(states[5].params["stem"]["kernel"])
+    expected = np.asarray(states[5].params["stem"]["kernel"])
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["leaves"]["params/stem/kernel"]["sha256"] = tree.leaf_hash(wanted + 1)
+    manifest["leaves"]["params/stem/kernel"]["sha256"] = tree.leaf_hash(expected + 1)
     body = {name: value for name, value in manifest.items() if name != "sha256"}
     (folder / "manifest.json").write_text(json.dumps(body | {"sha256": checkpoint_format._digest(body)}))
     with pytest.raises(DamagedCheckpoint, match=r"checkpoints/5/arrays: wrong bytes in params/stem/kernel"):
         checkpoint.load_state(folder, template())
     data = folder / "arrays" / "params.stem.kernel" / "0.0"
     data.write_bytes(data.read_bytes()[:-4] + bytes(4))
-    said = []
-    restored = checkpoint.restore(tmp_path, template(), warn=said.append)
+    messages = []
+    restored = checkpoint.restore(tmp_path, template(), warn=messages.append)
     assert restored.step == 3
     assert tree.tree_hash(restored.state) == tree.tree_hash(states[3])
-    assert len(said) == 1
-    assert "arrays/params.stem.kernel/0.0" in said[0]
+    assert len(messages) == 1
+    assert "arrays/params.stem.kernel/0.0" in messages[0]
     shutil.rmtree(tmp_path / "checkpoints/3/arrays")
     with pytest.raises(DamagedCheckpoint, match=r"no checkpoint in .* is whole"):
         checkpoint.restore(tmp_path, template())
@@ -188,7 +188,7 @@ def test_failed_save_frees_its_space_and_is_reported_once(tmp_path, monkeypatch)
             checkpoint, "sync_folder", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
         )
         writer.save(toy.init(), 5)
-        with pytest.raises(CheckpointError, match=r"step 5 .*disk full.* bytes wanted"):
+        with pytest.raises(CheckpointError, match=r"step 5 .*disk full.* bytes needed"):
             writer.wait()
     writer.wait()
     assert os.listdir(tmp_path / "checkpoints") == ["3"]
@@ -223,7 +223,7 @@ writer.save(big, 4); writer.wait()
     environment = os.environ | {"PYTHONPATH": os.fspath(repository)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "step 3 was not saved" in done.stdout and "1200028 bytes wanted" in done.stdout
+    assert "step 3 was not saved" in done.stdout and "1200028 bytes needed" in done.stdout
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "4"]
 
 
@@ -235,7 +235,7 @@ def test_second_run_on_a_workdir_is_refused_with_the_pid(tmp_path):
     Lock(tmp_path).release()
 
 
-def test_unwritable_workdir_is_told(tmp_path):
+def test_unwritable_workdir_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"file/run cannot be written"):
         Lock(tmp_path / "file" / "run")
