@@ -81,6 +81,14 @@ def merge(*trees: Mapping[str, Any]) -> dict[str, Any]:
     return unflatten(dict(sorted(flat.items())))
 
 
+def overlay(*trees: Mapping[str, Any]) -> dict[str, Any]:
+    """Joins nested dicts; of leaves with the same path the last tree's stays. `merge` is for trees that share none."""
+    flat: dict[str, Any] = {}
+    for tree in trees:
+        flat |= flatten(tree)
+    return unflatten(dict(sorted(flat.items())))
+
+
 def count(tree: Any) -> int:
     """The number of scalars in a tree of arrays (or of ShapeDtypeStructs)."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -66,7 +66,7 @@ def config_of(name: str, recorded: dict[str, Any]) -> AlbefConfig:
         embed_dim=recorded["embed_dim"] if compared else 0,
         matching=compared,
         classes=recorded.get("classes", 2) if kind in ("ve", "nlvr") else 0,
-        pairs=kind == "nlvr",
+        two_images=kind == "nlvr",
         decoder=decoder,
         temperature=recorded["temp"],
         queue=recorded["queue_size"] if compared else 0,
@@ -124,14 +124,14 @@ def gradient(loss, *arrays):
 
 
 def hardest(method, params, batch, encoded):
-    weights = compiled(lambda *arrays: method.hardness(*arrays, None), params, batch, encoded)
+    weights = compiled(lambda *arrays: method.negative_weights(*arrays, None), params, batch, encoded)
     return tuple(jnp.argmax(w, 1) for w in weights)
 
 
 def aligned(method, params, carry, batch, encoded, negatives):
     """What pre-training and retrieval both have."""
-    contrast = method.contrast(params, carry, batch, encoded, method.alpha(carry, STEP), None)
-    matching, _, logits = method.match(params, batch, encoded, negatives, RNG, None)
+    contrast = method.itc_loss(params, carry, batch, encoded, method.alpha(carry, STEP), None)
+    matching, _, logits = method.itm_loss(params, batch, encoded, negatives, RNG, None)
     return contrast, matching.value, logits
 
 
@@ -145,7 +145,7 @@ def contrast_outputs(method, params, carry, batch, encoded, negatives) -> dict[s
         for name, (query, local, queue) in keys.items()
     }
     outputs |= {"neg_image_idx": negatives[0], "neg_text_idx": negatives[1]}
-    after = {name: write(queue) for name, queue in method.enqueued(carry, batch, encoded, None).items()}
+    after = {name: write(queue) for name, queue in method.next_queues(carry, batch, encoded, None).items()}
     outputs |= {f"{name}_queue_after": after[name].keys.T for name in ("image", "text")}
     outputs["queue_ptr_after"] = after["image"].cursor[None]
     return outputs | ({"idx_queue_after": after["ids"].keys.T} if "ids" in after else {})
@@ -169,7 +169,7 @@ def pretraining(config, params, carry, batch, inputs, meta):
         encoded = method.encode(params, carry, batch, RNG, None)
         contrast, matching, logits = aligned(method, params, carry, batch, encoded, negatives)
         alpha = method.alpha(carry, STEP)
-        words, _, (student, teacher) = method.name_words(params, carry, batch, encoded, masked, alpha, RNG, None)
+        words, _, (student, teacher) = method.mlm_loss(params, carry, batch, encoded, masked, alpha, RNG, None)
         outputs = {"loss_ita": contrast, "loss_itm": matching, "loss_mlm": words.value, "itm_logits": logits}
         return contrast + matching + words.value, outputs | {"mlm_logits": student, "mlm_logits_m": teacher}
 
@@ -181,8 +181,11 @@ def pretraining(config, params, carry, batch, inputs, meta):
 
     def states(params, carry, batch, encoded):
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        teacher = method.run(method.teacher(params, carry), "read", ids, mask, axis_name=None, rng=RNG)
-        return {"text_embeds_m": teacher, "fusion_pos": method.head(params, "fuse", encoded.text, mask, encoded.image)}
+        teacher = method.run(method.teacher(params, carry), "encode_text", ids, mask, axis_name=None, rng=RNG)
+        return {
+            "text_embeds_m": teacher,
+            "fusion_pos": method.head(params, "encode_multimodal", encoded.text, mask, encoded.image),
+        }
 
     return outputs | compiled(states, params, carry, batch, encoded), grads
 
@@ -204,8 +207,8 @@ def retrieval(config, params, carry, batch, inputs, meta):
 
 def classification(config, params, carry, batch, inputs, meta):
     method = AlbefClassification(config)
-    images = jnp.split(jnp.asarray(batch["image"]), 2) if config.pairs else [jnp.asarray(batch["image"])]
-    names = ("image_0", "image_1") if config.pairs else ("image",)
+    images = jnp.split(jnp.asarray(batch["image"]), 2) if config.two_images else [jnp.asarray(batch["image"])]
+    names = ("image_0", "image_1") if config.two_images else ("image",)
     batch = texts(dict(zip(names, images)), inputs)
     batch["label"] = inputs["targets"].astype(np.int32)
 
@@ -213,10 +216,12 @@ def classification(config, params, carry, batch, inputs, meta):
         return method.loss(params, carry, batch, RNG, STEP)[0], None
 
     def outputs(params, carry, batch, images):
-        tokens = [method.head(params, "image", image) for image in images]
-        states = method.head(params, "read", batch["input_ids"], batch["attention_mask"])
+        tokens = [method.head(params, "encode_image", image) for image in images]
+        states = method.head(params, "encode_text", batch["input_ids"], batch["attention_mask"])
         outputs = {"image_embeds": jnp.concatenate(tokens), "prediction": method.logits(params, batch, RNG)}
-        outputs["last_hidden_state"] = method.head(params, "fuse", states, batch["attention_mask"], *tokens)
+        outputs["last_hidden_state"] = method.head(
+            params, "encode_multimodal", states, batch["attention_mask"], *tokens
+        )
         return outputs | {"prediction_m": method.logits(method.teacher(params, carry), batch, RNG)}
 
     (value, _), grads = gradient(loss, params, carry, batch)
@@ -254,7 +259,7 @@ def answering(config, params, carry, batch, inputs, meta):
     outputs |= {"topk_ids": ranked.places, "topk_probs": ranked.probabilities, "start_logits": ranked.start_logits}
     outputs["rank_loss"] = ranked.losses.reshape(-1)
     outputs["image_embeds"] = compiled(
-        lambda *arrays: method.head(arrays[0], "image", arrays[1]), params, batch["image"]
+        lambda *arrays: method.head(arrays[0], "encode_image", arrays[1]), params, batch["image"]
     )
     outputs["question_states"] = ranked.states
     return outputs, grads

@@ -13,7 +13,7 @@ import tiny_albef as tiny
 from mmjax import tree
 from mmjax.errors import MmjaxError
 from mmjax.models.albef.finetune import AlbefAnswering, AlbefClassification, AlbefRetrieval
-from mmjax.models.albef.network import Albef, untied
+from mmjax.models.albef.network import Albef
 from mmjax.objectives.language import IGNORED
 from mmjax.training.ema import update_ema
 from mmjax.training.method import Method, loss_value
@@ -150,10 +150,10 @@ def test_pretraining_alone_keeps_the_temperature_within_bounds(given: float, kep
 
 def test_methods_refuse_networks_that_lack_what_they_read():
     for make, named in (
-        (lambda: tiny.pretraining(tiny.RETRIEVAL), "pre-training wants text.mlm"),
-        (lambda: AlbefRetrieval(tiny.PRETRAINING), "retrieval wants"),
-        (lambda: AlbefClassification(tiny.RETRIEVAL), "wants classes"),
-        (lambda: AlbefAnswering(tiny.RETRIEVAL), "wants a decoder"),
+        (lambda: tiny.pretraining(tiny.RETRIEVAL), "pre-training needs text.mlm"),
+        (lambda: AlbefRetrieval(tiny.PRETRAINING), "retrieval needs"),
+        (lambda: AlbefClassification(tiny.RETRIEVAL), "needs classes"),
+        (lambda: AlbefAnswering(tiny.RETRIEVAL), "needs a decoder"),
     ):
         with pytest.raises(MmjaxError, match=named):
             make()
@@ -189,7 +189,7 @@ def test_the_encoders_of_negatives_learn():
 
     def scores(image: Any, text: Any, run: int) -> Any:
         told = dataclasses.replace(method.encode(state.params, state.carry, rows, RNG, None), image=image, text=text)
-        logits = method.match(state.params, rows, told, (images, texts), RNG, None)[2]
+        logits = method.itm_loss(state.params, rows, told, (images, texts), RNG, None)[2]
         return jnp.sum(logits[6 * run : 6 * (run + 1), 1])
 
     told = method.encode(state.params, state.carry, rows, RNG, None)
@@ -216,7 +216,7 @@ def test_what_pairs_share_is_one_array_with_the_sum_of_both_gradients():
         )["logits"]  # type: ignore[index]
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), rows["label"][:, None], 1))
 
-    value, both = jax.jit(jax.value_and_grad(apart))(untied(state.params, config))
+    value, both = jax.jit(jax.value_and_grad(apart))(config.module_params(state.params))
     own, grads = jax.jit(jax.value_and_grad(lambda p: loss_value(method.loss(p, state.carry, rows, RNG, STEP)[0])))(
         state.params
     )

@@ -14,7 +14,7 @@ from mmjax import tree
 from mmjax.errors import MmjaxError
 from mmjax.models.albef.assignment import UNTRAINED, TextAssignment
 from mmjax.models.albef.checkpoint import LAYOUTS
-from mmjax.models.albef.network import Albef, AlbefConfig, untied
+from mmjax.models.albef.network import Albef, AlbefConfig
 from mmjax.models.albef.tasks import AlbefModel
 from mmjax.training.optimizer import Optimizer, adamw, all_but_vectors
 from mmjax.training.partition import Partition
@@ -87,7 +87,7 @@ def test_the_loss_by_hand_trains_all_that_reads_and_leaves_the_rest():
     new, metrics = jax.jit(lambda state: train_step(method, optimizer, state, rows))(state)
 
     apply = jax.jit(Albef(config).apply)
-    params, texts = untied(state.params, config), (rows["input_ids"], rows["attention_mask"])
+    params, texts = config.module_params(state.params), (rows["input_ids"], rows["attention_mask"])
     own = apply({"params": params}, rows["image"], *texts, None, rows["image"])["image_embeds"]
     first, second, labels = method.draw(own, jax.random.fold_in(state.rng, 0), None)
     half = np.repeat([0, 6], 6)
@@ -103,9 +103,9 @@ def test_the_loss_by_hand_trains_all_that_reads_and_leaves_the_rest():
 
 
 def test_networks_and_groups_that_do_not_fit_are_refused():
-    with pytest.raises(MmjaxError, match="text assignment wants assigning"):
+    with pytest.raises(MmjaxError, match="text assignment needs assigning"):
         TextAssignment(tiny.PAIRS)
-    with pytest.raises(MmjaxError, match="assigning wants pairs, and embed_dim"):
+    with pytest.raises(MmjaxError, match="assigning needs two_images, and embed_dim"):
         dataclasses.replace(tiny.PRETRAINING, assigning=True)
     with pytest.raises(MmjaxError, match=r"groups=3: .* 3 images or more, not of a group's 2"):
         TextAssignment(tiny.ASSIGNMENT, groups=3).draw(embeds(6), RNG, None)

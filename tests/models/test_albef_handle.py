@@ -18,7 +18,7 @@ from mmjax import cli, tree
 from mmjax.errors import MmjaxError
 from mmjax.models.albef.checkpoint import table
 from mmjax.models.albef.finetune import AlbefAnswering, AlbefClassification, AlbefRetrieval
-from mmjax.models.albef.network import AlbefConfig, untied
+from mmjax.models.albef.network import AlbefConfig
 from mmjax.models.albef.pretrain import AlbefPretraining
 from mmjax.models.albef.start import starting_weights
 from mmjax.models.albef.tasks import AlbefModel
@@ -59,8 +59,10 @@ FORMS = {
     "pretraining": AlbefConfig(VISION, text(mlm=True), **COMPARED),
     "retrieval": AlbefConfig(VISION, text(), by_image=True, **COMPARED),
     "entailment": AlbefConfig(VISION, text(), classes=3, **ALONE),
-    "nlvr": AlbefConfig(VISION, text(depth=3), classes=2, pairs=True, **ALONE),
-    "assignment": AlbefConfig(VISION, text(depth=3), embed_dim=7, matching=False, queue=0, pairs=True, assigning=True),
+    "nlvr": AlbefConfig(VISION, text(depth=3), classes=2, two_images=True, **ALONE),
+    "assignment": AlbefConfig(
+        VISION, text(depth=3), embed_dim=7, matching=False, queue=0, two_images=True, assigning=True
+    ),
     "vqa": AlbefConfig(VISION, text(), decoder=text(depth=1, cross_from=0, causal=True, mlm=True), **ALONE),
 }
 
@@ -208,7 +210,7 @@ def _nan(array: np.ndarray) -> np.ndarray:
         (lambda a: a.update(extra=np.zeros(3)), "unexpected (1):\n    extra"),
         (lambda a: a.update({TABLE: a[TABLE].reshape(-1)}), "its config cannot be told from it: ValueError"),
         (lambda a: [a.pop(key) for key in list(a) if "crossattention" in key], "which of its layers see the image?"),
-        (lambda a: a.update({"ta_head.weight": np.zeros((3, 12))}), "assigning wants pairs"),
+        (lambda a: a.update({"ta_head.weight": np.zeros((3, 12))}), "assigning needs two_images"),
         (lambda a: a.pop("itm_head.bias"), "missing (1):\n    itm_head.bias"),
         (lambda a: [a.pop(key) for key in list(a) if "token_type" in key], "unknown architecture"),  # BLIP has none
     ],
@@ -305,14 +307,14 @@ def test_retrieval_in_two_stages():
 def test_classes_of_texts_with_one_image_and_with_two(form: str):
     model, pictures, others = model_of(form), images(3), images(3, seed=1)
     second = {"other_images": others} if form == "nlvr" else {}
-    told = model.entails(pictures, CAPTIONS[:3], **second, batch_size=2)
+    told = model.classify_pairs(pictures, CAPTIONS[:3], **second, batch_size=2)
     for row, (image, other, ids) in enumerate(zip(pictures, others, ids_of(CAPTIONS))):
         more = {"other_images": model.pixels([other])} if form == "nlvr" else {}
         shares = np.asarray(jax.nn.softmax(plain(model, image, ids, **more)["logits"][0]))
         assert [name for name, _ in told[row]] == [model.class_names()[i] for i in np.argsort(-shares)]
         np.testing.assert_allclose([share for _, share in told[row]], -np.sort(-shares), rtol=2e-5)
     with pytest.raises(MmjaxError, match="two images" if form == "nlvr" else "one image"):
-        model.entails(pictures, CAPTIONS[:3], other_images=None if form == "nlvr" else others)
+        model.classify_pairs(pictures, CAPTIONS[:3], other_images=None if form == "nlvr" else others)
 
 
 def test_answers_out_of_a_list_word_by_word():
@@ -346,7 +348,7 @@ def test_what_a_network_or_a_folder_lacks_is_told():
         (lambda: vqa.encode_text("a"), "embed_dim=0"),
         (lambda: vqa.retrieve(["a"], images(1)), "embed_dim=0"),
         (lambda: vqa.match(images(1), ["a"]), "no head that matches"),
-        (lambda: vqa.entails(images(1), ["a"]), "no head of classes"),
+        (lambda: vqa.classify_pairs(images(1), ["a"]), "no head of classes"),
         (lambda: retrieval.answer(images(1), ["a"], ["b"]), "no decoder"),
         (lambda: retrieval.match(images(1), []), "texts: there is none"),
         (lambda: retrieval.replace(tokenizer=None).encode_text("a"), r"from_vocab\('vocab.txt'\)"),
@@ -440,8 +442,8 @@ def test_fine_tuning_starts_from_a_pretrained_file(form: str, holds_state: bool)
     before = fresh(config, form)
     state, _ = initialize_from(before, starting_weights(model.weights(), config), "ALBEF.pth")
     sources = {"params": model.params, "ema": model.stats["momentum"] if holds_state else model.params}
-    for kind, got in (("params", untied(state.params, config)), ("ema", untied(state.ema, config))):
-        source, begun = tree.flatten(sources[kind]), tree.flatten(untied(getattr(before, kind), config))
+    for kind, got in (("params", config.module_params(state.params)), ("ema", config.module_params(state.ema))):
+        source, begun = tree.flatten(sources[kind]), tree.flatten(config.module_params(getattr(before, kind)))
         for path, leaf in tree.flatten(got).items():
             if path == "vision/positions":
                 want: Any = interpolate(source[path], (2, 2), (3, 3), "bicubic", 1)

@@ -21,8 +21,8 @@ ALONE: dict[str, Any] = {"embed_dim": 0, "matching": False, "queue": 0}
 
 PRETRAINING = AlbefConfig(VISION, TEXT, embed_dim=7, queue=48, temperature=0.3, momentum=0.9)
 RETRIEVAL = dataclasses.replace(PRETRAINING, text=WORDLESS, by_image=True)
-PAIRS = AlbefConfig(VISION, ONE_AND_TWO, classes=2, pairs=True, momentum=0.9, **ALONE)
-ASSIGNMENT = AlbefConfig(VISION, ONE_AND_TWO, embed_dim=7, matching=False, queue=0, pairs=True, assigning=True)
+PAIRS = AlbefConfig(VISION, ONE_AND_TWO, classes=2, two_images=True, momentum=0.9, **ALONE)
+ASSIGNMENT = AlbefConfig(VISION, ONE_AND_TWO, embed_dim=7, matching=False, queue=0, two_images=True, assigning=True)
 ANSWERS = AlbefConfig(
     VISION, WORDLESS, decoder=dataclasses.replace(TEXT, depth=1, cross_from=0, causal=True), momentum=0.9, **ALONE
 )

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.errors import MmjaxError
-from mmjax.models.albef.method import ForwardPasses
+from mmjax.models.albef.network import AlbefConfig
 from mmjax.nn.groups import group_positions, take_in_group
 from mmjax.objectives.classification import hits, softmax_cross_entropy
 from mmjax.objectives.matching import negative_log_weights, sample_negatives
+from mmjax.training.image_text import ForwardPasses
 from mmjax.training.method import Loss
 from mmjax.training.partition import FROZEN
 from mmjax.training.rng import example_keys, named
@@ -36,12 +37,13 @@ class TextAssignment(ForwardPasses):
         groups: parts of the global batch, of which a text's other images are: one a process in the original (8).
     """
 
+    config: AlbefConfig
     groups: int = 1
 
     def __post_init__(self) -> None:
         """Raises MmjaxError for a network without the head."""
         if not self.config.assigning:
-            raise MmjaxError("albef: text assignment wants assigning")
+            raise MmjaxError("albef: text assignment needs assigning")
 
     def example(self, batch: Batch) -> dict[str, Any]:
         return super().example(batch) | {"other_images": self.pixels(batch["image"][:1])}
@@ -56,12 +58,12 @@ class TextAssignment(ForwardPasses):
         axis_name: str | None = None,
     ) -> tuple[Loss, tuple[Carry, Means]]:
         """Raises MmjaxError for groups of fewer than 3 pairs."""
-        mask, how = batch["attention_mask"], {"axis_name": axis_name}
-        image = self.run(params, "image", self.pixels(batch["image"]), rng=named(rng, "image"), **how)
+        mask, axis = batch["attention_mask"], {"axis_name": axis_name}
+        image = self.run(params, "encode_image", self.pixels(batch["image"]), rng=named(rng, "image"), **axis)
         first, second, labels = self.draw(self.head(params, "image_embeds", image), rng, axis_name)
         images = [take_in_group(image, places, self.groups, axis_name) for places in (first, second)]
-        states = self.run(params, "read", batch["input_ids"], mask, rng=named(rng, "read"), **how)
-        states = self.run(params, "fuse", states, mask, *images, rng=named(rng, "fuse"), **how)
+        states = self.run(params, "encode_text", batch["input_ids"], mask, rng=named(rng, "text"), **axis)
+        states = self.run(params, "encode_multimodal", states, mask, *images, rng=named(rng, "multimodal"), **axis)
         logits = self.head(params, "assign", states)
         value = jnp.mean(softmax_cross_entropy(logits, labels))
         return value, (carry, {"accuracy": jnp.mean(hits(logits, labels))})

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
 
-from mmjax.models.albef.network import AlbefConfig, twins
+from mmjax.models.albef.network import AlbefConfig, tied_pairs
 from mmjax.models.bert import checkpoint as bert
 from mmjax.models.bert.network import BertConfig
 from mmjax.models.vit import checkpoint_timm as timm
@@ -50,7 +50,7 @@ def _text_table(config: AlbefConfig) -> Table:
     if not config.text.mlm:
         entries = tuple(replace(entry, source=entry.sources[0].removeprefix("bert.")) for entry in entries)
     by_target = {entry.targets[0]: entry for entry in entries}
-    for first, second in twins(config):
+    for first, second in tied_pairs(config):
         for name in (f"cross_attention/{letter}/{array}" for letter in "kv" for array in ("kernel", "bias")):
             one = by_target.pop(f"params/encoder/{first}/{name}")
             other = by_target[f"params/encoder/{second}/{name}"]
@@ -98,7 +98,7 @@ def config_of(shapes: Shapes, config_json: Mapping[str, Any] | None) -> AlbefCon
         text,
         embed_dim=shapes.get("vision_proj.weight", (0,))[0],
         matching="itm_head.weight" in shapes,
-        pairs=pairs,
+        two_images=pairs,
         assigning=assigning,
         classes=classes,
         decoder=_decoder_config(shapes, config_json.get("text_heads")),

@@ -7,10 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from mmjax.errors import MmjaxError
-from mmjax.models.albef.method import Alignment, MomentumDistillation
+from mmjax.models.albef.network import AlbefConfig
 from mmjax.objectives.classification import hits
 from mmjax.objectives.distillation import distilled_cross_entropy
 from mmjax.objectives.language import IGNORED, answer_loss, distilled_text_cross_entropy
+from mmjax.training.image_text import Alignment, MomentumDistillation
 from mmjax.training.method import Loss
 from mmjax.training.rng import named
 from mmjax.training.state import Carry
@@ -24,11 +25,13 @@ class AlbefRetrieval(Alignment):
     Batches: see `Alignment`. Metrics: matching_accuracy in [0, 1], temperature, which is not clamped.
     """
 
+    config: AlbefConfig
+
     def __post_init__(self) -> None:
-        """Raises MmjaxError for a network that compares or matches nothing, or does not tell images apart."""
+        """Raises MmjaxError for a network without projections, ITM head or image ids."""
         c = self.config
         if not (c.embed_dim and c.matching and c.by_image):
-            raise MmjaxError("albef: retrieval wants embed_dim, matching and by_image")
+            raise MmjaxError("albef: retrieval needs embed_dim, matching and by_image")
 
     def loss(
         self,
@@ -39,31 +42,33 @@ class AlbefRetrieval(Alignment):
         step: Int[Array, ""],
         axis_name: str | None = None,
     ) -> tuple[Loss, tuple[Carry, Means]]:
-        told = self.encode(params, carry, batch, rng, axis_name)
-        negatives = self.negatives(params, batch, told, rng, axis_name)
-        contrast = self.contrast(params, carry, batch, told, self.alpha(carry, step), axis_name)
-        matching, metrics, _ = self.match(params, batch, told, negatives, rng, axis_name)
-        after = dataclasses.replace(carry, queues=self.enqueued(carry, batch, told, axis_name))
+        encoded = self.encode(params, carry, batch, rng, axis_name)
+        negatives = self.negatives(params, batch, encoded, rng, axis_name)
+        contrast = self.itc_loss(params, carry, batch, encoded, self.alpha(carry, step), axis_name)
+        matching, metrics, _ = self.itm_loss(params, batch, encoded, negatives, rng, axis_name)
+        next_carry = dataclasses.replace(carry, queues=self.next_queues(carry, batch, encoded, axis_name))
         metrics |= {"temperature": params["temperature"]}
-        return {"contrast_loss": contrast, "matching_loss": matching}, (after, metrics)
+        return {"contrast_loss": contrast, "matching_loss": matching}, (next_carry, metrics)
 
 
 @dataclass(frozen=True)
 class AlbefClassification(MomentumDistillation):
-    """Classes of texts and images: SNLI-VE (model_ve.py) and, with `config.pairs`, NLVR2 (model_nlvr.py).
+    """Classes of texts and images: SNLI-VE (model_ve.py) and, with `config.two_images`, NLVR2 (model_nlvr.py).
 
-    Batches: {"image": [b, h, w, 3], of pairs "image_0" and "image_1"; "input_ids", "attention_mask": [b, l];
+    Batches: {"image": [b, h, w, 3], with `two_images` "image_0" and "image_1"; "input_ids", "attention_mask": [b, l];
     "label": int32 [b]}.
     Metric: accuracy in [0, 1].
     """
 
+    config: AlbefConfig
+
     def __post_init__(self) -> None:
         """Raises MmjaxError for a network without classes."""
         if not self.config.classes:
-            raise MmjaxError("albef: classification wants classes of 1 or more")
+            raise MmjaxError("albef: classification needs classes of 1 or more")
 
     def example(self, batch: Batch) -> dict[str, Any]:
-        if not self.config.pairs:
+        if not self.config.two_images:
             return super().example(batch)
         return super().example({**batch, "image": batch["image_0"]}) | {
             "other_images": self.pixels(batch["image_1"][:1])
@@ -78,38 +83,41 @@ class AlbefClassification(MomentumDistillation):
         step: Int[Array, ""],
         axis_name: str | None = None,
     ) -> tuple[Loss, tuple[Carry, Means]]:
-        own = self.logits(params, batch, named(rng, "student"), axis_name)
-        theirs = self.logits(self.teacher(params, carry), batch, named(rng, "teacher"), axis_name)
-        value = jnp.mean(distilled_cross_entropy(own, theirs, batch["label"], self.alpha(carry, step)))
-        return value, (carry, {"accuracy": jnp.mean(hits(own, batch["label"]))})
+        student = self.logits(params, batch, named(rng, "student"), axis_name)
+        teacher = self.logits(self.teacher(params, carry), batch, named(rng, "teacher"), axis_name)
+        value = jnp.mean(distilled_cross_entropy(student, teacher, batch["label"], self.alpha(carry, step)))
+        return value, (carry, {"accuracy": jnp.mean(hits(student, batch["label"]))})
 
     def logits(
         self, params: Params, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
     ) -> Float[Array, "b c"]:
         """In training mode."""
-        how = {"axis_name": axis_name}
+        axis = {"axis_name": axis_name}
         tokens = [
-            self.run(params, "image", self.pixels(batch[name]), rng=named(rng, name), **how)
-            for name in (("image_0", "image_1") if self.config.pairs else ("image",))
+            self.run(params, "encode_image", self.pixels(batch[name]), rng=named(rng, name), **axis)
+            for name in (("image_0", "image_1") if self.config.two_images else ("image",))
         ]
-        states = self.run(params, "read", batch["input_ids"], batch["attention_mask"], rng=named(rng, "read"), **how)
-        states = self.run(params, "fuse", states, batch["attention_mask"], *tokens, rng=named(rng, "fuse"), **how)
+        mask = batch["attention_mask"]
+        states = self.run(params, "encode_text", batch["input_ids"], mask, rng=named(rng, "text"), **axis)
+        states = self.run(params, "encode_multimodal", states, mask, *tokens, rng=named(rng, "multimodal"), **axis)
         return self.head(params, "classify", states)
 
 
 @dataclass(frozen=True)
 class AlbefAnswering(MomentumDistillation):
-    """Answers to questions about images, word by word (model_vqa.py).
+    """Answers to questions about images, token by token (model_vqa.py).
 
     Batches: {"image": [b, h, w, 3]; "input_ids", "attention_mask": questions [b, l]; "answer_ids": int32 [b, a, t],
     [CLS] first, [SEP] last and padding after it; "answer_mask": [b, a, t], 1 = a token; "answer_weights": float32
     [b, a], 0 where a question has fewer than a answers}.
     """
 
+    config: AlbefConfig
+
     def __post_init__(self) -> None:
-        """Raises MmjaxError for a network that writes nothing."""
+        """Raises MmjaxError for a network without a decoder."""
         if self.config.decoder is None:
-            raise MmjaxError("albef: answering wants a decoder")
+            raise MmjaxError("albef: answering needs a decoder")
 
     def example(self, batch: Batch) -> dict[str, Any]:
         return super().example(batch) | {"decoder_ids": batch["answer_ids"][:1, 0]}
@@ -136,27 +144,27 @@ class AlbefAnswering(MomentumDistillation):
         axis_name: str | None = None,
     ) -> tuple[Float[Array, "b a"], tuple[Float[Array, "b a t v"], Float[Array, "b a t v"]]]:
         """Of each answer, summed over its tokens; and the logits of the network and of its momentum copy."""
-        own = self.logits(params, batch, named(rng, "student"), axis_name)
-        theirs = self.logits(self.teacher(params, carry), batch, named(rng, "teacher"), axis_name)
-        after = jnp.where(batch["answer_mask"] == 1, batch["answer_ids"], IGNORED)[..., 1:]
-        told = distilled_text_cross_entropy(own[..., :-1, :], theirs[..., :-1, :], after, self.alpha(carry, step))
-        return told, (own, theirs)
+        student = self.logits(params, batch, named(rng, "student"), axis_name)
+        teacher = self.logits(self.teacher(params, carry), batch, named(rng, "teacher"), axis_name)
+        labels = jnp.where(batch["answer_mask"] == 1, batch["answer_ids"], IGNORED)[..., 1:]
+        alpha = self.alpha(carry, step)
+        losses = distilled_text_cross_entropy(student[..., :-1, :], teacher[..., :-1, :], labels, alpha)
+        return losses, (student, teacher)
 
     def logits(
         self, params: Params, batch: Batch, rng: PRNGKeyArray, axis_name: str | None = None
     ) -> Float[Array, "b a t v"]:
-        """In training mode: of the word after each token of each answer."""
-        how, mask = {"axis_name": axis_name}, batch["attention_mask"]
-        tokens = self.run(params, "image", self.pixels(batch["image"]), rng=named(rng, "image"), **how)
-        states = self.run(params, "read", batch["input_ids"], mask, rng=named(rng, "read"), **how)
-        states = self.run(params, "fuse", states, mask, tokens, rng=named(rng, "fuse"), **how)
+        """In training mode: of the token after each token of each answer."""
+        axis, mask = {"axis_name": axis_name}, batch["attention_mask"]
+        tokens = self.run(params, "encode_image", self.pixels(batch["image"]), rng=named(rng, "image"), **axis)
+        states = self.run(params, "encode_text", batch["input_ids"], mask, rng=named(rng, "text"), **axis)
+        states = self.run(params, "encode_multimodal", states, mask, tokens, rng=named(rng, "multimodal"), **axis)
         b, a, t = batch["answer_ids"].shape
 
-        def rows(x: Array) -> Array:
-            """One for each answer of a question."""
+        def per_answer(x: Array) -> Array:
             return jnp.repeat(x, a, axis=0)
 
         answers, answers_mask = (batch[name].reshape(b * a, t) for name in ("answer_ids", "answer_mask"))
-        inputs = answers, answers_mask, rows(states), rows(mask)
-        told = self.run(params, "write", *inputs, rng=named(rng, "write"), **how)
-        return told.reshape(b, a, t, -1)
+        inputs = answers, answers_mask, per_answer(states), per_answer(mask)
+        logits = self.run(params, "decode", *inputs, rng=named(rng, "decode"), **axis)
+        return logits.reshape(b, a, t, -1)

@@ -1,7 +1,6 @@
 """ALBEF's networks (arXiv 2107.07651, section 3.1; salesforce/ALBEF models/): an image encoder, and a text encoder
-whose upper half looks at the image."""
+whose upper half cross-attends to the image."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from mmjax import tree
 from mmjax.errors import MmjaxError
 from mmjax.models.bert.network import Bert, BertConfig
 from mmjax.models.vit.network import ViT, ViTConfig
@@ -17,7 +17,7 @@ from mmjax.nn.transformer import Dense
 from mmjax.types import Array, Float, Int, Params
 
 MOMENTUM = ("vision", "text", "vision_proj", "text_proj", "cls_hidden", "cls_head", "decoder")
-"""The parts with a momentum copy, of those that a network has: not the temperature, not the head that matches."""
+"""The parts with a momentum copy, of those that a network has: not the temperature, not the ITM head."""
 
 
 @dataclass(frozen=True)
@@ -25,21 +25,21 @@ class AlbefConfig:
     """Sizes, and which heads stand on the encoders; class methods give what is published.
 
     Attributes:
-        vision: the image encoder; its class token stands for the whole image, all its tokens are looked at.
-        text: `cross_from` is the first layer that looks at the image (`fusion_layer`); `mlm` the head of masked words.
-        embed_dim: of the space in which images and texts are compared; 0: there is no such space.
-        matching: the head that tells whether a text belongs to an image.
+        vision: the image encoder; its class token represents the image, cross attention reads all its tokens.
+        text: `cross_from` is its first cross-attention layer (`fusion_layer`); `mlm` its MLM head.
+        embed_dim: width of the projections, in which the contrast (ITC) is; 0: there are none.
+        matching: the ITM head: does a text belong to an image?
         classes: of image and text together (SNLI-VE: 3); 0: there is no such head.
-        pairs: texts are of two images (NLVR2): the layers that look at an image look at the first one and at the second
+        two_images: texts are of two images (NLVR2): cross-attention layers attend to the first one and to the second
             one in turn. Each two such layers share the matrices of keys and values.
-        assigning: the head that tells which of two images a text is of, if any: pre-training for pairs.
-        decoder: writes answers, looking at the question's states (VQA); None: there is none.
+        assigning: the head of text assignment: which of two images is a text of, if any? Pre-training for two images.
+        decoder: of answers, with cross attention to the question's states (VQA); None: there is none.
         temperature: of the contrast at the start.
-        queue: keys of earlier batches that a contrast has beside those of its own.
-        by_image: pairs of one image are told by its id, in the batch and in the queue: retrieval.
-        momentum: the share of the old value that the momentum encoders keep at a step.
-        alpha: the share of the momentum encoders' word in the targets.
-        holds_state: the file had momentum encoders (and queues): they come in, and an export writes them.
+        queue: keys of earlier batches in the contrast, beside those of the batch.
+        by_image: pairs have image ids, in the batch and in the queue: retrieval.
+        momentum: the share of the old value that the momentum encoders retain at a step.
+        alpha: the momentum encoders' share of the targets.
+        holds_state: the file had momentum encoders (and queues): they are loaded, and an export writes them.
         dtype: compute dtype of the encoders and the decoder; the heads are float32.
     """
 
@@ -48,7 +48,7 @@ class AlbefConfig:
     embed_dim: int = 256
     matching: bool = True
     classes: int = 0
-    pairs: bool = False
+    two_images: bool = False
     assigning: bool = False
     decoder: BertConfig | None = None
     temperature: float = 0.07
@@ -62,13 +62,13 @@ class AlbefConfig:
     def __post_init__(self) -> None:
         """Raises MmjaxError for parts that do not fit each other."""
         if self.text.cross_from is None or self.text.cross_from > self.text.depth:
-            raise MmjaxError(f"albef: cross_from={self.text.cross_from} in text: which of its layers see the image?")
-        if self.pairs and (self.text.depth - self.text.cross_from) % 2:
-            raise MmjaxError("albef: pairs: an odd number of layers looks at the two images")
-        if self.assigning and not (self.pairs and self.embed_dim):
-            raise MmjaxError("albef: assigning wants pairs, and embed_dim by which it draws the other images")
+            raise MmjaxError(f"albef: text.cross_from={self.text.cross_from}: no layer of {self.text.depth}")
+        if self.two_images and (self.text.depth - self.text.cross_from) % 2:
+            raise MmjaxError("albef: two_images needs an even number of cross-attention layers")
+        if self.assigning and not (self.two_images and self.embed_dim):
+            raise MmjaxError("albef: assigning needs two_images, and embed_dim, by which other images are sampled")
         if self.decoder is not None and (self.decoder.cross_from != 0 or not self.decoder.causal):
-            raise MmjaxError("albef: every layer of the decoder looks at the question, and none ahead: cross_from=0")
+            raise MmjaxError("albef: every layer of the decoder is causal and has cross attention: cross_from=0")
 
     @classmethod
     def base(cls, side: int = 256, **fields: Any) -> Self:
@@ -86,13 +86,13 @@ class AlbefConfig:
 
     @classmethod
     def nlvr(cls, side: int = 384, **fields: Any) -> Self:
-        """NLVR2: six layers that read and six pairs that look."""
-        return cls._of(side, _text(depth=18), fields, **ALONE, classes=2, pairs=True)
+        """NLVR2: six text layers and six pairs of cross-attention layers."""
+        return cls._of(side, _text(depth=18), fields, **ALONE, classes=2, two_images=True)
 
     @classmethod
     def assignment(cls, side: int = 256, **fields: Any) -> Self:
         """Text assignment, on the way to NLVR2; 258.9 M parameters."""
-        own: dict[str, Any] = {"matching": False, "queue": 0, "pairs": True, "assigning": True}
+        own: dict[str, Any] = {"matching": False, "queue": 0, "two_images": True, "assigning": True}
         return cls._of(side, _text(depth=18), fields, **own)
 
     @classmethod
@@ -104,9 +104,40 @@ class AlbefConfig:
     def _of(cls, side: int, text: BertConfig, fields: dict[str, Any], **own: Any) -> Self:
         return cls(_vision(side), text, **(own | fields))
 
+    # ------------------------------------------------------- what `mmjax.training.image_text.ImageTextConfig` declares
+
+    @property
+    def momentum_parts(self) -> tuple[str, ...]:
+        return MOMENTUM
+
+    def network(self, axis_name: str | None = None) -> "Albef":
+        return Albef(self, axis_name)
+
+    def module_params(self, params: Params) -> Params:
+        """With the keys and values that pairs of blocks share in both blocks. Gradients add up."""
+        flat = tree.flatten(params)
+        shared = {path: flat[source] for path, source in self._shared(flat).items()}
+        return tree.overlay(params, tree.unflatten(shared)) if shared else params
+
+    def stored_params(self, params: Params) -> Params:
+        """With what a pair of blocks shares in the second of them alone (of ALBEF's files, too, that one is read where
+        they differ)."""
+        shared = self._shared(tree.flatten(params))
+        return tree.split(params, [path for path in shared if path in tree.flatten(params)])[1] if shared else params
+
+    def _shared(self, flat: Any) -> dict[str, str]:
+        """Path in the first block -> path in the second block, of keys and values in `tied_pairs`."""
+        found: dict[str, str] = {}
+        for first, second in tied_pairs(self):
+            places = (f"text/encoder/{second}/cross_attention/{letter}/" for letter in "kv")
+            for prefix in places:
+                paths = [path for path in flat if path.startswith(prefix)]
+                found |= {path.replace(f"/{second}/", f"/{first}/", 1): path for path in paths}
+        return found
+
 
 ALONE: dict[str, Any] = {"embed_dim": 0, "matching": False, "queue": 0}
-"""Where nothing is compared."""
+"""Without contrast and matching."""
 
 
 def _vision(side: int) -> ViTConfig:
@@ -153,47 +184,50 @@ class Albef(nn.Module):
         other_images: Float[Array, "b height width 3"] | None = None,
         train: bool = False,
     ) -> dict[str, Any]:
-        """Everything that the configured heads give of images and the texts beside them; logits are float32.
+        """The outputs of all configured heads for images and their texts; logits are float32.
 
-        mask: 1 = a token, 0 = padding. decoder_ids: answers, of a network that writes some. other_images: the
-        second ones, of a network for pairs. train: with dropout, which asks for the rng "dropout".
+        mask: 1 = a token, 0 = padding. decoder_ids: answers, with a decoder. other_images: the second ones, with
+        `two_images`. train: with dropout, which needs the rng "dropout".
 
-        Returns "image_tokens" [b, n, d]; "text_states" [b, l, d], before the layers that look at the image; "states"
+        Returns "image_tokens" [b, n, d]; "text_states" [b, l, d], before the cross-attention layers; "states"
         [b, l, d], after them; "image_embeds" and "text_embeds" [b, e], of unit length; "mlm_logits" [b, l, v];
         "itm_logits" [b, 2]; "logits" [b, c]; "assignment_logits" [b, 3]; "answer_logits" [b, t, v].
         """
         c = self.config
-        image_tokens = self.image(images, train)
-        text_states = self.read(ids, mask, train)
-        other_tokens = None if other_images is None else self.image(other_images, train)
-        states = self.fuse(text_states, mask, image_tokens, other_tokens, train)
-        told = {"image_tokens": image_tokens, "text_states": text_states, "states": states}
+        image_tokens = self.encode_image(images, train)
+        text_states = self.encode_text(ids, mask, train)
+        other_tokens = None if other_images is None else self.encode_image(other_images, train)
+        states = self.encode_multimodal(text_states, mask, image_tokens, other_tokens, train)
+        outputs = {"image_tokens": image_tokens, "text_states": text_states, "states": states}
         if c.embed_dim:
-            told["image_embeds"], told["text_embeds"] = self.image_embeds(image_tokens), self.text_embeds(text_states)
+            outputs["image_embeds"], outputs["text_embeds"] = (
+                self.image_embeds(image_tokens),
+                self.text_embeds(text_states),
+            )
         if c.text.mlm:
-            told["mlm_logits"] = self.words(states)
+            outputs["mlm_logits"] = self.mlm_logits(states)
         if c.matching:
-            told["itm_logits"] = self.match(states)
+            outputs["itm_logits"] = self.itm_logits(states)
         if c.classes:
-            told["logits"] = self.classify(states)
+            outputs["logits"] = self.classify(states)
         if c.assigning:
-            told["assignment_logits"] = self.assign(states)
+            outputs["assignment_logits"] = self.assign(states)
         if c.decoder is not None:
             decoder_ids = ids[:, :1] if decoder_ids is None else decoder_ids
-            told["answer_logits"] = self.write(decoder_ids, None, states, mask, train)
-        return told
+            outputs["answer_logits"] = self.decode(decoder_ids, None, states, mask, train)
+        return outputs
 
-    def image(self, images: Float[Array, "b height width 3"], train: bool = False) -> Float[Array, "b n d"]:
+    def encode_image(self, images: Float[Array, "b height width 3"], train: bool = False) -> Float[Array, "b n d"]:
         """The class token and the patches, after the final norm."""
         return self.vision(images, train=train, axis_name=self.axis_name).tokens
 
-    def read(
+    def encode_text(
         self, ids: Int[Array, "b l"], mask: Int[Array, "b l"] | None = None, train: bool = False
     ) -> Float[Array, "b l d"]:
-        """The text by itself: the layers before `cross_from`."""
+        """The text alone: the layers before `cross_from`."""
         return self.text.run(self.text.embed(ids, train=train), mask, train=train, last=self.config.text.cross_from)[-1]
 
-    def fuse(
+    def encode_multimodal(
         self,
         text_states: Float[Array, "b l d"],
         mask: Int[Array, "b l"] | None,
@@ -201,12 +235,13 @@ class Albef(nn.Module):
         other_tokens: Float[Array, "b n e"] | None = None,
         train: bool = False,
     ) -> Float[Array, "b l d"]:
-        """The layers that look at the image, over what `read` gave.
+        """The cross-attention layers, over the states of `encode_text`.
 
-        other_tokens: of the second image. Raises MmjaxError for it without `pairs`, or none with it.
+        other_tokens: of the second image. Raises MmjaxError for it without `two_images`, or none with it.
         """
-        if self.config.pairs != (other_tokens is not None):
-            raise MmjaxError(f"albef: pairs={self.config.pairs}: images of a text: {1 + (other_tokens is not None)}")
+        two = self.config.two_images
+        if two != (other_tokens is not None):
+            raise MmjaxError(f"albef: two_images={two}: images of a text: {1 + (other_tokens is not None)}")
         first, context = self.config.text.cross_from or 0, image_tokens
         if other_tokens is None:
             return self.text.run(text_states, mask, context, train=train, first=first)[-1]
@@ -220,15 +255,15 @@ class Albef(nn.Module):
         return l2_normalize(self.vision_proj(image_tokens[:, 0]))
 
     def text_embeds(self, text_states: Float[Array, "b l d"]) -> Float[Array, "b e"]:
-        """Of unit length, from the first token ([CLS]) of what `read` gave."""
+        """Of unit length, from the first token ([CLS]) of the states of `encode_text`."""
         return l2_normalize(self.text_proj(text_states[:, 0]))
 
-    def words(
+    def mlm_logits(
         self, states: Float[Array, "b l d"], places: Int[Array, "b m"] | None = None
     ) -> Float[Array, "b l v"] | Float[Array, "b m v"]:
         return self.text.mlm_logits(states, places)
 
-    def match(self, states: Float[Array, "b l d"]) -> Float[Array, "b 2"]:
+    def itm_logits(self, states: Float[Array, "b l d"]) -> Float[Array, "b 2"]:
         """Of the first token: class 1 where text and image belong together."""
         return self.itm_head(states[:, 0]).astype(jnp.float32)
 
@@ -239,7 +274,7 @@ class Albef(nn.Module):
         """Of the first token: 0, 1: the text is of the first, of the second image; 2: of neither."""
         return self.ta_head(states[:, 0]).astype(jnp.float32)
 
-    def write(
+    def decode(
         self,
         ids: Int[Array, "b t"],
         mask: Int[Array, "b t"] | None,
@@ -247,7 +282,7 @@ class Albef(nn.Module):
         states_mask: Int[Array, "b l"] | None,
         train: bool = False,
     ) -> Float[Array, "b t v"]:
-        """The decoder's logits of the word after each token. states, states_mask: of the questions, a row an answer."""
+        """The decoder's logits of the token after each. states, states_mask: of the questions, one for each answer."""
         x = self.decoder.embed(ids, train=train)
         return self.decoder.mlm_logits(self.decoder.run(x, mask, states, states_mask, train)[-1])
 
@@ -262,29 +297,8 @@ def _linear(features: int, inputs: int) -> Dense:
     return Dense(features, kernel_init=draw, bias_init=draw)
 
 
-def twins(config: AlbefConfig) -> list[tuple[str, str]]:
-    """Of a network for pairs, the blocks that share keys and values: the first looks at the first image."""
+def tied_pairs(config: AlbefConfig) -> list[tuple[str, str]]:
+    """With `two_images`, the blocks that share keys and values: the first attends to the first image."""
     first = config.text.cross_from or 0
-    numbers = range(first, config.text.depth, 2) if config.pairs else ()
+    numbers = range(first, config.text.depth, 2) if config.two_images else ()
     return [(f"block_{i}", f"block_{i + 1}") for i in numbers]
-
-
-def tied(params: Params, config: AlbefConfig) -> Params:
-    """Parameters as they are kept: what two blocks share is in the second of them alone (of ALBEF's files, too, that
-    one is taken where they differ)."""
-    return _with_twins(params, config, lambda one, other: {k: v for k, v in one.items() if k not in "kv"})
-
-
-def untied(params: Params, config: AlbefConfig) -> Params:
-    """Parameters as the module asks for them: the shared ones in both blocks. Gradients add up."""
-    return _with_twins(params, config, lambda one, other: {**one, "k": other["k"], "v": other["v"]})
-
-
-def _with_twins(params: Params, config: AlbefConfig, change: Callable[[Params, Params], Params]) -> Params:
-    if not config.pairs:
-        return params
-    encoder = dict(params["text"]["encoder"])
-    for first, second in twins(config):
-        attention = change(encoder[first]["cross_attention"], encoder[second]["cross_attention"])
-        encoder[first] = {**encoder[first], "cross_attention": attention}
-    return {**params, "text": {**params["text"], "encoder": encoder}}

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.errors import MmjaxError
-from mmjax.models.albef.method import Alignment, Encoded
+from mmjax.models.albef.network import AlbefConfig
 from mmjax.objectives.language import IGNORED, distilled_token_cross_entropy, token_accuracy
+from mmjax.training.image_text import Alignment, Encoded
 from mmjax.training.method import Loss
 from mmjax.training.rng import example_keys, named
 from mmjax.training.state import Carry
@@ -30,15 +31,16 @@ class AlbefPretraining(Alignment):
         mask_rate: each other token is masked with this probability, by itself.
     """
 
+    config: AlbefConfig
     mask_id: int = 103
     special: tuple[int, ...] = (0, 101)
     mask_rate: float = 0.15
 
     def __post_init__(self) -> None:
-        """Raises MmjaxError for a network that names no words, or compares or matches nothing."""
+        """Raises MmjaxError for a network without MLM head, projections or ITM head."""
         c = self.config
         if not (c.text.mlm and c.embed_dim and c.matching) or c.by_image:
-            raise MmjaxError("albef: pre-training wants text.mlm, embed_dim, matching, and no by_image")
+            raise MmjaxError("albef: pre-training needs text.mlm, embed_dim, matching, and no by_image")
 
     def loss(
         self,
@@ -49,16 +51,15 @@ class AlbefPretraining(Alignment):
         step: Int[Array, ""],
         axis_name: str | None = None,
     ) -> tuple[Loss, tuple[Carry, Means]]:
-        told = self.encode(params, carry, batch, rng, axis_name)
-        negatives = self.negatives(params, batch, told, rng, axis_name)
-        masked = self.masks(batch, rng, axis_name)
-        alpha = self.alpha(carry, step)
-        contrast = self.contrast(params, carry, batch, told, alpha, axis_name)
-        matching, matched, _ = self.match(params, batch, told, negatives, rng, axis_name)
-        words, named_words, _ = self.name_words(params, carry, batch, told, masked, alpha, rng, axis_name)
-        metrics = {**matched, **named_words, "temperature": params["temperature"]}
-        after = dataclasses.replace(carry, queues=self.enqueued(carry, batch, told, axis_name))
-        return {"contrast_loss": contrast, "matching_loss": matching, "mlm_loss": words}, (after, metrics)
+        encoded = self.encode(params, carry, batch, rng, axis_name)
+        negatives = self.negatives(params, batch, encoded, rng, axis_name)
+        masked, alpha = self.masks(batch, rng, axis_name), self.alpha(carry, step)
+        contrast = self.itc_loss(params, carry, batch, encoded, alpha, axis_name)
+        matching, itm_metrics, _ = self.itm_loss(params, batch, encoded, negatives, rng, axis_name)
+        mlm, mlm_metrics, _ = self.mlm_loss(params, carry, batch, encoded, masked, alpha, rng, axis_name)
+        metrics = {**itm_metrics, **mlm_metrics, "temperature": params["temperature"]}
+        next_carry = dataclasses.replace(carry, queues=self.next_queues(carry, batch, encoded, axis_name))
+        return {"contrast_loss": contrast, "matching_loss": matching, "mlm_loss": mlm}, (next_carry, metrics)
 
     def masks(
         self, batch: Batch, rng: PRNGKeyArray, axis_name: str | None
@@ -78,32 +79,33 @@ class AlbefPretraining(Alignment):
         behind = jnp.where(kind < 0.8, self.mask_id, jnp.where(kind < 0.9, others, ids))
         return jnp.where(hidden, behind, ids), jnp.where(hidden, ids, IGNORED)
 
-    def name_words(
+    def mlm_loss(
         self,
         params: Params,
         carry: Carry,
         batch: Batch,
-        told: Encoded,
+        encoded: Encoded,
         masked: tuple[Int[Array, "b l"], Int[Array, "b l"]],
         alpha: Float[Array, ""],
         rng: PRNGKeyArray,
         axis_name: str | None,
     ) -> tuple[Mean, Means, tuple[Float[Array, "b l v"], Float[Array, "b l v"]]]:
-        """The loss, its metrics, and the logits of the network and of its momentum copy, which sees its own image.
+        """The loss, its metrics, and the logits of the network and of its momentum copy, each with its image states.
 
         masked: ids and labels as `masked` makes them.
         """
-        (ids, labels), teacher = masked, self.teacher(params, carry)
+        ids, labels = masked
 
         def logits(params: Params, image: Array, who: str) -> Array:
-            first, second = (named(rng, f"{who}/words/{part}") for part in ("read", "fuse"))
-            states = self.run(params, "read", ids, batch["attention_mask"], axis_name=axis_name, rng=first)
-            states = self.run(params, "fuse", states, batch["attention_mask"], image, axis_name=axis_name, rng=second)
-            return self.head(params, "words", states)
+            mask, keys = batch["attention_mask"], [named(rng, f"{who}/mlm/{part}") for part in ("text", "multimodal")]
+            states = self.run(params, "encode_text", ids, mask, axis_name=axis_name, rng=keys[0])
+            states = self.run(params, "encode_multimodal", states, mask, image, axis_name=axis_name, rng=keys[1])
+            return self.head(params, "mlm_logits", states)
 
-        own, theirs = logits(params, told.image, "student"), logits(teacher, told.teacher_image, "teacher")
-        loss = distilled_token_cross_entropy(own, theirs, labels, alpha).loss
-        return loss, {"mlm_accuracy": token_accuracy(own, labels)}, (own, theirs)
+        student = logits(params, encoded.image, "student")
+        teacher = logits(self.teacher(params, carry), encoded.teacher_image, "teacher")
+        loss = distilled_token_cross_entropy(student, teacher, labels, alpha).loss
+        return loss, {"mlm_accuracy": token_accuracy(student, labels)}, (student, teacher)
 
     def constrain(self, params: Params) -> Params:
         """The temperature stays within its bounds."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.evaluation.rerank import Reranker
-from mmjax.models.albef.method import Alignment
+from mmjax.training.image_text import Alignment
 from mmjax.types import Array, ArrayLike, Float, Params
 
 
@@ -50,13 +50,13 @@ class TwoStages:
         b, t = rows["texts"].shape
         texts = rows["texts"].reshape(-1)
         images = jnp.repeat(known["images"][rows["image"]], t, axis=0)
-        states = self.method.head(params, "fuse", known["texts"][texts], known["mask"][texts], images)
-        return self.method.head(params, "match", states)[:, 1].reshape(b, t)
+        states = self.method.head(params, "encode_multimodal", known["texts"][texts], known["mask"][texts], images)
+        return self.method.head(params, "itm_logits", states)[:, 1].reshape(b, t)
 
     @functools.cached_property
     def _see(self) -> Any:
         def see(params: Params, batch: Mapping[str, Array]) -> tuple[Array, Array]:
-            tokens = self.method.head(params, "image", self.method.pixels(batch["image"]))
+            tokens = self.method.head(params, "encode_image", self.method.pixels(batch["image"]))
             return tokens, self.method.head(params, "image_embeds", tokens)
 
         return jax.jit(see)
@@ -64,7 +64,7 @@ class TwoStages:
     @functools.cached_property
     def _read(self) -> Any:
         def read(params: Params, batch: Mapping[str, Array]) -> tuple[Array, Array]:
-            states = self.method.head(params, "read", batch["input_ids"], batch["attention_mask"])
+            states = self.method.head(params, "encode_text", batch["input_ids"], batch["attention_mask"])
             return states, self.method.head(params, "text_embeds", states)
 
         return jax.jit(read)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from mmjax import tree
 from mmjax.errors import MmjaxError
-from mmjax.models.albef.network import AlbefConfig, tied
+from mmjax.models.albef.network import AlbefConfig
 from mmjax.models.albef.tasks import AlbefModel
 from mmjax.nn.positions import interpolate
 from mmjax.objectives.language import IGNORED
@@ -62,7 +62,7 @@ def _converted(params: Params, config: AlbefConfig, wanted: Mapping[str, Any]) -
     if config.decoder is not None and "decoder" not in params:
         moved["decoder"] = _decoder(text, config)
     moved["text"] = {**text, "encoder": _encoder(text["encoder"], config)}
-    flat = {path: leaf for path, leaf in tree.flatten(tied(moved, config)).items() if path in wanted}
+    flat = {path: leaf for path, leaf in tree.flatten(config.stored_params(moved)).items() if path in wanted}
     if "cls_head/bias" in flat and flat["cls_head/bias"].shape != wanted["cls_head/bias"].shape:
         flat = {path: leaf for path, leaf in flat.items() if not path.startswith(("cls_hidden/", "cls_head/"))}
     return tree.unflatten(flat)
@@ -99,7 +99,7 @@ def _encoder(encoder: Params, config: AlbefConfig) -> dict[str, Any]:
     depth, crossed = config.text.depth, _crossed(encoder, config)
     first = len(encoder) - len(crossed)
     blocks = [encoder[f"block_{i}"] for i in range(first)]
-    if config.pairs and depth == first + 2 * len(crossed):
+    if config.two_images and depth == first + 2 * len(crossed):
         blocks += [encoder[name] for name in crossed for _ in range(2)]
     elif depth == len(encoder):
         blocks += [encoder[name] for name in crossed]

@@ -16,7 +16,7 @@ from mmjax.errors import MmjaxError
 from mmjax.interface.image_text import ImageTextModel, are_features, are_texts, ranked
 from mmjax.interface.inputs import IMAGES_AND_TEXTS, Input
 from mmjax.interface.model import LENGTHS, batched, top_k_labels
-from mmjax.models.albef.network import MOMENTUM, Albef, AlbefConfig, tied, untied
+from mmjax.models.albef.network import Albef, AlbefConfig
 from mmjax.objectives.language import IGNORED, text_cross_entropy
 from mmjax.text.captions import albef_caption, albef_question, caption_columns
 from mmjax.text.wordpiece import WordPieceTokenizer, fitting
@@ -65,7 +65,7 @@ class AlbefModel(ImageTextModel):
 
     @classmethod
     def example(cls, config: AlbefConfig) -> dict[str, jax.ShapeDtypeStruct]:
-        pixels = jax.ShapeDtypeStruct((2 if config.pairs else 1, *config.vision.image_size, 3), jnp.float32)
+        pixels = jax.ShapeDtypeStruct((2 if config.two_images else 1, *config.vision.image_size, 3), jnp.float32)
         ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
         return {"pixel_values": pixels, "input_ids": ids, "attention_mask": ids}
 
@@ -77,10 +77,10 @@ class AlbefModel(ImageTextModel):
             images, other = _images(inputs["pixel_values"], config)
             return module.init(rng, images, inputs["input_ids"], inputs["attention_mask"], other_images=other)
 
-        params = tied(jax.eval_shape(init, jax.random.key(0), inputs)["params"], config)
+        params = config.stored_params(jax.eval_shape(init, jax.random.key(0), inputs)["params"])
         if not config.holds_state:
             return {"params": params}
-        stats: dict[str, Any] = {"momentum": {part: params[part] for part in MOMENTUM if part in params}}
+        stats: dict[str, Any] = {"momentum": {part: params[part] for part in config.momentum_parts if part in params}}
         if config.queue:
             keys = jax.ShapeDtypeStruct((config.queue, config.embed_dim), jnp.float32)
             stats["queue"] = {"image": keys, "text": keys, "cursor": jax.ShapeDtypeStruct((), jnp.int32)}
@@ -90,7 +90,7 @@ class AlbefModel(ImageTextModel):
 
     @property
     def variables(self) -> dict[str, Any]:
-        return {"params": untied(self.params, self.config)}
+        return {"params": self.config.module_params(self.params)}
 
     def weights(self) -> dict[str, Any]:
         """Also the momentum encoders and the queues, where the file held them."""
@@ -115,7 +115,7 @@ class AlbefModel(ImageTextModel):
     @classmethod
     def default_labels(cls, config: AlbefConfig) -> tuple[str, ...]:
         """Of NLVR2 for two images, of SNLI-VE (dataset/ve_dataset.py:14) for one."""
-        labels = ("False", "True") if config.pairs else ("contradiction", "neutral", "entailment")
+        labels = ("False", "True") if config.two_images else ("contradiction", "neutral", "entailment")
         return labels if config.classes == len(labels) else ()
 
     @classmethod
@@ -142,11 +142,11 @@ class AlbefModel(ImageTextModel):
         tokens: list[Array] = []
         mask = inputs.get("attention_mask")
         if "pixel_values" in inputs:
-            tokens = [ask("image", x) for x in _images(inputs["pixel_values"], c) if x is not None]
+            tokens = [ask("encode_image", x) for x in _images(inputs["pixel_values"], c) if x is not None]
             told["vision_model_output"] = {"last_hidden_state": jnp.concatenate(tokens)}
             told |= {"image_embeds": ask("image_embeds", tokens[0])} if c.embed_dim else {}
         if "input_ids" in inputs:
-            states = ask("read", inputs["input_ids"], mask)
+            states = ask("encode_text", inputs["input_ids"], mask)
             told["text_model_output"] = {"last_hidden_state": states}
             told |= {"text_embeds": ask("text_embeds", states)} if c.embed_dim else {}
         if not tokens or "input_ids" not in inputs:
@@ -157,15 +157,15 @@ class AlbefModel(ImageTextModel):
             told |= {"logits_per_image": logits, "logits_per_text": logits.T}
         if len(tokens[0]) != len(states):
             raise MmjaxError(f"{len(tokens[0])} images and {len(states)} texts: ALBEF reads them in pairs")
-        states = ask("fuse", states, mask, *tokens)
+        states = ask("encode_multimodal", states, mask, *tokens)
         told["last_hidden_state"] = states
-        told |= {"itm_score": ask("match", states)} if c.matching else {}
-        told |= {"prediction_logits": ask("words", states)} if c.text.mlm else {}
+        told |= {"itm_score": ask("itm_logits", states)} if c.matching else {}
+        told |= {"prediction_logits": ask("mlm_logits", states)} if c.text.mlm else {}
         told |= {"assignment_logits": ask("assign", states)} if c.assigning else {}
         told |= {"logits": ask("classify", states)} if c.classes else {}
         if c.decoder is not None and "decoder_input_ids" in inputs:
             answers = inputs["decoder_input_ids"], inputs.get("decoder_attention_mask")
-            told["logits"] = ask("write", *answers, states, mask)
+            told["logits"] = ask("decode", *answers, states, mask)
         return told
 
     @functools.cached_property
@@ -181,14 +181,14 @@ class AlbefModel(ImageTextModel):
 
     @functools.cached_property
     def _judged(self) -> Callable[..., Array]:
-        """(variables, head, ids, mask, *images) -> logits of "match" or "classify", of the i-th text and its image."""
+        """(variables, "itm_logits" or "classify", ids, mask, *images) -> logits of the i-th text and its image."""
 
         def judge(variables: Any, head: str, ids: Array, mask: Array, *images: Array) -> Any:
             def ask(name: str, *given: Any) -> Any:
                 return self.module.apply(variables, *given, method=name)
 
-            states = ask("read", ids, mask)
-            return ask(head, ask("fuse", states, mask, *(ask("image", one) for one in images)))
+            states = ask("encode_text", ids, mask)
+            return ask(head, ask("encode_multimodal", states, mask, *(ask("encode_image", one) for one in images)))
 
         return jax.jit(judge, static_argnums=1)
 
@@ -200,7 +200,7 @@ class AlbefModel(ImageTextModel):
         Raises MmjaxError for a network that compares nothing.
         """
         self._check_compares()
-        ask = functools.partial(self._asked, self.variables, ("image", "image_embeds"))
+        ask = functools.partial(self._asked, self.variables, ("encode_image", "image_embeds"))
         return batched(ask, batch_size, self.pixels(images))
 
     def encode_text(
@@ -211,7 +211,7 @@ class AlbefModel(ImageTextModel):
         Raises MmjaxError for a network that compares nothing, or strings without a tokenizer.
         """
         self._check_compares()
-        ask = functools.partial(self._asked, self.variables, ("read", "text_embeds"))
+        ask = functools.partial(self._asked, self.variables, ("encode_text", "text_embeds"))
         return batched(ask, batch_size, *self._columns(texts, albef_caption, length))
 
     def match(self, images: Any, texts: str | Sequence[str] | ArrayLike, batch_size: int = 32) -> Float[Array, "b"]:
@@ -220,9 +220,9 @@ class AlbefModel(ImageTextModel):
         Raises MmjaxError: no such head, or not a text for each image.
         """
         self._check_matches()
-        return jax.nn.softmax(self._logits("match", texts, batch_size, images))[:, 1]
+        return jax.nn.softmax(self._logits("itm_logits", texts, batch_size, images))[:, 1]
 
-    def entails(
+    def classify_pairs(
         self,
         images: Any,
         texts: str | Sequence[str] | ArrayLike,
@@ -239,9 +239,9 @@ class AlbefModel(ImageTextModel):
         c = self.config
         if not c.classes:
             raise MmjaxError("this ALBEF has no head of classes (classes=0): those fine-tuned on SNLI-VE or NLVR2 have")
-        if c.pairs != (other_images is not None):
-            raise MmjaxError(f"other_images: this ALBEF reads texts of {'two images' if c.pairs else 'one image'}")
-        logits = self._logits("classify", texts, batch_size, images, *([other_images] if c.pairs else []))
+        if c.two_images != (other_images is not None):
+            raise MmjaxError(f"other_images: this ALBEF reads texts of {'two images' if c.two_images else 'one image'}")
+        logits = self._logits("classify", texts, batch_size, images, *([other_images] if c.two_images else []))
         return top_k_labels(jax.nn.softmax(logits), self.class_names(), top)
 
     def retrieve(
@@ -263,8 +263,8 @@ class AlbefModel(ImageTextModel):
             raise MmjaxError("rerank: queries and candidates should be images and texts, or texts and images")
         images, texts = (candidates, queries) if of_texts else (queries, candidates)
         ask, (ids, mask) = functools.partial(self._asked, self.variables), self._columns(texts, albef_caption, 30)
-        tokens = batched(functools.partial(ask, ("image",)), batch_size, self.pixels(images))
-        states = batched(functools.partial(ask, ("read",)), batch_size, ids, mask)
+        tokens = batched(functools.partial(ask, ("encode_image",)), batch_size, self.pixels(images))
+        states = batched(functools.partial(ask, ("encode_text",)), batch_size, ids, mask)
         cosines = jnp.matmul(ask(("text_embeds",), states), ask(("image_embeds",), tokens).T, precision="highest")
         cosines = cosines if of_texts else cosines.T
         near = np.asarray(jax.lax.top_k(cosines, min(max(rerank, k), cosines.shape[1]))[1])
@@ -272,7 +272,7 @@ class AlbefModel(ImageTextModel):
         image, text = (near, rows) if of_texts else (rows, near)
 
         def fuse(image: np.ndarray, text: np.ndarray) -> Array:
-            return ask(("fuse", "match"), states[text], mask[text], tokens[image])[:, 1]
+            return ask(("encode_multimodal", "itm_logits"), states[text], mask[text], tokens[image])[:, 1]
 
         logits = batched(fuse, batch_size, image.ravel(), text.ravel()).reshape(near.shape)
         return [[(int(near[i, j]), score) for j, score in row] for i, row in enumerate(ranked(logits, k))]
@@ -372,9 +372,10 @@ class AlbefModel(ImageTextModel):
         def ranked(
             variables: Any, pixels: Array, ids: Array, mask: Array, answers: Array, kept: Array, k: int
         ) -> Ranking:
-            states = ask(variables, "fuse", ask(variables, "read", ids, mask), mask, ask(variables, "image", pixels))
+            states = ask(variables, "encode_text", ids, mask)
+            states = ask(variables, "encode_multimodal", states, mask, ask(variables, "encode_image", pixels))
             start = jnp.broadcast_to(answers[:1, :1], (len(ids), 1))
-            start_logits = ask(variables, "write", start, None, states, mask)[:, 0]
+            start_logits = ask(variables, "decode", start, None, states, mask)[:, 0]
             first = jax.nn.log_softmax(start_logits)[:, answers[:, 1]]  # [b, n]
             begun, places = jax.lax.top_k(first, k)
 
@@ -382,7 +383,7 @@ class AlbefModel(ImageTextModel):
                 return jnp.repeat(x, k, axis=0)
 
             chosen, chosen_mask = (x[places].reshape(-1, x.shape[1]) for x in (answers, kept))
-            logits = ask(variables, "write", chosen, chosen_mask, rows(states), rows(mask))
+            logits = ask(variables, "decode", chosen, chosen_mask, rows(states), rows(mask))
             after = jnp.where(chosen_mask == 1, chosen, IGNORED)[:, 1:]
             losses = text_cross_entropy(logits[:, :-1], after).reshape(-1, k)
             probabilities, order = jax.lax.top_k(jax.nn.softmax(begun - losses), k)
@@ -393,7 +394,7 @@ class AlbefModel(ImageTextModel):
 
 def _images(pixels: Array, config: AlbefConfig) -> tuple[Array, Array | None]:
     """The images of texts, and of pairs the second ones. Raises MmjaxError for an odd number of these."""
-    if not config.pairs:
+    if not config.two_images:
         return pixels, None
     if len(pixels) % 2:
         raise MmjaxError(f"{len(pixels)} images: of pairs there are the first ones of all, then the second ones")
