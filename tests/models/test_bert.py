@@ -82,18 +82,18 @@ def test_heads_that_cannot_be_are_refused(fields, told):
 
 
 def test_padding_says_nothing_and_order_does():
-    bert, given = model(TINY), batch()
-    given = {name: given[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
-    out = bert.forward(**given)
-    other = np.where(given["attention_mask"] > 0, given["input_ids"], 7)
+    bert, inputs = model(TINY), batch()
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    out = bert.forward(**inputs)
+    other = np.where(inputs["attention_mask"] > 0, inputs["input_ids"], 7)
     np.testing.assert_allclose(
-        out["pooler_output"], bert.forward(**given | {"input_ids": other})["pooler_output"], atol=1e-5
+        out["pooler_output"], bert.forward(**inputs | {"input_ids": other})["pooler_output"], atol=1e-5
     )
-    turned = given["input_ids"].copy()
+    turned = inputs["input_ids"].copy()
     turned[:, 1:3] = turned[:, [2, 1]]
-    assert np.abs(out["pooler_output"] - bert.forward(**given | {"input_ids": turned})["pooler_output"]).max() > 1e-2
-    without = {name: value for name, value in given.items() if name != "token_type_ids"}
-    zeros = bert.forward(**given | {"token_type_ids": np.zeros_like(given["token_type_ids"])})
+    assert np.abs(out["pooler_output"] - bert.forward(**inputs | {"input_ids": turned})["pooler_output"]).max() > 1e-2
+    without = {name: value for name, value in inputs.items() if name != "token_type_ids"}
+    zeros = bert.forward(**inputs | {"token_type_ids": np.zeros_like(inputs["token_type_ids"])})
     np.testing.assert_array_equal(bert.forward(**without)["pooler_output"], zeros["pooler_output"])
     with pytest.raises(MmjaxError, match="20 tokens are longer than positions=19"):
         bert.forward(input_ids=np.ones((1, 20), np.int32))
@@ -122,14 +122,14 @@ def test_dropout_is_where_the_original_has_it():
             {"params": params}, ids, train=True, rngs=rngs, capture_intermediates=True, mutable=["intermediates"]
         )[1]["intermediates"]
 
-    found = kept(bert.params)
-    block, down = found["encoder"]["block_0"], bert.params["encoder"]["block_0"]["mlp"]["down"]
+    outputs = kept(bert.params)
+    block, down = outputs["encoder"]["block_0"], bert.params["encoder"]["block_0"]["mlp"]["down"]
     hidden = np.asarray(jax.nn.gelu(block["mlp"]["up"]["__call__"][0], approximate=False))
     branches = {"attention": block["attention"]["out"]["__call__"][0], "mlp": hidden @ down["kernel"] + down["bias"]}
     np.testing.assert_allclose(block["mlp"]["__call__"][0], branches["mlp"], atol=1e-4)
     for branch, dropped in zip(branches.values(), block["drop"]["__call__"], strict=True):
         np.testing.assert_allclose(dropped, np.where(dropped == 0, 0, 2 * branch), atol=1e-4)
-    for dropped in (*block["drop"]["__call__"], np.asarray(found["embeddings"]["__call__"][0])):
+    for dropped in (*block["drop"]["__call__"], np.asarray(outputs["embeddings"]["__call__"][0])):
         assert 0.4 < (dropped == 0).mean() < 0.6
 
 
@@ -149,29 +149,29 @@ def test_initial_spread_is_tensorflows():
 
 def test_the_loss_is_that_of_the_original():
     config = dataclasses.replace(TINY, dropout=0.0, attention_dropout=0.0)
-    bert, given = model(config), batch()
+    bert, inputs = model(config), batch()
     method = BERT(config)
-    terms, _ = jax.jit(method.loss)(bert.params, EMPTY, given, jax.random.key(2), 0)
-    out = bert.forward(**{name: given[name] for name in ("input_ids", "attention_mask", "token_type_ids")})
+    terms, _ = jax.jit(method.loss)(bert.params, EMPTY, inputs, jax.random.key(2), 0)
+    out = bert.forward(**{name: inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids")})
     words = np.asarray(jax.nn.log_softmax(out["prediction_logits"]))
-    places, ids, weights = (given[f"masked_{name}"] for name in ("positions", "ids", "weights"))
-    nll = -words[np.arange(6)[:, None], places, ids]
+    positions, ids, weights = (inputs[f"masked_{name}"] for name in ("positions", "ids", "weights"))
+    nll = -words[np.arange(6)[:, None], positions, ids]
     mlm = (nll * weights).sum() / (weights.sum() + 1e-5)
     following = np.asarray(jax.nn.log_softmax(out["seq_relationship_logits"]))
-    nsp = -following[np.arange(6), given["next_label"]].mean()
+    nsp = -following[np.arange(6), inputs["next_label"]].mean()
     assert 0 < weights.mean() < 1
     values = [terms["mlm_loss"].value, terms["nsp_loss"], loss_value(terms)]
     np.testing.assert_allclose(values, [mlm, nsp, mlm + nsp], rtol=1e-5)
-    judged = jax.jit(method.judge)(bert.params, None, given)
+    judged = jax.jit(method.judge)(bert.params, None, inputs)
     np.testing.assert_allclose(judged["mlm_loss"], nll, rtol=1e-4)
-    right = words[np.arange(6)[:, None], places].argmax(-1) == ids
+    right = words[np.arange(6)[:, None], positions].argmax(-1) == ids
     np.testing.assert_array_equal(judged["mlm_accuracy"], right)
 
 
 def test_devices_together_have_the_loss_and_gradient_of_one():
     """Masked words are uneven among devices; their mean is over all of them."""
     config = dataclasses.replace(TINY, dropout=0.0, attention_dropout=0.0)
-    method, given, params = BERT(config), batch(8), model(config).params
+    method, inputs, params = BERT(config), batch(8), model(config).params
 
     def gradient(part: Any, axis: str | None = None) -> Any:
         def loss(*arguments: Any) -> Any:
@@ -179,9 +179,9 @@ def test_devices_together_have_the_loss_and_gradient_of_one():
 
         return batch_gradient(loss, params, EMPTY, part, jax.random.key(4), axis)[:2]
 
-    grads, metrics = jax.jit(gradient)(given)
+    grads, metrics = jax.jit(gradient)(inputs)
     assert metrics.keys() == {"loss", "mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy"}
-    parts = {name: array.reshape(4, 2, *array.shape[1:]) for name, array in given.items()}
+    parts = {name: array.reshape(4, 2, *array.shape[1:]) for name, array in inputs.items()}
     spread, shared = jax.jit(jax.vmap(lambda part: gradient(part, "i"), axis_name="i"))(parts)
     for name, metric in metrics.items():
         np.testing.assert_allclose(shared[name], np.full(4, metric), rtol=1e-5, atol=1e-6)
@@ -192,10 +192,10 @@ def test_devices_together_have_the_loss_and_gradient_of_one():
 
 def test_training_moves_every_leaf_and_learns_a_batch():
     """The first step not at all: its rate is 0."""
-    method, given = BERT(dataclasses.replace(TINY, dropout=0.0, attention_dropout=0.0)), batch()
+    method, inputs = BERT(dataclasses.replace(TINY, dropout=0.0, attention_dropout=0.0)), batch()
     optimizer = Optimizer(bert_adamw(warmup_linear(3e-3, 60, 5)), clip_norm=1.0)
-    state = jax.jit(lambda rng: create_state(method, optimizer, rng, given))(jax.random.key(0))
-    before, step = jax.tree.map(np.asarray, state.params), jax.jit(lambda s: train_step(method, optimizer, s, given))
+    state = jax.jit(lambda rng: create_state(method, optimizer, rng, inputs))(jax.random.key(0))
+    before, step = jax.tree.map(np.asarray, state.params), jax.jit(lambda s: train_step(method, optimizer, s, inputs))
     losses = []
     for turn in range(40):
         state, metrics = step(state)
@@ -231,20 +231,20 @@ def test_sentence_vectors_are_means_over_tokens_of_unit_length(tokenizer):
     bert = model(TINY, tokenizer=tokenizer)
     vectors = np.asarray(bert.encode_text(TEXTS, batch_size=2, length=9))
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    given = tokenizer(TEXTS[1], length=9)
-    mean = np.asarray(bert.forward(**given)["last_hidden_state"])[0].mean(0)
+    inputs = tokenizer(TEXTS[1], length=9)
+    mean = np.asarray(bert.forward(**inputs)["last_hidden_state"])[0].mean(0)
     np.testing.assert_allclose(vectors[1], mean / np.linalg.norm(mean), atol=1e-5)
-    np.testing.assert_allclose(bert.encode_text(given["input_ids"])[0], vectors[1], atol=1e-5)
+    np.testing.assert_allclose(bert.encode_text(inputs["input_ids"])[0], vectors[1], atol=1e-5)
 
 
 def test_masked_words_come_in_the_order_of_the_masks(tokenizer):
     bert = model(TINY, tokenizer=tokenizer)
     texts = ["the [MASK] hen", "[MASK] hens [MASK]"]
-    found = bert.fill_mask(texts, top=3)
-    assert len(found) == 3 and all(len(row) == 3 for row in found)
-    given = tokenizer(texts)
-    shares = np.asarray(jax.nn.softmax(bert.forward(**given)["prediction_logits"]))
-    for row, (text, place) in zip(found, zip(*np.nonzero(given["input_ids"] == tokenizer.mask))):
+    outputs = bert.fill_mask(texts, top=3)
+    assert len(outputs) == 3 and all(len(row) == 3 for row in outputs)
+    inputs = tokenizer(texts)
+    shares = np.asarray(jax.nn.softmax(bert.forward(**inputs)["prediction_logits"]))
+    for row, (text, place) in zip(outputs, zip(*np.nonzero(inputs["input_ids"] == tokenizer.mask))):
         best = np.argsort(-shares[text, place])[:3]
         assert [name for name, _ in row] == [tokenizer.tokenizer.id_to_token(int(id)) for id in best]
         np.testing.assert_allclose([p for _, p in row], shares[text, place, best], rtol=1e-4)
@@ -260,9 +260,9 @@ def test_masked_words_come_in_the_order_of_the_masks(tokenizer):
 
 def test_texts_and_pairs_are_classified(tokenizer):
     bert = model(BertConfig(53, 35, 1, 5, 41, 19, classes=3), tokenizer=tokenizer)
-    found = bert.classify(list(TEXTS), ["red", "green", "blue"], top=2)
+    outputs = bert.classify(list(TEXTS), ["red", "green", "blue"], top=2)
     shares = np.asarray(jax.nn.softmax(bert.forward(**tokenizer(TEXTS))["logits"]))
-    for row, share in zip(found, shares):
+    for row, share in zip(outputs, shares):
         assert row[0][0] == ("red", "green", "blue")[share.argmax()] and len(row) == 2
         np.testing.assert_allclose(row[0][1], share.max(), rtol=1e-4)
     assert bert.classify("a hen", pairs="the sea") != bert.classify("a hen", pairs="the hen")
@@ -274,18 +274,18 @@ def test_windows_cover_a_context_and_each_piece_is_central_once(tokenizer):
     context = " ".join(TEXTS * 3)
     pieces = tokenizer.pieces([context])[0]
     parts = windows(tokenizer, "the red hen", context, length=17, stride=4)
-    asked = len(tokenizer.pieces(["the red hen"])[0])
-    room = 17 - asked - 3
+    options = len(tokenizer.pieces(["the red hen"])[0])
+    room = 17 - options - 3
     assert len(parts) == -(-(len(pieces) - room) // 4) + 1
-    seen = {}
+    visible = {}
     for number, part in enumerate(parts):
         assert len(part.ids) == len(part.types) == len(part.offsets) == len(part.central) <= 17
         inside = [i for i, place in enumerate(part.offsets) if place is not None]
         assert part.ids[inside[0] : inside[-1] + 1] == pieces[4 * number : 4 * number + room]
         for i in inside:
             if part.central[i]:
-                assert seen.setdefault(part.offsets[i], number) == number
-    assert len(seen) == len(pieces)
+                assert visible.setdefault(part.offsets[i], number) == number
+    assert len(visible) == len(pieces)
     for part in parts:
         for id, place in zip(part.ids, part.offsets):
             if place is not None:
@@ -297,12 +297,12 @@ def test_windows_cover_a_context_and_each_piece_is_central_once(tokenizer):
 def test_best_answers_are_those_of_trying_all():
     rng = np.random.default_rng(7)
     context = "abcdefghijklmnop"
-    places = [None, None, None, *((i, i + 1) for i in range(9)), None]
-    central = [place is not None and i % 5 != 0 for i, place in enumerate(places)]
-    parts = [Window([7] * 13, [0] * 13, places, central)]
+    positions = [None, None, None, *((i, i + 1) for i in range(9)), None]
+    central = [place is not None and i % 5 != 0 for i, place in enumerate(positions)]
+    parts = [Window([7] * 13, [0] * 13, positions, central)]
     starts, ends = rng.normal(size=(2, 1, 15))
     starts[0, 13:] = ends[0, 13:] = 99  # padding is not looked at
-    found = best_answers(context, parts, starts, ends, n_best=20, longest=4)
+    outputs = best_answers(context, parts, starts, ends, n_best=20, longest=4)
     every = {
         context[i : j + 1]: starts[0, i + 3] + ends[0, j + 3]
         for i in range(9)
@@ -310,10 +310,10 @@ def test_best_answers_are_those_of_trying_all():
         if central[i + 3]
     }
     expected = sorted(every.items(), key=lambda item: -item[1])[:20]
-    assert [answer.text for answer in found] == [text for text, _ in expected]
-    np.testing.assert_allclose([answer.score for answer in found], [score for _, score in expected])
+    assert [answer.text for answer in outputs] == [text for text, _ in expected]
+    np.testing.assert_allclose([answer.score for answer in outputs], [score for _, score in expected])
     null = float(starts[0, 0] + ends[0, 0])
-    for threshold, first in ((null - found[0].score - 0.1, ""), (null - found[0].score + 0.1, found[0].text)):
+    for threshold, first in ((null - outputs[0].score - 0.1, ""), (null - outputs[0].score + 0.1, outputs[0].text)):
         assert best_answers(context, parts, starts, ends, 20, 4, threshold)[0].text == first
 
 

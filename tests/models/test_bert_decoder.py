@@ -89,9 +89,9 @@ def blip() -> Any:
     from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 
     fields = {"bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2, "pad_token_id": 0}
-    theirs = randomised(BlipTextLMHeadModel(BlipTextConfig(**SIZES, **fields)))
-    state = {key: tensor.numpy() for key, tensor in theirs.state_dict().items()}
-    return theirs, load_table(hf_table(DECODER), state, shapes(DECODER), "blip")
+    reference = randomised(BlipTextLMHeadModel(BlipTextConfig(**SIZES, **fields)))
+    state = {key: tensor.numpy() for key, tensor in reference.state_dict().items()}
+    return reference, load_table(hf_table(DECODER), state, shapes(DECODER), "blip")
 
 
 @pytest.mark.torch
@@ -100,12 +100,12 @@ def blip() -> Any:
 def test_blips_text_encoder_and_decoder(blip, causal, with_context):
     import torch
 
-    theirs, variables = blip
+    reference, variables = blip
     # Without a mask of the context: transformers 5.24 does not pass it on to the scores.
     context = {"encoder_hidden_states": CONTEXT} if with_context else {}
     inputs = {"input_ids": IDS.astype(np.int64), "attention_mask": MASK, **context}
     with torch.no_grad():
-        expected = theirs.bert(**{name: torch.tensor(x) for name, x in inputs.items()}, is_decoder=causal)[0]
+        expected = reference.bert(**{name: torch.tensor(x) for name, x in inputs.items()}, is_decoder=causal)[0]
     config = dataclasses.replace(DECODER, causal=causal)
     ours = run(config, variables, IDS, MASK, CONTEXT if with_context else None)
     close(ours, expected, MASK)
@@ -117,11 +117,11 @@ def test_blips_text_encoder_and_decoder(blip, causal, with_context):
 def test_blips_decoder_writes_the_same_ids(blip, options):
     import torch
 
-    theirs, variables = blip
+    reference, variables = blip
     prompt, new = IDS[:, :3].copy(), 9
     prompt[:, 0] = 1
     with torch.no_grad():
-        expected = theirs.generate(
+        expected = reference.generate(
             torch.tensor(prompt).long(),
             encoder_hidden_states=torch.tensor(CONTEXT),
             attention_mask=torch.ones(prompt.shape).long(),
@@ -148,8 +148,8 @@ def test_blip2s_query_transformer(kind):
     from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 
     fields = {"cross_attention_frequency": 2, "use_qformer_text_input": True}
-    theirs = randomised(Blip2QFormerModel(Blip2QFormerConfig(**SIZES, **fields)))
-    state = {key: tensor.numpy() for key, tensor in theirs.state_dict().items()}
+    reference = randomised(Blip2QFormerModel(Blip2QFormerConfig(**SIZES, **fields)))
+    state = {key: tensor.numpy() for key, tensor in reference.state_dict().items()}
     for pattern, new in QFORMER_NAMES:
         state = {re.sub(pattern, new, key): x for key, x in state.items()}
     queries = {key.replace("_query", ""): x for key, x in state.items() if "_query." in key}
@@ -176,7 +176,7 @@ def test_blip2s_query_transformer(kind):
     x = [QUERIES] if n else []
     x += [] if ids is None else [np.asarray(words["embeddings/words"][ids] + words["embeddings/positions"][:L])]
     with torch.no_grad():
-        expected = theirs(torch.tensor(np.concatenate(x, 1)), n, torch.tensor(mask), torch.tensor(CONTEXT))[0]
+        expected = reference(torch.tensor(np.concatenate(x, 1)), n, torch.tensor(mask), torch.tensor(CONTEXT))[0]
     ours = run(QFORMER, variables, ids, mask, embeds=QUERIES if n else None)
     close(ours, expected, mask)
 

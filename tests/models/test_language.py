@@ -102,13 +102,13 @@ def pair(request, tmp_path_factory):
     kind, fields = FORMS[request.param]
     torch.manual_seed(0)
     config = getattr(transformers, kind)(**SPECIAL | fields)
-    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        for parameter in theirs.parameters():
+        for parameter in reference.parameters():
             parameter += torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.3)
     folder = tmp_path_factory.mktemp(request.param)
-    theirs.save_pretrained(folder)
-    return theirs, mmjax.load(folder), folder
+    reference.save_pretrained(folder)
+    return reference, mmjax.load(folder), folder
 
 
 def first_part(row):
@@ -121,16 +121,16 @@ def first_part(row):
 def test_logits_are_those_of_transformers(pair):
     import torch
 
-    theirs, ours, _ = pair
+    reference, ours, _ = pair
     ids = np.where(MASK, PROMPTS, PAD)
     with torch.no_grad():
-        wanted = theirs(torch.tensor(ids).long(), attention_mask=torch.tensor(MASK), output_hidden_states=True)
-    found = ours.forward(input_ids=ids, attention_mask=MASK)
+        expected = reference(torch.tensor(ids).long(), attention_mask=torch.tensor(MASK), output_hidden_states=True)
+    outputs = ours.forward(input_ids=ids, attention_mask=MASK)
     real = MASK.astype(bool)
-    for name, array in (("logits", wanted.logits), ("last_hidden_state", wanted.hidden_states[-1])):
+    for name, array in (("logits", expected.logits), ("last_hidden_state", expected.hidden_states[-1])):
         if name == "last_hidden_state" and ours.config.embed_width is not None:
             continue  # transformers tells the narrow states there
-        error = np.abs(np.asarray(found[name]) - array.numpy())[real].max()
+        error = np.abs(np.asarray(outputs[name]) - array.numpy())[real].max()
         assert error <= 1e-4 * np.abs(array.numpy()).max(), name
 
 
@@ -147,13 +147,13 @@ def test_logits_are_those_of_transformers(pair):
 def test_ids_are_those_of_transformers(pair, options):
     import torch
 
-    theirs, ours, _ = pair
+    reference, ours, _ = pair
     ids = np.where(MASK, PROMPTS, PAD)
     with torch.no_grad():
-        given = {"attention_mask": torch.tensor(MASK), "do_sample": False, "max_new_tokens": 15}
-        wanted = theirs.generate(torch.tensor(ids).long(), **given, **options)[:, ids.shape[1] :].tolist()
-    found = np.asarray(ours.generate(ids, attention_mask=MASK, max_new_tokens=15, **options)).tolist()
-    assert [first_part(row) for row in found] == [first_part(row) for row in wanted]
+        inputs = {"attention_mask": torch.tensor(MASK), "do_sample": False, "max_new_tokens": 15}
+        expected = reference.generate(torch.tensor(ids).long(), **inputs, **options)[:, ids.shape[1] :].tolist()
+    outputs = np.asarray(ours.generate(ids, attention_mask=MASK, max_new_tokens=15, **options)).tolist()
+    assert [first_part(row) for row in outputs] == [first_part(row) for row in expected]
 
 
 @pytest.mark.torch
@@ -162,12 +162,12 @@ def test_an_export_is_read_by_transformers_and_bit_exact(pair, tmp_path):
     import transformers
     from safetensors.numpy import load_file
 
-    theirs, ours, folder = pair
+    reference, ours, folder = pair
     mmjax.export(ours, tmp_path)
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     with torch.no_grad():
         ids = torch.tensor(PROMPTS).long()
-        torch.testing.assert_close(back(ids).logits, theirs(ids).logits, rtol=0, atol=0)
+        torch.testing.assert_close(back(ids).logits, reference(ids).logits, rtol=0, atol=0)
     ours_file, theirs_file = load_file(tmp_path / "model.safetensors"), load_file(folder / "model.safetensors")
     for key in ours_file.keys() & theirs_file.keys():
         np.testing.assert_array_equal(ours_file[key], theirs_file[key])
@@ -180,8 +180,8 @@ def test_an_export_is_read_by_transformers_and_bit_exact(pair, tmp_path):
 
 
 def tiny(**changes):
-    told = {"vocab_size": V, "kv_heads": 2, "eos": (EOS,), "pad": PAD, "context": 61}
-    return DecoderConfig.llama(24, 2, 6, 40, **{**told, "head_width": 4, **changes})
+    results = {"vocab_size": V, "kv_heads": 2, "eos": (EOS,), "pad": PAD, "context": 61}
+    return DecoderConfig.llama(24, 2, 6, 40, **{**results, "head_width": 4, **changes})
 
 
 CONFIGS = {
@@ -216,17 +216,17 @@ def test_steps_over_kept_keys_are_the_whole_pass(name):
             span = slice(7 - len(prompt), 7) if side == "left" else slice(0, len(prompt))
             ids[i, span], mask[i, span] = prompt, 1
         logits, state = steps.prefill(variables, {"input_ids": jnp.asarray(ids), "attention_mask": mask}, 2, 6)
-        found = [np.repeat(np.asarray(logits)[:, None], 2, 1)]
+        outputs = [np.repeat(np.asarray(logits)[:, None], 2, 1)]
         step = jax.jit(steps.step)
         for t in range(6):
             logits, state = step(variables, jnp.asarray(tokens[..., t], jnp.int32), state)
-            found.append(np.asarray(logits))
+            outputs.append(np.asarray(logits))
         for i, prompt in enumerate(prompts):
             for r in range(2):
                 whole = np.concatenate([prompt, tokens[i, r]])[None]
-                wanted = np.asarray(model.forward(input_ids=whole)["logits"])[0, len(prompt) - 1 :]
-                ours = np.stack([step[i, r] for step in found])
-                np.testing.assert_allclose(ours, wanted, atol=2e-5 * np.abs(wanted).max())
+                expected = np.asarray(model.forward(input_ids=whole)["logits"])[0, len(prompt) - 1 :]
+                ours = np.stack([step[i, r] for step in outputs])
+                np.testing.assert_allclose(ours, expected, atol=2e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", ["rotary", "learned", "alibi", "window"])
@@ -236,12 +236,12 @@ def test_what_was_read_serves_the_next_turn(name):
     rng = np.random.default_rng(2)
     first, second = rng.integers(3, V, (1, 5)).astype(np.int32), rng.integers(3, V, (1, 4)).astype(np.int32)
     options = GenerationOptions(max_new_tokens=5, pad=PAD)
-    told = generate(model.decodable(), model.variables, {"input_ids": first}, options)
-    answer = np.asarray(told.ids[:, 0])
-    assert told.state is not None
+    results = generate(model.decodable(), model.variables, {"input_ids": first}, options)
+    answer = np.asarray(results.ids[:, 0])
+    assert results.state is not None
     # The last token was chosen, and not read yet: it begins the next prompt.
     rest = np.concatenate([answer[:, -1:], second], 1)
-    kept = generate(model.decodable(), model.variables, {"input_ids": rest, "past": remember(told.state)}, options)
+    kept = generate(model.decodable(), model.variables, {"input_ids": rest, "past": remember(results.state)}, options)
     whole = np.concatenate([first, answer, second], 1)
     afresh = generate(model.decodable(), model.variables, {"input_ids": whole}, options)
     np.testing.assert_array_equal(kept.ids, afresh.ids)
@@ -321,13 +321,13 @@ def test_a_layer_between_blocks_in_steps_is_that_of_the_whole_pass(gated):
     config, params = gated
     module, variables, mask = Gated(config), {"params": params}, jnp.ones((3, 6), bool)
     whole = jax.jit(module.apply)(variables, PROMPTS)
-    found, caches = module.apply(variables, PROMPTS[:, :6], mask, method="prefill")
+    outputs, caches = module.apply(variables, PROMPTS[:, :6], mask, method="prefill")
     new = [kv_cache.empty(3, 1, config.kv_heads, 4, config.head_width, jnp.float32)] * config.depth
     for t in range(6, 10):
-        np.testing.assert_allclose(found, whole[:, t - 1], atol=2e-5 * np.abs(whole).max())
+        np.testing.assert_allclose(outputs, whole[:, t - 1], atol=2e-5 * np.abs(whole).max())
         inputs = (PROMPTS[:, t : t + 1], caches, mask, token_positions(mask), new, jnp.int32(t - 6))
         logits, new = module.apply(variables, *inputs, method="step")
-        found = logits[:, 0]
+        outputs = logits[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------------------ the loss
@@ -423,8 +423,8 @@ def test_published_sizes_have_the_published_parameters(name):
     config = getattr(DecoderConfig, name)()
     shapes = flatten(LanguageModel.shapes(config)["params"])
     assert sum(math.prod(leaf.shape) for leaf in shapes.values()) == COUNTS[name]
-    told = config_of({}, hf_config(config))
-    assert dataclasses.replace(told, epsilon=config.epsilon) == config
+    results = config_of({}, hf_config(config))
+    assert dataclasses.replace(results, epsilon=config.epsilon) == config
 
 
 def test_mpts_slopes():
@@ -509,13 +509,13 @@ def test_a_generation_keeps_the_long_or_short_waves_that_it_began_with(new, cros
         for w in (waves, LONG.short if crosses else LONG.long)
     )
     options = GenerationOptions(max_new_tokens=new, pad=PAD)
-    found, wanted, not_wanted = (
+    outputs, expected, not_wanted = (
         generate(model.decodable(), model.variables, {"input_ids": PROMPTS, "attention_mask": MASK}, options)
         for model in (mixed, alike, other)
     )
-    np.testing.assert_array_equal(found.ids, wanted.ids)
-    np.testing.assert_array_equal(found.scores, wanted.scores)
-    assert np.abs(np.asarray(found.scores) - np.asarray(not_wanted.scores)).max() > 1e-3
+    np.testing.assert_array_equal(outputs.ids, expected.ids)
+    np.testing.assert_array_equal(outputs.scores, expected.scores)
+    assert np.abs(np.asarray(outputs.scores) - np.asarray(not_wanted.scores)).max() > 1e-3
 
 
 def test_factors_of_other_channels_are_refused():
@@ -525,7 +525,7 @@ def test_factors_of_other_channels_are_refused():
 
 def test_a_config_of_before_other_scalings_is_read():
     config = tiny(positions=Rotary(500.0, factor=2.0))
-    told = dataclasses.asdict(config)
-    del told["positions"]["yarn"], told["positions"]["longrope"]
-    assert config_from_json(DecoderConfig, told, "config") == config
+    results = dataclasses.asdict(config)
+    del results["positions"]["yarn"], results["positions"]["longrope"]
+    assert config_from_json(DecoderConfig, results, "config") == config
     assert config_from_json(DecoderConfig, dataclasses.asdict(tiny(positions=Alibi())), "config").positions == Alibi()

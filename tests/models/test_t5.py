@@ -92,8 +92,8 @@ def reference(config: T5Config, folder: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     mmjax.export(model(config), folder)
     kind = transformers.T5ForConditionalGeneration
-    theirs, told = kind.from_pretrained(folder, output_loading_info=True)
-    assert not any(told.values()), told
+    theirs, results = kind.from_pretrained(folder, output_loading_info=True)
+    assert not any(results.values()), results
     return theirs.eval()
 
 
@@ -113,12 +113,12 @@ def test_logits_loss_and_gradients_as_transformers(tmp_path, name):
     tensors = {key: torch.tensor(value) for key, value in given.items()}
     with torch.no_grad():
         expected = theirs(**tensors, output_hidden_states=True)
-    found = ours.forward(**given)
-    close(found["logits"], expected.logits)
-    close(found["encoder_last_hidden_state"], expected.encoder_last_hidden_state)
-    for one, other in zip(found["decoder_hidden_states"], expected.decoder_hidden_states, strict=True):
+    outputs = ours.forward(**given)
+    close(outputs["logits"], expected.logits)
+    close(outputs["encoder_last_hidden_state"], expected.encoder_last_hidden_state)
+    for one, other in zip(outputs["decoder_hidden_states"], expected.decoder_hidden_states, strict=True):
         close(one, other)
-    for one, other in zip(found["encoder_hidden_states"], expected.encoder_hidden_states, strict=True):
+    for one, other in zip(outputs["encoder_hidden_states"], expected.encoder_hidden_states, strict=True):
         close(one, other)
 
     labels = np.where(np.arange(31) < np.array([[31], [7], [19]]), given["decoder_input_ids"], -100)
@@ -158,8 +158,8 @@ def test_an_encoder_alone(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     config = dataclasses.replace(GATED, decoder_depth=0, tied=True)
     mmjax.export(model(config), tmp_path / "ours")
-    theirs, told = transformers.T5EncoderModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not any(told.values()), told
+    theirs, results = transformers.T5EncoderModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(results.values()), results
     theirs.eval().save_pretrained(tmp_path / "theirs")
     ours, given = mmjax.load(tmp_path / "theirs"), inputs()
     assert ours.config == config
@@ -200,8 +200,8 @@ def test_old_files_hold_the_embedding_four_times_and_a_bias_too_many(tmp_path):
     embedding = np.asarray(model(PLAIN).params["embedding"])
     copies = {f"{place}.weight": embedding for place in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")}
     bias = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": np.ones((12, 3), np.float32)}
-    told = {"model_type": "t5", "relative_attention_max_distance": 23}
-    arrays = write(tmp_path / "four", PLAIN, told, **copies, **bias)
+    results = {"model_type": "t5", "relative_attention_max_distance": 23}
+    arrays = write(tmp_path / "four", PLAIN, results, **copies, **bias)
     ours = mmjax.load(tmp_path / "four")
     assert ours.layout == "hf" and ours.config == PLAIN
     mmjax.export(ours, tmp_path / "back", layout="hf")
@@ -210,10 +210,10 @@ def test_old_files_hold_the_embedding_four_times_and_a_bias_too_many(tmp_path):
     np.testing.assert_array_equal(again.params["embedding"], arrays["shared.weight"])
 
     copies["lm_head.weight"] = 2 * embedding
-    write(tmp_path / "differ", PLAIN, told, **copies)
+    write(tmp_path / "differ", PLAIN, results, **copies)
     with pytest.raises(MmjaxError, match=r"lm_head\.weight differs from shared\.weight"):
         mmjax.load(tmp_path / "differ")
-    write(tmp_path / "torn", PLAIN, told, **{"encoder.embed_tokens.weight": 2 * embedding})
+    write(tmp_path / "torn", PLAIN, results, **{"encoder.embed_tokens.weight": 2 * embedding})
     with pytest.raises(MmjaxError, match=r"encoder\.embed_tokens\.weight differs from shared\.weight"):
         mmjax.load(tmp_path / "torn")
 
@@ -270,14 +270,14 @@ def test_cached_decoding_is_the_whole_decoder(name):
         vlm.variables, encoder | {"decoder_input_ids": prompt}, rows, new + 2
     )
     step = jax.jit(decodable.step)
-    found = [jnp.repeat(logits[:, None], rows, 1)]
+    outputs = [jnp.repeat(logits[:, None], rows, 1)]
     for i in range(new):
         after, state = step(vlm.variables, tokens[:, :, i], state)
-        found.append(after)
+        outputs.append(after)
     assert int(state.index) == new
     for row in range(rows):
         whole = vlm.forward(**encoder, decoder_input_ids=np.concatenate([prompt, tokens[:, row]], 1))["logits"]
-        close(jnp.stack([step[:, row] for step in found], 1), whole[:, begun - 1 :], 1e-5)
+        close(jnp.stack([step[:, row] for step in outputs], 1), whole[:, begun - 1 :], 1e-5)
 
 
 def test_it_begins_with_the_start_token_and_takes_embeddings():
@@ -306,8 +306,8 @@ def test_padding_changes_nothing():
     alone = vlm.forward(input_ids=ids, decoder_input_ids=decoder)["logits"]
     for before, after in ((0, 5), (5, 0), (3, 2)):
         padded, mask = np.pad(ids, ((0, 0), (before, after))), np.pad(np.ones_like(ids), ((0, 0), (before, after)))
-        found = vlm.forward(input_ids=padded, attention_mask=mask, decoder_input_ids=decoder)["logits"]
-        close(found, alone, 1e-5)
+        outputs = vlm.forward(input_ids=padded, attention_mask=mask, decoder_input_ids=decoder)["logits"]
+        close(outputs, alone, 1e-5)
 
 
 BEAMS = {"num_beams": 4}
@@ -329,11 +329,13 @@ def test_generated_ids_as_transformers(tmp_path, name, eos, asked):
     ours = mmjax.load(tmp_path)
     tensors = {key: torch.tensor(given[key]) for key in ("input_ids", "attention_mask")}
     for options in asked:
-        found = ours.generate(given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=14, **options)
+        outputs = ours.generate(
+            given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=14, **options
+        )
         # Its cache has as many layers as the encoder, which are too few here.
         expected = theirs.generate(**tensors, max_new_tokens=14, use_cache=False, **options).numpy()[:, 1:]
-        found, expected = ([_until(row, eos) for row in np.asarray(rows)] for rows in (found, expected))
-        assert found == expected, options
+        outputs, expected = ([_until(row, eos) for row in np.asarray(rows)] for rows in (outputs, expected))
+        assert outputs == expected, options
         assert len({len(row) for row in expected}) > 2, options
 
 
@@ -405,10 +407,10 @@ def test_rematerialisation_changes_no_gradient():
 
 def test_whatever_drops_knows_the_axis_that_cuts_the_batch():
     """Or devices would draw the same for their shares (`mmjax.nn.dropout`)."""
-    told = []
+    results = []
 
     def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        told.extend([context.module.axis_name] if hasattr(context.module, "axis_name") else [])
+        results.extend([context.module.axis_name] if hasattr(context.module, "axis_name") else [])
         return call(*args, **kwargs)
 
     method, params = T5Seq2Seq(SMALL), model(SMALL).params
@@ -419,7 +421,7 @@ def test_whatever_drops_knows_the_axis_that_cuts_the_batch():
 
     with nn.intercept_methods(note):
         jax.eval_shape(jax.vmap(loss, axis_name="data"), halves)
-    assert len(told) > 20 and set(told) == {"data"}
+    assert len(results) > 20 and set(results) == {"data"}
 
 
 def test_the_step_takes_the_method():
@@ -435,9 +437,9 @@ def test_half_precision_keeps_logits_in_float32():
     vlm, given = model(GATED), inputs()
     exact = vlm.forward(**given)["logits"]
     half = vlm.replace(config=dataclasses.replace(GATED, dtype="bfloat16"))
-    found = half.forward(**given)
-    assert found["logits"].dtype == jnp.float32 and found["encoder_last_hidden_state"].dtype == jnp.bfloat16
-    close(found["logits"], exact, 0.05)
+    outputs = half.forward(**given)
+    assert outputs["logits"].dtype == jnp.float32 and outputs["encoder_last_hidden_state"].dtype == jnp.bfloat16
+    close(outputs["logits"], exact, 0.05)
     prefill = jax.jit(lambda given: half.decodable().prefill(half.variables, given, 2, 3))
     logits, state = jax.eval_shape(prefill, {"input_ids": given["input_ids"]})
     assert logits.dtype == jnp.float32 and state.rows[0].k.dtype == jnp.bfloat16

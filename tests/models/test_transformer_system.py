@@ -87,8 +87,8 @@ def test_published_sizes():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs_survive_json(name):
-    told = json.loads(json.dumps(dataclasses.asdict(CONFIGS[name])))
-    assert config_from_json(TransformerConfig, told, "config") == CONFIGS[name]
+    results = json.loads(json.dumps(dataclasses.asdict(CONFIGS[name])))
+    assert config_from_json(TransformerConfig, results, "config") == CONFIGS[name]
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts
@@ -104,8 +104,8 @@ def test_layouts_there_and_back(tmp_path, name):
     whole = model(CONFIGS[name])
     layout = "torch" if name == "torch" else "hf"
     if name == "paper":
-        for layout, told in (("hf", "concatenated sinusoids"), ("torch", "three matrices")):
-            with pytest.raises(MmjaxError, match=told):
+        for layout, results in (("hf", "concatenated sinusoids"), ("torch", "three matrices")):
+            with pytest.raises(MmjaxError, match=results):
                 mmjax.export(whole, tmp_path, layout)
         mmjax.save(whole, tmp_path)
         layout = "mmjax"
@@ -117,8 +117,8 @@ def test_layouts_there_and_back(tmp_path, name):
 
 
 def rewritten(folder, **config):
-    told = json.loads((folder / "config.json").read_text()) | config
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in told.items() if v is not ...}))
+    results = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in results.items() if v is not ...}))
     return folder
 
 
@@ -143,8 +143,8 @@ def test_a_missing_key_has_the_class_default(tmp_path):
     gone = ("encoder_attention_heads", "decoder_attention_heads", "activation_function", "scale_embedding")
     gone += ("pad_token_id", "decoder_start_token_id", "eos_token_id", "forced_eos_token_id", "dropout")
     back = mmjax.load(rewritten(tmp_path, **dict.fromkeys(gone, ...))).config
-    told = {"act": "gelu", "scale_embedding": False, "pad": 58100, "start": 58100, "eos": 0}
-    assert back == dataclasses.replace(config, **told)
+    results = {"act": "gelu", "scale_embedding": False, "pad": 58100, "start": 58100, "eos": 0}
+    assert back == dataclasses.replace(config, **results)
 
 
 def test_positions_are_rebuilt_or_compared(tmp_path):
@@ -189,17 +189,17 @@ def test_steps_are_the_whole_at_once(name):
     rows = jnp.asarray(np.random.default_rng(1).integers(6, 40, (3, 2, 4)))
     inputs = {"input_ids": ids, "attention_mask": mask.astype(jnp.int32), "decoder_input_ids": start}
     first, state = jax.jit(decodable.prefill, static_argnums=(2, 3))(variables, inputs, 2, 5)
-    step, found = jax.jit(decodable.step), []
+    step, outputs = jax.jit(decodable.step), []
     for t in range(4):
         logits, state = step(variables, rows[:, :, t], state)
-        found.append(logits)
-    assert int(state.index) == 4 and first.dtype == found[0].dtype == jnp.float32
+        outputs.append(logits)
+    assert int(state.index) == 4 and first.dtype == outputs[0].dtype == jnp.float32
     apply = jax.jit(Transformer(config).apply)
     for row in range(2):
         whole = jnp.concatenate([start, rows[:, row]], 1)
-        wanted = np.asarray(apply(variables, ids, whole, mask)["logits"])
-        got = np.stack([first, *(logits[:, row] for logits in found)], 1)
-        np.testing.assert_allclose(got, wanted[:, 1:], atol=1e-5 * np.abs(wanted).max())
+        expected = np.asarray(apply(variables, ids, whole, mask)["logits"])
+        got = np.stack([first, *(logits[:, row] for logits in outputs)], 1)
+        np.testing.assert_allclose(got, expected[:, 1:], atol=1e-5 * np.abs(expected).max())
 
 
 def test_padding_of_the_source_is_not_seen():
@@ -208,8 +208,8 @@ def test_padding_of_the_source_is_not_seen():
     mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 0, 0]])
     masked = vlm.forward(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids)["logits"]
     np.testing.assert_allclose(masked[0], masked[1], atol=1e-5)
-    seen = vlm.forward(input_ids=ids, attention_mask=np.ones_like(mask), decoder_input_ids=decoder_ids)["logits"]
-    assert np.abs(seen[0] - masked[0]).max() > 1e-2
+    visible = vlm.forward(input_ids=ids, attention_mask=np.ones_like(mask), decoder_input_ids=decoder_ids)["logits"]
+    assert np.abs(visible[0] - masked[0]).max() > 1e-2
     without = vlm.forward(input_ids=ids[:, :3], decoder_input_ids=decoder_ids)["logits"]
     np.testing.assert_allclose(without, masked, atol=1e-5)
 
@@ -251,8 +251,8 @@ def test_labels_are_shifted_and_counted():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 11)), jnp.float32)
     log_p = np.asarray(jax.nn.log_softmax(logits)).reshape(6, 11)[:5]
     nll = -log_p[np.arange(5), [7, 8, 5, 9, 5]]
-    loss, told = translation_loss(logits, labels, 0.1)
-    assert float(told["nll"]) == pytest.approx(nll.mean(), rel=1e-5)
+    loss, results = translation_loss(logits, labels, 0.1)
+    assert float(results["nll"]) == pytest.approx(nll.mean(), rel=1e-5)
     assert float(loss) == pytest.approx((0.9 * nll - 0.1 * log_p.mean(-1)).mean(), rel=1e-5)
 
 
@@ -290,9 +290,9 @@ def test_devices_with_unequal_shares_of_tokens_give_the_mean_of_them_all():
         loss, (_, metrics) = method.loss(params, carry, whole, jax.random.key(0), 0)
         return loss.value, {name: mean.value for name, mean in metrics.items()}
 
-    (one, told), (other, wanted) = (jax.jit(f)(params) for f in (over_devices, at_once))
+    (one, results), (other, expected) = (jax.jit(f)(params) for f in (over_devices, at_once))
     assert float(one) == pytest.approx(float(other), rel=1e-5)
-    assert told == {name: pytest.approx(float(value), rel=1e-5) for name, value in wanted.items()}
+    assert results == {name: pytest.approx(float(value), rel=1e-5) for name, value in expected.items()}
 
 
 def test_training_lowers_the_loss():
@@ -327,13 +327,13 @@ def test_marian_is_transformers(tmp_path, name):
     from transformers import MarianConfig, MarianMTModel
 
     torch.manual_seed(0)
-    theirs = MarianMTModel(MarianConfig(**FIELDS | VARIANTS[name], forced_eos_token_id=5)).eval()
+    reference = MarianMTModel(MarianConfig(**FIELDS | VARIANTS[name], forced_eos_token_id=5)).eval()
     with torch.no_grad():
-        for key, parameter in theirs.named_parameters():
+        for key, parameter in reference.named_parameters():
             if "embed_positions" not in key:
                 parameter.normal_(0, 0.4)
-        theirs.final_logits_bias.normal_(0, 0.4)
-    theirs.save_pretrained(tmp_path / "theirs")
+        reference.final_logits_bias.normal_(0, 0.4)
+    reference.save_pretrained(tmp_path / "theirs")
     ours: Any = mmjax.load(tmp_path / "theirs")
     assert (ours.system, ours.layout) == ("transformer", "hf")
     given = batch(ours.config)
@@ -342,18 +342,20 @@ def test_marian_is_transformers(tmp_path, name):
     inputs["decoder_input_ids"] = np.asarray(shifted_right(jnp.asarray(given["labels"]), ours.config))
     got = ours.forward(**inputs)
     with torch.no_grad():
-        wanted = theirs(**{key: torch.tensor(value).long() for key, value in inputs.items()}, output_hidden_states=True)
+        expected = reference(
+            **{key: torch.tensor(value).long() for key, value in inputs.items()}, output_hidden_states=True
+        )
     for key in ("logits", "encoder_last_hidden_state"):
-        told = wanted[key].numpy()
-        np.testing.assert_allclose(got[key], told, atol=1e-4 * np.abs(told).max(), err_msg=key)
+        results = expected[key].numpy()
+        np.testing.assert_allclose(got[key], results, atol=1e-4 * np.abs(results).max(), err_msg=key)
     for key in ("encoder_hidden_states", "decoder_hidden_states"):
-        assert len(got[key]) == len(wanted[key])
-        for one, other in zip(got[key], wanted[key]):
+        assert len(got[key]) == len(expected[key])
+        for one, other in zip(got[key], expected[key]):
             np.testing.assert_allclose(one, other.numpy(), atol=1e-4 * float(other.abs().max()), err_msg=key)
     hub.export(ours, tmp_path / "ours")
-    back, told = MarianMTModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not (told["missing_keys"] or told["unexpected_keys"] or told["mismatched_keys"])
-    for key, value in theirs.state_dict().items():
+    back, results = MarianMTModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not (results["missing_keys"] or results["unexpected_keys"] or results["mismatched_keys"])
+    for key, value in reference.state_dict().items():
         assert torch.equal(back.state_dict()[key], value), key
     config = back.config.to_dict()
     assert all(config[key] == value for key, value in (FIELDS | VARIANTS[name]).items())

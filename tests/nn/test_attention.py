@@ -25,9 +25,9 @@ def by_loop(q, k, v, allowed):
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
     for b, l, h in np.ndindex(*q.shape[:3]):
-        seen = np.flatnonzero(allowed[b, h, l])
-        scores = np.exp(k[b, seen, h] @ q[b, l, h] / np.sqrt(q.shape[-1]))
-        out[b, l, h] = (scores / scores.sum()) @ v[b, seen, h]
+        visible = np.flatnonzero(allowed[b, h, l])
+        scores = np.exp(k[b, visible, h] @ q[b, l, h] / np.sqrt(q.shape[-1]))
+        out[b, l, h] = (scores / scores.sum()) @ v[b, visible, h]
     return out
 
 

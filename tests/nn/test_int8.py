@@ -33,12 +33,12 @@ def test_a_channel_is_rounded_to_steps_of_its_largest():
 def test_products_are_those_with_the_dequantised_matrix(monkeypatch, block):
     monkeypatch.setattr(int8, "BLOCK", block)
     kernel, table = int8.quantize(jnp.asarray(KERNEL), 1), int8.quantize(jnp.asarray(KERNEL.T), 0)
-    wanted = X @ meant(kernel)
-    limit = 1e-6 * np.abs(wanted).max()
-    np.testing.assert_allclose(int8.product(X, kernel), wanted, atol=limit)
+    expected = X @ meant(kernel)
+    limit = 1e-6 * np.abs(expected).max()
+    np.testing.assert_allclose(int8.product(X, kernel), expected, atol=limit)
     np.testing.assert_allclose(int8.scores(X, table), X @ meant(table).T, atol=limit)
     np.testing.assert_allclose(int8.scores(X[:, None], table)[:, 0], X @ meant(table).T, atol=limit)
-    np.testing.assert_allclose(jax.jit(int8.product)(X, kernel), wanted, atol=limit)
+    np.testing.assert_allclose(jax.jit(int8.product)(X, kernel), expected, atol=limit)
     np.testing.assert_array_equal(int8.rows(table, jnp.asarray([[7, 0], [30, 7]])), meant(table)[[[7, 0], [30, 7]]])
     # Rounding moves each weight by half a step at most, so a product by no more than this.
     room = np.abs(X).sum(1, keepdims=True) * np.asarray(kernel.scale) / 2
@@ -47,35 +47,35 @@ def test_products_are_those_with_the_dequantised_matrix(monkeypatch, block):
 
 def test_other_backends_have_the_same_products():
     kernel, table = int8.quantize(jnp.asarray(KERNEL), 1), int8.quantize(jnp.asarray(KERNEL.T), 0)
-    told = (
+    results = (
         int8._within_loop(int8._plain_product)(X, kernel.qvalue),
         int8._within_loop(int8._plain_scores)(X, table.qvalue),
     )
-    for found, wanted in zip(told, (X @ np.float32(kernel.qvalue), X @ np.float32(table.qvalue).T)):
-        np.testing.assert_allclose(found, wanted, atol=1e-6 * np.abs(wanted).max())
+    for outputs, expected in zip(results, (X @ np.float32(kernel.qvalue), X @ np.float32(table.qvalue).T)):
+        np.testing.assert_allclose(outputs, expected, atol=1e-6 * np.abs(expected).max())
 
 
 def test_half_precision_multiplies_in_float32_and_rounds_the_result():
     kernel = int8.quantize(jnp.asarray(KERNEL), 1)
     x = jnp.asarray(X, jnp.bfloat16)
-    found = int8.product(x, kernel)
-    assert found.dtype == jnp.bfloat16
-    wanted = np.float32(x) @ meant(kernel)
-    np.testing.assert_allclose(np.float32(found), wanted, rtol=2**-8, atol=1e-6 * np.abs(wanted).max())
+    outputs = int8.product(x, kernel)
+    assert outputs.dtype == jnp.bfloat16
+    expected = np.float32(x) @ meant(kernel)
+    np.testing.assert_allclose(np.float32(outputs), expected, rtol=2**-8, atol=1e-6 * np.abs(expected).max())
     logits = int8.scores(x, int8.quantize(jnp.asarray(KERNEL.T), 0))
     assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, wanted, atol=1e-6 * np.abs(wanted).max())
+    np.testing.assert_allclose(logits, expected, atol=1e-6 * np.abs(expected).max())
 
 
 def test_a_gradient_passes_through_a_frozen_matrix():
     kernel, table = int8.quantize(jnp.asarray(KERNEL), 1), int8.quantize(jnp.asarray(KERNEL.T), 0)
     weight = RNG.normal(size=(3, 31)).astype(np.float32)
-    for run, matrix, wanted in (
+    for run, matrix, expected in (
         (int8.product, kernel, weight @ meant(kernel).T),
         (int8.scores, table, weight @ meant(table)),
     ):
         grad = jax.jit(jax.grad(lambda x, run=run, matrix=matrix: jnp.sum(run(x, matrix) * weight)))(X)
-        np.testing.assert_allclose(grad, wanted, atol=1e-5 * np.abs(wanted).max())
+        np.testing.assert_allclose(grad, expected, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("run", [int8.product, int8.scores])

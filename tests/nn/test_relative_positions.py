@@ -34,11 +34,11 @@ def test_every_distance_as_transformers(bidirectional, buckets, max_distance):
     torch = pytest.importorskip("torch")
     t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
     r = torch.arange(-300, 301)
-    theirs = t5.T5Attention._relative_position_bucket(r, bidirectional, buckets, max_distance).numpy()
+    reference = t5.T5Attention._relative_position_bucket(r, bidirectional, buckets, max_distance).numpy()
     ours = bucket_table(bidirectional, buckets, max_distance)[
         np.clip(r.numpy(), -max_distance, max_distance) + max_distance
     ]
-    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(ours, reference)
 
 
 def test_too_few_buckets_or_too_short_a_reach():
@@ -50,15 +50,15 @@ def test_too_few_buckets_or_too_short_a_reach():
 
 def test_bias_of_a_place_in_the_middle():
     module = RelativeBias(3, False, buckets=8, max_distance=11)
-    places = jnp.arange(29)
-    variables = module.init(jax.random.key(0), places, places)
-    whole = module.apply(variables, places, places)
+    positions = jnp.arange(29)
+    variables = module.init(jax.random.key(0), positions, positions)
+    whole = module.apply(variables, positions, positions)
     table = variables["params"]["table"]
     assert whole.shape == (1, 3, 29, 29) and whole.dtype == jnp.float32
     np.testing.assert_array_equal(whole[0, :, 5, 9], table[0])
     np.testing.assert_array_equal(whole[0, :, 7, 4], table[3])
     np.testing.assert_array_equal(whole[0, :, 28, 0], table[7])
-    one = jax.jit(lambda place: module.apply(variables, place[None], places))(jnp.int32(17))
+    one = jax.jit(lambda place: module.apply(variables, place[None], positions))(jnp.int32(17))
     np.testing.assert_array_equal(one[:, :, 0], whole[:, :, 17])
 
 
@@ -90,9 +90,9 @@ def test_rms_norm_by_hand_and_in_half_precision():
 def test_rms_norm_as_transformers():
     torch = pytest.importorskip("torch")
     t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
-    theirs = t5.T5LayerNorm(7)
+    reference = t5.T5LayerNorm(7)
     with torch.no_grad():
-        theirs.weight.copy_(torch.linspace(-1, 2, 7))
+        reference.weight.copy_(torch.linspace(-1, 2, 7))
     x = torch.linspace(-5, 3, 35).reshape(5, 7)
-    ours = RMSNorm().apply({"params": {"scale": theirs.weight.detach().numpy()}}, x.numpy())
-    np.testing.assert_allclose(ours, theirs(x).detach(), rtol=1e-6)
+    ours = RMSNorm().apply({"params": {"scale": reference.weight.detach().numpy()}}, x.numpy())
+    np.testing.assert_allclose(ours, reference(x).detach(), rtol=1e-6)

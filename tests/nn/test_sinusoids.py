@@ -49,5 +49,5 @@ def test_bad_tables_are_told():
 def test_marians_table_is_transformers_to_the_bit(width):
     from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 
-    theirs = MarianSinusoidalPositionalEmbedding(513, width).create_weight().numpy()
-    np.testing.assert_array_equal(sinusoids(513, width, "concatenated"), theirs)
+    reference = MarianSinusoidalPositionalEmbedding(513, width).create_weight().numpy()
+    np.testing.assert_array_equal(sinusoids(513, width, "concatenated"), reference)

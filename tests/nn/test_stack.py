@@ -64,15 +64,15 @@ def test_a_step_is_a_column_of_the_full_pass(inputs, norm_first):
         return stack.apply(variables, y, kept, new, index, context_mask=mask, method="step")
 
     new = [kv_cache.empty(B, R, HEADS, 4, D // HEADS, jnp.float32) for _ in range(2)]
-    found = []
+    outputs = []
     for t in range(3):
         y, new = step(rows[:, :, t], new, jnp.asarray(t))
-        found.append(y)
+        outputs.append(y)
     for row in range(R):
         whole = jnp.concatenate([prompt, rows[:, row]], 1)
         states = full(variables, whole, None, context, key_mask)
         for t in range(3):
-            np.testing.assert_allclose(found[t][:, row], states[-1][:, 2 + t], atol=2e-5)
+            np.testing.assert_allclose(outputs[t][:, row], states[-1][:, 2 + t], atol=2e-5)
 
 
 def test_a_prompts_padding_is_not_seen(inputs):
@@ -134,8 +134,8 @@ def test_each_dropout_has_its_place(inputs):
     x, context, _ = inputs
     still = standard_block(**FIELDS)
     variables = randomised(still, x, None, context)
-    wanted = jax.jit(still.apply)(variables, x, None, context)
-    outs = [wanted]
+    expected = jax.jit(still.apply)(variables, x, None, context)
+    outs = [expected]
     for name in ("dropout", "attention_dropout", "activation_dropout"):
         block = standard_block(**FIELDS, **{name: 0.4})
 
@@ -145,8 +145,8 @@ def test_each_dropout_has_its_place(inputs):
             trained = block.apply(variables, x, None, context, train=True, rngs=rngs)
             return trained, block.apply(variables, x, None, context)
 
-        trained, asked = both(variables)
-        np.testing.assert_allclose(asked, wanted, atol=1e-6)
+        trained, options = both(variables)
+        np.testing.assert_allclose(options, expected, atol=1e-6)
         outs.append(trained)
     assert all(np.abs(one - other).max() > 1e-2 for one, other in itertools.combinations(outs, 2))
 
@@ -167,7 +167,7 @@ def test_decoder_block_is_torchs(inputs, norm_first):
     block = standard_block(**{**FIELDS, "act": "relu", "norm_first": norm_first})
     variables = randomised(block, x, None, context)
     params = jax.tree.map(np.array, variables["params"])
-    theirs = torch.nn.TransformerDecoderLayer(D, HEADS, HIDDEN, 0.0, norm_first=norm_first, batch_first=True)
+    reference = torch.nn.TransformerDecoderLayer(D, HEADS, HIDDEN, 0.0, norm_first=norm_first, batch_first=True)
     state = {}
     for name, ours in (("self_attn", "attention"), ("multihead_attn", "cross_attention")):
         p = params[ours]
@@ -178,14 +178,14 @@ def test_decoder_block_is_torchs(inputs, norm_first):
         state |= {f"{name}.weight": params["mlp"][ours]["kernel"].T, f"{name}.bias": params["mlp"][ours]["bias"]}
     for i, ours in enumerate(("norm_1", "cross_norm", "norm_2"), 1):
         state |= {f"norm{i}.weight": params[ours]["scale"], f"norm{i}.bias": params[ours]["bias"]}
-    theirs.load_state_dict({key: torch.tensor(value) for key, value in state.items()})
+    reference.load_state_dict({key: torch.tensor(value) for key, value in state.items()})
     inputs_of_theirs = (torch.tensor(np.array(value)) for value in (x, context))
-    told = theirs(
+    results = reference(
         *inputs_of_theirs,
         tgt_mask=torch.nn.Transformer.generate_square_subsequent_mask(L),
         memory_key_padding_mask=torch.tensor(~np.array(mask)),
         tgt_is_causal=True,
     )
     ours = jax.jit(block.apply)(variables, x, None, context, padding_mask(mask))
-    wanted = told.detach().numpy()
-    np.testing.assert_allclose(ours, wanted, atol=1e-5 * np.abs(wanted).max())
+    expected = results.detach().numpy()
+    np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())

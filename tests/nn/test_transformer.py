@@ -102,20 +102,20 @@ def test_torch_has_the_same_layer(x, norm_first, act):
         "self_attn.out_proj.weight": both["out"]["kernel"].T,
         "self_attn.out_proj.bias": both["out"]["bias"],
     }
-    for ours, theirs in (("up", "linear1"), ("down", "linear2")):
-        state[f"{theirs}.weight"], state[f"{theirs}.bias"] = p["mlp"][ours]["kernel"].T, p["mlp"][ours]["bias"]
+    for ours, reference in (("up", "linear1"), ("down", "linear2")):
+        state[f"{reference}.weight"], state[f"{reference}.bias"] = p["mlp"][ours]["kernel"].T, p["mlp"][ours]["bias"]
     for i in (1, 2):
         state[f"norm{i}.weight"], state[f"norm{i}.bias"] = p[f"norm_{i}"]["scale"], p[f"norm_{i}"]["bias"]
     layer.load_state_dict({key: torch.tensor(np.array(value)) for key, value in state.items()})
     inputs = torch.tensor(np.array(x), requires_grad=True)
-    theirs = layer(inputs, src_key_padding_mask=torch.tensor(~np.array(mask)))
-    (theirs**2).sum().backward()
+    reference = layer(inputs, src_key_padding_mask=torch.tensor(~np.array(mask)))
+    (reference**2).sum().backward()
 
     def total(x):
         return (block.apply(variables, x, mask[:, None, None]) ** 2).sum()
 
     ours = block.apply(variables, x, mask[:, None, None])
-    np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-5 * float(jnp.abs(ours).max()))
+    np.testing.assert_allclose(ours, reference.detach().numpy(), atol=1e-5 * float(jnp.abs(ours).max()))
     gradient = jax.grad(total)(x)
     np.testing.assert_allclose(gradient, inputs.grad.numpy(), atol=1e-5 * float(jnp.abs(gradient).max()))
 
@@ -160,8 +160,8 @@ def test_causal_blocks_do_not_see_the_future(x):
 def test_attention_weights_are_shown_when_asked_for(x):
     encoder = standard_stack(2, {"width": D, "heads": H, "hidden": HIDDEN})
     variables = initialised(encoder, x)
-    _, seen = encoder.apply(variables, x, mutable=["intermediates"])
-    paths = flax.traverse_util.flatten_dict(seen["intermediates"])
+    _, visible = encoder.apply(variables, x, mutable=["intermediates"])
+    paths = flax.traverse_util.flatten_dict(visible["intermediates"])
     assert set(paths) == {("block_0", "attention", "weights"), ("block_1", "attention", "weights")}
     for (weights,) in paths.values():
         assert weights.shape == (B, H, N, N)
@@ -193,10 +193,10 @@ def test_branches_are_dropped_before_they_are_added(x):
     p = initialised(block, x)["params"]
     p["mlp"] = jax.tree.map(jnp.zeros_like, p["mlp"])
     branch = np.asarray(block.apply({"params": p}, x) - x)
-    found = np.asarray(block.apply({"params": p}, x, train=True, rngs={"dropout": jax.random.key(43)}) - x)
-    lost = np.abs(found) < 1e-6
+    outputs = np.asarray(block.apply({"params": p}, x, train=True, rngs={"dropout": jax.random.key(43)}) - x)
+    lost = np.abs(outputs) < 1e-6
     assert 0.3 < lost.mean() < 0.7
-    np.testing.assert_allclose(found[~lost], 2 * branch[~lost], atol=1e-5)
+    np.testing.assert_allclose(outputs[~lost], 2 * branch[~lost], atol=1e-5)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -204,7 +204,7 @@ def test_remat_changes_no_number(x, train):
     """Dropout, stochastic depth and a mask included."""
     fields = {"width": D, "heads": H, "hidden": HIDDEN, "dropout": 0.2}
     mask = jnp.asarray([[1] * N, [1] * (N - 2) + [0] * 2], bool)[:, None, None]
-    found = []
+    outputs = []
     for remat in (False, True):
         encoder = standard_stack(2, fields, drop_path=0.3, remat=remat)
         variables = initialised(encoder, x)
@@ -213,8 +213,8 @@ def test_remat_changes_no_number(x, train):
             states = encoder.apply(variables, x, mask, train=train, rngs={"dropout": jax.random.key(47)})
             return (states[-1] ** 2).sum()
 
-        found.append(jax.jit(jax.value_and_grad(total, (0, 1)))(variables, x))
-    for one, other in zip(jax.tree.leaves(found[0]), jax.tree.leaves(found[1])):
+        outputs.append(jax.jit(jax.value_and_grad(total, (0, 1)))(variables, x))
+    for one, other in zip(jax.tree.leaves(outputs[0]), jax.tree.leaves(outputs[1])):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
@@ -224,9 +224,9 @@ def test_remat_keeps_the_inputs_of_blocks_alone(x):
     def kept(remat):
         encoder = standard_stack(3, {"width": D, "heads": H, "hidden": HIDDEN}, remat=remat)
         variables = initialised(encoder, x)
-        held = jax.tree.leaves(jax.vjp(lambda v: (encoder.apply(v, x)[-1] ** 2).sum(), variables)[1])
+        stored = jax.tree.leaves(jax.vjp(lambda v: (encoder.apply(v, x)[-1] ** 2).sum(), variables)[1])
         own = {leaf.shape for leaf in jax.tree.leaves(variables)}
-        return sum(leaf.size for leaf in held if leaf.shape not in own)
+        return sum(leaf.size for leaf in stored if leaf.shape not in own)
 
     assert kept(True) <= 4 * x.size < kept(False) / 3
 
