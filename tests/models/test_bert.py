@@ -71,7 +71,7 @@ def test_published_sizes(name):
 
 @pytest.mark.parametrize(
     "fields, told",
-    [({"nsp": True, "pooler": False}, "read the pooler"), ({"classes": 2, "token_classes": 3}, "one of the two")],
+    [({"nsp": True, "pooler": False}, "need the pooler"), ({"classes": 2, "token_classes": 3}, "one of the two")],
 )
 def test_heads_that_cannot_be_are_refused(fields, told):
     with pytest.raises(MmjaxError, match=told):
