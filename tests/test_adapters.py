@@ -13,12 +13,13 @@ import mmjax
 from mmjax import tree
 from mmjax.adapters import export_lora, load_lora
 from mmjax.errors import MmjaxError
-from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
 from mmjax.models.clip.tasks import CLIPModel
+from mmjax.models.vit.network import ViTConfig
 from mmjax.training.lora import LoRAConfig, adapted, init_lora, merge_lora, split_lora
 
 IDS = jnp.array([[51, 3, 5, 52, 52, 52, 52], [51, 7, 11, 13, 17, 52, 52]])
-CONFIG = CLIPConfig(CLIPVisionConfig(14, 7, 20, 1, 5, 23), CLIPTextConfig(7, 53, 30, 2, 5, 37), 13, act="quick_gelu")
+CONFIG = CLIPConfig(ViTConfig.clip(14, 7, 20, 1, 5, 23), CLIPTextConfig(7, 53, 30, 2, 5, 37), 13, act="quick_gelu")
 
 
 def clip() -> CLIPModel:

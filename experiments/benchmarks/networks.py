@@ -30,7 +30,7 @@ from experiments.benchmarks.timing import Timed, alternate, ratio
 from mmjax.models.bert.network import Bert, BertConfig
 from mmjax.models.bert.pretrain import BERT
 from mmjax.models.clip.network import CLIP as CLIPNetwork
-from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
 from mmjax.models.clip.pretrain import CLIP
 from mmjax.models.resnet.network import ResNetConfig
 from mmjax.models.resnet.supervised import ResNetClassifier
@@ -81,7 +81,7 @@ def data(name: str, batch: int) -> dict[str, np.ndarray]:
 def recipe(name: str, sizes: Sizes, dtype: Any) -> tuple[Any, Optimizer, Callable[..., Any]]:
     """(method, optimizer, (params, stats, batch) -> logits in evaluation)."""
     if name == "clip":
-        vision, text = CLIPVisionConfig(depth=sizes.depth), CLIPTextConfig(depth=sizes.depth)
+        vision, text = ViTConfig.clip(224, 32, 768, sizes.depth, 12, 3072), CLIPTextConfig(depth=sizes.depth)
         method: Any = CLIP(CLIPConfig.b32(vision=vision, text=text, dtype=dtype))
 
         def logits(params: Any, stats: Any, batch: Any) -> Any:

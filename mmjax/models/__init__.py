@@ -37,7 +37,6 @@ SYSTEMS: tuple[System, ...] = (
     System("resnet", "mmjax.models.resnet", "ResNetModel"),
     System("vit", "mmjax.models.vit", "ViTModel"),
     System("clip", "mmjax.models.clip", "CLIPModel"),
-    System("clip_classifier", "mmjax.models.clip_classifier", "CLIPClassifierModel"),
     System("moco", "mmjax.models.moco", "MoCoModel"),
     System("transformer", "mmjax.models.transformer", "TransformerModel"),
     System("language", "mmjax.models.language", "LanguageModel"),

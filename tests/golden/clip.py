@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.models.clip.checkpoint import OPEN_CLIP_CUSTOM_TEXT, OPENAI
-from mmjax.models.clip.modified_resnet import ModifiedResNetConfig
-from mmjax.models.clip.network import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from mmjax.models.clip.network import CLIP, CLIPConfig, CLIPTextConfig
 from mmjax.models.clip.tasks import CLIPModel
+from mmjax.models.resnet.network import ResNetConfig
+from mmjax.models.vit.network import ViTConfig
 from mmjax.nn.norm import l2_normalize
 from mmjax.objectives.contrastive import clip_loss
 from mmjax.weights.table import load_table, save_table
@@ -18,10 +19,11 @@ from mmjax.weights.table import load_table, save_table
 def openai(recorded):
     width, heads = recorded["vision_width"], recorded["vision_heads"]
     if isinstance(recorded["vision_layers"], list):
-        vision = ModifiedResNetConfig(recorded["image_resolution"], tuple(recorded["vision_layers"]), width, heads)
+        sizes = (recorded["image_resolution"], tuple(recorded["vision_layers"]), width, heads, recorded["embed_dim"])
+        vision = ResNetConfig.clip(*sizes)
     else:
         patch, depth = recorded["vision_patch_size"], recorded["vision_layers"]
-        vision = CLIPVisionConfig(recorded["image_resolution"], patch, width, depth, heads, 4 * width)
+        vision = ViTConfig.clip(recorded["image_resolution"], patch, width, depth, heads, 4 * width)
     width, depth, heads = (recorded[f"transformer_{name}"] for name in ("width", "layers", "heads"))
     text = CLIPTextConfig(recorded["context_length"], recorded["vocab_size"], width, depth, heads, 4 * width)
     return CLIPConfig(vision, text, recorded["embed_dim"], re.match(r"\w+", recorded["act"])[0])
@@ -31,10 +33,11 @@ def open_clip(recorded):
     vision, text = recorded["vision_cfg"], recorded["text_cfg"]
     width, head = vision["width"], vision.get("head_width", 64)
     if isinstance(vision["layers"], list):
-        image = ModifiedResNetConfig(vision["image_size"], tuple(vision["layers"]), width, 32 * width // head)
+        layers, heads = tuple(vision["layers"]), 32 * width // head
+        image = ResNetConfig.clip(vision["image_size"], layers, width, heads, recorded["embed_dim"])
     else:
         hidden = int(width * vision.get("mlp_ratio", 4.0))
-        image = CLIPVisionConfig(
+        image = ViTConfig.clip(
             vision["image_size"], vision["patch_size"], width, vision["layers"], width // head, hidden
         )
     words = CLIPTextConfig(
@@ -76,5 +79,5 @@ def outputs(out, scale, open_clip):
     results |= {"logits_per_image": logits, "logits_per_text": logits.T, "logit_scale_exp": scale}
     results["text_hidden"] = text["states"][-1]
     if "states" in vision:
-        return results | {"visual_pre": vision["states"][0], "visual_hidden": vision["states"][-1]}
-    return results | {f"visual_layer{i}": vision[f"layer{i}"].transpose(0, 3, 1, 2) for i in (1, 2, 3, 4)}
+        return found | {"visual_pre": vision["states"][0], "visual_hidden": vision["states"][-1]}
+    return found | {f"visual_layer{i}": vision[f"C{i + 1}"].transpose(0, 3, 1, 2) for i in (1, 2, 3, 4)}

@@ -1,5 +1,6 @@
 """Every image encoder as a classifier without its head: the same features, every leaf in one layer, other sizes."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -65,7 +66,7 @@ def test_the_encoder_is_the_same_and_the_head_is_on_top(name):
     elif name == "resnet":
         features = told["pooler_output"][:, 0, 0]
     elif name.startswith("clip"):
-        features = pooled if name == "clip_resnet" else pooled @ model.params["vision"]["projection"]["kernel"]
+        features = pooled if name == "clip_resnet" else pooled @ model.params["vision_projection"]["kernel"]
         features, told = l2_normalize(features), {"pooler_output": told["image_embeds"]}
     else:
         features = told["pooler_output"]
@@ -95,31 +96,44 @@ def test_every_parameter_is_in_one_layer(name):
 def test_layers_of_a_resnet_by_hand():
     start = backbone("resnet").headless(CLASSES)
     assert kind_of(start).layers(start.config) == (
-        ("stem_conv/**", "stem_bn/**"),
+        ("stem_*/**",),
         ("stage1_block0/**",),
         ("stage2_block0/**",),
         ("stage2_block1/**",),
-        ("head/**",),
+        ("attention_pool/**", "head/**"),
     )
 
 
-@pytest.mark.parametrize("name, side, table", [("clip_vit", 44, ()), ("clip_resnet", 96, ("attnpool",))])
-def test_clip_at_another_size(name, side, table):
-    """The table is brought to the new grid once; what another size of a ViT does is tested with the ViT."""
+@pytest.mark.parametrize("name, side, stride", [("clip_vit", 44, 11), ("clip_resnet", 96, 32)])
+def test_clip_at_another_size_interpolates_in_the_call(name, side, stride):
+    """As if the position table had been brought to the new grid once (open_clip's resize_pos_embed)."""
     model = backbone(name)
     start = model.headless(CLASSES, side)
-    assert start.config.image_size == side and start.preprocess.size == (side, side)
-    old, new = model.params["vision"], start.params["tower"]
-    for key in table:
-        old, new = old[key], new[key]
-    grid = 2 if name == "clip_vit" else 1
-    moved = interpolate(jnp.asarray(old["positions"]), (grid, grid), (side // 11, side // 11) if grid == 2 else (3, 3),
-                        "bicubic_antialias", prefix=1)  # fmt: skip
-    np.testing.assert_array_equal(new["positions"], moved)
+    assert start.preprocess.size == (side, side)
     whole = with_head(start, 12 if name == "clip_vit" else 5)
-    assert np.isfinite(whole.forward(pixel_values=pixels_of(start))["logits"]).all()
-    with pytest.raises(MmjaxError, match=r"whole patches, \d+ pixels a side; not 50 x 50"):
+    old, new = model.config.image_size // stride, side // stride
+    vision, pool = dict(model.params["vision"]), name == "clip_resnet"
+    table = (vision["attention_pool"] if pool else vision)["positions"]
+    table = {"positions": interpolate(jnp.asarray(table), (old, old), (new, new), "bicubic_antialias", prefix=1)}
+    vision |= {"attention_pool": vision["attention_pool"] | table} if pool else table
+    if pool:
+        grid = dataclasses.replace(start.config.attention_pool, grid=(new, new))
+        config = dataclasses.replace(start.config, attention_pool=grid)
+    else:
+        config = dataclasses.replace(start.config, image_size=(side, side))
+    moved = whole.replace(config=config, params=vision | {"head": whole.params["head"]})
+    pixels = pixels_of(start)
+    logits, expected = (one.forward(pixel_values=pixels)["logits"] for one in (whole, moved))
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(MmjaxError, match=f"50 x 50 cannot be cut in patches: a multiple of {stride} can"):
         model.headless(CLASSES, 50)
+
+
+@pytest.mark.parametrize("name, layout", [("clip_vit", "hf"), ("clip_vit", "timm"), ("clip_resnet", "torchvision")])
+def test_no_layout_of_its_system_takes_a_clip_tower_in_silence(name, layout, tmp_path):
+    whole = with_head(backbone(name).headless(CLASSES), 12 if name == "clip_vit" else 5)
+    with pytest.raises(MmjaxError):
+        mmjax.export(whole, tmp_path, layout)
 
 
 def test_a_vit_at_another_size_interpolates_in_the_call():

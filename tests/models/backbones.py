@@ -7,9 +7,7 @@ import numpy as np
 from mmjax import tree
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.models import SYSTEMS
-from mmjax.models.clip.modified_resnet import ModifiedResNetConfig
-from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from mmjax.models.clip_classifier.network import CLIPClassifierConfig
+from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
 from mmjax.models.moco.network import MoCoConfig
 from mmjax.models.resnet.network import ResNetConfig
 from mmjax.models.vit.network import ViTConfig
@@ -24,8 +22,8 @@ DEIT = ViTConfig(
     distilled_head=True,
 )  # fmt: skip
 TEXT = CLIPTextConfig(context_length=7, vocab_size=531, width=12, depth=1, heads=3, hidden=17)
-CLIP_VIT = CLIPConfig(CLIPVisionConfig(22, 11, 12, 3, 3, 17), TEXT, 5)
-CLIP_RESNET = CLIPConfig(ModifiedResNetConfig(32, (1, 1, 1, 2), 4, 2), TEXT, 5)
+CLIP_VIT = CLIPConfig(ViTConfig.clip(22, 11, 12, 3, 3, 17), TEXT, 5)
+CLIP_RESNET = CLIPConfig(ResNetConfig.clip(32, (1, 1, 1, 2), 4, 2, 5), TEXT, 5)
 CLIP_PLAIN = CLIPConfig(ResNetConfig((1, 2), "basic", "cifar", 3, (5, 7), num_classes=0), TEXT, 5)
 MOCO = MoCoConfig.v2(ResNetConfig((1, 2), "basic", "cifar", 3, (5, 7), num_classes=0), dim=13, queue=24)
 MOCO_VIT = MoCoConfig.v3_vit(
@@ -43,7 +41,6 @@ BACKBONES: dict[str, tuple[str, Any]] = {
     "clip_plain": ("clip", CLIP_PLAIN),
     "moco": ("moco", MOCO),
     "moco_vit": ("moco", MOCO_VIT),
-    "classifier": ("clip_classifier", CLIPClassifierConfig(CLIP_VIT.vision, num_classes=7)),
 }
 SIZES = {"dino": 33, "clip_resnet": 32, "resnet": 19, "clip_plain": 19, "moco": 19}
 """Sides of the images; 22 where none is told."""

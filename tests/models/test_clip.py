@@ -16,12 +16,12 @@ from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
 from mmjax.interface.config import config_from_json
 from mmjax.models.clip.checkpoint import LAYOUTS
-from mmjax.models.clip.modified_resnet import ModifiedResNetConfig
 from mmjax.models.clip.network import CLIP as Network
-from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
 from mmjax.models.clip.pretrain import CLIP
 from mmjax.models.clip.tasks import CLIPModel
 from mmjax.models.resnet.network import ResNetConfig
+from mmjax.models.vit.network import ViTConfig
 from mmjax.text.clip_tokenizer import train_clip_tokenizer
 from mmjax.training.optimizer import Optimizer, adamw
 from mmjax.training.partition import Partition
@@ -30,8 +30,8 @@ from mmjax.training.step import train_step
 from mmjax.weights.files import write_safetensors
 
 TEXT = CLIPTextConfig(context_length=13, vocab_size=541, width=15, depth=2, heads=3, hidden=17)
-VIT = CLIPConfig(CLIPVisionConfig(22, 11, 14, 2, 2, 19), TEXT, 7)
-MODIFIED = CLIPConfig(ModifiedResNetConfig(32, (1, 2, 1, 1), 4, 2), TEXT, 7)
+VIT = CLIPConfig(ViTConfig.clip(22, 11, 14, 2, 2, 19), TEXT, 7)
+MODIFIED = CLIPConfig(ResNetConfig.clip(32, (1, 2, 1, 1), 4, 2, 7), TEXT, 7)
 RESNET = CLIPConfig(ResNetConfig((1, 1), "basic", "cifar", 3, (3, 5)), TEXT, 7)
 CONFIGS = {"vit": VIT, "modified": MODIFIED, "resnet": RESNET}
 WORDS = ("red", "green", "blue", "small", "round")
@@ -125,7 +125,7 @@ def test_the_end_is_the_largest_id_or_the_one_that_is_told():
 
 
 def test_initial_spread_is_openais():
-    config = CLIPConfig(CLIPVisionConfig(28, 7, 192, 2, 3, 384), dataclasses.replace(TEXT, width=144, hidden=288), 96)
+    config = CLIPConfig(ViTConfig.clip(28, 7, 192, 2, 3, 384), dataclasses.replace(TEXT, width=144, hidden=288), 96)
     images = batch(config, 1)
     params = CLIP(config).init(jax.random.key(0), images)[0]
     flat = {path: float(jnp.std(leaf)) for path, leaf in tree.flatten(params).items()}
@@ -138,15 +138,15 @@ def test_initial_spread_is_openais():
         "text/encoder/block_1/mlp/down/kernel": 144**-0.5 / 2,
         "text/projection/kernel": 144**-0.5,
         "vision/positions": 192**-0.5,
-        "vision/projection/kernel": 192**-0.5,
+        "vision_projection/kernel": 192**-0.5,
         "vision/encoder/block_0/attention/q/kernel": (2 / (4 * 192)) ** 0.5,
         "vision/encoder/block_0/mlp/down/kernel": (3 * 384) ** -0.5,
-        "vision/patch_embed/projection/kernel": (3 * 147) ** -0.5,
+        "vision/patch/projection/kernel": (3 * 147) ** -0.5,
     }
     for path, value in expected.items():
         assert abs(flat[path] / value - 1) < 0.08, path
     assert abs(float(params["logit_scale"]) - 2.6593) < 1e-4
-    blocks = CLIP(MODIFIED).init(jax.random.key(0), batch(MODIFIED, 1))[0]["vision"]["layer2_1"]
+    blocks = CLIP(MODIFIED).init(jax.random.key(0), batch(MODIFIED, 1))[0]["vision"]["stage2_block1"]
     assert not np.any(blocks["bn3"]["scale"]) and np.all(blocks["bn2"]["scale"] == 1)
 
 
@@ -178,7 +178,7 @@ def test_layouts_there_and_back(tmp_path, name, layout):
     config = {"vit": VIT, "modified": MODIFIED, "bias": dataclasses.replace(VIT, init_bias=-10.0)}[name]
     # Where no config goes with the weights, heads are 64 wide.
     if layout == "openai":
-        wide = {"vit": CLIPVisionConfig(22, 11, 64, 1, 1, 19), "modified": ModifiedResNetConfig(32, (1, 2, 1, 1), 2, 1)}
+        wide = {"vit": ViTConfig.clip(22, 11, 64, 1, 1, 19), "modified": ResNetConfig.clip(32, (1, 2, 1, 1), 2, 1, 7)}
         text = dataclasses.replace(TEXT, width=64, heads=1)
         config = dataclasses.replace(config, vision=wide["modified" if name == "modified" else "vit"], text=text)
     elif layout != "hf":
@@ -199,7 +199,7 @@ def test_layouts_there_and_back(tmp_path, name, layout):
 def test_archives_of_openai_hold_sizes_that_are_no_weights(tmp_path):
     """Half precision, three integers, a wrapper and a prefix; a scale of shape [1]."""
     text = dataclasses.replace(TEXT, width=64, heads=1)
-    config = dataclasses.replace(MODIFIED, vision=ModifiedResNetConfig(32, (1, 2, 1, 1), 2, 1), text=text)
+    config = dataclasses.replace(MODIFIED, vision=ResNetConfig.clip(32, (1, 2, 1, 1), 2, 1, 7), text=text)
     vlm = model(config)
     mmjax.export(vlm, tmp_path / "one", layout="openai")
     from safetensors.numpy import load_file
@@ -214,9 +214,9 @@ def test_archives_of_openai_hold_sizes_that_are_no_weights(tmp_path):
     write_safetensors(tmp_path / "two" / "model.safetensors", arrays, {})
     back = mmjax.load(tmp_path / "two")
     assert back.config == config
-    kernel = "vision", "conv1", "kernel"
+    kernel = "vision", "stem_conv1", "kernel"
     np.testing.assert_allclose(
-        back.params[kernel[0]][kernel[1]][kernel[2]], vlm.params["vision"]["conv1"]["kernel"], atol=2e-3
+        back.params[kernel[0]][kernel[1]][kernel[2]], vlm.params["vision"]["stem_conv1"]["kernel"], atol=2e-3
     )
     assert back.params["logit_scale"].shape == () and int(back.stats["vision"]["bn1"]["count"]) == 0
 

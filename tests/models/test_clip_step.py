@@ -11,9 +11,10 @@ from lifts import in_eight_devices
 
 from mmjax import tree
 from mmjax.errors import MmjaxError
-from mmjax.models.clip.modified_resnet import ModifiedResNetConfig
-from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
 from mmjax.models.clip.pretrain import CLIP
+from mmjax.models.resnet.network import ResNetConfig
+from mmjax.models.vit.network import ViTConfig
 from mmjax.training.lift import MeshConfig, create_lift
 from mmjax.training.optimizer import Optimizer, sgd
 from mmjax.training.state import create_state
@@ -23,8 +24,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Widths that two devices can share; all else is prime.
 TEXT = CLIPTextConfig(context_length=13, vocab_size=541, width=6, depth=2, heads=3, hidden=10)
-VIT = CLIPConfig(CLIPVisionConfig(22, 11, 14, 2, 2, 26), TEXT, 7)
-RESNET = ModifiedResNetConfig(32, (1, 1, 1, 1), 4, 2)
+VIT = CLIPConfig(ViTConfig.clip(22, 11, 14, 2, 2, 26), TEXT, 7)
+RESNET = ResNetConfig.clip(32, (1, 1, 1, 1), 4, 2, 7)
 METHODS = {
     "vit": CLIP(VIT, loss_blocks=2),
     "modified": CLIP(CLIPConfig(RESNET, dataclasses.replace(TEXT, depth=1), 7, init_temperature=0.5)),
@@ -49,7 +50,7 @@ def batch(config: CLIPConfig, seed: int = 3) -> dict[str, np.ndarray]:
 def is_blind(path: str) -> bool:
     """Biases of keys add the same to all of a query's scores, which a softmax does not see: their true gradient is 0,
     and what is found there is rounding."""
-    return path.endswith(("attention/k/bias", "attnpool/k/bias"))
+    return path.endswith(("attention/k/bias", "attention_pool/k/bias"))
 
 
 def near(got: dict[str, Any], want: dict[str, Any], tolerance: float = 1e-5) -> None:

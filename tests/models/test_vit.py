@@ -11,13 +11,15 @@ import pytest
 import mmjax
 from mmjax import tree
 from mmjax.errors import MmjaxError
+from mmjax.models.clip.checkpoint import hf_table
+from mmjax.models.clip.network import CLIPConfig
 from mmjax.models.vit.checkpoint import LAYOUTS
-from mmjax.models.vit.network import ViT, ViTConfig
+from mmjax.models.vit.network import Tower, ViT, ViTConfig
 from mmjax.models.vit.root import RootConfig, StdConv, same_padding
 from mmjax.models.vit.tasks import ViTModel
 from mmjax.nn.positions import sincos_2d
 from mmjax.weights.files import read_weights, write_safetensors
-from mmjax.weights.table import save_table
+from mmjax.weights.table import load_table, save_table
 
 SMALL = ViTConfig(width=20, depth=3, heads=5, hidden=13, patch=7, image_size=(21, 21), num_classes=11)
 DINO = dataclasses.replace(
@@ -426,3 +428,46 @@ def test_deit_and_registers_as_in_transformers(tmp_path, kind, config, fields, s
     assert not any(info.values()), info
     for key, tensor in theirs.state_dict().items():
         assert torch.equal(back.state_dict()[key], tensor), key
+
+
+# --------------------------------------------------------------------------------------------------------------- towers
+
+CLIP_TOWER = ViTConfig.clip(21, 7, 20, 3, 5, 13)
+
+
+SIGLIP_TOWER = dataclasses.replace(SMALL, num_classes=0, class_token=False, pool="map")
+
+
+@pytest.mark.parametrize("config", [CLIP_TOWER, REGISTERS, SIGLIP_TOWER], ids=["clip", "registers", "siglip"])
+def test_a_tower_gives_the_tokens_of_one_layer(config):
+    """With the ViT's own parameters, whatever it is a tower of: LLaVA takes CLIP's patches before the last block."""
+    model, images = randomised(config), pixels(config)
+    out = model.forward(images)
+    shapes = jax.eval_shape(Tower(config).init, jax.random.key(0), images)["params"]
+    assert tree.flatten(shapes).keys() == tree.flatten(model.params).keys()
+    patches = {layer: Tower(config, layer, False).apply(model.variables, images) for layer in (None, -2, 0)}
+    assert {tokens.shape for tokens in patches.values()} == {(2, 9, 20)}
+    near(patches[None], out["last_hidden_state"][:, config.prefix :], 1e-6)
+    near(patches[-2], out["hidden_states"][-2][:, config.prefix :], 1e-6)
+    near(Tower(config).apply(model.variables, images), out["last_hidden_state"], 1e-6)
+    assert np.abs(patches[-2] - patches[None]).max() > 0.1
+
+
+@pytest.mark.torch
+def test_a_clip_tower_is_transformers_vision_model():
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    fields = {"hidden_size": 20, "intermediate_size": 13, "num_hidden_layers": 3, "num_attention_heads": 5}
+    torch.manual_seed(5)
+    theirs = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**fields, image_size=21, patch_size=7)).eval()
+    start = "vision_model."  # transformers 4 has it before each key, transformers 5 has not
+    arrays = {start + key.removeprefix(start): value.numpy() for key, value in theirs.state_dict().items()}
+    table = (entry for entry in hf_table(CLIPConfig(CLIP_TOWER, embed_dim=7)) if str(entry.source).startswith(start))
+    shapes = {"params": {"vision": ViTModel.shapes(CLIP_TOWER)["params"]}}
+    params = load_table(tuple(table), arrays, shapes, "clip", ignored=("*.position_ids",))["params"]["vision"]
+    images = pixels(CLIP_TOWER)
+    with torch.no_grad():
+        out = theirs(torch.tensor(images).permute(0, 3, 1, 2), output_hidden_states=True)
+    near(Tower(CLIP_TOWER, -2, False).apply({"params": params}, images), out.hidden_states[-2][:, 1:].numpy(), 1e-5)
+    ours = ViTModel(CLIP_TOWER, params).forward(images)
+    near(ours["last_hidden_state"], out.last_hidden_state.numpy(), 1e-5)
+    near(ours["pooler_output"], out.pooler_output.numpy(), 1e-5)

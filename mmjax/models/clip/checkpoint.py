@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from mmjax.errors import MmjaxError
-from mmjax.models.clip.modified_resnet import ModifiedResNetConfig
-from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
+from mmjax.models.resnet.network import ResNetConfig
+from mmjax.models.vit.network import ViTConfig
 from mmjax.weights.table import Entry, Layout, Op, Shape, Table, chain, conv, int64, linear, reshape, split
 
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
@@ -28,8 +29,18 @@ def _norm(source: str, target: str) -> list[Entry]:
     return [Entry(f"{source}.weight", f"params/{target}/scale"), Entry(f"{source}.bias", f"params/{target}/bias")]
 
 
-def _patches(vision: CLIPVisionConfig) -> Op:
-    return chain(conv, reshape((vision.patch, vision.patch, 3, vision.width)))
+def _tower(vision: ViTConfig, source: str, names: tuple[str, ...]) -> list[Entry]:
+    """What is around the blocks of the ViT. names: in a file, of class token, positions, patches, first, last norm."""
+    tokens, positions, patches, before, after = (f"{source}.{name}" for name in names)
+    kernel = chain(conv, reshape((vision.patch, vision.patch, 3, vision.width)))
+    rows = vision.grid[0] * vision.grid[1] + 1
+    return [
+        Entry(tokens, "params/vision/cls", reshape((vision.width,))),
+        Entry(positions, "params/vision/positions", reshape((rows, vision.width))),
+        Entry(patches, "params/vision/patch/projection/kernel", kernel),
+        *_norm(before, "vision/norm_before"),
+        *_norm(after, "vision/norm"),
+    ]
 
 
 def _scalars(config: CLIPConfig) -> list[Entry]:
@@ -58,18 +69,11 @@ def openai_table(config: CLIPConfig, text: str = "") -> Table:
     for i in range(config.text.depth):
         entries += _openai_block(f"{text}transformer.resblocks.{i}", f"text/encoder/block_{i}")
     vision = config.vision
-    if isinstance(vision, ModifiedResNetConfig):
-        return tuple(entries + _modified_resnet(vision))
-    if not isinstance(vision, CLIPVisionConfig):
-        raise MmjaxError("no public layout of CLIP holds an ordinary ResNet as its image tower")
-    entries += [
-        Entry("visual.class_embedding", "params/vision/class_embedding"),
-        Entry("visual.positional_embedding", "params/vision/positions"),
-        Entry("visual.proj", "params/vision/projection/kernel"),
-        Entry("visual.conv1.weight", "params/vision/patch_embed/projection/kernel", _patches(vision)),
-        *_norm("visual.ln_pre", "vision/norm_pre"),
-        *_norm("visual.ln_post", "vision/norm_post"),
-    ]
+    if isinstance(vision, ResNetConfig):
+        return tuple(entries + _resnet(vision))
+    around = ("class_embedding", "positional_embedding", "conv1.weight", "ln_pre", "ln_post")
+    entries += _tower(vision, "visual", around)
+    entries.append(Entry("visual.proj", "params/vision_projection/kernel"))
     for i in range(vision.depth):
         entries += _openai_block(f"visual.transformer.resblocks.{i}", f"vision/encoder/block_{i}")
     return tuple(entries)
@@ -97,26 +101,26 @@ def _batch_norm(source: str, target: str) -> list[Entry]:
     ]
 
 
-def _modified_resnet(vision: ModifiedResNetConfig) -> list[Entry]:
-    def pair(source: str, target: str, conv_name: str, norm_name: str, i: int | str) -> list[Entry]:
-        kernel = Entry(f"visual.{source}{conv_name}.weight", f"params/vision/{target}conv{i}/kernel", conv)
-        return [kernel, *_batch_norm(f"visual.{source}{norm_name}", f"vision/{target}bn{i}")]
+def _resnet(vision: ResNetConfig) -> list[Entry]:
+    if vision.attention_pool is None:
+        raise MmjaxError("no public layout of CLIP holds an ordinary ResNet as its image tower")
 
-    entries: list[Entry] = []
-    for i in (1, 2, 3):
-        entries += pair("", "", f"conv{i}", f"bn{i}", i)
+    def pair(source: str, target: str, i: int) -> list[Entry]:
+        kernel = Entry(f"visual.{source}conv{i}.weight", f"params/vision/{target}conv{i}/kernel", conv)
+        return [kernel, *_batch_norm(f"visual.{source}bn{i}", f"vision/{target}bn{i}")]
+
+    entries = [entry for i in (1, 2, 3) for entry in pair("", "stem_", i)]
     for stage, count in enumerate(vision.layers, 1):
         for block in range(count):
-            source, target = f"layer{stage}.{block}.", f"layer{stage}_{block}/"
-            for i in (1, 2, 3):
-                entries += pair(source, target, f"conv{i}", f"bn{i}", i)
+            source, target = f"layer{stage}.{block}.", f"stage{stage}_block{block}/"
+            entries += [entry for i in (1, 2, 3) for entry in pair(source, target, i)]
             if not block:
-                shortcut = "downsample.0.weight", "shortcut_conv/kernel"
-                entries.append(Entry(f"visual.{source}{shortcut[0]}", f"params/vision/{target}{shortcut[1]}", conv))
+                kernel = f"params/vision/{target}shortcut_conv/kernel"
+                entries.append(Entry(f"visual.{source}downsample.0.weight", kernel, conv))
                 entries += _batch_norm(f"visual.{source}downsample.1", f"vision/{target}shortcut_bn")
-    entries.append(Entry("visual.attnpool.positional_embedding", "params/vision/attnpool/positions"))
-    for ours, public in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "c")):
-        entries += _dense(f"visual.attnpool.{public}_proj", f"vision/attnpool/{ours}")
+    entries.append(Entry("visual.attnpool.positional_embedding", "params/vision/attention_pool/positions"))
+    for target, source in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "c")):
+        entries += _dense(f"visual.attnpool.{source}_proj", f"vision/attention_pool/{target}")
     return entries
 
 
@@ -138,22 +142,18 @@ def openai_config(shapes: Shapes, config_json: ConfigJson, text: str = "", act: 
     )
 
 
-def _openai_vision(shapes: Shapes, config_json: Mapping[str, Any]) -> CLIPVisionConfig | ModifiedResNetConfig:
+def _openai_vision(shapes: Shapes, vision_cfg: Mapping[str, Any]) -> ViTConfig | ResNetConfig:
     if "visual.proj" not in shapes:
-        positions, features = shapes["visual.attnpool.positional_embedding"]
-        stages = (_count(shapes, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
-        one, two, three, four = stages
-        heads = features // config_json.get("head_width", 64)
-        return ModifiedResNetConfig(32 * round((positions - 1) ** 0.5), (one, two, three, four), features // 32, heads)
+        positions, channels = shapes["visual.attnpool.positional_embedding"]
+        layers = tuple(_count(shapes, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
+        heads, side = channels // vision_cfg.get("head_width", 64), 32 * round((positions - 1) ** 0.5)
+        return ResNetConfig.clip(side, layers, channels // 32, heads, shapes["visual.attnpool.c_proj.bias"][0])
     width, _, patch, _ = shapes["visual.conv1.weight"]
     hidden, depth = _blocks(shapes, "visual.transformer.resblocks")
     grid = round((shapes["visual.positional_embedding"][0] - 1) ** 0.5)
-    heads = (
-        width // config_json["head_width"]
-        if "head_width" in config_json
-        else WIDE_HEADS.get(width, max(width // 64, 1))
-    )
-    return CLIPVisionConfig(grid * patch, patch, width, depth, heads, hidden)
+    known = width // vision_cfg["head_width"] if "head_width" in vision_cfg else None
+    heads = known or WIDE_HEADS.get(width, max(width // 64, 1))
+    return ViTConfig.clip(grid * patch, patch, width, depth, heads, hidden)
 
 
 def _blocks(shapes: Shapes, prefix: str) -> tuple[int, int]:
@@ -169,18 +169,19 @@ def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
     """The "model_cfg" of open_clip_config.json."""
     text, vision = config.text, config.vision
     fields: dict[str, Any] = {"embed_dim": config.embed_dim, "quick_gelu": config.act == "quick_gelu"}
-    if isinstance(vision, CLIPVisionConfig):
+    if isinstance(vision, ViTConfig):
         fields["vision_cfg"] = {
-            "image_size": vision.image_size,
+            "image_size": config.image_size,
             "layers": vision.depth,
             "width": vision.width,
             "head_width": vision.width // vision.heads,
             "mlp_ratio": vision.hidden / vision.width,
             "patch_size": vision.patch,
         }
-    elif isinstance(vision, ModifiedResNetConfig):
-        fields["vision_cfg"] = {"image_size": vision.image_size, "layers": list(vision.layers), "width": vision.width}
-        fields["vision_cfg"]["head_width"] = vision.features // vision.heads
+    elif vision.attention_pool is not None:
+        fields["vision_cfg"] = {"image_size": config.image_size, "layers": list(vision.layers)}
+        fields["vision_cfg"] |= {"width": vision.stem_width}
+        fields["vision_cfg"]["head_width"] = vision.channels // vision.attention_pool.heads
     fields["text_cfg"] = {"context_length": text.context_length, "vocab_size": text.vocab_size, "width": text.width}
     fields["text_cfg"] |= {"heads": text.heads, "layers": text.depth}
     return fields
@@ -191,22 +192,19 @@ def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
 
 def hf_table(config: CLIPConfig) -> Table:
     vision, text = config.vision, config.text
-    if not isinstance(vision, CLIPVisionConfig) or config.init_bias is not None:
+    if not isinstance(vision, ViTConfig) or config.init_bias is not None:
         raise MmjaxError("Hugging Face's CLIPModel has a ViT as its image tower, and no logit_bias")
-    embeddings = "vision_model.embeddings."
     entries = [
         *_scalars(config),
         Entry("text_model.embeddings.token_embedding.weight", "params/text/token_embedding"),
         Entry("text_model.embeddings.position_embedding.weight", "params/text/positions"),
         *_norm("text_model.final_layer_norm", "text/norm"),
         Entry("text_projection.weight", "params/text/projection/kernel", linear),
-        Entry(f"{embeddings}class_embedding", "params/vision/class_embedding"),
-        Entry(f"{embeddings}position_embedding.weight", "params/vision/positions"),
-        Entry(f"{embeddings}patch_embedding.weight", "params/vision/patch_embed/projection/kernel", _patches(vision)),
-        *_norm("vision_model.pre_layrnorm", "vision/norm_pre"),
-        *_norm("vision_model.post_layernorm", "vision/norm_post"),
-        Entry("visual_projection.weight", "params/vision/projection/kernel", linear),
+        Entry("visual_projection.weight", "params/vision_projection/kernel", linear),
     ]
+    around = ("class_embedding", "position_embedding.weight", "patch_embedding.weight")
+    around = (*(f"embeddings.{name}" for name in around), "pre_layrnorm", "post_layernorm")
+    entries += _tower(vision, "vision_model", around)
     for tower, depth in (("vision", vision.depth), ("text", text.depth)):
         for i in range(depth):
             source, target = f"{tower}_model.encoder.layers.{i}", f"{tower}/encoder/block_{i}"
@@ -237,7 +235,7 @@ def hf_config_of(shapes: Shapes, config_json: ConfigJson) -> CLIPConfig:
         None if text.get("eos_token_id", 49407) == 2 else text.get("eos_token_id", 49407),
     )
     channels, _, patch, _ = shapes["vision_model.embeddings.patch_embedding.weight"]
-    vision_config = CLIPVisionConfig(
+    vision_config = ViTConfig.clip(
         round((shapes["vision_model.embeddings.position_embedding.weight"][0] - 1) ** 0.5) * patch,
         patch,
         channels,
@@ -257,7 +255,7 @@ def hf_config(config: CLIPConfig) -> dict[str, Any]:
     act = next(name for name, ours in ACTIVATIONS.items() if ours == config.act)
     towers: dict[str, dict[str, Any]] = {}
     for name, tower in (("text_config", config.text), ("vision_config", config.vision)):
-        assert isinstance(tower, CLIPTextConfig | CLIPVisionConfig)
+        assert isinstance(tower, CLIPTextConfig | ViTConfig)
         towers[name] = {
             "model_type": f"clip_{name.removesuffix('_config')}_model",
             "hidden_size": tower.width,
@@ -269,13 +267,13 @@ def hf_config(config: CLIPConfig) -> dict[str, Any]:
             "projection_dim": config.embed_dim,
         }
     text, vision = config.text, config.vision
-    assert isinstance(vision, CLIPVisionConfig)
-    # Where the largest id is pooled, 2 makes transformers do so.
+    assert isinstance(vision, ViTConfig)
+    # Where the largest id is pooled, 2 tells transformers to do so.
     towers["text_config"] |= {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length}
     towers["text_config"] |= {"eos_token_id": 2 if text.eos is None else text.eos, "bos_token_id": None}
-    towers["vision_config"] |= {"image_size": vision.image_size, "patch_size": vision.patch, "num_channels": 3}
-    fields = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embed_dim}
-    return fields | {"logit_scale_init_value": 2.6592} | towers
+    towers["vision_config"] |= {"image_size": config.image_size, "patch_size": vision.patch, "num_channels": 3}
+    told = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embed_dim}
+    return told | {"logit_scale_init_value": 2.6592} | towers
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts

@@ -12,7 +12,8 @@ from einops import rearrange
 from mmjax.channels import CLIP_MEAN, CLIP_STD
 from mmjax.errors import MmjaxError
 from mmjax.models.clip.network import CLIP as Network
-from mmjax.models.clip.network import CLIPConfig, CLIPVisionConfig
+from mmjax.models.clip.network import CLIPConfig
+from mmjax.models.vit.network import ViTConfig
 from mmjax.nn.norm import l2_normalize
 from mmjax.objectives.contrastive import clip_loss, in_batch_accuracy, mutual_information_bound, sigmoid_loss
 from mmjax.training.method import Loss, Method
@@ -133,8 +134,8 @@ class CLIP(Method):
     def _chunked(self, params: Params, carry: Carry, batch: Batch) -> tuple[Array, Array]:
         """The same features, a chunk after the other; its activations are computed again when its gradient is due."""
         size = batch["image"].shape[0]
-        if not isinstance(self.config.vision, CLIPVisionConfig):
-            raise MmjaxError("chunks > 1 needs a tower without batch statistics (CLIPVisionConfig)")
+        if not isinstance(self.config.vision, ViTConfig):
+            raise MmjaxError("chunks > 1 needs a tower without batch statistics (a ViT)")
         if size % self.chunks:
             raise MmjaxError(f"chunks={self.chunks} does not divide the {size} rows of a batch")
         parts = {

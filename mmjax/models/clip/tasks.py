@@ -1,5 +1,6 @@
 """The handle of CLIP: features, zero-shot classification, retrieval."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -18,9 +19,8 @@ from mmjax.interface.image_classifier import Headless, at_size
 from mmjax.interface.image_text import ImageTextModel
 from mmjax.interface.inputs import IMAGES_AND_TEXTS, Input
 from mmjax.interface.model import batched, top_k_labels
-from mmjax.models.clip.modified_resnet import ModifiedResNetConfig
-from mmjax.models.clip.network import CLIP, CLIPConfig, at_side
-from mmjax.models.clip_classifier.network import CLIPClassifierConfig
+from mmjax.models.clip.network import CLIP, CLIPConfig
+from mmjax.models.vit.network import ViTConfig
 from mmjax.nn.norm import l2_normalize
 from mmjax.text.clip_tokenizer import CLIPTokenizer
 from mmjax.types import Array, ArrayLike, Float
@@ -62,15 +62,16 @@ class CLIPModel(ImageTextModel):
         return CLIPTokenizer.from_vocab(vocab, merges) if vocab.is_file() and merges.is_file() else None
 
     def headless(self, classes: int, size: int | None = None) -> Headless:
-        """The image tower without its projection into the common space, as CLIP's linear probes use it."""
-        c, params = self.config, dict(self.params["vision"])
-        params.pop("projection", None)
-        preprocess = at_size(self.preprocess, size)
-        vision, tower = at_side(c.vision, params, preprocess.size)
-        width = c.embed_dim if isinstance(vision, ModifiedResNetConfig) else 0
-        config = CLIPClassifierConfig(vision, width, c.act, classes, c.remat, c.dtype)
-        stats = {"tower": self.stats["vision"]} if "vision" in self.stats else {}
-        return Headless("clip_classifier", config, {"tower": tower}, stats, preprocess)
+        """The image tower, a ViT or a ResNet, without its projection into the common space, as CLIP's linear probes use
+        it. Images of another size have its position table interpolated in each call."""
+        tower = self.config.tower
+        stride = tower.patch if isinstance(tower, ViTConfig) else 32
+        if size is not None and size % stride:
+            raise MmjaxError(f"images of {size} x {size} cannot be cut in patches: a multiple of {stride} can")
+        config = dataclasses.replace(tower, num_classes=classes)
+        system = "vit" if isinstance(tower, ViTConfig) else "resnet"
+        stats = self.stats.get("vision", {})
+        return Headless(system, config, self.params["vision"], stats, at_size(self.preprocess, size))
 
     # ----------------------------------------------------------------------------------------------------------- arrays
 
@@ -168,4 +169,4 @@ def _vision_output(out: Any) -> dict[str, Any]:
     if "states" in out:
         states = tuple(out["states"])
         return {"last_hidden_state": states[-1], "pooler_output": out["embeds"], "hidden_states": states}
-    return {"last_hidden_state": out.get("layer4", out.get("C5")), "pooler_output": out["embeds"]}
+    return {"last_hidden_state": out[max(name for name in out if name.startswith("C"))], "pooler_output": out["embeds"]}

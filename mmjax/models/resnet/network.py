@@ -1,4 +1,5 @@
-"""The residual network: torchvision's `models/resnet.py`, the CIFAR family of the paper's section 4.2, and plain nets.
+"""The residual network: torchvision's `models/resnet.py`, the CIFAR family of the paper's section 4.2, plain nets, and
+CLIP's (openai/CLIP model.py:10-154).
 
 Batch normalisation in training: `apply(variables, x, train=True, bn_groups=8, mutable=["batch_stats"])`.
 """
@@ -12,9 +13,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mmjax.errors import MmjaxError
+from mmjax.models.resnet.attention_pool import AttentionPool, AttentionPoolConfig
 from mmjax.nn.activation import relu
 from mmjax.nn.batch_norm import BatchNorm
-from mmjax.nn.convolution import Conv, max_pool
+from mmjax.nn.convolution import Conv, avg_pool, kaiming_fan_out, max_pool
 from mmjax.types import Array, Float
 
 EXPANSION = {"basic": 1, "bottleneck": 4}
@@ -27,16 +29,19 @@ class ResNetConfig:
     Attributes:
         layers: blocks a stage.
         block: two 3x3 convolutions ("basic") or 1x1, 3x3, 1x1 ("bottleneck", four times as wide outside).
-        stem: 7x7 stride 2 and a 3x3 max-pool ("imagenet"), or 3x3 stride 1 ("cifar").
+        stem: 7x7 stride 2 and a 3x3 max-pool ("imagenet"), 3x3 stride 1 ("cifar"), or three 3x3 and a 2x2 average pool
+            ("clip").
         stem_width: channels after the stem.
         stage_widths: planes a stage; a stage's output has planes times the block's expansion.
         groups, width_per_group: a bottleneck's 3x3 is planes * width_per_group / 64 * groups wide (ResNeXt, wide nets).
         shortcut: where the shape changes: 1x1 convolution and norm ("projection", the paper's option B), every s-th
             pixel and zero channels ("pad", option A); or nothing is ever added ("none", a plain net).
+        average_strides: a bottleneck and its shortcut take the stride by an average pool before their last 1x1 (CLIP).
         stride_in_1x1: a bottleneck's stride is in its first 1x1 (the original v1), not in the 3x3 (torchvision, v1.5).
         first_stage_stride: 2 halves the maps in the first stage too.
         dilate: for stages 2, 3, 4: dilation instead of the stride (torchvision's replace_stride_with_dilation).
         zero_init_residual: the last norm of every block starts with scale 0, the block as the identity.
+        attention_pool: of the last maps in place of their mean (CLIP); None: the mean.
         num_classes: outputs of the linear head; 0 for none.
         bn_momentum: the share of the running statistics that is kept (1 - torch's).
         remat: a block's activations are computed again in the backward pass.
@@ -45,16 +50,18 @@ class ResNetConfig:
 
     layers: tuple[int, ...] = (3, 4, 6, 3)
     block: Literal["basic", "bottleneck"] = "bottleneck"
-    stem: Literal["imagenet", "cifar"] = "imagenet"
+    stem: Literal["imagenet", "cifar", "clip"] = "imagenet"
     stem_width: int = 64
     stage_widths: tuple[int, ...] = (64, 128, 256, 512)
     groups: int = 1
     width_per_group: int = 64
     shortcut: Literal["projection", "pad", "none"] = "projection"
+    average_strides: bool = False
     stride_in_1x1: bool = False
     first_stage_stride: int = 1
     dilate: tuple[bool, bool, bool] = (False, False, False)
     zero_init_residual: bool = False
+    attention_pool: AttentionPoolConfig | None = None
     num_classes: int = 1000
     bn_epsilon: float = 1e-5
     bn_momentum: float = 0.9
@@ -69,6 +76,7 @@ class ResNetConfig:
             raise MmjaxError(f"block={self.block!r}: choose basic or bottleneck")
         only = {"groups": self.groups != 1, "width_per_group": self.width_per_group != 64}
         only |= {"dilate": any(self.dilate), "stride_in_1x1": self.stride_in_1x1}
+        only |= {"average_strides": self.average_strides}
         wrong = [name for name, used in only.items() if used]
         if self.block == "basic" and wrong:
             raise MmjaxError(f"block='basic' knows no {', '.join(wrong)}; these are of the bottleneck")
@@ -80,6 +88,11 @@ class ResNetConfig:
     @property
     def features(self) -> int:
         """Length of the pooled features."""
+        return self.attention_pool.width if self.attention_pool else self.channels
+
+    @property
+    def channels(self) -> int:
+        """Of the last feature map."""
         return self.stage_widths[-1] * self.expansion
 
     def inner_width(self, stage: int) -> int:
@@ -142,6 +155,23 @@ class ResNetConfig:
         return cls.r50(**fields).widened(4)
 
     @classmethod
+    def clip(
+        cls,
+        image_size: int = 224,
+        layers: tuple[int, ...] = (3, 4, 6, 3),
+        width: int = 64,
+        heads: int = 32,
+        features: int = 1024,
+        **fields: Any,
+    ) -> Self:
+        """CLIP's image tower, without a head. width: channels of the stem. features: of the attention pool's output."""
+        pool = AttentionPoolConfig(heads, features, (image_size // 32, image_size // 32))
+        widths = tuple(width * 2**stage for stage in range(len(layers)))
+        sizes: dict[str, Any] = {"layers": layers, "stem": "clip", "stem_width": width, "stage_widths": widths}
+        sizes |= {"average_strides": True, "attention_pool": pool, "zero_init_residual": True, "num_classes": 0}
+        return cls(**sizes | fields)
+
+    @classmethod
     def cifar(cls, depth: int = 20, skip: Literal["projection", "pad", "none"] = "pad", **fields: Any) -> Self:
         """6n + 2 layers on 32x32 images, 10 classes: 20, 32, 44, 56, 110 or 1202 in the paper; skip="none" is plain."""
         if depth < 8 or (depth - 2) % 6:
@@ -192,12 +222,15 @@ class Block(nn.Module):
             shapes = [(3, geometry.out, stride, 1), (3, geometry.out, 1, 1)]
         else:
             first, second = (stride, 1) if config.stride_in_1x1 else (1, stride)
+            first, second = (1, 1) if config.average_strides else (first, second)
             shapes = [(1, self.width, first, 1), (3, self.width, second, config.groups), (1, geometry.out, 1, 1)]
         y = x
         for i, (size, features, strides, groups) in enumerate(shapes, 1):
             padding, dilated = (dilation, dilation) if size == 3 else (0, 1)
-            conv = Conv(features, size, strides, padding, groups, dilated, dtype=config.dtype, name=f"conv{i}")
+            options: Any = {"dtype": config.dtype, "kernel_init": kernel_init(config), "name": f"conv{i}"}
+            conv = Conv(features, size, strides, padding, groups, dilated, **options)
             last = i == len(shapes)
+            y = self.shrink(y) if last else y
             y = self.norm(f"bn{i}", zero=last and config.zero_init_residual)(conv(y))
             y = y if last else relu(y)
         return relu(y + self.shortcut(x)) if config.shortcut != "none" else relu(y)
@@ -207,12 +240,17 @@ class Block(nn.Module):
         if geometry.stride == 1 and geometry.inside == geometry.out:
             return x
         if config.shortcut == "projection":
-            conv = Conv(geometry.out, 1, geometry.stride, dtype=config.dtype, name="shortcut_conv")
-            return self.norm("shortcut_bn")(conv(x))
+            stride, options = 1 if config.average_strides else geometry.stride, {"kernel_init": kernel_init(config)}
+            conv = Conv(geometry.out, 1, stride, dtype=config.dtype, name="shortcut_conv", **options)
+            return self.norm("shortcut_bn")(conv(self.shrink(x)))
         # As many zeros before as after (akamaster/pytorch_resnet_cifar10; the paper does not say where).
         more = geometry.out - geometry.inside
         x = x[:, :: geometry.stride, :: geometry.stride]
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (more // 2, more - more // 2)))
+
+    def shrink(self, x: Array) -> Array:
+        stride = self.geometry.stride if self.config.average_strides else 1
+        return avg_pool(x, stride, stride) if stride > 1 else x
 
     def norm(self, name: str, zero: bool = False) -> BatchNorm:
         return norm(self.config, self.train, self.bn_groups, self.axis_name, name, zero)
@@ -255,14 +293,19 @@ class ResNet(nn.Module):
 
         Returns:
             stem [b, h, w, c]; C2, C3, ...: a stage's output each, at 1/4, 1/8, 1/16, 1/32 of the size; pooled [b, c],
-            the mean over the last, float32; logits [b, classes], float32, if num_classes is not 0.
+            of the last, float32; logits [b, classes], float32, if num_classes is not 0.
         """
-        config = self.config
-        imagenet = config.stem == "imagenet"
-        size, stride, padding = (7, 2, 3) if imagenet else (3, 1, 1)
-        x = Conv(config.stem_width, size, stride, padding, dtype=config.dtype, name="stem_conv")(x)
-        x = relu(norm(config, train, bn_groups, axis_name, "stem_bn")(x))
-        x = max_pool(x, 3, 2, 1) if imagenet else x
+        config, width = self.config, self.config.stem_width
+        # (name, channels, size, stride, padding) of each convolution, in CLIP's counted from 1
+        stem = [("", width, 7, 2, 3)] if config.stem == "imagenet" else [("", width, 3, 1, 1)]
+        if config.stem == "clip":
+            stem = [("1", width // 2, 3, 2, 1), ("2", width // 2, 3, 1, 1), ("3", width, 3, 1, 1)]
+        for i, features, size, stride, padding in stem:
+            options: Any = {"dtype": config.dtype, "kernel_init": kernel_init(config), "name": f"stem_conv{i}"}
+            x = Conv(features, size, stride, padding, **options)(x)
+            x = relu(norm(config, train, bn_groups, axis_name, f"stem_bn{i}")(x))
+        if config.stem != "cifar":
+            x = avg_pool(x, 2, 2) if config.stem == "clip" else max_pool(x, 3, 2, 1)
         maps = {"stem": x}
         block = nn.remat(Block) if config.remat else Block
         for stage, blocks in enumerate(geometries(config)):
@@ -270,13 +313,22 @@ class ResNet(nn.Module):
                 name = f"stage{stage + 1}_block{i}"
                 x = block(config, geometry, config.inner_width(stage), train, bn_groups, axis_name, name=name)(x)
             maps[f"C{stage + 2}"] = x
-        pooled = jnp.mean(x.astype(jnp.float32), (1, 2))
+        if config.attention_pool is None:
+            pooled = jnp.mean(x.astype(jnp.float32), (1, 2))
+        else:
+            pooled = AttentionPool(config.attention_pool, config.dtype, name="attention_pool")(x).astype(jnp.float32)
         maps["pooled"] = pooled
         if config.num_classes:
             maps["logits"] = nn.Dense(
                 config.num_classes, kernel_init=torch_linear, bias_init=bias_init(config.features), name="head"
             )(pooled)
         return maps
+
+
+def kernel_init(config: ResNetConfig) -> Any:
+    """Of the convolutions: He's law as in torchvision, or torch's default (CLIP)."""
+    uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    return uniform if config.stem == "clip" else kaiming_fan_out
 
 
 def torch_linear(rng: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:

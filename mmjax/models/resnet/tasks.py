@@ -74,7 +74,7 @@ class ResNetModel(ImageClassifier):
     def layers(cls, config: ResNetConfig) -> tuple[tuple[str, ...], ...]:
         """The stem, each block, the head."""
         blocks = [f"stage{stage}_block{i}/**" for stage, count in enumerate(config.layers, 1) for i in range(count)]
-        return (("stem_conv/**", "stem_bn/**"), *((block,) for block in blocks), (HEAD,))
+        return (("stem_*/**",), *((block,) for block in blocks), ("attention_pool/**", HEAD))
 
     def pooled(self, variables: Mapping[str, Any], pixels: Float[Array, "b height width 3"]) -> Float[Array, "b d"]:
         told: Any = self.module.apply(variables, pixels)

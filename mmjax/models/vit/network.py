@@ -1,4 +1,4 @@
-"""The Vision Transformer (Dosovitskiy et al. 2021) and its relatives: DeiT, DINOv2, MoCo v3, big_vision, hybrids."""
+"""The Vision Transformer (Dosovitskiy et al. 2021) and its kin: DeiT, DINOv2, MoCo v3, CLIP, big_vision, hybrids."""
 
 import dataclasses
 import functools
@@ -19,6 +19,9 @@ from mmjax.nn.stack import Stack, standard_block
 from mmjax.nn.transformer import Dense, Init, Mlp, MultiHeadAttention
 from mmjax.types import Array, Bool, Float
 
+TORCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+"""torch's default for matrices and convolutions: uniform within 1 / sqrt(fan_in)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
@@ -32,6 +35,7 @@ class ViTConfig:
         that are no parameter.
     class_token, class_position: whether there is one, and whether it has a row of its own in the position table.
     distilled, distilled_head: DeiT's second token, and a head on it; the logits are then the mean of both heads'.
+    patch_bias: whether the patch projection has one. norm_before: a norm before the first block (CLIP).
     registers: tokens without positions after the class token. mask_token: what hidden patches are replaced by.
     pool: what the head sees: the class token, the mean of the patches, both side by side (DINOv2's linear head), or
         attention by a learned query ("map").
@@ -41,7 +45,8 @@ class ViTConfig:
     dropout, attention_dropout, drop_path: rates in training; drop_path is the last block's.
     remat: blocks are computed again in the backward pass.
     init: "vit": Xavier as Google's code, "moco_v3": the same with the patch projection Xavier too, "normal": N(0, 0.02)
-        as DeiT and DINOv2. head_bias: initial bias of the head (AugReg: -10); its kernel begins at zero.
+        as DeiT and DINOv2, "clip": torch's defaults, tokens and positions N(0, 1 / width). head_bias: initial bias of
+        the head (AugReg: -10); its kernel begins at zero.
     dtype: of the computation.
     """
 
@@ -58,6 +63,8 @@ class ViTConfig:
     class_position: bool = True
     distilled: bool = False
     distilled_head: bool = False
+    patch_bias: bool = True
+    norm_before: bool = False
     registers: int = 0
     mask_token: bool = False
     pool: Literal["token", "mean", "token_and_mean", "map"] = "token"
@@ -72,7 +79,7 @@ class ViTConfig:
     attention_dropout: float = 0.0
     drop_path: float = 0.0
     remat: bool = False
-    init: Literal["vit", "moco_v3", "normal"] = "vit"
+    init: Literal["vit", "moco_v3", "normal", "clip"] = "vit"
     head_bias: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -177,6 +184,17 @@ class ViTConfig:
         size: dict[str, Any] = {"width": 1536, "depth": 40, "heads": 24, "hidden": 4096, "gated": True}
         return cls(**(_dinov2(registers) | size | fields))
 
+    @classmethod
+    def clip(
+        cls, image_size: int, patch: int, width: int, depth: int, heads: int, hidden: int, **fields: Any
+    ) -> "ViTConfig":
+        """CLIP's image tower: what is pooled is the class token after a norm of its own."""
+        kind: dict[str, Any] = {"act": "quick_gelu", "epsilon": 1e-5, "init": "clip", "rule": "bicubic_antialias"}
+        kind |= {"patch_bias": False, "norm_before": True, "norm_after_pool": True}
+        size: dict[str, Any] = {"image_size": (image_size, image_size), "patch": patch, "width": width, "depth": depth}
+        size |= {"heads": heads, "hidden": hidden}
+        return cls(**(kind | size | fields))
+
 
 def _sized(fields: dict[str, Any], **size: Any) -> ViTConfig:
     return ViTConfig(**(size | fields))
@@ -216,7 +234,7 @@ class ViTOutput:
 class ViT(nn.Module):
     """Images -> tokens, pooled vector, logits.
 
-    Parameter paths: root/..., patch/projection, cls, distillation, registers, mask_token, positions,
+    Parameter paths: root/..., patch/projection, cls, distillation, registers, mask_token, positions, norm_before,
     encoder/block_{i}/..., norm, map_head/..., pre_logits, head, head_distilled.
     """
 
@@ -236,6 +254,7 @@ class ViT(nn.Module):
         """
         c = self.config
         x = self._embed(images, hidden_patches)
+        x = LayerNorm(c.epsilon, c.dtype, name="norm_before")(x) if c.norm_before else x
         x = Dropout(c.dropout, axis_name)(x, train)
         block = {
             "width": c.width,
@@ -277,8 +296,9 @@ class ViT(nn.Module):
             "vit": nn.initializers.lecun_normal(),
             "moco_v3": nn.initializers.xavier_uniform(),
             "normal": nn.initializers.normal(0.02),
+            "clip": TORCH,
         }[c.init]
-        x = PatchEmbed(c.width, c.patch, dtype=c.dtype, kernel_init=kernel_init, name="patch")(x)
+        x = PatchEmbed(c.width, c.patch, c.patch_bias, c.dtype, kernel_init, name="patch")(x)
         grid = (x.shape[1], x.shape[2])
         x = rearrange(x, "b r s d -> b (r s) d")
         if c.mask_token:
@@ -301,7 +321,8 @@ class ViT(nn.Module):
         def waves(rng: Any, shape: tuple[int, ...]) -> Array:
             return jnp.zeros(shape).at[:, c.placed :].set(sincos_2d(c.grid, c.width, "moco_v3"))
 
-        table = self.param("positions", waves if c.positions == "moco_v3" else nn.initializers.normal(0.02), shape)
+        init = nn.initializers.normal(c.width**-0.5 if c.init == "clip" else 0.02)
+        table = self.param("positions", waves if c.positions == "moco_v3" else init, shape)
         return interpolate(table, c.grid, grid, c.rule, prefix=c.placed)
 
     def _prefix(self, x: Array, positions: Array) -> list[Array]:
@@ -309,8 +330,8 @@ class ViT(nn.Module):
         c = self.config
         tokens = []
         if c.class_token:
-            begin = nn.initializers.zeros if c.init == "vit" else nn.initializers.normal(1e-6)
-            cls = self.param("cls", begin, (1, 1, c.width)).astype(x.dtype)
+            init = nn.initializers.normal(c.width**-0.5 if c.init == "clip" else 1e-6)
+            cls = self.param("cls", nn.initializers.zeros if c.init == "vit" else init, (1, 1, c.width)).astype(x.dtype)
             tokens.append(cls + positions[:, :1] if c.class_position else cls)
         if c.distilled:
             token = self.param("distillation", nn.initializers.normal(0.02), (1, 1, c.width)).astype(x.dtype)
@@ -341,10 +362,35 @@ class ViT(nn.Module):
         return (logits + other) / 2, (logits, other)
 
 
+class Tower(nn.Module):
+    """Images -> the tokens [n, p, d] of one layer, for a network that stands on a ViT; parameters as of `ViT`.
+
+    layer: of its states, counted as a list is: 0 what enters the blocks, -2 what the last but one gives (LLaVA);
+        None: the last after the final norm. class_token: keep the tokens before the patches.
+    """
+
+    config: ViTConfig
+    layer: int | None = None
+    class_token: bool = True
+
+    def setup(self) -> None:
+        self.vit = ViT(self.config)
+        nn.share_scope(self, self.vit)
+
+    def __call__(
+        self, images: Float[Array, "n height width 3"], train: bool = False, axis_name: str | None = None
+    ) -> Float[Array, "n p d"]:
+        out = self.vit(images, train=train, axis_name=axis_name)
+        tokens = out.tokens if self.layer is None else out.states[self.layer]
+        return tokens if self.class_token else tokens[:, self.config.prefix :]
+
+
 def _block_init(config: ViTConfig) -> Init:
     normal, zeros = nn.initializers.normal(0.02), nn.initializers.zeros
     if config.init == "normal":
         return Init(normal, normal, normal, normal, zeros)
+    if config.init == "clip":  # q, k and v are one matrix there, whence the half of Xavier's variance
+        return Init(nn.initializers.variance_scaling(0.5, "fan_in", "uniform"), TORCH, TORCH, TORCH, zeros)
     return Init() if config.init == "vit" else Init(mlp_bias=zeros)
 
 

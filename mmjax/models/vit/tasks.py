@@ -101,7 +101,7 @@ class ViTModel(ImageClassifier):
         tokens = ("cls", "distillation", "registers", "mask_token", "positions")
         blocks = ((f"encoder/block_{i}/**",) for i in range(config.depth))
         return (
-            ("root/**", "patch/**", *tokens),
+            ("root/**", "patch/**", *tokens, "norm_before/**"),
             *blocks,
             ("norm/**", "map_head/**", "pre_logits/**", "head_distilled/**", HEAD),
         )
