@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from mmjax.channels import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD
+from mmjax.data.tiles import cut
 from mmjax.errors import MmjaxError
 
 ImageLike: TypeAlias = Image.Image | np.ndarray | str | pathlib.Path
@@ -18,6 +19,8 @@ ImageLike: TypeAlias = Image.Image | np.ndarray | str | pathlib.Path
 
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 """PIL's numbers, which Hugging Face's preprocessor_config.json uses."""
+LLAVA_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+"""Rows and columns of LLaVA 1.6's tiles, in transformers' order: among equals the first is taken."""
 Resample: TypeAlias = Literal["nearest", "lanczos", "bilinear", "bicubic"]
 
 
@@ -28,6 +31,9 @@ class ImagePreprocessing:
     resize: the length of the short side (the aspect ratio is kept), or (height, width); None leaves the size.
     crop: (height, width) of the central crop; None takes the whole.
     crop_rounding: an odd margin is halved as torchvision does ("round") or as Hugging Face does ("floor").
+    pad: an image is first padded to a square with the mean colour (LLaVA 1.5).
+    grids: (rows, columns) of tiles of the crop's size that an image may be cut in; () for one picture an image. The
+        result then has an axis of tiles, see `mmjax.data.tiles.cut` (any resolution, LLaVA 1.6).
     resample: PIL's filter, antialiased when it shrinks.
     mean, std: of the channels in [0, 1], RGB.
     """
@@ -38,6 +44,13 @@ class ImagePreprocessing:
     resample: Resample = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    pad: bool = False
+    grids: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises MmjaxError for tiles that are not square or would be resized."""
+        if self.grids and (self.crop is None or self.crop[0] != self.crop[1] or self.resize != self.crop[0]):
+            raise MmjaxError(f"grids: tiles are squares; resize={self.resize} should be a side of crop={self.crop}")
 
     @classmethod
     def clip(cls, size: int = 224) -> Self:
@@ -64,14 +77,26 @@ class ImagePreprocessing:
         """ALBEF and BLIP (`dataset/__init__.py`): squashed to a square, bicubic, CLIP's mean and std."""
         return cls((size, size), None, mean=CLIP_MEAN, std=CLIP_STD)
 
+    @classmethod
+    def llava(cls, size: int = 336) -> Self:
+        """LLaVA 1.5: CLIP's, of images padded to squares (mm_utils.py, `expand2square`)."""
+        return dataclasses.replace(cls.clip(size), pad=True)
+
+    @classmethod
+    def llava_tiles(cls, size: int = 336) -> Self:
+        """LLaVA 1.6: tiles of at most 3 x 1, 1 x 3 or 2 x 2."""
+        return dataclasses.replace(cls.clip(size), grids=LLAVA_GRIDS)
+
     def __call__(self, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
-        """One image or several -> float32 [b, height, width, 3].
+        """One image or several -> float32 [b, height, width, 3]; of tiles [b, tiles, height, width, 3], with zeros
+        behind those of an image that has fewer than others.
 
         Raises MmjaxError for images that come out in different sizes.
         """
-        alone = isinstance(images, Image.Image | str | pathlib.Path)
-        alone = alone or (isinstance(images, np.ndarray) and images.ndim != 4)
-        pixels = [self.one(image) for image in ([images] if alone else images)]  # type: ignore[union-attr]
+        pixels = [self.one(image) for image in _several(images)]
+        if self.grids:
+            most = max(map(len, pixels), default=0)
+            pixels = [np.pad(tiles, ((0, most - len(tiles)), (0, 0), (0, 0), (0, 0))) for tiles in pixels]
         sizes = {array.shape for array in pixels}
         if len(sizes) != 1:
             raise MmjaxError(
@@ -79,13 +104,26 @@ class ImagePreprocessing:
             )
         return np.stack(pixels)
 
+    @staticmethod
+    def image_sizes(images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
+        """int32 [b, 2]: height and width of each image before anything is done to it."""
+        return np.asarray([as_image(image).size[::-1] for image in _several(images)], np.int32)
+
     def one(self, image: ImageLike) -> np.ndarray:
-        """One image -> float32 [height, width, 3]."""
+        """One image -> float32 [height, width, 3], or of tiles [tiles, height, width, 3]."""
         return self.normalise(self.to_uint8(image))
 
     def to_uint8(self, image: ImageLike) -> np.ndarray:
-        """One image resized and cropped, not yet normalised: uint8 [height, width, 3]."""
+        """One image resized and cropped, or cut in tiles, not yet normalised: uint8 [..., height, width, 3]."""
         picture = as_image(image)
+        if self.pad:
+            side = max(picture.size)
+            square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in self.mean))
+            square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+            picture = square
+        if self.grids:
+            assert self.crop is not None
+            return cut(picture, self.grids, self.crop[0], Image.Resampling(RESAMPLING[self.resample]))
         if self.resize is not None:
             picture = picture.resize(self._size(picture), Image.Resampling(RESAMPLING[self.resample]))
         if self.crop is not None:
@@ -141,8 +179,7 @@ class ImagePreprocessing:
         unknown = told.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise MmjaxError(f"image preprocessing has no field {sorted(unknown)}")
-        fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in told.items()}
-        return cls(**fields)
+        return cls(**{name: _tuples(value) for name, value in told.items()})
 
     def to_hf(self) -> dict[str, Any]:
         """As Hugging Face's preprocessor_config.json tells it."""
@@ -151,6 +188,12 @@ class ImagePreprocessing:
         # The two generic processors: resize and crop, or squash.
         kind = "CLIPImageProcessor" if self.crop else "ViTImageProcessor"
         told: dict[str, Any] = {"image_processor_type": kind}
+        if self.grids:
+            assert self.crop is not None
+            pinpoints = [[side * self.crop[0] for side in grid] for grid in self.grids]
+            told = {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": pinpoints}
+        elif self.pad:
+            told = {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
         told |= {"do_resize": resize is not None, "resample": RESAMPLING[self.resample]}
         told |= {"size": size} if resize is not None else {}
         told |= {"do_center_crop": self.crop is not None}
@@ -164,7 +207,7 @@ def from_hf(told: Mapping[str, Any]) -> ImagePreprocessing:
     kind = told.get("image_processor_type") or told.get("feature_extractor_type") or ""
     size = told.get("size", 224)
     crop = told.get("crop_size", size)
-    crops = told.get("do_center_crop", kind.startswith("CLIP"))
+    crops = told.get("do_center_crop", kind.startswith(("CLIP", "Llava")))
     if kind.startswith("ConvNext"):
         # ConvNeXt's processor, which ResNet uses too: enlarge by 1 / crop_pct and crop, or from 384 up squash.
         side = size if isinstance(size, int) else size["shortest_edge"]
@@ -175,16 +218,41 @@ def from_hf(told: Mapping[str, Any]) -> ImagePreprocessing:
     else:
         resize = size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
     crop = crop if isinstance(crop, int) else crop.get("shortest_edge") or (crop["height"], crop["width"])
-    number = told.get("resample", RESAMPLING["bicubic" if kind.startswith(("CLIP", "ConvNext")) else "bilinear"])
+    bicubic = kind.startswith(("CLIP", "ConvNext", "Llava"))
+    number = told.get("resample", RESAMPLING["bicubic" if bicubic else "bilinear"])
+    mean, std = (CLIP_MEAN, CLIP_STD) if kind.startswith("Llava") else (HALF, HALF)
+    pad = kind.startswith("LlavaImageProcessor") and told.get("do_pad", False)
     normalize = told.get("do_normalize", True)
     return ImagePreprocessing(
         resize=resize if told.get("do_resize", True) else None,
         crop=((crop, crop) if isinstance(crop, int) else crop) if crops else None,
         crop_rounding="floor",
         resample=next(name for name, value in RESAMPLING.items() if value == number),  # type: ignore[arg-type]
-        mean=tuple(told.get("image_mean", HALF)) if normalize else (0.0, 0.0, 0.0),  # type: ignore[arg-type]
-        std=tuple(told.get("image_std", HALF)) if normalize else (1.0, 1.0, 1.0),  # type: ignore[arg-type]
+        mean=tuple(told.get("image_mean", mean)) if normalize else (0.0, 0.0, 0.0),  # type: ignore[arg-type]
+        std=tuple(told.get("image_std", std)) if normalize else (1.0, 1.0, 1.0),  # type: ignore[arg-type]
+        pad=pad,
+        grids=_grids(told, crop) if kind.startswith("LlavaNext") else (),
     )
+
+
+def _grids(told: Mapping[str, Any], crop: Any) -> tuple[tuple[int, int], ...]:
+    """Pinpoints are (height, width) of whole grids, in pixels."""
+    side = crop if isinstance(crop, int) else crop[0]
+    pinpoints = told.get("image_grid_pinpoints", [[side * rows, side * columns] for rows, columns in LLAVA_GRIDS])
+    if any(length % side for pinpoint in pinpoints for length in pinpoint):
+        raise MmjaxError(f"image_grid_pinpoints: {pinpoints} are not whole tiles of {side} x {side}")
+    return tuple((height // side, width // side) for height, width in pinpoints)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _several(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
+    """One image, or a sequence or an array [b, ...] of them."""
+    alone = isinstance(images, Image.Image | str | pathlib.Path)
+    alone = alone or (isinstance(images, np.ndarray) and images.ndim != 4)
+    return [images] if alone else images  # type: ignore[list-item,return-value]
 
 
 def as_image(image: ImageLike) -> Image.Image:
