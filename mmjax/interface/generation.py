@@ -5,8 +5,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,11 +28,10 @@ NEW_TOKENS = 64
 """What `max_new_tokens` is unless it is told."""
 
 
-@dataclass
 class GeneratingModel(Model):
     """A model with a `Decodable` in it; `tokenizer` is a `mmjax.text.tokenizer.Tokenizer`."""
 
-    padding_side: Side = dataclasses.field(default="left", init=False)
+    padding_side: ClassVar[Side] = "left"
     """Where prompts are padded; the numbers are the same either way."""
 
     @abc.abstractmethod

@@ -55,6 +55,10 @@ class ImageClassifier(Model):
     def pooled(self, variables: Mapping[str, Any], pixels: Float[Array, "b height width 3"]) -> Float[Array, "b d"]:
         """What the head sees, in evaluation; a pure function."""
 
+    @property
+    def abilities(self) -> tuple[str, ...]:
+        return tuple(name for name in super().abilities if name != "classify" or self.config.num_classes)
+
     def classify(self, images: Any, labels: Sequence[str] | None = None, top: int = 5) -> list[list[tuple[str, float]]]:
         """The most probable classes of each image with their probabilities, the best first.
 

@@ -31,12 +31,17 @@ class ImageTextModel(Model):
         Strings are always texts: open image files first.
         """
         queries, candidates = self._features(queries), self._features(candidates)
-        return ranked(jnp.matmul(queries, candidates.T, precision="highest"), k)
+        return ranked(similarities(queries, candidates), k)
 
     def _features(self, items: Any) -> Array:
         if are_texts(items):
             return self.encode_text(items)
         return l2_normalize(jnp.asarray(items)) if are_features(items) else self.encode_image(items)
+
+
+def similarities(queries: Float[Array, "n e"], candidates: Float[Array, "m e"]) -> Float[Array, "n m"]:
+    """Products of features in full float32, which TPUs and GPUs round by default: near ones are compared."""
+    return jnp.matmul(queries, candidates.T, precision="highest")
 
 
 def are_texts(items: Any) -> bool:

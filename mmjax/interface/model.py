@@ -16,13 +16,21 @@ from flax import linen as nn
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
 from mmjax.interface.inputs import Input, check_inputs
+from mmjax.interface.summary import summary
 from mmjax.types import Array, ArrayLike, Params
 
 LENGTHS = 16
 """Texts are padded to multiples of so many tokens, so that few shapes are compiled."""
 
 
-@dataclasses.dataclass
+ABILITIES = (
+    *("classify", "match", "retrieve", "ground", "segment", "detect", "caption", "answer", "chat", "generate"),
+    *("translate", "fill_mask", "tag", "entails", "encode_image", "encode_text"),
+)
+"""What a model may offer besides `forward`."""
+
+
+@dataclasses.dataclass(repr=False)
 class Model(abc.ABC):
     """A loaded system. Subclasses say how to build its module and what `forward` gives.
 
@@ -151,6 +159,15 @@ class Model(abc.ABC):
     def replace(self, **fields: Any) -> Self:
         """The same model with other fields: `vlm.replace(params=tuned)`."""
         return dataclasses.replace(self, **fields)
+
+    @property
+    def abilities(self) -> tuple[str, ...]:
+        """Those of `ABILITIES` that this model has; a subclass leaves out what its heads do not allow."""
+        return tuple(name for name in ABILITIES if hasattr(type(self), name))
+
+    def __repr__(self) -> str:
+        inputs = self.inputs(self.config)
+        return summary(type(self).__name__, self.layout, self.config, self.params, inputs, self.abilities)
 
     @functools.cached_property
     def _compiled(self) -> Any:

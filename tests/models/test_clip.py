@@ -218,7 +218,7 @@ def test_archives_of_openai_hold_sizes_that_are_no_weights(tmp_path):
     np.testing.assert_allclose(
         back.params[kernel[0]][kernel[1]][kernel[2]], vlm.params["vision"]["stem_conv1"]["kernel"], atol=2e-3
     )
-    assert back.params["logit_scale"].shape == () and int(back.stats["vision"]["bn1"]["count"]) == 0
+    assert back.params["logit_scale"].shape == () and int(back.stats["vision"]["stem_bn1"]["count"]) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- pretraining

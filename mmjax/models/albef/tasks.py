@@ -3,7 +3,6 @@
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ from flax import linen as nn
 
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
-from mmjax.interface.image_text import ImageTextModel, are_features, are_texts, ranked
+from mmjax.interface.image_text import ImageTextModel, are_features, are_texts, ranked, similarities
 from mmjax.interface.inputs import IMAGES_AND_TEXTS, Input
 from mmjax.interface.model import LENGTHS, batched, top_k_labels
 from mmjax.models.albef.network import Albef, AlbefConfig
@@ -38,7 +37,6 @@ class Ranking(NamedTuple):
     probabilities: Float[Array, "b k"]
 
 
-@dataclass
 class AlbefModel(ImageTextModel):
     """An ALBEF with its weights; `tokenizer` is a `mmjax.text.wordpiece.WordPieceTokenizer`. Its files hold none: put
     bert-base-uncased's vocab.txt beside them.
@@ -123,6 +121,13 @@ class AlbefModel(ImageTextModel):
         """tokenizer.json, or vocab.txt beside where it would be."""
         return WordPieceTokenizer.from_file_or_vocab(file)
 
+    @property
+    def abilities(self) -> tuple[str, ...]:
+        c = self.config
+        heads = {"match": c.matching, "entails": c.classes, "answer": c.decoder}
+        heads |= dict.fromkeys(("retrieve", "encode_image", "encode_text"), c.embed_dim)
+        return tuple(name for name in super().abilities if heads.get(name, True))
+
     # ----------------------------------------------------------------------------------------------------------- arrays
 
     def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
@@ -152,7 +157,7 @@ class AlbefModel(ImageTextModel):
         if not tokens or "input_ids" not in inputs:
             return told
         if c.embed_dim:
-            cosines = jnp.matmul(told["image_embeds"], told["text_embeds"].T, precision="highest")
+            cosines = similarities(told["image_embeds"], told["text_embeds"])
             logits = cosines / variables["params"]["temperature"]
             told |= {"logits_per_image": logits, "logits_per_text": logits.T}
         if len(tokens[0]) != len(states):
@@ -265,7 +270,7 @@ class AlbefModel(ImageTextModel):
         ask, (ids, mask) = functools.partial(self._asked, self.variables), self._columns(texts, albef_caption, 30)
         tokens = batched(functools.partial(ask, ("encode_image",)), batch_size, self.pixels(images))
         states = batched(functools.partial(ask, ("encode_text",)), batch_size, ids, mask)
-        cosines = jnp.matmul(ask(("text_embeds",), states), ask(("image_embeds",), tokens).T, precision="highest")
+        cosines = similarities(ask(("text_embeds",), states), ask(("image_embeds",), tokens))
         cosines = cosines if of_texts else cosines.T
         near = np.asarray(jax.lax.top_k(cosines, min(max(rerank, k), cosines.shape[1]))[1])
         rows = np.broadcast_to(np.arange(len(near))[:, None], near.shape)

@@ -3,7 +3,6 @@
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -21,7 +20,6 @@ from mmjax.text.wordpiece import WordPieceTokenizer, fitting
 from mmjax.types import Array, ArrayLike, Float, Int
 
 
-@dataclass
 class BertModel(Model):
     """A BERT with its weights; `tokenizer` is a `mmjax.text.wordpiece.WordPieceTokenizer`."""
 
@@ -49,6 +47,12 @@ class BertModel(Model):
     def load_tokenizer(cls, file: pathlib.Path) -> WordPieceTokenizer | None:
         """tokenizer.json, or vocab.txt beside where it would be."""
         return WordPieceTokenizer.from_file_or_vocab(file)
+
+    @property
+    def abilities(self) -> tuple[str, ...]:
+        c = self.config
+        heads = {"classify": c.classes, "tag": c.token_classes, "answer": c.spans, "fill_mask": c.mlm}
+        return tuple(name for name in super().abilities if heads.get(name, True))
 
     # ----------------------------------------------------------------------------------------------------------- arrays
 

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
@@ -16,7 +15,7 @@ from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.zero_shot import TEMPLATES, class_embeddings, prompts
 from mmjax.interface.image_classifier import Headless, at_size
-from mmjax.interface.image_text import ImageTextModel
+from mmjax.interface.image_text import ImageTextModel, similarities
 from mmjax.interface.inputs import IMAGES_AND_TEXTS, Input
 from mmjax.interface.model import batched, top_k_labels
 from mmjax.models.clip.network import CLIP, CLIPConfig
@@ -26,7 +25,6 @@ from mmjax.text.clip_tokenizer import CLIPTokenizer
 from mmjax.types import Array, ArrayLike, Float
 
 
-@dataclass
 class CLIPModel(ImageTextModel):
     """A CLIP with its weights; `tokenizer` is a `mmjax.text.clip_tokenizer.CLIPTokenizer`."""
 
@@ -100,8 +98,7 @@ class CLIPModel(ImageTextModel):
 
     @staticmethod
     def _logits(params: Mapping[str, Any], image: Array, text: Array) -> Array:
-        scale = jnp.exp(params["logit_scale"].astype(jnp.float32))
-        logits = scale * jnp.matmul(image, text.T, precision="highest")
+        logits = jnp.exp(params["logit_scale"].astype(jnp.float32)) * similarities(image, text)
         return logits + params["logit_bias"] if "logit_bias" in params else logits
 
     @property

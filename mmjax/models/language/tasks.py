@@ -1,7 +1,6 @@
 """LanguageModel: continuing texts, and chat."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
@@ -19,7 +18,6 @@ from mmjax.types import Array
 Message = Mapping[str, Any]
 
 
-@dataclass
 class LanguageModel(GeneratingModel):
     """A decoder-only language model with its weights."""
 

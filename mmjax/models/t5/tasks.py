@@ -1,8 +1,6 @@
 """T5Model."""
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +15,6 @@ from mmjax.text.batches import Side
 from mmjax.types import Array
 
 
-@dataclass
 class T5Model(GeneratingModel):
     """A T5 or Flan-T5 with its weights, or an encoder alone."""
 
@@ -25,7 +22,7 @@ class T5Model(GeneratingModel):
     config_class: ClassVar[type] = T5Config
     int8_channels: ClassVar[Mapping[str, int]] = {"**/kernel": 1, "embedding": 0, "head": 0}
 
-    padding_side: Side = dataclasses.field(default="right", init=False)
+    padding_side: ClassVar[Side] = "right"
 
     @classmethod
     def build(cls, config: T5Config) -> nn.Module:

@@ -1,9 +1,7 @@
 """TransformerModel: the network on arrays, and translation of strings."""
 
-import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
@@ -22,11 +20,10 @@ LONGER = 50
 """A translation has at most so many tokens more than its source (section 6.1)."""
 
 
-@dataclass
 class TransformerModel(GeneratingModel):
     """A Transformer with its weights. Its tokenizer ends a text with its eos; it is of both languages, or Marian's."""
 
-    padding_side: Side = dataclasses.field(default="right", init=False)
+    padding_side: ClassVar[Side] = "right"
     """Positions count from the left, padding included."""
 
     system: ClassVar[str] = "transformer"

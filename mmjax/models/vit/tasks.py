@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
@@ -22,7 +21,6 @@ from mmjax.training.finetune import HEAD
 from mmjax.types import Array, ArrayLike, Float
 
 
-@dataclass
 class ViTModel(ImageClassifier):
     """A ViT with its weights."""
 
