@@ -279,7 +279,7 @@ def test_training_learns_a_batch_and_moves_statistics(name):
     config = CONFIGS[name]
     images = batch(config)
     method, optimise = CLIP(config), Optimizer(adamw(1e-2))
-    state = create_state(method, optimise, jax.random.key(0), images)
+    state = create_state(method, optimise, jax.random.key(1), images)
     step = jax.jit(lambda state, images: train_step(method, optimise, state, images))
     losses = []
     for _ in range(25):
