@@ -17,7 +17,7 @@ from mmjax.models.albef.network import ALONE, AlbefConfig
 from mmjax.models.albef.tasks import AlbefModel
 from mmjax.models.bert.network import BertConfig
 from mmjax.models.bert.tasks import BertModel
-from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
 from mmjax.models.clip.tasks import CLIPModel
 from mmjax.models.language.config import DecoderConfig
 from mmjax.models.language.tasks import LanguageModel
@@ -38,7 +38,7 @@ ANIMALS = ("cat", "dog", "marten")
 VIT = ViTConfig(64, 2, 4, 48, 4, (12, 12), num_classes=3, epsilon=1e-3, init="normal")
 BERT = {"vocab_size": 31, "width": 24, "depth": 2, "heads": 3, "hidden": 48, "positions": 16}
 RESNET = ResNetConfig((1, 1, 1, 1), "bottleneck", stem_width=8, stage_widths=(8, 8, 8, 8), num_classes=3)
-CLIP = CLIPConfig(CLIPVisionConfig(12, 4, 24, 2, 3, 48), CLIPTextConfig(7, 31, 24, 2, 2, 48), 11, "quick_gelu")
+CLIP = CLIPConfig(ViTConfig.clip(12, 4, 24, 2, 3, 48), CLIPTextConfig(7, 31, 24, 2, 2, 48), 11, "quick_gelu")
 ALBEF = AlbefConfig(
     dataclasses.replace(VIT, num_classes=0, epsilon=1e-6, rule="bicubic"),
     BertConfig(**BERT, pooler=False, cross_from=1),

@@ -16,7 +16,7 @@ from mmjax.models.albef.finetune import AlbefAnswering, AlbefClassification
 from mmjax.models.bert.finetune import SpanExtraction, TextClassification, TokenClassification
 from mmjax.models.bert.network import BertConfig
 from mmjax.models.bert.pretrain import BERT
-from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
 from mmjax.models.language.config import DecoderConfig
 from mmjax.models.language.pretrain import CausalLM
 from mmjax.models.resnet.network import ResNetConfig
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIZE, LENGTH, VOCAB = 8, 7, 53
 TEXT = BertConfig(VOCAB, 12, 1, 2, 18, LENGTH, dropout=0.0, attention_dropout=0.0)
 VISION = ViTConfig(image_size=(8, 8), patch=4, width=12, depth=1, heads=2, hidden=18)
-CONTRAST = CLIPConfig(CLIPVisionConfig(8, 4, 12, 1, 2, 18), CLIPTextConfig(LENGTH, VOCAB, 12, 1, 2, 18), 7)
+CONTRAST = CLIPConfig(ViTConfig.clip(8, 4, 12, 1, 2, 18), CLIPTextConfig(LENGTH, VOCAB, 12, 1, 2, 18), 7)
 TRANSFORMER = TransformerConfig(VOCAB, None, 12, 1, 1, 2, 2, 18, 18, dropout=0.0)
 RESNET = ResNetConfig((1, 1), "basic", "cifar", 3, (3, 5), num_classes=5)
 
