@@ -1,4 +1,4 @@
-"""What the handles of image classifiers share, and where the fine-tuning of any image encoder begins."""
+"""Loaded image classifiers, and the image encoder that a fine-tuning starts from."""
 
 import abc
 import dataclasses

@@ -1,4 +1,4 @@
-"""What the handles share that bring images and texts into one space."""
+"""Loaded models that bring images and texts into one space."""
 
 import abc
 from collections.abc import Sequence

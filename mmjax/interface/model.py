@@ -1,4 +1,4 @@
-"""The handle: what `mmjax.load` returns. A network with its weights, tokenizer and preprocessing, ready to be asked."""
+"""What `mmjax.load` returns: a network with its weights, tokenizer and preprocessing."""
 
 import abc
 import dataclasses
@@ -201,15 +201,15 @@ class Model(abc.ABC):
         return jnp.asarray(self.preprocess(images))
 
 
-def batched(ask: Callable[..., Any], size: int, *arrays: ArrayLike) -> Any:
-    """What `ask` tells of the rows of arrays, one array or a tree of them: batch by batch, the last filled up with
-    copies to the size of the others, so that one program serves them all."""
+def batched(apply: Callable[..., Any], size: int, *arrays: ArrayLike) -> Any:
+    """The outputs of `apply`, one array or a tree of them, batch by batch; the last batch is filled up with copies to
+    the size of the others, so that one program serves them all."""
     n = len(arrays[0])
     if n <= size:
-        return ask(*arrays)
+        return apply(*arrays)
     batches = (np.minimum(np.arange(start, start + size), n - 1) for start in range(0, n, size))
-    told = [ask(*(array[rows] for array in arrays)) for rows in batches]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n], *told)
+    outputs = [apply(*(array[indices] for array in arrays)) for indices in batches]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n], *outputs)
 
 
 def top_k_labels(scores: Array, names: list[str], top: int) -> list[list[tuple[str, float]]]:

@@ -47,7 +47,7 @@ SIZES = {"dino": 33, "clip_resnet": 32, "resnet": 19, "clip_plain": 19, "moco": 
 
 
 def backbone(name: str) -> Any:
-    """A handle with drawn weights and a preprocessing of its own, images of `SIZES`."""
+    """A model with random weights and a preprocessing of its own, images of `SIZES`."""
     system, config = BACKBONES[name]
     kind: Any = next(one for one in SYSTEMS if one.name == system).model
     rng = np.random.default_rng(3)

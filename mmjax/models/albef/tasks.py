@@ -1,4 +1,4 @@
-"""The handle of ALBEF: features, matching, classes of texts with images, and answers out of a list."""
+"""AlbefModel: features, matching, classes of texts with images, and answers out of a list."""
 
 import functools
 import pathlib

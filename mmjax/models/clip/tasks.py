@@ -1,4 +1,4 @@
-"""The handle of CLIP: features, zero-shot classification, retrieval."""
+"""CLIPModel: image and text features, zero-shot classification, retrieval."""
 
 import dataclasses
 import functools
@@ -81,20 +81,20 @@ class CLIPModel(ImageTextModel):
         of the images, after that of the texts; a ResNet's last feature map), and as in transformers 5 the projected
         features before they are brought to unit length. hidden_states besides, where the tower is a transformer.
         """
-        told: dict[str, Any] = {}
+        outputs: dict[str, Any] = {}
         if "pixel_values" in inputs:
             out = self.module.apply(variables, inputs["pixel_values"], method="encode_image")
-            told["image_embeds"], told["vision_model_output"] = l2_normalize(out["embeds"]), _vision_output(out)  # type: ignore[index]
+            outputs["image_embeds"], outputs["vision_model_output"] = l2_normalize(out["embeds"]), _vision_output(out)  # type: ignore[index]
         if "input_ids" in inputs:
             mask = inputs.get("attention_mask")
             out: Any = self.module.apply(variables, inputs["input_ids"], mask, method="encode_text")
-            told["text_embeds"] = l2_normalize(out["embeds"])
-            told["text_model_output"] = {"last_hidden_state": out["tokens"], "pooler_output": out["embeds"]}
-            told["text_model_output"]["hidden_states"] = tuple(out["states"])
-        if len(told) == 4:
-            logits = self._logits(variables["params"], told["image_embeds"], told["text_embeds"])
-            told |= {"logits_per_image": logits, "logits_per_text": logits.T}
-        return told
+            outputs["text_embeds"] = l2_normalize(out["embeds"])
+            outputs["text_model_output"] = {"last_hidden_state": out["tokens"], "pooler_output": out["embeds"]}
+            outputs["text_model_output"]["hidden_states"] = tuple(out["states"])
+        if len(outputs) == 4:
+            logits = self._logits(variables["params"], outputs["image_embeds"], outputs["text_embeds"])
+            outputs |= {"logits_per_image": logits, "logits_per_text": logits.T}
+        return outputs
 
     @staticmethod
     def _logits(params: Mapping[str, Any], image: Array, text: Array) -> Array:
@@ -152,7 +152,7 @@ class CLIPModel(ImageTextModel):
     ) -> list[list[tuple[str, float]]]:
         """The most probable labels of each image with their probabilities, the best first.
 
-        labels: a name a class, or several names each, of which the first is told. templates: each with a {} for the
+        labels: a name a class, or several names each, of which the first is returned. templates: each with a {} for the
         name; features are averaged over them.
         """
         texts, owners = prompts(labels, templates)

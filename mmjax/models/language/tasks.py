@@ -1,4 +1,4 @@
-"""LanguageModel: continuing texts, and chat."""
+"""LanguageModel: continues texts, and chats."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar

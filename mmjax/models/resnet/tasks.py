@@ -1,4 +1,4 @@
-"""What a loaded ResNet can be asked."""
+"""ResNetModel: features and classification."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -50,11 +50,15 @@ class ResNetModel(ImageClassifier):
     def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
         """last_hidden_state and hidden_states (stem, then each stage) [b, height, width, c];
         pooler_output [b, 1, 1, c]; logits [b, classes] where there is a head."""
-        given = self.module.apply(variables, inputs["pixel_values"])
-        assert isinstance(given, dict)
-        maps = (given["stem"], *(given[f"C{stage + 2}"] for stage in range(len(self.config.layers))))
-        told = {"last_hidden_state": maps[-1], "pooler_output": given["pooled"][:, None, None], "hidden_states": maps}
-        return told | ({"logits": given["logits"]} if "logits" in given else {})
+        maps_by_name = self.module.apply(variables, inputs["pixel_values"])
+        assert isinstance(maps_by_name, dict)
+        maps = (maps_by_name["stem"], *(maps_by_name[f"C{stage + 2}"] for stage in range(len(self.config.layers))))
+        outputs = {
+            "last_hidden_state": maps[-1],
+            "pooler_output": maps_by_name["pooled"][:, None, None],
+            "hidden_states": maps,
+        }
+        return outputs | ({"logits": maps_by_name["logits"]} if "logits" in maps_by_name else {})
 
     def encode_image(self, images: Any) -> Float[Array, "b d"]:
         """Pooled features of unit length. images: as `preprocess` takes them, or ready pixel values."""
@@ -77,5 +81,5 @@ class ResNetModel(ImageClassifier):
         return (("stem_*/**",), *((block,) for block in blocks), ("attention_pool/**", HEAD))
 
     def pooled(self, variables: Mapping[str, Any], pixels: Float[Array, "b height width 3"]) -> Float[Array, "b d"]:
-        told: Any = self.module.apply(variables, pixels)
-        return told["pooled"]
+        outputs: Any = self.module.apply(variables, pixels)
+        return outputs["pooled"]

@@ -1,4 +1,4 @@
-"""T5Model."""
+"""T5Model: text to text, and forward on arrays."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar

@@ -1,4 +1,4 @@
-"""TransformerModel: the network on arrays, and translation of strings."""
+"""TransformerModel: forward on arrays, and translation of strings."""
 
 import pathlib
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The handle of a ViT: features, classification, intermediate layers."""
+"""ViTModel: features, classification, intermediate layers."""
 
 import dataclasses
 import functools
@@ -57,10 +57,10 @@ class ViTModel(ImageClassifier):
         """
         out = self._apply(variables, inputs["pixel_values"])
         pooled = out.tokens[:, 0] if self.config.pool == "token_and_mean" else out.pooled
-        told = {"last_hidden_state": out.tokens, "pooler_output": pooled, "hidden_states": tuple(out.states)}
+        outputs = {"last_hidden_state": out.tokens, "pooler_output": pooled, "hidden_states": tuple(out.states)}
         if out.both_logits is not None:
-            told |= dict(zip(("cls_logits", "distillation_logits"), out.both_logits))
-        return told if out.logits is None else told | {"logits": out.logits}
+            outputs |= dict(zip(("cls_logits", "distillation_logits"), out.both_logits))
+        return outputs if out.logits is None else outputs | {"logits": out.logits}
 
     def _apply(self, variables: Mapping[str, Any], pixels: Array) -> ViTOutput:
         return self.module.apply(variables, pixels)  # type: ignore[return-value]
