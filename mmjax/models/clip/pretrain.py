@@ -28,7 +28,7 @@ class CLIP(Method):
     """Batches {"image": uint8 or float [b, height, width, 3], "text": int32 [b, l]}; other entries are not looked at.
 
     uint8 images are normalised on the device; float images are taken as normalised already. A frozen tower (LiT) is
-    the optimizer's partition: {"vision/**": "frozen"}.
+    the optimizer's partition: {"vision/**": "frozen"}, and with its projection {"vision*/**": "frozen"}.
 
     Attributes:
         bn_groups: parts of the global batch with batch statistics of their own, for towers that have them.
