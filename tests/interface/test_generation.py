@@ -101,9 +101,9 @@ def test_a_conversation_goes_on_from_what_it_keeps(model, monkeypatch):
     ids = model.tokenizer(first, add_special_tokens=False)[0][0].tolist()
     talk.messages[-1]["content"] = "the sea"
     del answer
-    read = talk._read
+    read = talk._cached_ids
     assert read[: len(ids)] == ids
-    talk._read = ids
+    talk._cached_ids = ids
     talk._past = talk._past._replace(mask=np.arange(talk._past.mask.shape[1])[None] < len(ids))
     said = "".join(talk.say("which of them is yellow?"))
     assert talk.reused == len(ids) > 10
