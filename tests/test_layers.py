@@ -51,6 +51,8 @@ COMPILERS = {
     "sharding",
 }
 """The names of jax that place or compile a step."""
+INQUIRIES = {"jax.sharding.get_abstract_mesh"}
+"""These only ask what the lift has set."""
 
 
 def module_name(path: pathlib.Path) -> str:
@@ -190,11 +192,11 @@ def compilers(tree: ast.AST) -> list[tuple[int, str]]:
             first, *rest = name.split(".")
             if first == "jax" and COMPILERS & set(rest):
                 compiling.append((node.lineno, name))
-    # `jax.sharding` inside `jax.sharding.Mesh` is the same use
+    # `jax.sharding` inside `jax.sharding.Mesh` is the same use, and inside an inquiry part of it.
     return [
         (line, name)
         for line, name in compiling
-        if not any(o.startswith(name + ".") for at, o in compiling if at == line)
+        if name not in INQUIRIES and not any(o.startswith(name + ".") for at, o in compiling if at == line)
     ]
 
 

@@ -357,7 +357,7 @@ def test_the_handle_asks_the_network():
         model.classify(given, ["a", "b", "c"])
     with pytest.raises(MmjaxError, match="no classification head"):
         randomised(DINO).classify(given)
-    with pytest.raises(MmjaxError, match="needs pixel_values"):
+    with pytest.raises(MmjaxError, match="does not take input_ids"):
         model.forward(input_ids=np.ones((1, 2), int))
 
 

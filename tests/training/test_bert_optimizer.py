@@ -27,8 +27,8 @@ def test_steps_are_those_of_adam_weight_decay_optimizer():
     v = {name: np.zeros_like(value) for name, value in params.items()}
     for step in range(5):
         grads = {name: rng.normal(size=value.shape) for name, value in params.items()}
-        given = {name: jnp.asarray(value, jnp.float32) for name, value in grads.items()}
-        updates, state = optimizer.update(given, state, ours, {})
+        inputs = {name: jnp.asarray(value, jnp.float32) for name, value in grads.items()}
+        updates, state = optimizer.update(inputs, state, ours, {}, jnp.int32(step))
         ours = {name: ours[name] + updates[name] for name in ours}
         norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
         rate = 0.1 * step / 2 if step < 2 else 0.1 * (1 - step / 7)

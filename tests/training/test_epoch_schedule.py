@@ -78,7 +78,8 @@ def test_all_but_vectors_decay():
     shapes = {"cls": (1, 1, 3), "positions": (1, 5, 3), "words": (7, 3), "temperature": (), "bias": (3,), "scale": (3,)}
     params = {name: jnp.ones(shape) for name, shape in shapes.items()}
     optimizer = Optimizer(adamw(0.5, 0.02, mask=all_but_vectors))
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params, {})
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params, {}, jnp.int32(0))
     moved = {name for name, update in updates.items() if np.allclose(update, -0.01, rtol=1e-5)}
     assert moved == {"cls", "positions", "words", "temperature"}
     assert not any(np.asarray(updates[name]).any() for name in shapes.keys() - moved)
