@@ -21,20 +21,21 @@ from mmjax.training.state import Carry
 from mmjax.types import Array, Batch, Float, Int, Means, Params, PRNGKeyArray
 
 TEMPERATURE = 0.07
-"""Of the likeness of images by which others are drawn (model_pretrain_nlvr.py)."""
+"""The temperature of the image similarities by which other images are sampled (model_pretrain_nlvr.py)."""
 UNTRAINED: Mapping[str, str] = dict.fromkeys(("vision_proj/**", "text_proj/**", "temperature"), FROZEN)
-"""A partition's rules: what no loss reaches. In the original it has no gradient, and so does not decay either."""
+"""A partition's rules for the parameters that the loss does not use. In the original they have no gradient, and so do
+not decay either."""
 
 
 @dataclass(frozen=True)
 class TextAssignment(ForwardPasses):
-    """Each text is read with two images: its own one and another in either order, or two others.
+    """Each text is encoded with two images: its own and another in either order, or two others.
 
     Batches: {"image": [b, h, w, 3], uint8 or normalised floats; "input_ids": int32 [b, l], [CLS] first;
     "attention_mask": [b, l], 1 = a token}. Metric: accuracy in [0, 1]. The partition should have the rules `UNTRAINED`.
 
     Attributes:
-        groups: parts of the global batch, of which a text's other images are: one a process in the original (8).
+        groups: parts of the global batch; a text's other images come from its part. The original has one a process (8).
     """
 
     config: AlbefConfig
@@ -61,7 +62,7 @@ class TextAssignment(ForwardPasses):
         mask, axis = batch["attention_mask"], {"axis_name": axis_name}
         image = self.run(params, "encode_image", self.pixels(batch["image"]), rng=named(rng, "image"), **axis)
         first, second, labels = self.draw(self.head(params, "image_embeds", image), rng, axis_name)
-        images = [take_in_group(image, places, self.groups, axis_name) for places in (first, second)]
+        images = [take_in_group(image, indices, self.groups, axis_name) for indices in (first, second)]
         states = self.run(params, "encode_text", batch["input_ids"], mask, rng=named(rng, "text"), **axis)
         states = self.run(params, "encode_multimodal", states, mask, *images, rng=named(rng, "multimodal"), **axis)
         logits = self.head(params, "assign", states)
@@ -71,10 +72,10 @@ class TextAssignment(ForwardPasses):
     def draw(
         self, image_embeds: Float[Array, "b e"], rng: PRNGKeyArray, axis_name: str | None
     ) -> tuple[Int[Array, "b"], Int[Array, "b"], Int[Array, "b"]]:
-        """(place in the group of each text's first image, and of its second, label).
+        """(index in the group of each text's first image, index of its second, label).
 
-        The label is, with probability 1/3 each, 0: the first image is the text's own, 1: the
-        second one is, 2: neither is, and they differ. Other images are the likelier, the more like the own one.
+        The label is, with probability 1/3 each, 0: the first image is the text's own, 1: the second one is, 2: neither
+        is, and they differ. An image is the more probable, the more similar it is to the text's own.
         """
         weights = negative_log_weights(image_embeds, image_embeds, TEMPERATURE, groups=self.groups, axis_name=axis_name)
         if weights.shape[1] < 3:
@@ -84,10 +85,10 @@ class TextAssignment(ForwardPasses):
             )
         keys = [example_keys(named(rng, name), len(weights), axis_name) for name in ("label", "other", "further")]
         labels = jax.vmap(lambda key: jax.random.randint(key, (), 0, 3))(keys[0])
-        own = group_positions(len(weights), self.groups, axis_name)
-        other = sample_negatives(keys[1], weights)
-        rest = jnp.where(other[:, None] == jnp.arange(weights.shape[1]), -jnp.inf, weights)
-        further = sample_negatives(keys[2], rest)
-        first = jnp.where(labels == 0, own, other)
-        second = jnp.where(labels == 0, other, jnp.where(labels == 1, own, further))
+        positive = group_positions(len(weights), self.groups, axis_name)
+        negative = sample_negatives(keys[1], weights)
+        rest = jnp.where(negative[:, None] == jnp.arange(weights.shape[1]), -jnp.inf, weights)
+        second_negative = sample_negatives(keys[2], rest)
+        first = jnp.where(labels == 0, positive, negative)
+        second = jnp.where(labels == 0, negative, jnp.where(labels == 1, positive, second_negative))
         return first, second, labels

@@ -1,8 +1,8 @@
 """ALBEF's public layout: what the scripts of salesforce/ALBEF save, before and after fine-tuning.
 
-Before it the text encoder's keys begin with `text_encoder.bert.`, after it with `text_encoder.`. Momentum encoders have
-names that end in `_m`; some published files are without them and without queues. The number of heads is in no file of
-weights: all are 64 wide, unless a config.json says otherwise.
+Before fine-tuning the text encoder's keys begin with `text_encoder.bert.`, after it with `text_encoder.`. Names of
+momentum encoders end in `_m`; some published files have neither them nor queues. No weight file has the number of
+heads: each is 64 wide, unless a config.json has another number.
 """
 
 import functools
@@ -24,7 +24,7 @@ Shapes = Mapping[str, Shape]
 
 
 def _parts(config: AlbefConfig, momentum: bool) -> list[Entry]:
-    """The parts with a momentum copy: of the network, or of the copy."""
+    """The entries of the parts that have a momentum copy: the network's, or the copy's."""
     end, params = ("_m", "stats/momentum") if momentum else ("", "params")
     put = functools.partial(moved, params=params)
     entries = [put(entry, f"visual_encoder{end}.", "vision") for entry in timm.table(config.vision)]
@@ -45,7 +45,7 @@ SHARED = Op("shared", lambda first, second: second, lambda pair: (pair, pair), j
 
 
 def _text_table(config: AlbefConfig) -> Table:
-    """With the prefix `bert.` where there is an MLM head beside it."""
+    """The entries of the text encoder; keys have the prefix `bert.` where there is an MLM head."""
     entries = bert.hf_table(config.text)
     if not config.text.mlm:
         entries = tuple(replace(entry, source=entry.sources[0].removeprefix("bert.")) for entry in entries)
@@ -54,13 +54,13 @@ def _text_table(config: AlbefConfig) -> Table:
         for name in (f"cross_attention/{letter}/{array}" for letter in "kv" for array in ("kernel", "bias")):
             one = by_target.pop(f"params/encoder/{first}/{name}")
             other = by_target[f"params/encoder/{second}/{name}"]
-            pair = replace(other, source=(*one.sources, *other.sources), op=chain(other.op, SHARED))
-            by_target[f"params/encoder/{second}/{name}"] = pair
+            tied = replace(other, source=(*one.sources, *other.sources), op=chain(other.op, SHARED))
+            by_target[f"params/encoder/{second}/{name}"] = tied
     return tuple(by_target.values())
 
 
 def table(config: AlbefConfig) -> Table:
-    """The network; with `holds_state` also its momentum copy and the queues."""
+    """The entries of the network; with `holds_state` also of its momentum copy and the queues."""
     entries = _parts(config, momentum=False)
     entries += [Entry("temp", "params/temperature")] if config.embed_dim else []
     entries += timm.dense("itm_head", "itm_head") if config.matching else []
@@ -79,7 +79,7 @@ def table(config: AlbefConfig) -> Table:
 
 
 def config_of(shapes: Shapes, config_json: Mapping[str, Any] | None) -> AlbefConfig:
-    """From the arrays' shapes; the numbers of heads from `vision_heads` and `text_heads` of config.json, if there.
+    """The config, from the arrays' shapes, and from `vision_heads` and `text_heads` of config.json if there.
 
     Raises MmjaxError for parts that do not fit each other.
     """
@@ -109,12 +109,12 @@ def config_of(shapes: Shapes, config_json: Mapping[str, Any] | None) -> AlbefCon
 
 
 def timm_config(shapes: Shapes, args: Mapping[str, Any] | None) -> ViTConfig:
-    """ALBEF's ViT is timm's; its positions are brought to other sizes by torch's bicubic rule."""
+    """The config of ALBEF's ViT: timm's, with positions resized by torch's bicubic rule."""
     return replace(timm.config(shapes, args), rule="bicubic", init="normal")
 
 
 def text_config(shapes: Shapes, start: str, mlm: bool, heads: int | None) -> BertConfig:
-    """start: the prefix of `embeddings.` and `encoder.`."""
+    """The config of a BERT. start: the prefix of `embeddings.` and `encoder.`."""
     vocabulary, width = shapes[f"{start}embeddings.word_embeddings.weight"]
     matches = [re.fullmatch(re.escape(start) + r"encoder\.layer\.(\d+)\.(.+)", key) for key in shapes]
     layers = {int(match[1]) for match in matches if match}
@@ -140,7 +140,7 @@ def _decoder_config(shapes: Shapes, heads: int | None) -> BertConfig | None:
 
 
 def recognises(keys: Set[str], config_json: Mapping[str, Any] | None) -> bool:
-    """BLIP has no token types."""
+    """Whether these are the keys of an ALBEF. BLIP, whose keys are alike, has no token types."""
     types = {f"text_encoder.{bert}embeddings.token_type_embeddings.weight" for bert in ("bert.", "")}
     return "visual_encoder.blocks.0.attn.qkv.weight" in keys and bool(types & keys)
 

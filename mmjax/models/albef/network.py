@@ -114,30 +114,32 @@ class AlbefConfig:
         return Albef(self, axis_name)
 
     def module_params(self, params: Params) -> Params:
-        """With the keys and values that pairs of blocks share in both blocks. Gradients add up."""
+        """The parameters with the keys and values that pairs of blocks share in both blocks. Gradients add up."""
         flat = tree.flatten(params)
         shared = {path: flat[source] for path, source in self._shared(flat).items()}
         return tree.overlay(params, tree.unflatten(shared)) if shared else params
 
     def stored_params(self, params: Params) -> Params:
-        """With what a pair of blocks shares in the second of them alone (of ALBEF's files, too, that one is read where
-        they differ)."""
+        """The parameters with what a pair of blocks shares in its second block alone.
+
+        Where the two differ in ALBEF's files, the second one is loaded.
+        """
         shared = self._shared(tree.flatten(params))
         return tree.split(params, [path for path in shared if path in tree.flatten(params)])[1] if shared else params
 
     def _shared(self, flat: Any) -> dict[str, str]:
         """Path in the first block -> path in the second block, of keys and values in `tied_pairs`."""
-        found: dict[str, str] = {}
+        shared: dict[str, str] = {}
         for first, second in tied_pairs(self):
-            places = (f"text/encoder/{second}/cross_attention/{letter}/" for letter in "kv")
-            for prefix in places:
+            prefixes = (f"text/encoder/{second}/cross_attention/{letter}/" for letter in "kv")
+            for prefix in prefixes:
                 paths = [path for path in flat if path.startswith(prefix)]
-                found |= {path.replace(f"/{second}/", f"/{first}/", 1): path for path in paths}
-        return found
+                shared |= {path.replace(f"/{second}/", f"/{first}/", 1): path for path in paths}
+        return shared
 
 
 ALONE: dict[str, Any] = {"embed_dim": 0, "matching": False, "queue": 0}
-"""Without contrast and matching."""
+"""The fields of a network without contrast and matching."""
 
 
 def _vision(side: int) -> ViTConfig:
@@ -255,7 +257,7 @@ class Albef(nn.Module):
         return l2_normalize(self.vision_proj(image_tokens[:, 0]))
 
     def text_embeds(self, text_states: Float[Array, "b l d"]) -> Float[Array, "b e"]:
-        """Of unit length, from the first token ([CLS]) of the states of `encode_text`."""
+        """Unit-norm features, from the first token ([CLS]) of the states of `encode_text`."""
         return l2_normalize(self.text_proj(text_states[:, 0]))
 
     def mlm_logits(
@@ -264,14 +266,14 @@ class Albef(nn.Module):
         return self.text.mlm_logits(states, places)
 
     def itm_logits(self, states: Float[Array, "b l d"]) -> Float[Array, "b 2"]:
-        """Of the first token: class 1 where text and image belong together."""
+        """Logits of the first token; class 1: text and image match."""
         return self.itm_head(states[:, 0]).astype(jnp.float32)
 
     def classify(self, states: Float[Array, "b l d"]) -> Float[Array, "b c"]:
         return self.cls_head(jax.nn.relu(self.cls_hidden(states[:, 0]))).astype(jnp.float32)
 
     def assign(self, states: Float[Array, "b l d"]) -> Float[Array, "b 3"]:
-        """Of the first token: 0, 1: the text is of the first, of the second image; 2: of neither."""
+        """Logits of the first token; 0: the text belongs to the first image, 1: to the second, 2: to neither."""
         return self.ta_head(states[:, 0]).astype(jnp.float32)
 
     def decode(

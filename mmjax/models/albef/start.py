@@ -1,18 +1,18 @@
-"""Where ALBEF's fine-tuning starts: the weights of one of its networks, brought into the form of another.
+"""Initial weights of ALBEF's fine-tuning: the weights of one of its networks, converted for another.
 
     def initial_weights(self, load):                                    # of an experiment's Config
         return starting_weights(load(self.init_from), self.network)
 
 As the original's scripts do it (VQA.py:146-183, Pretrain_nlvr.py:116-136; Retrieval.py, VE.py):
 
-    position table     brought to the grid of the new images, bicubically
-    head of words      left out, but the decoder begins with it
-    decoder            the layers that look at the image, with the embeddings
-    pairs of images    each layer that looks at the image becomes two, the second beside the first
-    queues             taken along; keys from before are of no known image
+    position table     resized to the grid of the new images, bicubically
+    MLM head           dropped, but the decoder starts from it
+    decoder            starts from the cross-attention layers and the embeddings
+    pairs of images    each cross-attention layer becomes two, the second beside the first
+    queues             copied; the keys they hold belong to no known image
 
-Momentum encoders go the same way. `mmjax.training.initialize` draws what is left, such as new heads, and copies the
-network where a file has no momentum encoders.
+Momentum encoders are converted the same way. `mmjax.training.initialize` initialises the rest, such as new heads, and
+copies the network where a file has no momentum encoders.
 """
 
 import math
@@ -30,30 +30,31 @@ from mmjax.objectives.language import IGNORED
 from mmjax.types import Array, Params
 
 WORDS = ("mlm_transform", "mlm_bias")
-"""The head of masked words."""
+"""The parts of the MLM head."""
 
 
 def starting_weights(weights: Mapping[str, Any], config: AlbefConfig) -> dict[str, Any]:
-    """What a run of the network `config` takes from weights of another, both as `LoadWeights` gives them: "params", and
-    where they are there "ema" and "queues".
+    """The initial weights of a run of the network `config`: "params", and "ema" and "queues" where `weights` has them.
 
-    weights: `AlbefModel.weights()`, or those of a run. A head of classes is taken if it has as many.
-    Raises MmjaxError: no ALBEF, or a text encoder of another depth.
+    Both have the form that `LoadWeights` returns.
+
+    weights: `AlbefModel.weights()`, or those of a run. Its classifier is used if it has as many classes.
+    Raises MmjaxError for weights of no ALBEF, or a text encoder of another depth.
     """
-    wanted = tree.flatten(AlbefModel.shapes(config)["params"])
-    told: dict[str, Any] = {"params": _converted(weights["params"], config, wanted)}
+    expected = tree.flatten(AlbefModel.shapes(config)["params"])
+    initial: dict[str, Any] = {"params": _converted(weights["params"], config, expected)}
     if weights.get("ema"):
-        told["ema"] = _converted(weights["ema"], config, wanted)
+        initial["ema"] = _converted(weights["ema"], config, expected)
     queues = dict(weights.get("queues") or {})
     if queues and config.by_image and "ids" not in queues:
         image = queues["image"]  # one cursor for all: keys and ids of a batch stand in the same rows
         ids = jnp.full((len(image["keys"]), 1), IGNORED, jnp.int32)
         queues["ids"] = {"keys": ids, "cursor": image["cursor"]}
-    return told | ({"queues": queues} if queues else {})
+    return initial | ({"queues": queues} if queues else {})
 
 
-def _converted(params: Params, config: AlbefConfig, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters, or their momentum copy, in the other form. wanted: by path, what there is in it."""
+def _converted(params: Params, config: AlbefConfig, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters, or their momentum copy, for the network `config`. expected: its parameters by path."""
     missing = [path for path in ("vision/positions", "text/encoder", "text/embeddings") if _at(params, path) is None]
     if missing:
         raise MmjaxError(f"not the weights of an ALBEF: they have no {', '.join(missing)}")
@@ -62,21 +63,21 @@ def _converted(params: Params, config: AlbefConfig, wanted: Mapping[str, Any]) -
     if config.decoder is not None and "decoder" not in params:
         moved["decoder"] = _decoder(text, config)
     moved["text"] = {**text, "encoder": _encoder(text["encoder"], config)}
-    flat = {path: leaf for path, leaf in tree.flatten(config.stored_params(moved)).items() if path in wanted}
-    if "cls_head/bias" in flat and flat["cls_head/bias"].shape != wanted["cls_head/bias"].shape:
+    flat = {path: leaf for path, leaf in tree.flatten(config.stored_params(moved)).items() if path in expected}
+    if "cls_head/bias" in flat and flat["cls_head/bias"].shape != expected["cls_head/bias"].shape:
         flat = {path: leaf for path, leaf in flat.items() if not path.startswith(("cls_hidden/", "cls_head/"))}
     return tree.unflatten(flat)
 
 
 def _at(params: Params, path: str) -> Any:
-    found: Any = params
+    node: Any = params
     for name in path.split("/"):
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node
 
 
 def _positions(table: Array, config: AlbefConfig) -> Array:
-    """For the images of `config`. Raises MmjaxError for a table that is of no square."""
+    """The position table for the images of `config`. Raises MmjaxError for a table that is not of a square grid."""
     vision = config.vision
     cells = table.shape[-2] - vision.placed
     side = math.isqrt(max(cells, 0))
@@ -86,16 +87,16 @@ def _positions(table: Array, config: AlbefConfig) -> Array:
 
 
 def _crossed(encoder: Params, config: AlbefConfig) -> list[str]:
-    """The blocks that look at the image. Raises MmjaxError unless they are those from `cross_from` on."""
+    """The names of the blocks with cross-attention. Raises MmjaxError unless they are those from `cross_from` on."""
     names = [f"block_{i}" for i in range(len(encoder))]
-    found = [name for name in names if "cross_attention" in encoder.get(name, {})]
-    if found != names[config.text.cross_from :]:
-        raise MmjaxError(f"text: blocks that see the image are {', '.join(found) or 'none'}, not from cross_from on")
-    return found
+    crossed = [name for name in names if "cross_attention" in encoder.get(name, {})]
+    if crossed != names[config.text.cross_from :]:
+        raise MmjaxError(f"text: blocks that see the image are {', '.join(crossed) or 'none'}, not from cross_from on")
+    return crossed
 
 
 def _encoder(encoder: Params, config: AlbefConfig) -> dict[str, Any]:
-    """With as many blocks as the text encoder of `config` has: for pairs, twice as many that look at an image."""
+    """As many blocks as the text encoder of `config` has: for pairs, twice as many with cross-attention."""
     depth, crossed = config.text.depth, _crossed(encoder, config)
     first = len(encoder) - len(crossed)
     blocks = [encoder[f"block_{i}"] for i in range(first)]
@@ -109,7 +110,7 @@ def _encoder(encoder: Params, config: AlbefConfig) -> dict[str, Any]:
 
 
 def _decoder(text: Params, config: AlbefConfig) -> dict[str, Any]:
-    """A decoder whose blocks are those of the text encoder that look at the image."""
+    """A decoder whose blocks are the text encoder's blocks with cross-attention."""
     blocks = [text["encoder"][name] for name in _crossed(text["encoder"], config)]
     decoder = {"embeddings": text["embeddings"]} | {part: text[part] for part in WORDS if part in text}
     return {**decoder, "encoder": {f"block_{i}": block for i, block in enumerate(blocks)}}

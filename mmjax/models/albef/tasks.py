@@ -1,4 +1,4 @@
-"""AlbefModel: features, matching, classes of texts with images, and answers out of a list."""
+"""AlbefModel: features, image-text matching, classification of image-text pairs, and answers from a list."""
 
 import functools
 import pathlib
@@ -23,11 +23,11 @@ from mmjax.types import Array, ArrayLike, Float, Int
 
 
 class Ranking(NamedTuple):
-    """Answers to each question out of one list.
+    """The ranking of one list of answers for each question.
 
-    states: what the encoder made of question and image. start_logits: of the first word. losses: summed over the words
-    of each of the k answers with the most probable first word, in that order; places: in the list, the best first;
-    probabilities: over the k.
+    states: the multimodal encoder's hidden states of question and image. start_logits: logits of the first word.
+    losses: the loss summed over the words of each of the k answers with the most probable first word, in that order.
+    places: indices into the list, the best first. probabilities: over the k answers, in the order of `places`.
     """
 
     states: Float[Array, "b l d"]
@@ -38,14 +38,16 @@ class Ranking(NamedTuple):
 
 
 class AlbefModel(ImageTextModel):
-    """An ALBEF with its weights; `tokenizer` is a `mmjax.text.wordpiece.WordPieceTokenizer`. Its files hold none: put
-    bert-base-uncased's vocab.txt beside them.
+    """A loaded ALBEF: image and text features, matching, pair classification, retrieval, and answers.
 
-    Texts are cleaned as the original does (`mmjax.text.captions`) and read as [CLS] text, without [SEP]; ids [b, l] in
-    their place are taken as they are, all of them tokens.
+    `tokenizer` is a `mmjax.text.wordpiece.WordPieceTokenizer`. The published files hold none: put bert-base-uncased's
+    vocab.txt beside them.
 
-    stats: with `config.holds_state` "momentum" (parameters) and "queue" {"image", "text" [q, e], "cursor", of retrieval
-    also "ids" [q, 1]}, so that an export writes back what was read.
+    Texts are cleaned as the original does (`mmjax.text.captions`) and encoded as [CLS] text, without [SEP]. Ids [b, l]
+    are used unchanged; every one of them counts as a token.
+
+    stats: with `config.holds_state`, "momentum" (parameters) and "queue" {"image", "text" [q, e], "cursor", for
+    retrieval also "ids" [q, 1]}, so that an export writes back everything that was loaded.
     """
 
     system: ClassVar[str] = "albef"
@@ -91,19 +93,19 @@ class AlbefModel(ImageTextModel):
         return {"params": self.config.module_params(self.params)}
 
     def weights(self) -> dict[str, Any]:
-        """Also the momentum encoders and the queues, where the file held them."""
-        told: dict[str, Any] = {"params": self.params, "stats": {}}
+        """{"params", "stats"}, and "ema" and "queues" where the file has momentum encoders and queues."""
+        weights: dict[str, Any] = {"params": self.params, "stats": {}}
         momentum, queue = self.stats.get("momentum"), dict(self.stats.get("queue", {}))
         if momentum:
-            told["ema"] = momentum
+            weights["ema"] = momentum
         if queue:
             cursor = queue.pop("cursor")
-            told["queues"] = {name: {"keys": keys, "cursor": cursor} for name, keys in queue.items()}
-        return told
+            weights["queues"] = {name: {"keys": keys, "cursor": cursor} for name, keys in queue.items()}
+        return weights
 
     @classmethod
     def default_preprocess(cls, config: AlbefConfig, layout: str) -> ImagePreprocessing:
-        """Stretched to the square, bicubic; CLIP's means and deviations (dataset/__init__.py)."""
+        """Resized to a square, bicubic, with CLIP's means and deviations (dataset/__init__.py)."""
         return ImagePreprocessing.albef(config.vision.image_size[0])
 
     @classmethod
@@ -112,13 +114,13 @@ class AlbefModel(ImageTextModel):
 
     @classmethod
     def default_labels(cls, config: AlbefConfig) -> tuple[str, ...]:
-        """Of NLVR2 for two images, of SNLI-VE (dataset/ve_dataset.py:14) for one."""
+        """The labels of NLVR2 for two images, of SNLI-VE (dataset/ve_dataset.py:14) for one."""
         labels = ("False", "True") if config.two_images else ("contradiction", "neutral", "entailment")
         return labels if config.classes == len(labels) else ()
 
     @classmethod
     def load_tokenizer(cls, file: pathlib.Path) -> WordPieceTokenizer | None:
-        """tokenizer.json, or vocab.txt beside where it would be."""
+        """Reads tokenizer.json, or vocab.txt in the same folder."""
         return WordPieceTokenizer.from_file_or_vocab(file)
 
     @property
@@ -131,98 +133,102 @@ class AlbefModel(ImageTextModel):
     # ----------------------------------------------------------------------------------------------------------- arrays
 
     def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
-        """Of images alone vision_model_output and, where texts are compared with images, image_embeds; of texts alone
-        text_model_output and text_embeds; of both besides logits_per_image and logits_per_text, and of the i-th image
-        with the i-th text last_hidden_state [b, l, d] and what the heads say of it: itm_score [b, 2],
-        prediction_logits [b, l, v] of words, assignment_logits [b, 3]: the first image's, the second's or neither's,
-        logits [b, c] of classes or, of decoder_input_ids, [b, t, v] of words.
+        """The outputs that the inputs allow, by transformers' names.
 
-        pixel_values of pairs: [2 b, height, width, 3], the first images of all, then the second ones.
+        Images give vision_model_output and, with projections (`embed_dim`), image_embeds. Texts give text_model_output
+        and, with projections, text_embeds. Images with texts also give logits_per_image and logits_per_text. The i-th
+        image with the i-th text gives last_hidden_state [b, l, d] and the outputs of the heads: itm_score [b, 2],
+        prediction_logits [b, l, v] of the MLM head, assignment_logits [b, 3] (first image, second image, neither),
+        logits [b, c] of the classifier, or logits [b, t, v] of the decoder for decoder_input_ids.
+
+        pixel_values of pairs: [2 b, height, width, 3], the first images of all pairs, then the second images.
         """
-        c, told = self.config, dict[str, Any]()
+        c, outputs = self.config, dict[str, Any]()
 
-        def ask(name: str, *given: Any) -> Any:
-            return self.module.apply(variables, *given, method=name)
+        def apply(name: str, *arrays: Any) -> Any:
+            return self.module.apply(variables, *arrays, method=name)
 
         tokens: list[Array] = []
         mask = inputs.get("attention_mask")
         if "pixel_values" in inputs:
-            tokens = [ask("encode_image", x) for x in _images(inputs["pixel_values"], c) if x is not None]
-            told["vision_model_output"] = {"last_hidden_state": jnp.concatenate(tokens)}
-            told |= {"image_embeds": ask("image_embeds", tokens[0])} if c.embed_dim else {}
+            tokens = [apply("encode_image", x) for x in _images(inputs["pixel_values"], c) if x is not None]
+            outputs["vision_model_output"] = {"last_hidden_state": jnp.concatenate(tokens)}
+            outputs |= {"image_embeds": apply("image_embeds", tokens[0])} if c.embed_dim else {}
         if "input_ids" in inputs:
-            states = ask("encode_text", inputs["input_ids"], mask)
-            told["text_model_output"] = {"last_hidden_state": states}
-            told |= {"text_embeds": ask("text_embeds", states)} if c.embed_dim else {}
+            states = apply("encode_text", inputs["input_ids"], mask)
+            outputs["text_model_output"] = {"last_hidden_state": states}
+            outputs |= {"text_embeds": apply("text_embeds", states)} if c.embed_dim else {}
         if not tokens or "input_ids" not in inputs:
-            return told
+            return outputs
         if c.embed_dim:
-            cosines = similarities(told["image_embeds"], told["text_embeds"])
+            cosines = similarities(outputs["image_embeds"], outputs["text_embeds"])
             logits = cosines / variables["params"]["temperature"]
-            told |= {"logits_per_image": logits, "logits_per_text": logits.T}
+            outputs |= {"logits_per_image": logits, "logits_per_text": logits.T}
         if len(tokens[0]) != len(states):
             raise MmjaxError(f"{len(tokens[0])} images and {len(states)} texts: ALBEF reads them in pairs")
-        states = ask("encode_multimodal", states, mask, *tokens)
-        told["last_hidden_state"] = states
-        told |= {"itm_score": ask("itm_logits", states)} if c.matching else {}
-        told |= {"prediction_logits": ask("mlm_logits", states)} if c.text.mlm else {}
-        told |= {"assignment_logits": ask("assign", states)} if c.assigning else {}
-        told |= {"logits": ask("classify", states)} if c.classes else {}
+        states = apply("encode_multimodal", states, mask, *tokens)
+        outputs["last_hidden_state"] = states
+        outputs |= {"itm_score": apply("itm_logits", states)} if c.matching else {}
+        outputs |= {"prediction_logits": apply("mlm_logits", states)} if c.text.mlm else {}
+        outputs |= {"assignment_logits": apply("assign", states)} if c.assigning else {}
+        outputs |= {"logits": apply("classify", states)} if c.classes else {}
         if c.decoder is not None and "decoder_input_ids" in inputs:
             answers = inputs["decoder_input_ids"], inputs.get("decoder_attention_mask")
-            told["logits"] = ask("decode", *answers, states, mask)
-        return told
+            outputs["logits"] = apply("decode", *answers, states, mask)
+        return outputs
 
     @functools.cached_property
-    def _asked(self) -> Callable[..., Any]:
-        """(variables, names, *arrays) -> what methods of the network with these names make of arrays, in turn."""
+    def _apply_methods(self) -> Callable[..., Any]:
+        """(variables, names, *arrays) -> the result of the network's methods of these names, applied in order."""
 
-        def ask(variables: Any, names: tuple[str, ...], *arrays: Array) -> Any:
+        def apply_methods(variables: Any, names: tuple[str, ...], *arrays: Array) -> Any:
             for name in names:
                 arrays = (self.module.apply(variables, *arrays, method=name),)  # type: ignore[assignment]
             return arrays[0]
 
-        return jax.jit(ask, static_argnums=1)
+        return jax.jit(apply_methods, static_argnums=1)
 
     @functools.cached_property
-    def _judged(self) -> Callable[..., Array]:
-        """(variables, "itm_logits" or "classify", ids, mask, *images) -> logits of the i-th text and its image."""
+    def _pair_logits(self) -> Callable[..., Array]:
+        """(variables, "itm_logits" or "classify", ids, mask, *images) -> logits of the i-th text with its image(s)."""
 
-        def judge(variables: Any, head: str, ids: Array, mask: Array, *images: Array) -> Any:
-            def ask(name: str, *given: Any) -> Any:
-                return self.module.apply(variables, *given, method=name)
+        def pair_logits(variables: Any, head: str, ids: Array, mask: Array, *images: Array) -> Any:
+            def apply(name: str, *arrays: Any) -> Any:
+                return self.module.apply(variables, *arrays, method=name)
 
-            states = ask("encode_text", ids, mask)
-            return ask(head, ask("encode_multimodal", states, mask, *(ask("encode_image", one) for one in images)))
+            states = apply("encode_text", ids, mask)
+            return apply(
+                head, apply("encode_multimodal", states, mask, *(apply("encode_image", one) for one in images))
+            )
 
-        return jax.jit(judge, static_argnums=1)
+        return jax.jit(pair_logits, static_argnums=1)
 
     # ------------------------------------------------------------------------------------------------ images and texts
 
     def encode_image(self, images: Any, batch_size: int = 32) -> Float[Array, "b e"]:
         """Unit-norm features of images as `preprocess` takes them, or of pixel values [b, height, width, 3].
 
-        Raises MmjaxError for a network that compares nothing.
+        Raises MmjaxError for a network without projections.
         """
         self._check_compares()
-        ask = functools.partial(self._asked, self.variables, ("encode_image", "image_embeds"))
-        return batched(ask, batch_size, self.pixels(images))
+        encode = functools.partial(self._apply_methods, self.variables, ("encode_image", "image_embeds"))
+        return batched(encode, batch_size, self.pixels(images))
 
     def encode_text(
         self, texts: str | Sequence[str] | ArrayLike, batch_size: int = 64, length: int = 30
     ) -> Float[Array, "b e"]:
-        """Unit-norm features of strings, or of ids. length: tokens of a string; the rest is cut.
+        """Unit-norm features of strings, or of ids. length: the tokens of a string; longer ones are truncated.
 
-        Raises MmjaxError for a network that compares nothing, or strings without a tokenizer.
+        Raises MmjaxError for a network without projections, or strings without a tokenizer.
         """
         self._check_compares()
-        ask = functools.partial(self._asked, self.variables, ("encode_text", "text_embeds"))
-        return batched(ask, batch_size, *self._columns(texts, albef_caption, length))
+        encode = functools.partial(self._apply_methods, self.variables, ("encode_text", "text_embeds"))
+        return batched(encode, batch_size, *self._columns(texts, albef_caption, length))
 
     def match(self, images: Any, texts: str | Sequence[str] | ArrayLike, batch_size: int = 32) -> Float[Array, "b"]:
-        """The probability that the i-th text belongs to the i-th image, by the head that matches.
+        """The probability that the i-th text belongs to the i-th image, from the ITM head.
 
-        Raises MmjaxError: no such head, or not a text for each image.
+        Raises MmjaxError for a network without an ITM head, or unless there is one text for each image.
         """
         self._check_matches()
         return jax.nn.softmax(self._logits("itm_logits", texts, batch_size, images))[:, 1]
@@ -235,11 +241,13 @@ class AlbefModel(ImageTextModel):
         top: int = 3,
         batch_size: int = 32,
     ) -> list[list[tuple[str, float]]]:
-        """The most probable classes of the i-th image with the i-th text, with their probabilities, the best first: of
-        SNLI-VE whether the image entails the text, of NLVR2 whether the text is true of two images.
+        """The most probable classes of the i-th image with the i-th text, as (name, probability), the best first.
 
-        other_images: the second ones, of a network for pairs. Classes without names have their numbers.
-        Raises MmjaxError: no such head, not a text for each image, or second images where there should be none.
+        SNLI-VE: whether the image entails the text. NLVR2: whether the text is true of two images.
+
+        other_images: the second images, for a network of two images. A class without a name is named by its number.
+        Raises MmjaxError for a network without a classifier, unless there is one text for each image, or for second
+        images where the network takes one.
         """
         c = self.config
         if not c.classes:
@@ -254,10 +262,10 @@ class AlbefModel(ImageTextModel):
     ) -> list[list[tuple[int, float]]]:
         """As `ImageTextModel.retrieve`: for each query the k nearest candidates as (index, cosine), the best first.
 
-        rerank: so many of the nearest, at least k, are read again together with the query and ranked by the head that
-        matches: (index, its logit of class 1), which is the order of ALBEF's own evaluation (128 of Flickr30k, 256 of
-        COCO). The tokens of all images are kept for it: 1.8 MB each at 384 pixels.
-        Raises MmjaxError: nothing compares or matches, or rerank of other than images with texts.
+        rerank: how many of the nearest, at least k, are encoded again together with the query and ranked by the ITM
+        head: (index, its logit of class 1), the order of ALBEF's own evaluation (128 for Flickr30k, 256 for COCO). It
+        holds the tokens of all images in memory: 1.8 MB each at 384 pixels.
+        Raises MmjaxError for a network without projections or ITM head, or to rerank other than images with texts.
         """
         if not rerank:
             return super().retrieve(queries, candidates, k)
@@ -267,19 +275,20 @@ class AlbefModel(ImageTextModel):
         if of_texts == are_texts(candidates) or are_features(queries) or are_features(candidates):
             raise MmjaxError("rerank: queries and candidates should be images and texts, or texts and images")
         images, texts = (candidates, queries) if of_texts else (queries, candidates)
-        ask, (ids, mask) = functools.partial(self._asked, self.variables), self._columns(texts, albef_caption, 30)
-        tokens = batched(functools.partial(ask, ("encode_image",)), batch_size, self.pixels(images))
-        states = batched(functools.partial(ask, ("encode_text",)), batch_size, ids, mask)
-        cosines = similarities(ask(("text_embeds",), states), ask(("image_embeds",), tokens))
+        apply = functools.partial(self._apply_methods, self.variables)
+        ids, mask = self._columns(texts, albef_caption, 30)
+        tokens = batched(functools.partial(apply, ("encode_image",)), batch_size, self.pixels(images))
+        states = batched(functools.partial(apply, ("encode_text",)), batch_size, ids, mask)
+        cosines = similarities(apply(("text_embeds",), states), apply(("image_embeds",), tokens))
         cosines = cosines if of_texts else cosines.T
         near = np.asarray(jax.lax.top_k(cosines, min(max(rerank, k), cosines.shape[1]))[1])
-        rows = np.broadcast_to(np.arange(len(near))[:, None], near.shape)
-        image, text = (near, rows) if of_texts else (rows, near)
+        query_indices = np.broadcast_to(np.arange(len(near))[:, None], near.shape)
+        image, text = (near, query_indices) if of_texts else (query_indices, near)
 
-        def fuse(image: np.ndarray, text: np.ndarray) -> Array:
-            return ask(("encode_multimodal", "itm_logits"), states[text], mask[text], tokens[image])[:, 1]
+        def itm_scores(image: np.ndarray, text: np.ndarray) -> Array:
+            return apply(("encode_multimodal", "itm_logits"), states[text], mask[text], tokens[image])[:, 1]
 
-        logits = batched(fuse, batch_size, image.ravel(), text.ravel()).reshape(near.shape)
+        logits = batched(itm_scores, batch_size, image.ravel(), text.ravel()).reshape(near.shape)
         return [[(int(near[i, j]), score) for j, score in row] for i, row in enumerate(ranked(logits, k))]
 
     def _check_compares(self) -> None:
@@ -293,7 +302,10 @@ class AlbefModel(ImageTextModel):
     def _columns(
         self, texts: Any, clean: Callable[[str], str], length: int | None = None
     ) -> tuple[Int[np.ndarray, "b l"], Int[np.ndarray, "b l"]]:
-        """(ids, mask) of strings, or of ids. length: of all; None: that of the longest, or the network's positions."""
+        """(ids, mask) of strings, or of ids.
+
+        length: the number of columns. None: the length of the longest text, at most the network's positions.
+        """
         if are_texts(texts) and isinstance(texts, np.ndarray | jax.Array):
             ids = np.asarray(texts, np.int32)
             return ids, np.ones_like(ids)
@@ -306,12 +318,12 @@ class AlbefModel(ImageTextModel):
         return columns["input_ids"], columns["attention_mask"]
 
     def _logits(self, head: str, texts: Any, batch_size: int, *images: Any) -> Float[Array, "b c"]:
-        """Of the i-th text with the i-th images."""
+        """Logits of the i-th text with the i-th image(s)."""
         columns, pixels = self._columns(texts, albef_caption), [self.pixels(one) for one in images]
         counts = [len(one) for one in pixels]
         if any(count != len(columns[0]) for count in counts):
             raise MmjaxError(f"{' and '.join(map(str, counts))} images for {len(columns[0])} texts")
-        return batched(functools.partial(self._judged, self.variables, head), batch_size, *columns, *pixels)
+        return batched(functools.partial(self._pair_logits, self.variables, head), batch_size, *columns, *pixels)
 
     # --------------------------------------------------------------------------------------------------------- answers
 
@@ -324,10 +336,11 @@ class AlbefModel(ImageTextModel):
         k: int = 128,
         batch_size: int = 4,
     ) -> list[list[tuple[str, float]]]:
-        """For each question about its image the best of some answers with their probabilities, the best first.
+        """For each question about its image the most probable answers, as (answer, probability), the best first.
 
-        answers: all that can be said (VQA: the 3,128 of answer_list.json). k: see `rank`.
-        Raises MmjaxError: a network that writes nothing, no tokenizer, no answers, or not an image for each question.
+        answers: the list to choose from (VQA: the 3,128 of answer_list.json). k: see `rank`.
+        Raises MmjaxError for a network without a decoder, no tokenizer, no answers, or unless there is one image for
+        each question.
         """
         self._check_writes()
         if isinstance(answers, str) or not len(answers):
@@ -341,11 +354,11 @@ class AlbefModel(ImageTextModel):
         choices = caption_columns(tokenizer, names, most, sep=True, multiple=1)
 
         def rank(pixels: Array, ids: Array, mask: Array) -> tuple[Array, Array]:
-            told = self.rank(pixels, ids, mask, choices["input_ids"], choices["attention_mask"], k)
-            return told.places, told.probabilities
+            ranking = self.rank(pixels, ids, mask, choices["input_ids"], choices["attention_mask"], k)
+            return ranking.places, ranking.probabilities
 
-        places, shares = (x.tolist() for x in batched(rank, batch_size, pixels, *columns))
-        return [[(names[i], p) for i, p in zip(*row)][:top] for row in zip(places, shares)]
+        indices, probabilities = (x.tolist() for x in batched(rank, batch_size, pixels, *columns))
+        return [[(names[i], p) for i, p in zip(*row)][:top] for row in zip(indices, probabilities)]
 
     def rank(
         self,
@@ -356,14 +369,14 @@ class AlbefModel(ImageTextModel):
         answer_mask: ArrayLike,
         k: int = 128,
     ) -> Ranking:
-        """Answers out of one list, [n, t] ids from [CLS] to [SEP], for questions [b, l] (model_vqa.py:149-206).
+        """Ranks one list of answers, [n, t] ids from [CLS] to [SEP], for questions [b, l] (model_vqa.py:149-206).
 
-        The k answers with the most probable first word are told apart by log p(first word) + log p(all words): as in
-        the original the first word counts twice. Raises MmjaxError for a network that writes nothing.
+        The k answers with the most probable first word are ranked by log p(first word) + log p(all words): as in the
+        original the first word counts twice. Raises MmjaxError for a network without a decoder.
         """
         self._check_writes()
-        given = (jnp.asarray(x) for x in (pixel_values, input_ids, attention_mask, answer_ids, answer_mask))
-        return self._ranked(self.variables, *given, min(k, len(answer_ids)))
+        arrays = (jnp.asarray(x) for x in (pixel_values, input_ids, attention_mask, answer_ids, answer_mask))
+        return self._ranked(self.variables, *arrays, min(k, len(answer_ids)))
 
     def _check_writes(self) -> None:
         if self.config.decoder is None:
@@ -371,34 +384,34 @@ class AlbefModel(ImageTextModel):
 
     @functools.cached_property
     def _ranked(self) -> Any:
-        def ask(variables: Any, name: str, *given: Any) -> Any:
-            return self.module.apply(variables, *given, method=name)
+        def apply(variables: Any, name: str, *arrays: Any) -> Any:
+            return self.module.apply(variables, *arrays, method=name)
 
         def ranked(
-            variables: Any, pixels: Array, ids: Array, mask: Array, answers: Array, kept: Array, k: int
+            variables: Any, pixels: Array, ids: Array, mask: Array, answers: Array, answer_mask: Array, k: int
         ) -> Ranking:
-            states = ask(variables, "encode_text", ids, mask)
-            states = ask(variables, "encode_multimodal", states, mask, ask(variables, "encode_image", pixels))
+            states = apply(variables, "encode_text", ids, mask)
+            states = apply(variables, "encode_multimodal", states, mask, apply(variables, "encode_image", pixels))
             start = jnp.broadcast_to(answers[:1, :1], (len(ids), 1))
-            start_logits = ask(variables, "decode", start, None, states, mask)[:, 0]
-            first = jax.nn.log_softmax(start_logits)[:, answers[:, 1]]  # [b, n]
-            begun, places = jax.lax.top_k(first, k)
+            start_logits = apply(variables, "decode", start, None, states, mask)[:, 0]
+            first_log_probs = jax.nn.log_softmax(start_logits)[:, answers[:, 1]]  # [b, n]
+            start_log_probs, indices = jax.lax.top_k(first_log_probs, k)
 
-            def rows(x: Array) -> Array:
+            def repeat(x: Array) -> Array:
                 return jnp.repeat(x, k, axis=0)
 
-            chosen, chosen_mask = (x[places].reshape(-1, x.shape[1]) for x in (answers, kept))
-            logits = ask(variables, "decode", chosen, chosen_mask, rows(states), rows(mask))
-            after = jnp.where(chosen_mask == 1, chosen, IGNORED)[:, 1:]
-            losses = text_cross_entropy(logits[:, :-1], after).reshape(-1, k)
-            probabilities, order = jax.lax.top_k(jax.nn.softmax(begun - losses), k)
-            return Ranking(states, start_logits, losses, jnp.take_along_axis(places, order, 1), probabilities)
+            chosen, chosen_mask = (x[indices].reshape(-1, x.shape[1]) for x in (answers, answer_mask))
+            logits = apply(variables, "decode", chosen, chosen_mask, repeat(states), repeat(mask))
+            labels = jnp.where(chosen_mask == 1, chosen, IGNORED)[:, 1:]
+            losses = text_cross_entropy(logits[:, :-1], labels).reshape(-1, k)
+            probabilities, order = jax.lax.top_k(jax.nn.softmax(start_log_probs - losses), k)
+            return Ranking(states, start_logits, losses, jnp.take_along_axis(indices, order, 1), probabilities)
 
         return jax.jit(ranked, static_argnums=6)
 
 
 def _images(pixels: Array, config: AlbefConfig) -> tuple[Array, Array | None]:
-    """The images of texts, and of pairs the second ones. Raises MmjaxError for an odd number of these."""
+    """The first images, and the second images or None. Raises MmjaxError for an odd number of images of pairs."""
     if not config.two_images:
         return pixels, None
     if len(pixels) % 2:
