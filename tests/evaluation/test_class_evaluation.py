@@ -104,5 +104,5 @@ def test_each_mistake_is_shown_with_its_line():
     assert many.shape[1] == 8 * one.shape[1] and many.shape[0] > 1.7 * one.shape[0]
     # Black images, and black words below them.
     assert (one[: one.shape[0] // 2] == 0).all(-1).mean() > 0.3
-    with pytest.raises(MmjaxError, match="lines: 0 of them for 1 images"):
+    with pytest.raises(MmjaxError, match="lines: 0 lines for 1 images"):
         mistakes_picture(np.zeros((1, 5, 7, 3), np.uint8), [])
