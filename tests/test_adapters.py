@@ -120,11 +120,14 @@ def test_peft_computes_the_same_with_our_adapters_and_we_with_its(tmp_path):
 
     ids = torch.tensor(np.asarray(IDS))
     reference = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
-    ours = jax.jit(adapted(lambda params: model.outputs({"params": params}, {"input_ids": IDS})))
+    adapted_outputs = jax.jit(adapted(lambda params: model.outputs({"params": params}, {"input_ids": IDS})))
     with torch.no_grad():
-        close(ours(model.params)["text_model_output"]["last_hidden_state"], reference.text_model(ids).last_hidden_state)
+        close(
+            adapted_outputs(model.params)["text_model_output"]["last_hidden_state"],
+            reference.text_model(ids).last_hidden_state,
+        )
     merged = model.replace(params=merge_lora(model.params)).forward(input_ids=IDS)
-    assert np.abs(merged["text_embeds"] - ours(model.params)["text_embeds"]).max() < 1e-5
+    assert np.abs(merged["text_embeds"] - adapted_outputs(model.params)["text_embeds"]).max() < 1e-5
     assert np.abs(merged["text_embeds"] - clip().forward(input_ids=IDS)["text_embeds"]).max() > 0.01
 
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "k_proj", "fc1", "text_projection"])
@@ -138,7 +141,7 @@ def test_peft_computes_the_same_with_our_adapters_and_we_with_its(tmp_path):
     with torch.no_grad():
         features = wrapped.get_text_features(ids)
     features = getattr(features, "pooler_output", features)
-    close(ours(read.params)["text_model_output"]["pooler_output"], features)
+    close(adapted_outputs(read.params)["text_model_output"]["pooler_output"], features)
 
 
 @pytest.mark.torch

@@ -105,13 +105,13 @@ def reached(module: str) -> set[str]:
 
 def imported(module: str) -> set[str]:
     """This module and all of the package's that it imports, directly or not; `reached` without the parents."""
-    seen, waiting = set(), [module]
+    visited, waiting = set(), [module]
     while waiting:
         name = waiting.pop()
-        if name not in seen:
-            seen.add(name)
+        if name not in visited:
+            visited.add(name)
             waiting += own_imports(name) & MODULES.keys()
-    return seen
+    return visited
 
 
 def test_every_room_has_a_floor():

@@ -44,10 +44,10 @@ def test_pixels_equal_those_of_transformers(tmp_path, kind, fields, height, widt
     transformers = pytest.importorskip("transformers")
     processor = getattr(transformers, kind)(**fields)
     processor.save_pretrained(tmp_path)
-    ours = from_hf(json.loads((tmp_path / "preprocessor_config.json").read_text()))
+    preprocess = from_hf(json.loads((tmp_path / "preprocessor_config.json").read_text()))
     expected = processor(image(height, width), return_tensors="np")["pixel_values"]
-    np.testing.assert_allclose(ours(image(height, width)).transpose(0, 3, 1, 2), expected, atol=2e-6)
-    assert from_hf(ours.to_hf()) == ours
+    np.testing.assert_allclose(preprocess(image(height, width)).transpose(0, 3, 1, 2), expected, atol=2e-6)
+    assert from_hf(preprocess.to_hf()) == preprocess
 
 
 def test_older_forms_of_the_file_are_read():
@@ -94,9 +94,9 @@ def test_published_transforms_are_torchvisions_bit_for_bit(height, width):
         (ImagePreprocessing.imagenet(47, 59), by_hand(picture, bilinear, 59, 47, IMAGENET_MEAN, IMAGENET_STD)),
         (ImagePreprocessing.dinov2(98), by_hand(picture, bicubic, 112, 98, IMAGENET_MEAN, IMAGENET_STD)),
     )
-    for ours, expected in cases:
-        np.testing.assert_array_equal(ours(picture)[0], expected)
-        np.testing.assert_array_equal(ours([np.asarray(picture)] * 2)[1], expected)
+    for preprocess, expected in cases:
+        np.testing.assert_array_equal(preprocess(picture)[0], expected)
+        np.testing.assert_array_equal(preprocess([np.asarray(picture)] * 2)[1], expected)
     squashed = (np.asarray(picture.resize((43, 43), bilinear), np.float32) / np.float32(255) - 0.5) / np.float32(0.5)
     np.testing.assert_array_equal(ImagePreprocessing.vit(43)(picture)[0], squashed)
 
@@ -108,11 +108,11 @@ def test_published_sizes():
 
 
 def test_json_round_trip_and_files(tmp_path):
-    for ours in (ImagePreprocessing.vit(29), ImagePreprocessing.clip(31), ImagePreprocessing(None, None)):
-        assert ImagePreprocessing.from_json(ours.to_json()) == ours
+    for preprocess in (ImagePreprocessing.vit(29), ImagePreprocessing.clip(31), ImagePreprocessing(None, None)):
+        assert ImagePreprocessing.from_json(preprocess.to_json()) == preprocess
     with pytest.raises(MmjaxError, match=r"no field \['sise'"):
         ImagePreprocessing.from_json('{"sise": 3}')
     picture = image(37, 41)
     picture.save(tmp_path / "a.png")
-    np.testing.assert_array_equal(ours(picture), ours(str(tmp_path / "a.png")))
-    np.testing.assert_array_equal(ours.normalise(ours.to_uint8(picture)), ours.one(picture))
+    np.testing.assert_array_equal(preprocess(picture), preprocess(str(tmp_path / "a.png")))
+    np.testing.assert_array_equal(preprocess.normalise(preprocess.to_uint8(picture)), preprocess.one(picture))

@@ -49,9 +49,9 @@ def take(iterator, count):
     return [next(iterator) for _ in range(count)]
 
 
-def assert_same(ours, expected):
-    assert len(ours) == len(expected)
-    for one, other in zip(ours, expected):
+def assert_same(actual, expected):
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected):
         assert list(one) == list(other) == ["image", "index", "label", "noise"]
         for key in one:
             assert one[key].dtype == other[key].dtype
@@ -116,15 +116,15 @@ def test_workers_change_nothing(workers, straight):
 
 def test_a_killed_worker_is_replaced_and_the_order_goes_on(straight):
     iterator = iter(pipeline(workers=2, prefetch=1))
-    ours = take(iterator, 2)
+    actual = take(iterator, 2)
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGKILL)
         break
     began = time.monotonic()
-    ours += take(iterator, 8)
+    actual += take(iterator, 8)
     assert time.monotonic() - began < 30
     iterator.close()
-    assert_same(ours, straight[:10])
+    assert_same(actual, straight[:10])
     assert not multiprocessing.active_children()
 
 
@@ -181,9 +181,9 @@ def test_bad_records_are_replaced_counted_once_and_named(tmp_path, straight, wor
     file = tmp_path / "log" / "quarantine.jsonl"
     fields = {"transforms": (Noise(), Faulty(BAD)), "max_bad_fraction": 0.2, "workers": workers, "quarantine": file}
     iterator = iter(pipeline(**fields))
-    ours = take(iterator, 17)
+    actual = take(iterator, 17)
     order = np.stack([batch["index"] for batch in straight])
-    got = np.stack([batch["index"] for batch in ours])
+    got = np.stack([batch["index"] for batch in actual])
     good = ~np.isin(order, list(BAD))
     np.testing.assert_array_equal(got[good], order[good])  # the others keep their positions
     assert not np.isin(got, list(BAD)).any() and (~good).sum() >= 8

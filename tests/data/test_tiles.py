@@ -79,9 +79,9 @@ def test_pixels_are_transformers(preprocess, size, tmp_path):
     kind = {"pad": "LlavaImageProcessor", "tiles": "LlavaNextImageProcessor"}["tiles" if preprocess.grids else "pad"]
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocess.to_hf()))
     pil = getattr(transformers, f"{kind}Pil", None) or getattr(transformers, kind)
-    theirs = pil.from_pretrained(tmp_path)
+    processor = pil.from_pretrained(tmp_path)
     image = picture(*size)
-    expected = theirs(Image.fromarray(image), return_tensors="np")
+    expected = processor(Image.fromarray(image), return_tensors="np")
     np.testing.assert_allclose(preprocess(image), np.moveaxis(expected["pixel_values"], -3, -1), atol=1e-6)
     if preprocess.grids:
         np.testing.assert_array_equal(preprocess.image_sizes(image), expected["image_sizes"])

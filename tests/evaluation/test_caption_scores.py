@@ -119,9 +119,12 @@ def test_scores_of_random_texts_are_pycocoevalcaps():
         n = rng.randint(1, 9)
         references = [[random_caption(rng, trial % 2) for _ in range(rng.randint(1, 5))] for _ in range(n)]
         captions = [random_caption(rng, 0) for _ in range(n)]
-        expected_inputs, ours = dict(enumerate(references)), {index: [text] for index, text in enumerate(captions)}
-        expected = [*Bleu(4).compute_score(expected_inputs, ours, verbose=0)[0]]
-        expected += [metric.compute_score(expected_inputs, ours)[0] for metric in (Rouge(), Cider())]
+        expected_inputs, candidates = (
+            dict(enumerate(references)),
+            {index: [text] for index, text in enumerate(captions)},
+        )
+        expected = [*Bleu(4).compute_score(expected_inputs, candidates, verbose=0)[0]]
+        expected += [metric.compute_score(expected_inputs, candidates)[0] for metric in (Rouge(), Cider())]
         values = [score.value / 100 for score in caption_scores(captions, references, intervals=False).values()]
         assert values == pytest.approx(expected, rel=1e-10, abs=1e-14)
 

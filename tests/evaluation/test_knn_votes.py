@@ -41,16 +41,16 @@ def test_votes_equal_the_definition(monkeypatch, k, block):
     monkeypatch.setattr(knn, "BLOCK", block)
     bank, labels = blobs(211, 5, 0)
     queries, _ = blobs(37, 5, 1)
-    ours = knn_votes(bank, labels, queries, k, 0.07, classes=6)
-    np.testing.assert_allclose(ours, brute_votes(bank, labels, queries, k, 0.07, 6), atol=2e-5)
-    assert (ours[:, 5] == 0).all()
+    votes = knn_votes(bank, labels, queries, k, 0.07, classes=6)
+    np.testing.assert_allclose(votes, brute_votes(bank, labels, queries, k, 0.07, 6), atol=2e-5)
+    assert (votes[:, 5] == 0).all()
 
 
 @pytest.mark.parametrize("k", [3, 10_000])
 def test_leave_one_out_excludes_the_query(k):
     bank, labels = blobs(101, 3, 2)
-    ours = knn_votes(bank, labels, None, k, 0.1)
-    np.testing.assert_allclose(ours, brute_votes(bank, labels, bank, k, 0.1, 3, leave_one_out=True), atol=2e-5)
+    votes = knn_votes(bank, labels, None, k, 0.1)
+    np.testing.assert_allclose(votes, brute_votes(bank, labels, bank, k, 0.1, 3, leave_one_out=True), atol=2e-5)
     alone = knn_votes(np.eye(3, dtype=np.float32), np.array([0, 1, 2]), None, 1)
     assert (alone.argmax(1) != np.arange(3)).all()
 

@@ -41,7 +41,7 @@ def test_same_optimum_as_scikit_learn(classes, l2):
     linear_model = pytest.importorskip("sklearn.linear_model")
     features, labels = blobs(211, classes, 0)
     test, truth = blobs(503, classes, 1)
-    ours = logistic_regression(features, labels, l2)
+    probe = logistic_regression(features, labels, l2)
     reference = linear_model.LogisticRegression(C=1 / (l2 * 211), tol=1e-8, max_iter=10_000).fit(features, labels)
     # With two classes scikit-learn has one vector w, equal to a kernel of (-w/2, w/2): the penalty is half as large.
     if classes == 2:
@@ -51,12 +51,12 @@ def test_same_optimum_as_scikit_learn(classes, l2):
     else:
         kernel, bias = reference.coef_.T, reference.intercept_
     best = objective(kernel, bias, features, labels, l2)
-    assert float(ours.loss) == pytest.approx(best, rel=2e-6)
-    assert objective(ours.kernel, ours.bias, features, labels, l2) == pytest.approx(best, rel=2e-6)
-    np.testing.assert_allclose(ours.kernel, kernel, atol=3e-3 * np.abs(kernel).max())
-    assert float(ours.gradient) < 2e-5
-    agree = np.mean(ours.predict(test) == reference.predict(test))
-    assert agree >= 1 - 1 / 503 and abs(ours.scores(test, truth)[1].value - 100 * reference.score(test, truth)) < 0.3
+    assert float(probe.loss) == pytest.approx(best, rel=2e-6)
+    assert objective(probe.kernel, probe.bias, features, labels, l2) == pytest.approx(best, rel=2e-6)
+    np.testing.assert_allclose(probe.kernel, kernel, atol=3e-3 * np.abs(kernel).max())
+    assert float(probe.gradient) < 2e-5
+    agree = np.mean(probe.predict(test) == reference.predict(test))
+    assert agree >= 1 - 1 / 503 and abs(probe.scores(test, truth)[1].value - 100 * reference.score(test, truth)) < 0.3
 
 
 def test_standardised_probe_is_invariant_to_scales():
@@ -126,7 +126,7 @@ def test_sgd_by_hand_over_short_batches_passes_and_standardised_features(momentu
     features, labels = blobs(13, 3, 19)
     passes = np.stack([features, features[:, ::-1] + 1])
     config = SGDConfig(0.3, momentum, weight_decay=0.02, batch_size=5, epochs=4, schedule="cosine")
-    ours = sgd_probe(passes, labels, config, standardise=True, seed=11)
+    probe = sgd_probe(passes, labels, config, standardise=True, seed=11)
     flat = passes.reshape(-1, 7).astype(np.float64)
     inputs = (passes - flat.mean(0)) / flat.std(0)
     start, order_rng = jax.random.split(jax.random.key(11))
@@ -143,9 +143,9 @@ def test_sgd_by_hand_over_short_batches_passes_and_standardised_features(momentu
             for i, (leaf, gradient) in enumerate(((kernel, x.T @ error), (bias, error.sum(0)))):
                 velocity[i] = momentum * velocity[i] + gradient + 0.02 * leaf
                 leaf -= rate * velocity[i]
-    np.testing.assert_allclose(ours.kernel, kernel, atol=1e-5)
-    np.testing.assert_allclose(ours.bias, bias, atol=1e-5)
-    assert float(ours.loss) == pytest.approx(last, rel=1e-5) and int(ours.steps) == 12
+    np.testing.assert_allclose(probe.kernel, kernel, atol=1e-5)
+    np.testing.assert_allclose(probe.bias, bias, atol=1e-5)
+    assert float(probe.loss) == pytest.approx(last, rel=1e-5) and int(probe.steps) == 12
 
 
 @pytest.mark.torch
@@ -154,7 +154,7 @@ def test_sgd_equals_pytorch():
     features, labels = blobs(31, 3, 4)
     # One batch an epoch: the order does not matter then.
     config = SGDConfig(learning_rate=0.5, weight_decay=1e-3, batch_size=31, epochs=23, milestones=(11, 17))
-    ours = sgd_probe(features, labels, config, seed=5)
+    probe = sgd_probe(features, labels, config, seed=5)
     start = 0.01 * jax.random.normal(jax.random.split(jax.random.key(5))[0], (7, 3))
     layer = torch.nn.Linear(7, 3)
     layer.weight.data, layer.bias.data = torch.tensor(np.asarray(start).T.copy()), torch.zeros(3)
@@ -166,28 +166,28 @@ def test_sgd_equals_pytorch():
         loss.backward()
         optimizer.step()
         schedule.step()
-    np.testing.assert_allclose(ours.kernel, layer.weight.detach().numpy().T, atol=1e-5)
-    np.testing.assert_allclose(ours.bias, layer.bias.detach().numpy(), atol=1e-5)
-    assert float(ours.loss) == pytest.approx(float(loss.detach()), rel=1e-5) and int(ours.steps) == 23
+    np.testing.assert_allclose(probe.kernel, layer.weight.detach().numpy().T, atol=1e-5)
+    np.testing.assert_allclose(probe.bias, layer.bias.detach().numpy(), atol=1e-5)
+    assert float(probe.loss) == pytest.approx(float(loss.detach()), rel=1e-5) and int(probe.steps) == 23
 
 
 def test_sgd_with_a_short_last_batch_uses_every_item():
     # Batches of 8 from 19 rows: 8, 8 and 3. A rate so small that the layer stands still: the loss is the mean of all.
     features, labels = blobs(19, 3, 6)
-    ours = sgd_probe(features, labels, SGDConfig(learning_rate=1e-12, batch_size=8, epochs=2), seed=7)
+    probe = sgd_probe(features, labels, SGDConfig(learning_rate=1e-12, batch_size=8, epochs=2), seed=7)
     start = 0.01 * np.asarray(jax.random.normal(jax.random.split(jax.random.key(7))[0], (7, 3)))
-    assert float(ours.loss) == pytest.approx(objective(start, 0, features, labels, 0), rel=1e-5)
-    assert int(ours.steps) == 6
+    assert float(probe.loss) == pytest.approx(objective(start, 0, features, labels, 0), rel=1e-5)
+    assert int(probe.steps) == 6
 
 
 def test_sgd_uses_passes_in_turn():
     features, labels = blobs(19, 3, 8)
     config = SGDConfig(learning_rate=0.1, batch_size=19, epochs=4)
     passes = np.stack([features, features * 0])
-    ours = sgd_probe(passes, labels, config, seed=9)
+    probe = sgd_probe(passes, labels, config, seed=9)
     # The last epoch used the second pass, of zeros: only the bias separates classes there.
     share = np.bincount(labels) / 19
-    assert float(ours.loss) > -np.sum(share * np.log(share)) - 1e-4
+    assert float(probe.loss) > -np.sum(share * np.log(share)) - 1e-4
     same = sgd_probe(np.stack([features, features]), labels, config, seed=9)
     np.testing.assert_array_equal(same.kernel, sgd_probe(features, labels, config, seed=9).kernel)
 

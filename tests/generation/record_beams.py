@@ -85,20 +85,20 @@ def find(model, trial, prompts):
     if VERSION >= (5, 0):
         options |= {"max_new_tokens": capacity, "min_new_tokens": least}
     else:
-        told = NEW_FROM if embeds else width
-        options |= {"max_length": told + capacity, "min_length": told + least}
+        prompt_length = NEW_FROM if embeds else width
+        options |= {"max_length": prompt_length + capacity, "min_length": prompt_length + least}
     if embeds:
         options["inputs_embeds"] = ids[..., None].float()
     else:
         options["input_ids"] = ids
-    found = model.generate(
+    outputs = model.generate(
         attention_mask=mask, num_return_sequences=options["num_beams"], do_sample=False, bos_token_id=BOS,
         eos_token_id=eos if len(eos) > 1 else eos[0], pad_token_id=pad, return_dict_in_generate=True,
         output_scores=True, **options,
     )  # fmt: skip
-    new = found.sequences[:, NEW_FROM if embeds else width :].tolist()
+    new = outputs.sequences[:, NEW_FROM if embeds else width :].tolist()
     texts = [row[: next((i + 1 for i, id in enumerate(row) if id in eos), capacity)] for row in new]
-    beams = [["".join(map(str, t)), round(float(s), 5)] for t, s in zip(texts, found.sequences_scores)]
+    beams = [["".join(map(str, t)), round(float(s), 5)] for t, s in zip(texts, outputs.sequences_scores)]
     k = options["num_beams"]
     return [beams[i : i + k] for i in range(0, len(beams), k)]
 
@@ -114,11 +114,11 @@ def main():
     prompts = [[rng.integers(1, 7, length).tolist() for length in of_trial] for of_trial in lengths]
     model = Chain(table).eval()
     with torch.no_grad():
-        found = [find(model, trial, texts) for trial, texts in zip(TRIALS, prompts)]
-    told = json.loads(FILE.read_text()) if FILE.exists() else {"found": {}}
+        results = [find(model, trial, texts) for trial, texts in zip(TRIALS, prompts)]
+    recorded = json.loads(FILE.read_text()) if FILE.exists() else {"found": {}}
     written = {"made by": "record_beams.py", "rate": RATE, "bos": BOS, "eos": [EOS], "pad": PAD, "table": table}
     written |= {"trials": TRIALS, "prompts": [["".join(map(str, p)) for p in texts] for texts in prompts]}
-    written["found"] = told["found"] | {transformers.__version__: found}
+    written["found"] = recorded["found"] | {transformers.__version__: results}
     lines = [f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in written.items()]
     FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

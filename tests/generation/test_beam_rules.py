@@ -102,6 +102,6 @@ def test_a_decoder_s_start_counts_as_a_prompt_of_one_id():
     options = GenerationOptions(max_new_tokens=8, num_beams=3, eos=(0,), pad=7, beam_rules=BeamRules.v4_33())
     expected = generate(Markov(), table, {"input_ids": start}, options)
     encoded = {"input_ids": jnp.ones((2, 7), jnp.int32), "attention_mask": jnp.ones((2, 7), bool)}
-    ours = generate(Markov(), table, {**encoded, "decoder_input_ids": start}, options)
-    np.testing.assert_array_equal(ours.ids, expected.ids)
-    np.testing.assert_array_equal(ours.scores, expected.scores)
+    actual = generate(Markov(), table, {**encoded, "decoder_input_ids": start}, options)
+    np.testing.assert_array_equal(actual.ids, expected.ids)
+    np.testing.assert_array_equal(actual.scores, expected.scores)

@@ -51,18 +51,18 @@ def tolerance(name: str, output: str) -> float:
     return 5e-4 if name.startswith("marian") and output.startswith("grad/") else 1e-4
 
 
-def problem(name: str, output: str, ours: np.ndarray | None, recorded: np.ndarray) -> str | None:
+def problem(name: str, output: str, actual: np.ndarray | None, recorded: np.ndarray) -> str | None:
     """What is wrong with an output; None if nothing is."""
-    if ours is None:
+    if actual is None:
         return "is missing"
-    ours = np.asarray(ours)
-    if ours.shape != recorded.shape:
-        return f"has shape {ours.shape}, recorded {recorded.shape}"
+    actual = np.asarray(actual)
+    if actual.shape != recorded.shape:
+        return f"has shape {actual.shape}, recorded {recorded.shape}"
     if recorded.dtype.kind in "iub":
-        wrong = int(np.count_nonzero(ours.astype(np.int64) != recorded.astype(np.int64)))
+        wrong = int(np.count_nonzero(actual.astype(np.int64) != recorded.astype(np.int64)))
         return f"{wrong} of {recorded.size} integers differ" if wrong else None
     scale, limit = float(np.max(np.abs(recorded), initial=0.0)), tolerance(name, output)
-    error = float(np.max(np.abs(ours.astype(np.float64) - recorded.astype(np.float64)), initial=0.0))
+    error = float(np.max(np.abs(actual.astype(np.float64) - recorded.astype(np.float64)), initial=0.0))
     # Written so that NaN is a problem too.
     return (
         None if error <= limit * scale else f"differs by {error:.3e}, {error / (scale or 1):.1e} of its largest value"
@@ -76,7 +76,7 @@ def test_vault(name):
     tensors = load_file(FOLDER / f"{name}.safetensors")
     recorded = {key.removeprefix("outputs/"): value for key, value in tensors.items() if key.startswith("outputs/")}
     assert set(recorded) == set(meta["outputs"])
-    ours = module.check(meta, {key: value for key, value in tensors.items() if not key.startswith("outputs/")})
-    wrong = {output: problem(name, output, ours.get(output), value) for output, value in recorded.items()}
+    outputs = module.check(meta, {key: value for key, value in tensors.items() if not key.startswith("outputs/")})
+    wrong = {output: problem(name, output, outputs.get(output), value) for output, value in recorded.items()}
     problems = [f"{output}: {what}" for output, what in wrong.items() if what]
     assert not problems, f"{len(problems)} of {len(recorded)} outputs of {name} are wrong:\n" + "\n".join(problems)

@@ -37,8 +37,8 @@ class Whole:
     ],
 )
 def test_a_config_comes_back_equal(config):
-    told = json.loads(json.dumps(dataclasses.asdict(config)))
-    assert config_from_json(Whole, told, "model") == config
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert config_from_json(Whole, fields, "model") == config
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,9 @@ def test_a_stream_is_the_whole_text(model, every):
 def test_a_stop_string_ends_the_text_before_it(model):
     whole = model.generate("once upon", max_new_tokens=20)
     stop = whole[5:8]
-    wanted = whole[: whole.index(stop)]
-    assert model.generate("once upon", max_new_tokens=20, stop=[stop, "never said"]) == wanted
-    assert "".join(model.stream("once upon", max_new_tokens=20, stop=stop)) == wanted
+    expected = whole[: whole.index(stop)]
+    assert model.generate("once upon", max_new_tokens=20, stop=[stop, "never said"]) == expected
+    assert "".join(model.stream("once upon", max_new_tokens=20, stop=stop)) == expected
     ids = ids_of(model, "once upon", 20, stop=stop)
     assert stop in model.tokenizer.decode(ids[0].tolist()) and ids.shape[1] < 20
 
@@ -71,20 +71,20 @@ def test_a_chat_is_the_template_gone_on_from(model):
     text = "<s>user\nname three fruits</s><s>assistant\n"
     row = ids_of(model, text, 6, special=False)[0].tolist()
     ends = [row.index(eos) for eos in model.eos if eos in row]
-    wanted = model.tokenizer.decode(row[: min(ends)] if ends else row)
-    assert model.chat("name three fruits", max_new_tokens=6) == wanted == model.chat(messages, max_new_tokens=6)
-    assert "".join(model.stream_chat(messages, max_new_tokens=6)) == wanted
+    expected = model.tokenizer.decode(row[: min(ends)] if ends else row)
+    assert model.chat("name three fruits", max_new_tokens=6) == expected == model.chat(messages, max_new_tokens=6)
+    assert "".join(model.stream_chat(messages, max_new_tokens=6)) == expected
 
 
 def test_a_conversation_reads_only_what_is_new(model):
     talk = Conversation(model, "be brief", max_new_tokens=6)
     lengths = []
     for question in ("name three fruits", "which of them is yellow?", "the sea"):
-        said = "".join(talk.say(question))
+        answer = "".join(talk.say(question))
         # What was said, from nothing: the same text.
-        turns = talk.messages[:-1]
-        assert said == model.chat(turns, max_new_tokens=6)
-        assert talk.messages[-1] == {"role": "assistant", "content": said}
+        messages = talk.messages[:-1]
+        assert answer == model.chat(messages, max_new_tokens=6)
+        assert talk.messages[-1] == {"role": "assistant", "content": answer}
         lengths.append(talk.reused)
     assert lengths[0] == 0
     # Noise seldom decodes to text that encodes to the same ids: then a turn is read afresh, and still right.
@@ -105,21 +105,21 @@ def test_a_conversation_goes_on_from_what_it_keeps(model, monkeypatch):
     assert read[: len(ids)] == ids
     talk._cached_ids = ids
     talk._past = talk._past._replace(mask=np.arange(talk._past.mask.shape[1])[None] < len(ids))
-    said = "".join(talk.say("which of them is yellow?"))
+    reply = "".join(talk.say("which of them is yellow?"))
     assert talk.reused == len(ids) > 10
-    assert said == model.chat(talk.messages[:-1], max_new_tokens=4)
+    assert reply == model.chat(talk.messages[:-1], max_new_tokens=4)
 
 
 def test_a_saved_model_says_the_same(model, tmp_path, capsys):
     save_tiny_decoder(tmp_path)
     again = mmjax.load(tmp_path)
-    wanted = model.generate("once upon", max_new_tokens=6)
-    assert again.generate("once upon", max_new_tokens=6) == wanted
+    expected = model.generate("once upon", max_new_tokens=6)
+    assert again.generate("once upon", max_new_tokens=6) == expected
     assert again.tokenizer.templates == model.tokenizer.templates
     assert cli.main(["generate", str(tmp_path), "once upon", "--max_new_tokens", "6"]) == 0
-    assert capsys.readouterr().out == f"once upon{wanted}\n"
+    assert capsys.readouterr().out == f"once upon{expected}\n"
     assert cli.main(["generate", str(tmp_path), "once upon", "sea", "--max_new_tokens", "6"]) == 0
-    assert f"once upon{wanted}" in capsys.readouterr().out
+    assert f"once upon{expected}" in capsys.readouterr().out
 
 
 def test_the_command_line_talks(tmp_path, capsys, monkeypatch):
@@ -128,8 +128,8 @@ def test_the_command_line_talks(tmp_path, capsys, monkeypatch):
     save_tiny_decoder(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO("name three fruits\n\nthe sea\n"))
     assert cli.main(["chat", str(tmp_path), "--max_new_tokens", "3"]) == 0
-    told = capsys.readouterr().out
-    assert told.count("\n") >= 2
+    output = capsys.readouterr().out
+    assert output.count("\n") >= 2
     assert cli.main(["generate", str(tmp_path), "once", "--top_p", "0.5"]) == 2
     assert "temperature" in capsys.readouterr().err
 
@@ -152,17 +152,17 @@ def test_what_cannot_talk_says_so(model):
 def test_a_sentencepiece_model_beside_the_weights_is_the_tokenizer(model, tmp_path):
     spm = pytest.importorskip("sentencepiece")
     sentences = iter(["once upon a time there was a sea", "name three fruits of the sea"] * 40)
-    place = tmp_path / "pieces"
+    prefix = tmp_path / "pieces"
     spm.SentencePieceTrainer.train(
-        sentence_iterator=sentences, model_prefix=str(place), model_type="bpe", vocab_size=60, minloglevel=2
+        sentence_iterator=sentences, model_prefix=str(prefix), model_type="bpe", vocab_size=60, minloglevel=2
     )
     folder = tmp_path / "folder"
     mmjax.export(model.replace(tokenizer=None), folder)
-    place.with_suffix(".model").rename(folder / "tokenizer.model")
+    prefix.with_suffix(".model").rename(folder / "tokenizer.model")
     loaded = mmjax.load(folder)
-    wanted = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode("a sea of time")
+    expected = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode("a sea of time")
     ids, _ = loaded.tokenizer("a sea of time")
-    assert ids[0].tolist() == [1, *wanted]  # <s> in front, as LLaMA has it
+    assert ids[0].tolist() == [1, *expected]  # <s> in front, as LLaMA has it
     assert isinstance(loaded.generate("a sea", max_new_tokens=3), str)
 
 

@@ -43,12 +43,14 @@ def test_the_encoder_is_the_same_and_the_head_is_on_top(name):
     model = backbone(name)
     start = model.headless(CLASSES)
     kind, pixels = kind_of(start), pixels_of(start)
-    wanted = tree.flatten(kind.shapes(start.config))
-    given = tree.flatten({"params": start.params} | ({"stats": start.stats} if start.stats else {}))
-    assert wanted.keys() - given.keys() == {"params/head/kernel", "params/head/bias"} and given.keys() <= wanted.keys()
-    assert {path: np.shape(leaf) for path, leaf in given.items()} == {path: wanted[path].shape for path in given}
+    shapes = tree.flatten(kind.shapes(start.config))
+    leaves = tree.flatten({"params": start.params} | ({"stats": start.stats} if start.stats else {}))
+    assert (
+        shapes.keys() - leaves.keys() == {"params/head/kernel", "params/head/bias"} and leaves.keys() <= shapes.keys()
+    )
+    assert {path: np.shape(leaf) for path, leaf in leaves.items()} == {path: shapes[path].shape for path in leaves}
 
-    width = wanted["params/head/kernel"].shape[0]
+    width = shapes["params/head/kernel"].shape[0]
     whole = with_head(start, width)
     pooled = whole.pooled(whole.variables, pixels)
     assert pooled.shape == (2, width) and pooled.dtype == jnp.float32
@@ -57,23 +59,23 @@ def test_the_encoder_is_the_same_and_the_head_is_on_top(name):
     trained, _ = kind.classifier(start.config).logits(whole.params, whole.stats, pixels, train=False)
     np.testing.assert_allclose(trained, logits, rtol=1e-4, atol=1e-5)
 
-    told = model.forward(pixel_values=pixels)
+    outputs = model.forward(pixel_values=pixels)
     if name == "dino":
-        tokens = told["last_hidden_state"]
+        tokens = outputs["last_hidden_state"]
         features = jnp.concatenate([tokens[:, 0], tokens[:, 1:].mean(1)], -1)
     elif name in ("vit", "deit"):
-        features = told["last_hidden_state"][:, 0]
+        features = outputs["last_hidden_state"][:, 0]
     elif name == "resnet":
-        features = told["pooler_output"][:, 0, 0]
+        features = outputs["pooler_output"][:, 0, 0]
     elif name.startswith("clip"):
         features = pooled if name == "clip_resnet" else pooled @ model.params["vision_projection"]["kernel"]
-        features, told = l2_normalize(features), {"pooler_output": told["image_embeds"]}
+        features, outputs = l2_normalize(features), {"pooler_output": outputs["image_embeds"]}
     else:
-        features = told["pooler_output"]
-    ours = features if name.startswith("clip") else pooled
-    theirs = told["pooler_output"] if name.startswith("clip") else features
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert np.std(np.asarray(ours)) > 1e-3
+        features = outputs["pooler_output"]
+    actual = features if name.startswith("clip") else pooled
+    expected = outputs["pooler_output"] if name.startswith("clip") else features
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    assert np.std(np.asarray(actual)) > 1e-3
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -156,12 +158,14 @@ def test_a_dinov2_with_a_head_is_hugging_faces(tmp_path):
     start = backbone("dino").headless(CLASSES)
     whole = with_head(start, 24)
     mmjax.export(whole, tmp_path)
-    theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
-    assert type(theirs).__name__ == "Dinov2ForImageClassification"
+    reference = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert type(reference).__name__ == "Dinov2ForImageClassification"
     pixels = pixels_of(start)
     with torch.no_grad():
-        wanted = theirs(torch.tensor(np.asarray(pixels)).permute(0, 3, 1, 2)).logits.numpy()
-    np.testing.assert_allclose(whole.forward(pixel_values=pixels)["logits"], wanted, atol=1e-5 * np.abs(wanted).max())
+        expected = reference(torch.tensor(np.asarray(pixels)).permute(0, 3, 1, 2)).logits.numpy()
+    np.testing.assert_allclose(
+        whole.forward(pixel_values=pixels)["logits"], expected, atol=1e-5 * np.abs(expected).max()
+    )
     again = mmjax.load(tmp_path)
     np.testing.assert_array_equal(
         again.forward(pixel_values=pixels)["logits"], whole.forward(pixel_values=pixels)["logits"]

@@ -9,17 +9,17 @@ from mmjax.interface.image_text import similarities
 
 
 def precisions(function, *arguments):
-    found = []
+    equations = []
 
     def walk(jaxpr):
         for equation in jaxpr.eqns:
             if equation.primitive.name == "dot_general":
-                found.append(equation)
+                equations.append(equation)
             for value in equation.params.values():
                 walk(value.jaxpr) if hasattr(value, "jaxpr") else None
 
     walk(jax.make_jaxpr(function)(*arguments).jaxpr)
-    return found
+    return equations
 
 
 def test_similarities_are_of_the_highest_precision():

@@ -60,7 +60,7 @@ def backbone(name: str) -> Any:
             return noise * float(np.prod(leaf.shape[:-1])) ** -0.5
         return np.abs(noise) + 0.5 if path.endswith(("var", "scale")) else 0.1 * noise
 
-    drawn = tree.map_with_path(draw, kind.shapes(config))
+    variables = tree.map_with_path(draw, kind.shapes(config))
     side = SIZES.get(name, 22)
     preprocess = ImagePreprocessing((side, side), None, "floor", "bilinear", (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
-    return kind(config, drawn["params"], drawn.get("stats", {}), preprocess=preprocess)
+    return kind(config, variables["params"], variables.get("stats", {}), preprocess=preprocess)

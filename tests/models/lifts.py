@@ -30,7 +30,7 @@ def run_lifts(cases: Mapping[str, tuple[Method, Optimizer, Batches]], names: Seq
     Every leaf begins with noise: of a bias that starts at zero nothing but sums of gradients would be left, and
     rounding is relative to the terms of a sum.
     """
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for case, (method, optimizer, batches) in cases.items():
         state = jax.jit(functools.partial(create_state, method, optimizer))(jax.random.key(0), batches[0])
         rng = np.random.default_rng(5)
@@ -41,20 +41,20 @@ def run_lifts(cases: Mapping[str, tuple[Method, Optimizer, Batches]], names: Seq
             lift = create_lift(name, functools.partial(train_step, method, optimizer))  # type: ignore[arg-type]
             placed, metrics = lift.place(state), []
             for batch in batches:
-                placed, told = lift.step(placed, lift.place_batch(batch))
-                metrics.append(lift.fetch_metrics(told))
+                placed, step_metrics = lift.step(placed, lift.place_batch(batch))
+                metrics.append(lift.fetch_metrics(step_metrics))
             end = lift.fetch(placed)
             carry, _ = jax.tree.flatten_with_path({"ema": end.ema, "queues": end.queues, "stats": end.stats})
-            held = {
+            groups = {
                 "leaves": tree.flatten(end.params),
                 "carry": {jax.tree_util.keystr(path): leaf for path, leaf in carry},
             }
-            kept = {
+            arrays = {
                 part: {path: np.asarray(leaf, np.float64).tolist() for path, leaf in leaves.items()}
-                for part, leaves in held.items()
+                for part, leaves in groups.items()
             }
-            found[f"{case}/{name}"] = {"metrics": metrics, "compiles": lift.compiles, **kept}
-    return found
+            results[f"{case}/{name}"] = {"metrics": metrics, "compiles": lift.compiles, **arrays}
+    return results
 
 
 def in_eight_devices(function: Callable[[], dict[str, Any]], folder: pathlib.Path) -> dict[str, Any]:

@@ -42,20 +42,20 @@ def stepped(method: Method, optimizer: Optimizer) -> Any:
 def test_masks_are_drawn_as_said():
     """Of 40,000 texts: the rate, 80/10/10 and the random words by chi-square, at odds of a thousand to one."""
     method, (ids, mask) = tiny.pretraining(), tiny.texts(np.random.default_rng(0), 40_000)
-    found, labels = jax.jit(lambda ids: method.masks({"input_ids": ids}, RNG, None))(ids)
-    found, labels, hidden = np.asarray(found), np.asarray(labels), np.asarray(labels) != IGNORED
+    masked, labels = jax.jit(lambda ids: method.masks({"input_ids": ids}, RNG, None))(ids)
+    masked, labels, hidden = np.asarray(masked), np.asarray(labels), np.asarray(labels) != IGNORED
     words = (mask == 1) & (np.arange(7) > 0)
     assert not hidden[~words].any()
-    np.testing.assert_array_equal(found[~hidden], ids[~hidden])
+    np.testing.assert_array_equal(masked[~hidden], ids[~hidden])
     np.testing.assert_array_equal(labels[hidden], ids[hidden])
-    for place in range(1, 7):
-        own, n = hidden[:, place].sum(), words[:, place].sum()
-        assert abs(own - 0.15 * n) < 3.3 * np.sqrt(n * 0.15 * 0.85), place
+    for position in range(1, 7):
+        count, n = hidden[:, position].sum(), words[:, position].sum()
+        assert abs(count - 0.15 * n) < 3.3 * np.sqrt(n * 0.15 * 0.85), position
     # Neighbours know nothing of each other.
     both, n = (hidden[:, 1] & hidden[:, 2]).sum(), len(ids)
     assert abs(both - 0.0225 * n) < 3.3 * np.sqrt(n * 0.0225 * 0.9775)
 
-    put, was, n = found[hidden], labels[hidden], hidden.sum()
+    put, was, n = masked[hidden], labels[hidden], hidden.sum()
     kinds = np.array([(put == tiny.MASK).sum(), (put == was).sum()])
     shares = np.array([0.8 + 0.1 / tiny.VOCAB, 0.1 + 0.1 / tiny.VOCAB])  # a random word may be either
     counts, expected = np.append(kinds, n - kinds.sum()), n * np.append(shares, 1 - shares.sum())
@@ -63,8 +63,8 @@ def test_masks_are_drawn_as_said():
     others = np.bincount(put[(put != tiny.MASK) & (put != was)], minlength=tiny.VOCAB)
     assert others[tiny.MASK] == 0
     # Words never hidden are drawn a little oftener: no label takes a part of theirs.
-    own = np.bincount(was, minlength=tiny.VOCAB)
-    expected = np.delete(0.1 / tiny.VOCAB * (n - own), tiny.MASK)
+    count = np.bincount(was, minlength=tiny.VOCAB)
+    expected = np.delete(0.1 / tiny.VOCAB * (n - count), tiny.MASK)
     assert ((np.delete(others, tiny.MASK) - expected) ** 2 / expected).sum() < 88  # of 52
 
 
@@ -78,24 +78,24 @@ def test_any_cut_draws_the_same_masks_and_negatives(groups: int):
     state = started(method, STILL)
 
     def draws(part: Any, axis_name: str | None = None) -> Any:
-        told = method.encode(state.params, state.carry, part, RNG, axis_name)
+        encoded = method.encode(state.params, state.carry, part, RNG, axis_name)
         masks = method.masks(part, RNG, axis_name)
-        how = (part, told, RNG, axis_name)
-        return masks, method.negatives(state.params, *how), retrieval.negatives(state.params, *how)
+        arguments = (part, encoded, RNG, axis_name)
+        return masks, method.negatives(state.params, *arguments), retrieval.negatives(state.params, *arguments)
 
     whole = jax.jit(draws)(rows)
     parts = {name: leaf.reshape(4, 6, *leaf.shape[1:]) for name, leaf in rows.items()}
     cut = jax.jit(jax.vmap(lambda part: draws(part, "data"), axis_name="data"))(parts)
     jax.tree.map(lambda one, many: np.testing.assert_array_equal(many.reshape(one.shape), one), whole, cut)
     size = 24 // groups
-    ids, places = rows["image_id"].reshape(groups, size), np.arange(24) % size
-    for drawn in whole[1]:
-        assert (np.asarray(drawn) != places).all() and np.asarray(drawn).max() < size
+    ids, positions = rows["image_id"].reshape(groups, size), np.arange(24) % size
+    for negatives in whole[1]:
+        assert (np.asarray(negatives) != positions).all() and np.asarray(negatives).max() < size
     assert len(set(np.asarray(whole[1][0]).tolist())) > size // 2
-    for drawn in map(np.asarray, whole[2]):
-        theirs = np.take_along_axis(ids, np.maximum(drawn, 0).reshape(groups, size), 1).reshape(-1)
-        assert ((drawn == -1) == (groups == 4) * (np.arange(24) < 6)).all()
-        assert (theirs != rows["image_id"])[drawn >= 0].all()
+    for negatives in map(np.asarray, whole[2]):
+        negative_ids = np.take_along_axis(ids, np.maximum(negatives, 0).reshape(groups, size), 1).reshape(-1)
+        assert ((negatives == -1) == (groups == 4) * (np.arange(24) < 6)).all()
+        assert (negative_ids != rows["image_id"])[negatives >= 0].all()
 
 
 # ------------------------------------------------------------------------------------------------- momentum and queues
@@ -112,12 +112,16 @@ def test_two_steps_of_momentum_alpha_and_queues_by_hand():
     states = [first]
     for rows in batches:
         states.append(step(states[-1], rows)[0])
-    own, average = ([np.asarray(tree.flatten(getattr(s, name))[leaf]) for s in states] for name in ("params", "ema"))
-    np.testing.assert_array_equal(average[0], own[0])
-    np.testing.assert_allclose(average[1], own[0], rtol=1e-6)
-    np.testing.assert_allclose(average[2], 0.9 * own[0] + 0.1 * own[1], rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(average[3], 0.81 * own[0] + 0.09 * own[1] + 0.1 * own[2], rtol=1e-5, atol=1e-7)
-    assert np.abs(own[1] - own[0]).max() > 1e-4
+    student, average = (
+        [np.asarray(tree.flatten(getattr(s, name))[leaf]) for s in states] for name in ("params", "ema")
+    )
+    np.testing.assert_array_equal(average[0], student[0])
+    np.testing.assert_allclose(average[1], student[0], rtol=1e-6)
+    np.testing.assert_allclose(average[2], 0.9 * student[0] + 0.1 * student[1], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        average[3], 0.81 * student[0] + 0.09 * student[1] + 0.1 * student[2], rtol=1e-5, atol=1e-7
+    )
+    assert np.abs(student[1] - student[0]).max() > 1e-4
     assert states[1].ema.keys() == {"vision", "text", "vision_proj", "text_proj"}
 
     assert [int(s.queues["image"].cursor) for s in states] == [0, 24, 0, 24]
@@ -126,13 +130,13 @@ def test_two_steps_of_momentum_alpha_and_queues_by_hand():
     assert (np.asarray(first.queues["ids"].keys) == IGNORED).all()
     for before, end, rows in zip(states[1:], states[2:], batches[1:]):
         params = {**before.params, **update_ema(before.ema, before.params, 0.9)}
-        told = jax.jit(Albef(config).apply)(
+        outputs = jax.jit(Albef(config).apply)(
             {"params": params}, rows["image"], rows["input_ids"], rows["attention_mask"]
         )
         at = int(before.queues["image"].cursor)
         for name in ("image", "text"):
             np.testing.assert_allclose(
-                end.queues[name].keys[at : at + 24], told[f"{name}_embeds"], rtol=1e-4, atol=1e-6
+                end.queues[name].keys[at : at + 24], outputs[f"{name}_embeds"], rtol=1e-4, atol=1e-6
             )
 
     np.testing.assert_allclose([method.alpha(s.carry, s.step) for s in states], [0, 0.1, 0.2, 0.3], rtol=1e-6)
@@ -143,8 +147,8 @@ def test_two_steps_of_momentum_alpha_and_queues_by_hand():
 @pytest.mark.parametrize(("given", "kept"), [(0.7, 0.5), (0.0004, 0.001), (0.2, 0.2)])
 def test_pretraining_alone_keeps_the_temperature_within_bounds(given: float, kept: float):
     params = {"temperature": jnp.float32(given), "vision": {"x": jnp.float32(3)}}
-    told = tiny.pretraining().constrain(params)
-    assert told == {"temperature": np.float32(kept), "vision": {"x": 3}}
+    constrained = tiny.pretraining().constrain(params)
+    assert constrained == {"temperature": np.float32(kept), "vision": {"x": 3}}
     assert AlbefRetrieval(tiny.RETRIEVAL).constrain(params) == params
 
 
@@ -177,9 +181,9 @@ def test_every_parameter_has_a_gradient_and_no_momentum_part_has():
     def loss(params: Any, ema: Any) -> Any:
         return loss_value(method.loss(params, dataclasses.replace(state.carry, ema=ema), rows, RNG, STEP)[0])
 
-    own, theirs = (tree.flatten(grads) for grads in jax.jit(jax.grad(loss, (0, 1)))(state.params, moved))
-    assert all((np.abs(np.asarray(leaf)).max() > 1e-7) != is_blind(path) for path, leaf in own.items())
-    assert not any(np.asarray(leaf).any() for leaf in theirs.values())
+    student, teacher = (tree.flatten(grads) for grads in jax.jit(jax.grad(loss, (0, 1)))(state.params, moved))
+    assert all((np.abs(np.asarray(leaf)).max() > 1e-7) != is_blind(path) for path, leaf in student.items())
+    assert not any(np.asarray(leaf).any() for leaf in teacher.values())
 
 
 def test_the_encoders_of_negatives_learn():
@@ -188,12 +192,14 @@ def test_the_encoders_of_negatives_learn():
     images, texts = jnp.array([4, 2, 4, 2, 2, 4]), jnp.array([1, 3, 1, 1, 1, 3])
 
     def scores(image: Any, text: Any, run: int) -> Any:
-        told = dataclasses.replace(method.encode(state.params, state.carry, rows, RNG, None), image=image, text=text)
-        logits = method.itm_loss(state.params, rows, told, (images, texts), RNG, None)[2]
+        encoded = dataclasses.replace(method.encode(state.params, state.carry, rows, RNG, None), image=image, text=text)
+        logits = method.itm_loss(state.params, rows, encoded, (images, texts), RNG, None)[2]
         return jnp.sum(logits[6 * run : 6 * (run + 1), 1])
 
-    told = method.encode(state.params, state.carry, rows, RNG, None)
-    slopes = [jax.jit(jax.grad(functools.partial(scores, run=run), (0, 1)))(told.image, told.text) for run in (1, 2)]
+    encoded = method.encode(state.params, state.carry, rows, RNG, None)
+    slopes = [
+        jax.jit(jax.grad(functools.partial(scores, run=run), (0, 1)))(encoded.image, encoded.text) for run in (1, 2)
+    ]
     reached = [[set(np.flatnonzero(np.abs(np.asarray(x)).max((1, 2)) > 1e-8)) for x in pair] for pair in slopes]
     everyone = set(range(6))
     assert reached == [[{2, 4}, everyone], [everyone, {1, 3}]]
@@ -204,11 +210,11 @@ def test_what_pairs_share_is_one_array_with_the_sum_of_both_gradients():
     config = dataclasses.replace(still, text=dataclasses.replace(still.text, depth=6, cross_from=2), alpha=0.0)
     method = AlbefClassification(config)
     state = started(method, STILL)
-    places = [f"text/encoder/block_{i}/cross_attention" for i in range(2, 6)]
+    layers = [f"text/encoder/block_{i}/cross_attention" for i in range(2, 6)]
     paths = tree.flatten(state.params)
-    for i, place in enumerate(places):
+    for i, layer in enumerate(layers):
         for letter in "kv":
-            assert (f"{place}/{letter}/kernel" in paths) == (i % 2 == 1)
+            assert (f"{layer}/{letter}/kernel" in paths) == (i % 2 == 1)
 
     def apart(params: Any) -> Any:
         logits = Albef(config).apply(
@@ -217,12 +223,12 @@ def test_what_pairs_share_is_one_array_with_the_sum_of_both_gradients():
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), rows["label"][:, None], 1))
 
     value, both = jax.jit(jax.value_and_grad(apart))(config.module_params(state.params))
-    own, grads = jax.jit(jax.value_and_grad(lambda p: loss_value(method.loss(p, state.carry, rows, RNG, STEP)[0])))(
+    loss, grads = jax.jit(jax.value_and_grad(lambda p: loss_value(method.loss(p, state.carry, rows, RNG, STEP)[0])))(
         state.params
     )
-    np.testing.assert_allclose(own, value, rtol=1e-6)
+    np.testing.assert_allclose(loss, value, rtol=1e-6)
     both, grads = ({path: np.asarray(leaf) for path, leaf in tree.flatten(x).items()} for x in (both, grads))
-    for first, second in (places[:2], places[2:]):
+    for first, second in (layers[:2], layers[2:]):
         for name in ("k/kernel", "v/kernel", "v/bias"):
             one, other = both[f"{first}/{name}"], both[f"{second}/{name}"]
             assert min(np.abs(one).max(), np.abs(other).max()) > 1e-7
@@ -265,12 +271,12 @@ def test_pretraining_learns_which_pairs_belong_together_beside_a_frozen_vision_t
 
     params = jax.tree.map(grown, state.params)
     state = first = state.replace(params=params, ema={part: params[part] for part in state.ema})
-    step, told = stepped(method, optimizer), []
+    step, history = stepped(method, optimizer), []
     for _ in range(280):
         state, metrics = step(state, rows)
-        told.append({name: float(value) for name, value in metrics.items()})
+        history.append({name: float(value) for name, value in metrics.items()})
     begin, soon, end = (
-        {n: np.mean([m[n] for m in part]) for n in told[0]} for part in (told[:5], told[50:60], told[-9:])
+        {n: np.mean([m[n] for m in part]) for n in history[0]} for part in (history[:5], history[50:60], history[-9:])
     )
     assert soon["contrast_loss"] < 0.6 * begin["contrast_loss"] and soon["loss"] < 0.7 * begin["loss"]
     assert begin["matching_accuracy"] < 0.7 and end["matching_accuracy"] > 0.9

@@ -36,26 +36,28 @@ def test_two_others_or_one_are_drawn_by_likeness():
     """By chi-square at odds of a thousand to one: labels a third each, the first other image by softmax(f f / 0.07)
     without its diagonal, the second one by the same without the first."""
     method, x = TextAssignment(tiny.ASSIGNMENT), embeds(5)
-    drawn = jax.jit(jax.vmap(lambda key: method.draw(x, key, None)))(jax.random.split(RNG, 6000))
-    first, second, labels = (np.asarray(leaf) for leaf in drawn)
-    own = np.broadcast_to(np.arange(5), first.shape)
+    sampled = jax.jit(jax.vmap(lambda key: method.draw(x, key, None)))(jax.random.split(RNG, 6000))
+    first, second, labels = (np.asarray(leaf) for leaf in sampled)
+    indices = np.broadcast_to(np.arange(5), first.shape)
     counts = np.bincount(labels.reshape(-1), minlength=3)
     assert ((counts - 10_000) ** 2 / 10_000).sum() < 13.8
-    np.testing.assert_array_equal(first[labels == 0], own[labels == 0])
-    np.testing.assert_array_equal(second[labels == 1], own[labels == 1])
-    assert (first != second).all() and (first[labels > 0] != own[labels > 0]).all()
-    assert (second[labels != 1] != own[labels != 1]).all()
+    np.testing.assert_array_equal(first[labels == 0], indices[labels == 0])
+    np.testing.assert_array_equal(second[labels == 1], indices[labels == 1])
+    assert (first != second).all() and (first[labels > 0] != indices[labels > 0]).all()
+    assert (second[labels != 1] != indices[labels != 1]).all()
 
     weights = np.exp(np.asarray(x @ x.T, np.float64) / 0.07)
     np.fill_diagonal(weights, 0)
     weights /= weights.sum(1, keepdims=True)
     one = np.where(labels == 0, second, first)
     for row in range(5):
-        found = np.bincount(one[:, row], minlength=5)
+        counted = np.bincount(one[:, row], minlength=5)
         expected = 6000 * weights[row]
-        kept = expected > 5
-        rest = np.array([found[~kept].sum(), expected[~kept].sum()])
-        chi = ((found - expected)[kept] ** 2 / expected[kept]).sum() + (rest[0] - rest[1]) ** 2 / max(rest[1], 1)
+        frequent = expected > 5
+        rest = np.array([counted[~frequent].sum(), expected[~frequent].sum()])
+        chi = ((counted - expected)[frequent] ** 2 / expected[frequent]).sum() + (rest[0] - rest[1]) ** 2 / max(
+            rest[1], 1
+        )
         assert chi < 18.5, row  # 4 degrees of freedom at most
         # Two others, in their order.
         neither, pairs, expected = labels[:, row] == 2, np.zeros((5, 5)), np.zeros((5, 5))
@@ -63,8 +65,8 @@ def test_two_others_or_one_are_drawn_by_likeness():
         for i in set(range(5)) - {row}:
             left = np.where(np.arange(5) == i, 0, weights[row])
             expected[i] = neither.sum() * weights[row, i] * left / left.sum()
-        kept = expected > 5
-        assert ((pairs - expected)[kept] ** 2 / expected[kept]).sum() < 32.9, row  # 12 at most
+        frequent = expected > 5
+        assert ((pairs - expected)[frequent] ** 2 / expected[frequent]).sum() < 32.9, row  # 12 at most
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -74,7 +76,7 @@ def test_any_cut_draws_the_same(groups: int):
     cut = jax.jit(jax.vmap(lambda x: method.draw(x, RNG, "data"), axis_name="data"))(x.reshape(4, 6, 7))
     for one, many in zip(whole, cut, strict=True):
         np.testing.assert_array_equal(many.reshape(-1), one)
-    assert max(int(places.max()) for places in whole[:2]) < 24 // groups
+    assert max(int(positions.max()) for positions in whole[:2]) < 24 // groups
 
 
 def test_the_loss_by_hand_trains_all_that_reads_and_leaves_the_rest():
@@ -88,8 +90,8 @@ def test_the_loss_by_hand_trains_all_that_reads_and_leaves_the_rest():
 
     apply = jax.jit(Albef(config).apply)
     params, texts = config.module_params(state.params), (rows["input_ids"], rows["attention_mask"])
-    own = apply({"params": params}, rows["image"], *texts, None, rows["image"])["image_embeds"]
-    first, second, labels = method.draw(own, jax.random.fold_in(state.rng, 0), None)
+    embeds = apply({"params": params}, rows["image"], *texts, None, rows["image"])["image_embeds"]
+    first, second, labels = method.draw(embeds, jax.random.fold_in(state.rng, 0), None)
     half = np.repeat([0, 6], 6)
     images = rows["image"][half + first], rows["image"][half + second]
     logits = np.asarray(apply({"params": params}, images[0], *texts, None, images[1])["assignment_logits"], np.float64)
@@ -116,25 +118,27 @@ def test_the_published_size_and_file():
     shapes = AlbefModel.shapes(AlbefConfig.assignment())["params"]
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == 258_939_396
     rng, config = np.random.default_rng(2), tiny.ASSIGNMENT
-    drawn = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), AlbefModel.shapes(config))
-    public = save_table(LAYOUTS[0].table(config), drawn)
+    sampled = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), AlbefModel.shapes(config))
+    public = save_table(LAYOUTS[0].table(config), sampled)
     assert {key: public[key].shape for key in ("ta_head.weight", "ta_head.bias", "temp", "text_proj.weight")} == {
         "ta_head.weight": (3, 16), "ta_head.bias": (3,), "temp": (), "text_proj.weight": (7, 16),
     }  # fmt: skip
     assert not any("_m." in key or "itm" in key or "queue" in key for key in public)
     layout, shapes = LAYOUTS[0], {key: array.shape for key, array in public.items()}
     assert layout.recognise(public.keys(), None)
-    found = layout.config(shapes, {"vision_heads": 2, "text_heads": 2})
-    assert found == dataclasses.replace(config, queue=0, temperature=0.07)
-    variables = load_table(layout.table(found), public, AlbefModel.shapes(found), "pretrain_model_nlvr.pth")
-    jax.tree.map(np.testing.assert_array_equal, variables, drawn)
+    loaded_config = layout.config(shapes, {"vision_heads": 2, "text_heads": 2})
+    assert loaded_config == dataclasses.replace(config, queue=0, temperature=0.07)
+    variables = load_table(
+        layout.table(loaded_config), public, AlbefModel.shapes(loaded_config), "pretrain_model_nlvr.pth"
+    )
+    jax.tree.map(np.testing.assert_array_equal, variables, sampled)
 
     rows = tiny.batch(size=4)
     pixels = np.concatenate([rows["image_0"], rows["image_1"]])
-    told = AlbefModel(found, jax.tree.map(jnp.asarray, variables["params"])).forward(
+    outputs = AlbefModel(loaded_config, jax.tree.map(jnp.asarray, variables["params"])).forward(
         pixel_values=pixels, input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]
     )
-    states = np.asarray(told["last_hidden_state"])[:, 0]
-    head = drawn["params"]["ta_head"]
+    states = np.asarray(outputs["last_hidden_state"])[:, 0]
+    head = sampled["params"]["ta_head"]
     want = states @ head["kernel"] + head["bias"]
-    np.testing.assert_allclose(told["assignment_logits"], want, atol=1e-5 * np.abs(want).max(), rtol=0)
+    np.testing.assert_allclose(outputs["assignment_logits"], want, atol=1e-5 * np.abs(want).max(), rtol=0)

@@ -87,9 +87,9 @@ def variables_of(config: AlbefConfig, seed: int = 0) -> dict[str, Any]:
 def model_of(form: str, holds_state: bool = False) -> AlbefModel:
     config = dataclasses.replace(FORMS[form], holds_state=holds_state)
     config = config if holds_state else dataclasses.replace(config, queue=0)
-    drawn = variables_of(config)
+    variables = variables_of(config)
     preprocess = AlbefModel.default_preprocess(config, "albef")
-    return AlbefModel(config, drawn["params"], drawn.get("stats", {}), TOKENIZER, preprocess, "albef")
+    return AlbefModel(config, variables["params"], variables.get("stats", {}), TOKENIZER, preprocess, "albef")
 
 
 def images(count: int, seed: int = 0) -> list[np.ndarray]:
@@ -161,13 +161,16 @@ def test_files_of_the_original_scripts(wrapped: bool, tmp_path: pathlib.Path):
 @pytest.mark.parametrize("kind", ["pretrain", "retrieval", "ve", "nlvr", "vqa"])
 def test_the_files_of_the_vaults_tell_their_own_config(kind: str, golden_dir: pathlib.Path, tmp_path: pathlib.Path):
     """The keys are the original code's own. What no file tells is left out of the comparison."""
-    told = json.loads((golden_dir / f"albef_{kind}.json").read_text())["config"]
+    vault_config = json.loads((golden_dir / f"albef_{kind}.json").read_text())["config"]
     tensors = read_weights(golden_dir / f"albef_{kind}.safetensors").arrays
     weights = {key.removeprefix("weights/"): tensors[key] for key in tensors if key.startswith("weights/")}
     write_safetensors(tmp_path / "model.safetensors", weights)
-    heads = {"vision_heads": told["vision_heads"], "text_heads": told["bert_config"]["num_attention_heads"]}
+    heads = {
+        "vision_heads": vault_config["vision_heads"],
+        "text_heads": vault_config["bert_config"]["num_attention_heads"],
+    }
     (tmp_path / "config.json").write_text(json.dumps(heads))
-    model, want = mmjax.load(tmp_path), config_of(f"albef_{kind}", told)
+    model, want = mmjax.load(tmp_path), config_of(f"albef_{kind}", vault_config)
     bare = {"dropout": 0.1, "attention_dropout": 0.1, "epsilon": 1e-12}
     parts = {
         part: dataclasses.replace(getattr(want, part), **bare) for part in ("text", "decoder") if getattr(want, part)
@@ -235,9 +238,9 @@ def test_bfloat16_gives_nearly_the_same(tmp_path: pathlib.Path):
     assert narrow.forward(pixel_values=narrow.pixels(images(2)))["vision_model_output"][
         "last_hidden_state"
     ].dtype == jnp.dtype("bfloat16")
-    for ask in ("encode_image", "encode_text"):
-        given = images(4) if ask == "encode_image" else CAPTIONS
-        np.testing.assert_allclose(getattr(narrow, ask)(given), getattr(model, ask)(given), atol=0.06)
+    for name in ("encode_image", "encode_text"):
+        inputs = images(4) if name == "encode_image" else CAPTIONS
+        np.testing.assert_allclose(getattr(narrow, name)(inputs), getattr(model, name)(inputs), atol=0.06)
 
 
 # ---------------------------------------------------------------------------------------------------- what it is asked
@@ -250,7 +253,7 @@ def ids_of(texts: list[str], end: bool = False) -> list[list[int]]:
 
 @functools.cache
 def whole(module: Any) -> Any:
-    return jax.jit(lambda variables, *given, **more: module.apply(variables, *given, **more))
+    return jax.jit(lambda variables, *args, **more: module.apply(variables, *args, **more))
 
 
 def plain(model: AlbefModel, image: Any, ids: list[int], **more: Any) -> dict[str, Any]:
@@ -307,12 +310,12 @@ def test_retrieval_in_two_stages():
 def test_classes_of_texts_with_one_image_and_with_two(form: str):
     model, pictures, others = model_of(form), images(3), images(3, seed=1)
     second = {"other_images": others} if form == "nlvr" else {}
-    told = model.classify_pairs(pictures, CAPTIONS[:3], **second, batch_size=2)
+    predictions = model.classify_pairs(pictures, CAPTIONS[:3], **second, batch_size=2)
     for row, (image, other, ids) in enumerate(zip(pictures, others, ids_of(CAPTIONS))):
         more = {"other_images": model.pixels([other])} if form == "nlvr" else {}
         shares = np.asarray(jax.nn.softmax(plain(model, image, ids, **more)["logits"][0]))
-        assert [name for name, _ in told[row]] == [model.class_names()[i] for i in np.argsort(-shares)]
-        np.testing.assert_allclose([share for _, share in told[row]], -np.sort(-shares), rtol=2e-5)
+        assert [name for name, _ in predictions[row]] == [model.class_names()[i] for i in np.argsort(-shares)]
+        np.testing.assert_allclose([share for _, share in predictions[row]], -np.sort(-shares), rtol=2e-5)
     with pytest.raises(MmjaxError, match="two images" if form == "nlvr" else "one image"):
         model.classify_pairs(pictures, CAPTIONS[:3], other_images=None if form == "nlvr" else others)
 
@@ -321,20 +324,20 @@ def test_answers_out_of_a_list_word_by_word():
     """log p(first word) + log p(all words), of the k answers with the most probable first word."""
     model, pictures = model_of("vqa"), images(2)
     clean, rows = ["what colour is the hen", "how many boats  are there"], ids_of(ANSWERS, end=True)
-    told = model.answer(pictures, QUESTIONS, ANSWERS, top=2, k=4, batch_size=1)
-    for image, ids, found in zip(pictures, ids_of(clean), told):
+    predictions = model.answer(pictures, QUESTIONS, ANSWERS, top=2, k=4, batch_size=1)
+    for image, ids, ranked in zip(pictures, ids_of(clean), predictions):
         firsts, scores = [], []
         for row in rows:
             logits = plain(model, image, ids, decoder_ids=jnp.asarray([row]))["answer_logits"][0]
             logs = np.asarray(jax.nn.log_softmax(logits), np.float64)
-            words = [logs[place, word] for place, word in enumerate(row[1:])]
+            words = [logs[position, word] for position, word in enumerate(row[1:])]
             firsts.append(words[0])
             scores.append(words[0] + sum(words))
-        kept = np.argsort(-np.asarray(firsts), kind="stable")[:4]
-        shares = np.exp(np.asarray(scores)[kept])
+        shortlist = np.argsort(-np.asarray(firsts), kind="stable")[:4]
+        shares = np.exp(np.asarray(scores)[shortlist])
         best = np.argsort(-shares)[:2]
-        assert [answer for answer, _ in found] == [ANSWERS[kept[i]] for i in best]
-        np.testing.assert_allclose([share for _, share in found], shares[best] / shares.sum(), rtol=1e-4)
+        assert [answer for answer, _ in ranked] == [ANSWERS[shortlist[i]] for i in best]
+        np.testing.assert_allclose([share for _, share in ranked], shares[best] / shares.sum(), rtol=1e-4)
     with pytest.raises(MmjaxError, match="2 images for 1 questions"):
         model.answer(pictures, QUESTIONS[0], ANSWERS)
     with pytest.raises(MmjaxError, match="answers"):
@@ -343,7 +346,7 @@ def test_answers_out_of_a_list_word_by_word():
 
 def test_what_a_network_or_a_folder_lacks_is_told():
     vqa, retrieval = model_of("vqa"), model_of("retrieval")
-    for ask, told in (
+    for call, message in (
         (lambda: vqa.encode_image(images(1)), "embed_dim=0"),
         (lambda: vqa.encode_text("a"), "embed_dim=0"),
         (lambda: vqa.retrieve(["a"], images(1)), "embed_dim=0"),
@@ -354,8 +357,8 @@ def test_what_a_network_or_a_folder_lacks_is_told():
         (lambda: retrieval.replace(tokenizer=None).encode_text("a"), r"from_vocab\('vocab.txt'\)"),
         (lambda: retrieval.forward(), "needs one of pixel_values, input_ids"),
     ):
-        with pytest.raises(MmjaxError, match=told):
-            ask()
+        with pytest.raises(MmjaxError, match=message):
+            call()
     small = dataclasses.replace(retrieval.config, text=text(vocab_size=23))
     with pytest.raises(MmjaxError, match="does not fit the model's of 23"):
         retrieval.replace(config=small).encode_text("a")
@@ -371,8 +374,8 @@ def test_the_command_line_finds_images_and_converts(
         (tmp_path / "images" / "all").mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(tmp_path / "images" / "all" / f"{number}.png")
     picture = str(tmp_path / "found.png")
-    asked = ["--text", "Two hens!", "--folder", str(tmp_path / "images"), "-k", "3", "--picture", picture]
-    assert cli.main(["retrieve", str(public), *asked]) == 0
+    flags = ["--text", "Two hens!", "--folder", str(tmp_path / "images"), "-k", "3", "--picture", picture]
+    assert cli.main(["retrieve", str(public), *flags]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "all/" in line]
     for line, (number, cosine) in zip(lines, model.retrieve(["two hens"], pictures, 3)[0], strict=True):
         assert f"{number}.png" in line and f"{cosine:.3f}" in line
@@ -416,21 +419,21 @@ def fresh(config: AlbefConfig, form: str, rows: int = 8) -> Any:
         return np.zeros(leaf.shape, leaf.dtype) if leaf.dtype == np.int32 else np.float32(rng.normal(size=leaf.shape))
 
     params = jax.tree.map(draw, state.params)
-    found = {"params": params, "ema": {part: params[part] for part in state.ema}}
-    return state.replace(**found, queues=jax.tree.map(draw, state.queues), stats=jax.tree.map(draw, state.stats))
+    parts = {"params": params, "ema": {part: params[part] for part in state.ema}}
+    return state.replace(**parts, queues=jax.tree.map(draw, state.queues), stats=jax.tree.map(draw, state.stats))
 
 
 @pytest.mark.parametrize("holds_state", [True, False])
 def test_pretraining_goes_on_from_a_file(holds_state: bool):
     """With its momentum encoders and queues; where it has none, with copies and fresh queues."""
     model, before = model_of("pretraining", holds_state), fresh(FORMS["pretraining"], "pretraining")
-    state, said = initialize_from(before, model.weights(), "ALBEF.pth")
-    assert said == f"initialised from ALBEF.pth: {len(tree.flatten(model.params))} arrays"
+    state, message = initialize_from(before, model.weights(), "ALBEF.pth")
+    assert message == f"initialised from ALBEF.pth: {len(tree.flatten(model.params))} arrays"
     same(state.params, model.params)
     same(state.ema, model.stats["momentum"] if holds_state else {part: model.params[part] for part in before.ema})
     for name in ("image", "text"):
-        held = model.stats["queue"][name] if holds_state else before.queues[name].keys
-        np.testing.assert_array_equal(state.queues[name].keys, held)
+        keys = model.stats["queue"][name] if holds_state else before.queues[name].keys
+        np.testing.assert_array_equal(state.queues[name].keys, keys)
         assert int(state.queues[name].cursor) == (8 if holds_state else 0)
 
 
@@ -486,8 +489,8 @@ def test_retrieval_knows_no_image_of_a_pretrained_queue():
 @pytest.mark.parametrize("form", ["nlvr", "vqa"])
 def test_fine_tuning_goes_on_from_its_own_kind(form: str):
     model = model_of(form, True)
-    told = starting_weights(model.weights(), model.config)
-    same(told, {"params": model.params, "ema": model.stats["momentum"]})
+    weights = starting_weights(model.weights(), model.config)
+    same(weights, {"params": model.params, "ema": model.stats["momentum"]})
     classes = dataclasses.replace(FORMS["entailment"], classes=5)
     left = starting_weights(model_of("entailment").weights(), classes)["params"]
     assert left.keys() == {"vision", "text"}  # a head of other classes
@@ -496,9 +499,9 @@ def test_fine_tuning_goes_on_from_its_own_kind(form: str):
 def test_pairs_of_images_go_on_from_text_assignment():
     """What NLVR2's fine-tuning starts from (pretrain_model_nlvr.pth): all but the heads and what compared."""
     model = model_of("assignment")
-    told = starting_weights(model.weights(), FORMS["nlvr"])
-    kept = {name: tree for name, tree in model.params.items() if name in ("vision", "text")}
-    same(told, {"params": kept})
+    weights = starting_weights(model.weights(), FORMS["nlvr"])
+    expected = {name: tree for name, tree in model.params.items() if name in ("vision", "text")}
+    same(weights, {"params": expected})
 
 
 def test_weights_of_another_network_do_not_start_an_albef():
@@ -518,8 +521,8 @@ def test_a_run_is_loaded_without_its_counters(tmp_path: pathlib.Path):
     writer = CheckpointWriter(tmp_path)
     writer.save({"params": state.params, "stats": state.stats, "ema": state.ema, "step": np.int32(3)}, 3)
     writer.wait()
-    told = {"system": "albef", "model": dataclasses.asdict(config)}
-    (tmp_path / "config.json").write_text(json.dumps(told))
+    run_config = {"system": "albef", "model": dataclasses.asdict(config)}
+    (tmp_path / "config.json").write_text(json.dumps(run_config))
     loaded = mmjax.load(tmp_path)
     assert loaded.config == config and not loaded.stats
     same(loaded.params, state.params)

@@ -46,11 +46,11 @@ def lifted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_every_lift_is_the_same_step(lifted: dict[str, Any], name: str, lift: str):
     one, many = lifted[f"{name}/jit"], lifted[f"{name}/{lift}"]
     assert one["compiles"] == many["compiles"] == 1
-    for own, other in zip(one["metrics"], many["metrics"], strict=True):
-        assert own.keys() == other.keys() and own["skipped_updates"] == 0
-        np.testing.assert_allclose(other["loss"], own["loss"], rtol=1e-5)
-        for metric in own:
-            np.testing.assert_allclose(other[metric], own[metric], rtol=1e-4, atol=1e-6, err_msg=metric)
+    for expected, other in zip(one["metrics"], many["metrics"], strict=True):
+        assert expected.keys() == other.keys() and expected["skipped_updates"] == 0
+        np.testing.assert_allclose(other["loss"], expected["loss"], rtol=1e-5)
+        for metric in expected:
+            np.testing.assert_allclose(other[metric], expected[metric], rtol=1e-4, atol=1e-6, err_msg=metric)
     assert bool(one["carry"]) == (name != "assignment")
     for part in ("leaves", "carry"):
         assert one[part].keys() == many[part].keys()

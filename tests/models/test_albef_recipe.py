@@ -42,8 +42,8 @@ def recipe(monkeypatch: pytest.MonkeyPatch, quick_compilation) -> Any:
             texts = [NAMES[i] for i in rows]
             return ArraySource(name=name, image=images[rows], text=texts, texts=[(text,) for text in texts])
 
-        held = list(range(0, 16, 4))
-        return OpenMoji(part("train", [i for i in range(16) if i not in held]), part("held out", held), (), {})
+        held_out = list(range(0, 16, 4))
+        return OpenMoji(part("train", [i for i in range(16) if i not in held_out]), part("held out", held_out), (), {})
 
     monkeypatch.setattr(config, "pairs", property(pairs))
     return config
@@ -66,8 +66,8 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits_and_is_loaded(recipe: Any, 
 
     # What is loaded gives what was measured beside training.
     model: Any = mmjax.load(whole)
-    held = config.pairs.held_out.columns
-    images, names = list(held["image"]), list(held["text"])
+    held_out = config.pairs.held_out.columns
+    images, names = list(held_out["image"]), list(held_out["text"])
     cosines = np.asarray(model.encode_image(images) @ model.encode_text(names, length=SMALL["length"]).T)
     ranks = (cosines >= np.diag(cosines)[:, None]).sum(1) - 1
     assert last["val/features_image_to_text_R@1"] == 100 * np.mean(ranks == 0)

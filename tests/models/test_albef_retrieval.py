@@ -37,24 +37,24 @@ def case(quick_compilation):
     stages = TwoStages(AlbefRetrieval(CONFIG), images, {"input_ids": ids, "attention_mask": mask}, k=3, batch_size=2)
     whole = jax.jit(lambda *inputs: Albef(CONFIG).apply({"params": params}, *inputs))
     rows, columns = np.divmod(np.arange(N * M), M)
-    told = whole(images[rows], ids[columns], mask[columns])
-    return stages, params, {name: np.asarray(value) for name, value in told.items()}
+    outputs = whole(images[rows], ids[columns], mask[columns])
+    return stages, params, {name: np.asarray(value) for name, value in outputs.items()}
 
 
 def test_the_first_stage_is_the_cosines(case):
-    stages, params, told = case
+    stages, params, outputs = case
     similarities, _ = stages.first(params, None)
-    wanted = np.sum(told["image_embeds"] * told["text_embeds"], -1).reshape(N, M)
-    np.testing.assert_allclose(similarities, wanted, atol=1e-6)
+    expected = np.sum(outputs["image_embeds"] * outputs["text_embeds"], -1).reshape(N, M)
+    np.testing.assert_allclose(similarities, expected, atol=1e-6)
 
 
 def test_the_second_is_the_head_on_the_nearest(case):
     """The head alone: neither the similarity nor the other class is in the score; what is not near gets -100."""
-    stages, params, told = case
+    stages, params, outputs = case
     similarities, known = stages.first(params, None)
-    found = stages.reranker(params, known, similarities, TEXT_IMAGE)
-    wanted = told["itm_logits"][:, 1].reshape(N, M)
-    for scores, logits, near in zip(found.matrices(), (wanted, wanted.T), (similarities, np.asarray(similarities).T)):
+    results = stages.reranker(params, known, similarities, TEXT_IMAGE)
+    wanted = outputs["itm_logits"][:, 1].reshape(N, M)
+    for scores, logits, near in zip(results.matrices(), (wanted, wanted.T), (similarities, np.asarray(similarities).T)):
         listed = np.argsort(-np.asarray(near), 1)[:, :3]
         expected = np.full(logits.shape, FILL, np.float32)
         np.put_along_axis(expected, listed, np.take_along_axis(logits, listed, 1), 1)
@@ -65,8 +65,8 @@ def test_images_of_bytes_are_normalised(case):
     stages, params, _ = case
     bytes_ = np.random.default_rng(4).integers(0, 256, (2, 12, 8, 3)).astype(np.uint8)
     mean, std = np.array(stages.method.mean, np.float32), np.array(stages.method.std, np.float32)
-    found = [
+    results = [
         dataclasses.replace(stages, images=images).first(params, None)[0]
         for images in (bytes_, (bytes_.astype(np.float32) / 255 - mean) / std)
     ]
-    np.testing.assert_allclose(*found, atol=1e-5)
+    np.testing.assert_allclose(*results, atol=1e-5)

@@ -46,11 +46,11 @@ COUNTS = {
 def model(config: BertConfig, seed: int = 3, tokenizer: WordPieceTokenizer | None = None) -> BertModel:
     """Every leaf drawn at random."""
     rng = np.random.default_rng(seed)
-    drawn = {
+    arrays = {
         path: (0.4 * rng.normal(size=leaf.shape) + path.endswith("scale")).astype(np.float32)
         for path, leaf in tree.flatten(BertModel.shapes(config)["params"]).items()
     }
-    return BertModel(config, tree.unflatten(drawn), tokenizer=tokenizer)
+    return BertModel(config, tree.unflatten(arrays), tokenizer=tokenizer)
 
 
 def batch(size: int = 6, length: int = 17) -> dict[str, np.ndarray]:
@@ -102,11 +102,11 @@ def test_padding_says_nothing_and_order_does():
 
 
 def test_words_at_places_are_those_of_all_places():
-    bert, given = model(TINY), batch()
-    inputs = [given[name] for name in ("input_ids", "attention_mask", "token_type_ids", "masked_positions")]
+    bert, examples = model(TINY), batch()
+    inputs = [examples[name] for name in ("input_ids", "attention_mask", "token_type_ids", "masked_positions")]
     few: Any = jax.jit(bert.module.apply)(bert.variables, *inputs)
     every: Any = jax.jit(bert.module.apply)(bert.variables, *inputs[:3])
-    expected = np.take_along_axis(np.asarray(every["mlm_logits"]), given["masked_positions"][..., None], 1)
+    expected = np.take_along_axis(np.asarray(every["mlm_logits"]), examples["masked_positions"][..., None], 1)
     np.testing.assert_allclose(few["mlm_logits"], expected, atol=1e-5)
 
 
@@ -116,13 +116,13 @@ def test_dropout_is_where_the_original_has_it():
     network, ids, bert = Bert(config), batch()["input_ids"], model(config)
 
     @jax.jit
-    def kept(params: Any) -> Any:
+    def intermediates(params: Any) -> Any:
         rngs = {"dropout": jax.random.key(1)}
         return network.apply(
             {"params": params}, ids, train=True, rngs=rngs, capture_intermediates=True, mutable=["intermediates"]
         )[1]["intermediates"]
 
-    outputs = kept(bert.params)
+    outputs = intermediates(bert.params)
     block, down = outputs["encoder"]["block_0"], bert.params["encoder"]["block_0"]["mlp"]["down"]
     hidden = np.asarray(jax.nn.gelu(block["mlp"]["up"]["__call__"][0], approximate=False))
     branches = {"attention": block["attention"]["out"]["__call__"][0], "mlp": hidden @ down["kernel"] + down["bias"]}
@@ -244,10 +244,10 @@ def test_masked_words_come_in_the_order_of_the_masks(tokenizer):
     assert len(outputs) == 3 and all(len(row) == 3 for row in outputs)
     inputs = tokenizer(texts)
     shares = np.asarray(jax.nn.softmax(bert.forward(**inputs)["prediction_logits"]))
-    for row, (text, place) in zip(outputs, zip(*np.nonzero(inputs["input_ids"] == tokenizer.mask))):
-        best = np.argsort(-shares[text, place])[:3]
+    for row, (text, position) in zip(outputs, zip(*np.nonzero(inputs["input_ids"] == tokenizer.mask))):
+        best = np.argsort(-shares[text, position])[:3]
         assert [name for name, _ in row] == [tokenizer.tokenizer.id_to_token(int(id)) for id in best]
-        np.testing.assert_allclose([p for _, p in row], shares[text, place, best], rtol=1e-4)
+        np.testing.assert_allclose([p for _, p in row], shares[text, position, best], rtol=1e-4)
     with pytest.raises(MmjaxError, match=r"text 1 has no \[MASK\]"):
         bert.fill_mask(["a [MASK]", "a hen"])
     with pytest.raises(MmjaxError, match="mlm=False"):
@@ -275,21 +275,21 @@ def test_windows_cover_a_context_and_each_piece_is_central_once(tokenizer):
     pieces = tokenizer.pieces([context])[0]
     parts = windows(tokenizer, "the red hen", context, length=17, stride=4)
     options = len(tokenizer.pieces(["the red hen"])[0])
-    room = 17 - options - 3
-    assert len(parts) == -(-(len(pieces) - room) // 4) + 1
+    capacity = 17 - options - 3
+    assert len(parts) == -(-(len(pieces) - capacity) // 4) + 1
     visible = {}
     for number, part in enumerate(parts):
         assert len(part.ids) == len(part.types) == len(part.offsets) == len(part.central) <= 17
-        inside = [i for i, place in enumerate(part.offsets) if place is not None]
-        assert part.ids[inside[0] : inside[-1] + 1] == pieces[4 * number : 4 * number + room]
+        inside = [i for i, span in enumerate(part.offsets) if span is not None]
+        assert part.ids[inside[0] : inside[-1] + 1] == pieces[4 * number : 4 * number + capacity]
         for i in inside:
             if part.central[i]:
                 assert visible.setdefault(part.offsets[i], number) == number
     assert len(visible) == len(pieces)
     for part in parts:
-        for id, place in zip(part.ids, part.offsets):
-            if place is not None:
-                assert context[slice(*place)] == tokenizer.tokenizer.id_to_token(id).removeprefix("##")
+        for id, span in zip(part.ids, part.offsets):
+            if span is not None:
+                assert context[slice(*span)] == tokenizer.tokenizer.id_to_token(id).removeprefix("##")
     with pytest.raises(MmjaxError, match="a context of 0 pieces"):
         windows(tokenizer, "who", "  ")
 
@@ -298,7 +298,7 @@ def test_best_answers_are_those_of_trying_all():
     rng = np.random.default_rng(7)
     context = "abcdefghijklmnop"
     positions = [None, None, None, *((i, i + 1) for i in range(9)), None]
-    central = [place is not None and i % 5 != 0 for i, place in enumerate(positions)]
+    central = [position is not None and i % 5 != 0 for i, position in enumerate(positions)]
     parts = [Window([7] * 13, [0] * 13, positions, central)]
     starts, ends = rng.normal(size=(2, 1, 15))
     starts[0, 13:] = ends[0, 13:] = 99  # padding is not looked at

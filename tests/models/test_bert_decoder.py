@@ -74,11 +74,11 @@ def randomised(model: Any) -> Any:
     return model.eval()
 
 
-def close(ours: Any, theirs: Any, mask: Any = None) -> None:
-    ours, theirs = np.asarray(ours), theirs.numpy()
+def close(actual: Any, expected: Any, mask: Any = None) -> None:
+    actual, expected = np.asarray(actual), expected.numpy()
     if mask is not None:
-        ours, theirs = ours[mask.astype(bool)], theirs[mask.astype(bool)]
-    assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
+        actual, expected = actual[mask.astype(bool)], expected[mask.astype(bool)]
+    assert np.abs(actual - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +107,8 @@ def test_blips_text_encoder_and_decoder(blip, causal, with_context):
     with torch.no_grad():
         expected = reference.bert(**{name: torch.tensor(x) for name, x in inputs.items()}, is_decoder=causal)[0]
     config = dataclasses.replace(DECODER, causal=causal)
-    ours = run(config, variables, IDS, MASK, CONTEXT if with_context else None)
-    close(ours, expected, MASK)
+    actual = run(config, variables, IDS, MASK, CONTEXT if with_context else None)
+    close(actual, expected, MASK)
 
 
 @pytest.mark.torch
@@ -130,8 +130,8 @@ def test_blips_decoder_writes_the_same_ids(blip, options):
     inputs = {"input_ids": prompt, "encoder_hidden_states": CONTEXT}
     inputs = {name: jnp.asarray(x) for name, x in inputs.items()}
     settings = GenerationOptions(max_new_tokens=new, eos=(2,), pad=0, **options)
-    ours = np.asarray(generate(BertDecodable(DECODER), variables, inputs, settings).ids[:, 0])
-    np.testing.assert_array_equal(ours[:, : expected.shape[1]], expected)
+    actual = np.asarray(generate(BertDecodable(DECODER), variables, inputs, settings).ids[:, 0])
+    np.testing.assert_array_equal(actual[:, : expected.shape[1]], expected)
 
 
 QFORMER_NAMES = [
@@ -157,15 +157,15 @@ def test_blip2s_query_transformer(kind):
     variables = random_variables(QFORMER)
     words = flatten(variables["params"])
     state |= {f"bert.embeddings.LayerNorm.{end}": state.pop(f"layernorm.{end}") for end in ("weight", "bias")}
-    for name, ours in (("word", "words"), ("position", "positions")):
-        state[f"bert.embeddings.{name}_embeddings.weight"] = np.asarray(words[f"embeddings/{ours}"])
+    for name, native in (("word", "words"), ("position", "positions")):
+        state[f"bert.embeddings.{name}_embeddings.weight"] = np.asarray(words[f"embeddings/{native}"])
     plain = dataclasses.replace(QFORMER, query_feed_forward=False)
     variables = load_table(hf_table(plain), state, shapes(plain), "qformer")
     for i in range(3):
         block, source = variables["params"]["encoder"][f"block_{i}"], f"bert.encoder.layer.{i}"
-        for ours, key in (("up", "intermediate"), ("down", "output")):
+        for native, key in (("up", "intermediate"), ("down", "output")):
             dense = {"kernel": queries[f"{source}.{key}.dense.weight"].T, "bias": queries[f"{source}.{key}.dense.bias"]}
-            block.setdefault("query_mlp", {})[ours] = dense
+            block.setdefault("query_mlp", {})[native] = dense
         norm = {
             end: queries[f"{source}.output.LayerNorm.{key}"] for end, key in (("scale", "weight"), ("bias", "bias"))
         }
@@ -177,8 +177,8 @@ def test_blip2s_query_transformer(kind):
     x += [] if ids is None else [np.asarray(words["embeddings/words"][ids] + words["embeddings/positions"][:L])]
     with torch.no_grad():
         expected = reference(torch.tensor(np.concatenate(x, 1)), n, torch.tensor(mask), torch.tensor(CONTEXT))[0]
-    ours = run(QFORMER, variables, ids, mask, embeds=QUERIES if n else None)
-    close(ours, expected, mask)
+    native = run(QFORMER, variables, ids, mask, embeds=QUERIES if n else None)
+    close(native, expected, mask)
 
 
 # --------------------------------------------------------------------------------------------------- without reference

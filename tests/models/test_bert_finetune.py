@@ -38,34 +38,34 @@ def shapes(config: BertConfig) -> dict[str, np.ndarray]:
 
 
 def test_losses_of_classes_and_of_a_number():
-    given = batch()
+    examples = batch()
     for classes in (3, 1):
         config = BertConfig(**SIZES, classes=classes)
         params = tree.unflatten(shapes(config))
         method = TextClassification(config)
         if classes == 1:
-            given["label"] = np.linspace(0, 5, 14).astype(np.float32)
-        value, (_, metrics) = jax.jit(method.loss)(params, EMPTY, given, jax.random.key(0), 0)
-        logits = np.asarray(jax.jit(method.predict)(params, None, given), np.float64)
+            examples["label"] = np.linspace(0, 5, 14).astype(np.float32)
+        value, (_, metrics) = jax.jit(method.loss)(params, EMPTY, examples, jax.random.key(0), 0)
+        logits = np.asarray(jax.jit(method.predict)(params, None, examples), np.float64)
         if classes == 3:
             logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-            expected = -logs[np.arange(14), given["label"]].mean()
-            assert float(metrics["accuracy"]) == pytest.approx((logits.argmax(1) == given["label"]).mean())
+            expected = -logs[np.arange(14), examples["label"]].mean()
+            assert float(metrics["accuracy"]) == pytest.approx((logits.argmax(1) == examples["label"]).mean())
         else:
-            expected = ((logits[:, 0] - given["label"]) ** 2).mean()
+            expected = ((logits[:, 0] - examples["label"]) ** 2).mean()
         assert float(value) == pytest.approx(expected, rel=1e-5)
 
 
 def test_it_learns_from_the_weights_of_pretraining():
-    given, pretrained = batch(), shapes(BertConfig(**SIZES, mlm=True, nsp=True))
+    examples, pretrained = batch(), shapes(BertConfig(**SIZES, mlm=True, nsp=True))
     pretrained = {path: 0.5 * leaf + path.endswith("scale") for path, leaf in pretrained.items()}
     method = TextClassification(BertConfig(**SIZES, classes=3))
     optimizer = Optimizer(bert_adamw(warmup_linear(4e-3, 80, 8)), clip_norm=1.0)
-    state = jax.jit(lambda rng: create_state(method, optimizer, rng, given))(jax.random.key(0))
-    state, told = initialize_from(state, {"params": tree.unflatten(pretrained)}, "a run")
-    assert "fresh: classifier/bias, classifier/kernel" in told
+    state = jax.jit(lambda rng: create_state(method, optimizer, rng, examples))(jax.random.key(0))
+    state, message = initialize_from(state, {"params": tree.unflatten(pretrained)}, "a run")
+    assert "fresh: classifier/bias, classifier/kernel" in message
     np.testing.assert_array_equal(state.params["pooler"]["kernel"], pretrained["pooler/kernel"])
-    step = jax.jit(lambda state: train_step(method, optimizer, state, given))
+    step = jax.jit(lambda state: train_step(method, optimizer, state, examples))
     for _ in range(80):
         state, metrics = step(state)
     assert float(metrics["accuracy"]) == 1.0 and float(metrics["loss"]) < 0.1
@@ -77,43 +77,43 @@ def logs(logits):
 
 
 def test_losses_of_tags_and_of_spans():
-    given, rng = batch(), np.random.default_rng(3)
-    del given["label"]
+    examples, rng = batch(), np.random.default_rng(3)
+    del examples["label"]
     labels = np.where(rng.random((14, 11)) < 0.4, rng.integers(0, 5, (14, 11)), -100).astype(np.int32)
     method = TokenClassification(BertConfig(**SIZES, pooler=False, token_classes=5))
     params = tree.unflatten(shapes(method.config))
-    value, (_, metrics) = jax.jit(method.loss)(params, EMPTY, given | {"labels": labels}, jax.random.key(0), 0)
-    logits, there = np.asarray(jax.jit(method.predict)(params, None, given)), labels >= 0
-    told = np.take_along_axis(logs(logits), np.maximum(labels, 0)[..., None], -1)[..., 0]
-    assert float(value.value) == pytest.approx(-told[there].mean(), rel=1e-5)
+    value, (_, metrics) = jax.jit(method.loss)(params, EMPTY, examples | {"labels": labels}, jax.random.key(0), 0)
+    logits, there = np.asarray(jax.jit(method.predict)(params, None, examples)), labels >= 0
+    log_probs = np.take_along_axis(logs(logits), np.maximum(labels, 0)[..., None], -1)[..., 0]
+    assert float(value.value) == pytest.approx(-log_probs[there].mean(), rel=1e-5)
     assert float(metrics["accuracy"].value) == pytest.approx((logits.argmax(-1) == labels)[there].mean())
 
     spans = {name: rng.integers(0, 11, 14).astype(np.int32) for name in ("start", "end")}
     method = SpanExtraction(BertConfig(**SIZES, pooler=False, spans=True))
     params = tree.unflatten(shapes(method.config))
-    value, (_, metrics) = jax.jit(method.loss)(params, EMPTY, given | spans, jax.random.key(0), 0)
-    ends = np.moveaxis(np.asarray(jax.jit(method.predict)(params, None, given)), -1, 0)
-    told = [logs(scores)[np.arange(14), label] for scores, label in zip(ends, spans.values())]
-    assert float(value) == pytest.approx(-np.mean(told), rel=1e-5)  # padding is among the places
+    value, (_, metrics) = jax.jit(method.loss)(params, EMPTY, examples | spans, jax.random.key(0), 0)
+    ends = np.moveaxis(np.asarray(jax.jit(method.predict)(params, None, examples)), -1, 0)
+    log_probs = [logs(scores)[np.arange(14), label] for scores, label in zip(ends, spans.values())]
+    assert float(value) == pytest.approx(-np.mean(log_probs), rel=1e-5)  # padding is among the places
     right = [scores.argmax(-1) == label for scores, label in zip(ends, spans.values())]
     assert float(metrics["accuracy"]) == pytest.approx((right[0] & right[1]).mean())
 
 
 def test_tags_over_devices_are_those_of_the_global_batch():
     """Devices that hold different numbers of tags: the mean of their losses is the whole batch's."""
-    given = batch(8)
-    labels = np.where(np.arange(11) < np.arange(1, 9)[:, None], given["input_ids"] % 3, -100).astype(np.int32)
-    given = {name: given[name] for name in ("input_ids", "attention_mask", "token_type_ids")} | {"labels": labels}
+    examples = batch(8)
+    labels = np.where(np.arange(11) < np.arange(1, 9)[:, None], examples["input_ids"] % 3, -100).astype(np.int32)
+    examples = {name: examples[name] for name in ("input_ids", "attention_mask", "token_type_ids")} | {"labels": labels}
     method = TokenClassification(BertConfig(**SIZES, pooler=False, token_classes=3))
     params = jax.tree.map(jax.numpy.asarray, tree.unflatten(shapes(method.config)))
 
-    def told(part, axis_name=None):
+    def loss_and_accuracy(part, axis_name=None):
         value, (_, metrics) = method.loss(params, EMPTY, part, jax.random.key(0), 0, axis_name)
         return value, metrics["accuracy"]
 
-    parts = jax.tree.map(lambda column: column.reshape(4, 2, -1), given)
-    cut = jax.jit(jax.vmap(lambda part: told(part, "devices"), axis_name="devices"))(parts)
-    for parts, whole in zip(cut, jax.jit(told)(given)):
+    parts = jax.tree.map(lambda column: column.reshape(4, 2, -1), examples)
+    cut = jax.jit(jax.vmap(lambda part: loss_and_accuracy(part, "devices"), axis_name="devices"))(parts)
+    for parts, whole in zip(cut, jax.jit(loss_and_accuracy)(examples)):
         assert len(set(parts.count.tolist())) > 1
         np.testing.assert_allclose(jax.tree.map(jax.numpy.sum, parts).value, whole.value, rtol=1e-5)
 
@@ -126,12 +126,12 @@ def test_spans_are_learned():
     end = np.where(start > 0, start + rng.integers(1, 5, 16), 0).astype(np.int32)
     rows, ids[:, 0] = np.flatnonzero(start), 2
     ids[rows, start[rows]], ids[rows, end[rows]] = 5, 6
-    given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-    given |= {"start": start, "end": end}
+    examples = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    examples |= {"start": start, "end": end}
     method = SpanExtraction(BertConfig(**SIZES, pooler=False, spans=True))
     optimizer = Optimizer(bert_adamw(warmup_linear(1e-2, 100, 10)), clip_norm=1.0)
-    state = jax.jit(lambda rng: create_state(method, optimizer, rng, given))(jax.random.key(0))
-    step = jax.jit(lambda state: train_step(method, optimizer, state, given))
+    state = jax.jit(lambda rng: create_state(method, optimizer, rng, examples))(jax.random.key(0))
+    step = jax.jit(lambda state: train_step(method, optimizer, state, examples))
     for _ in range(100):
         state, metrics = step(state)
     assert float(metrics["accuracy"]) == 1.0 and float(metrics["loss"]) < 0.1

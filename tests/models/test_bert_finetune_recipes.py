@@ -43,7 +43,7 @@ def files(tmp_path_factory):
     (folder / "pairs.csv").write_text("one,two,score\n" + rows)
     tagged = ([f"{word} {'B-ANIMAL' if i == 1 else 'O'}" for i, word in enumerate(words)] for words in every)
     (folder / "tags.txt").write_text("\n\n".join("\n".join(lines) for lines in tagged) + "\n")
-    told = [
+    paragraphs = [
         {
             "context": " ".join(words),
             "qas": [
@@ -57,7 +57,7 @@ def files(tmp_path_factory):
         }
         for i, words in enumerate(every)
     ]
-    (folder / "squad.json").write_text(json.dumps({"data": [{"paragraphs": told}]}))
+    (folder / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
     return folder
 
 
@@ -73,26 +73,26 @@ def run(repository, kind, pretrained, workdir, steps=60, **fields):
     return config, train(config, workdir, lambda source: {}, str(file))
 
 
-def reads_the_same(model, folder, kind, **given):
+def reads_the_same(model, folder, kind, **inputs):
     """transformers on the exported folder."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     mmjax.export(model, folder, "hf")
-    theirs = getattr(transformers, kind).from_pretrained(folder)
-    tensors = {name: torch.from_numpy(np.asarray(array, np.int64)) for name, array in given.items()}
+    reference = getattr(transformers, kind).from_pretrained(folder)
+    tensors = {name: torch.from_numpy(np.asarray(array, np.int64)) for name, array in inputs.items()}
     with torch.no_grad():
-        out, ours = theirs(**tensors), model.forward(**given)
+        out, outputs = reference(**tensors), model.forward(**inputs)
     for name in ("start_logits", "end_logits") if kind.endswith("Answering") else ("logits",):
         expected = out[name].numpy()
-        np.testing.assert_allclose(ours[name], expected, atol=1e-4 * np.abs(expected).max())
+        np.testing.assert_allclose(outputs[name], expected, atol=1e-4 * np.abs(expected).max())
     assert mmjax.load(folder).labels == model.labels
-    return theirs.config
+    return reference.config
 
 
 @pytest.mark.torch
 def test_classes_of_texts(repository, pretrained, files, tmp_path, capsys):
     work = tmp_path / "work"
-    config, told = run(repository, "classification", pretrained, work, data=str(files / "texts.tsv"))
-    assert told["val/classification_top1"] == 100 and told["val/classification_n"] == len(config.examples[1])
+    config, metrics = run(repository, "classification", pretrained, work, data=str(files / "texts.tsv"))
+    assert metrics["val/classification_top1"] == 100 and metrics["val/classification_n"] == len(config.examples[1])
     assert cli.main(["evaluate", str(work), "--task", "classification"]) == 0
     scores = json.loads((work / "evaluations" / "classification.json").read_text())["scores"]
     assert scores["classification_top1"]["value"] == 100 > scores["classification_top1"]["chance"]
@@ -102,14 +102,18 @@ def test_classes_of_texts(repository, pretrained, files, tmp_path, capsys):
     bert = mmjax.load(work)
     assert bert.config == config.network and bert.labels == ("cow", "dog", "hen")
     assert [row[0][0] for row in bert.classify(["red hen runs", "blue cow and the"])] == ["hen", "cow"]
-    theirs = reads_the_same(bert, tmp_path / "hf", "BertForSequenceClassification", **bert.tokenizer(["red hen runs"]))
-    assert theirs.id2label == {0: "cow", 1: "dog", 2: "hen"}
+    reference = reads_the_same(
+        bert, tmp_path / "hf", "BertForSequenceClassification", **bert.tokenizer(["red hen runs"])
+    )
+    assert reference.id2label == {0: "cow", 1: "dog", 2: "hen"}
 
 
 def test_numbers_for_pairs(repository, pretrained, files, tmp_path):
     columns = {"text": "one", "pair": "two", "label": "score", "regression": True}
-    config, told = run(repository, "classification", pretrained, tmp_path, 4, data=str(files / "pairs.csv"), **columns)
-    assert {"val/regression_spearman", "val/regression_pearson_low"} <= told.keys()
+    config, metrics = run(
+        repository, "classification", pretrained, tmp_path, 4, data=str(files / "pairs.csv"), **columns
+    )
+    assert {"val/regression_spearman", "val/regression_pearson_low"} <= metrics.keys()
     assert config.train_columns["token_type_ids"].max() == 1 and config.network.classes == 1
     assert mmjax.load(tmp_path).classify("red hen", pairs="runs and")[0][0][0] == "0"
 
@@ -117,27 +121,27 @@ def test_numbers_for_pairs(repository, pretrained, files, tmp_path):
 @pytest.mark.torch
 def test_tags_of_words(repository, pretrained, files, tmp_path):
     work = tmp_path / "work"
-    config, told = run(repository, "tokens", pretrained, work, data=str(files / "tags.txt"))
-    assert told["val/tags_f1"] == 100 and told["val/tags_f1_chance"] == 100  # words alone tell it here
+    config, metrics = run(repository, "tokens", pretrained, work, data=str(files / "tags.txt"))
+    assert metrics["val/tags_f1"] == 100 and metrics["val/tags_f1_chance"] == 100  # words alone tell it here
     assert config.class_labels == ("O", "B-ANIMAL")
     bert = mmjax.load(work)
     (sentence,) = bert.tag(["green dog sleeps"])
     assert [(word, tag) for word, tag, _ in sentence] == [("green", "O"), ("dog", "B-ANIMAL"), ("sleeps", "O")]
     assert all(0.5 < share <= 1 for _, _, share in sentence)
     assert bert.tag([["dog"] * 40], length=9)[0][39][:2] == ("dog", bert.tag([["dog"] * 7], length=9)[0][4][1])
-    theirs = reads_the_same(bert, tmp_path / "hf", "BertForTokenClassification", **bert.tokenizer(["red hen runs"]))
-    assert theirs.label2id == {"O": 0, "B-ANIMAL": 1}
+    reference = reads_the_same(bert, tmp_path / "hf", "BertForTokenClassification", **bert.tokenizer(["red hen runs"]))
+    assert reference.label2id == {"O": 0, "B-ANIMAL": 1}
 
 
 @pytest.mark.torch
 def test_answers_in_texts(repository, pretrained, files, tmp_path):
     work = tmp_path / "work"
-    _, told = run(repository, "spans", pretrained, work, 150, data=str(files / "squad.json"))
-    assert told["val/answers_f1"] > 95 and told["val/answers_f1_chance"] == 50
+    _, metrics = run(repository, "spans", pretrained, work, 150, data=str(files / "squad.json"))
+    assert metrics["val/answers_f1"] > 95 and metrics["val/answers_f1_chance"] == 50
     bert = mmjax.load(work)
-    given = {"length": 16, "null_threshold": 0.0}
-    assert bert.answer("what runs?", "red dog runs and the", **given)[0][0][0] == "dog"
-    assert bert.answer("what?", "red dog runs and the", **given)[0][0][0] == ""
+    options = {"length": 16, "null_threshold": 0.0}
+    assert bert.answer("what runs?", "red dog runs and the", **options)[0][0][0] == "dog"
+    assert bert.answer("what?", "red dog runs and the", **options)[0][0][0] == ""
     reads_the_same(bert, tmp_path / "hf", "BertForQuestionAnswering", **bert.tokenizer(["what?"], ["red dog"]))
 
 
@@ -145,13 +149,13 @@ def test_how_many_steps_there_are(repository, pretrained, files):
     made = recipe(repository, "classification")
     data = str(files / "texts.tsv")
     config = made(data=data, batch_size=8)
-    train_on, held = config.examples
-    assert len(train_on) + len(held) == 80 and config.steps == int(len(train_on) / 8 * 3) and len(held) > 2
+    train_on, held_out = config.examples
+    assert len(train_on) + len(held_out) == 80 and config.steps == int(len(train_on) / 8 * 3) and len(held_out) > 2
     assert made(data=data, batch_size=8, epochs=5.0).steps == int(len(train_on) / 8 * 5)
     assert made(data=data, steps=7).steps == 7
     both = made(data=data, test=data, batch_size=8)
     assert both.steps == 30 and both.examples[0] == both.examples[1]
-    assert {row.text for row in train_on}.isdisjoint(row.text for row in held)
+    assert {row.text for row in train_on}.isdisjoint(row.text for row in held_out)
 
 
 def test_what_is_wrong_is_told(repository, pretrained, files, tmp_path):

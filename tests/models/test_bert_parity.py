@@ -58,9 +58,9 @@ def make(name: str) -> Any:
     generator = torch.Generator().manual_seed(17)
     with torch.no_grad():
         for key, tensor in model.named_parameters():
-            drawn = torch.randn(tensor.shape, generator=generator)
+            noise = torch.randn(tensor.shape, generator=generator)
             spread = 0.5 if "embeddings" in key else tensor.shape[-1] ** -0.5 if tensor.ndim > 1 else 0.1
-            tensor.copy_(spread * drawn + (key.endswith("LayerNorm.weight")))
+            tensor.copy_(spread * noise + (key.endswith("LayerNorm.weight")))
     return model
 
 
@@ -70,10 +70,10 @@ def run(model: Any) -> Any:
         return model(**{key: torch.tensor(value) for key, value in inputs().items()}, output_hidden_states=True)
 
 
-def close(ours: Any, theirs: Any) -> None:
-    reference = np.asarray(theirs)
-    assert ours.shape == reference.shape
-    assert np.abs(np.asarray(ours) - reference).max() <= LIMIT * np.abs(reference).max()
+def close(actual: Any, expected: Any) -> None:
+    reference = np.asarray(expected)
+    assert actual.shape == reference.shape
+    assert np.abs(np.asarray(actual) - reference).max() <= LIMIT * np.abs(reference).max()
 
 
 class TestTransformers:
@@ -82,45 +82,45 @@ class TestTransformers:
     @pytest.mark.parametrize("name", CASES)
     def test_the_same_numbers_and_the_way_back(self, tmp_path, name):
         torch = pytest.importorskip("torch")
-        theirs = make(name)
-        theirs.save_pretrained(tmp_path / "theirs")
-        ours, expected = mmjax.load(tmp_path / "theirs"), run(theirs)
-        found = ours.forward(**inputs())
+        reference = make(name)
+        reference.save_pretrained(tmp_path / "theirs")
+        loaded, expected = mmjax.load(tmp_path / "theirs"), run(reference)
+        outputs = loaded.forward(**inputs())
         for output in CASES[name][2]:
             if output == "hidden_states":
-                assert len(found[output]) == len(expected[output]) == 4
-                for one, other in zip(found[output], expected[output]):
+                assert len(outputs[output]) == len(expected[output]) == 4
+                for one, other in zip(outputs[output], expected[output]):
                     close(one, other)
             else:
-                close(found[output], expected[output])
-        mmjax.export(ours, tmp_path / "back", layout="hf")
-        back, told = type(theirs).from_pretrained(tmp_path / "back", output_loading_info=True)
-        assert not any(told.values()), told
+                close(outputs[output], expected[output])
+        mmjax.export(loaded, tmp_path / "back", layout="hf")
+        back, info = type(reference).from_pretrained(tmp_path / "back", output_loading_info=True)
+        assert not any(info.values()), info
         state = back.state_dict()
-        assert state.keys() == theirs.state_dict().keys()
-        assert all(torch.equal(state[key], tensor) for key, tensor in theirs.state_dict().items())
-        assert back.config.hidden_act in (theirs.config.hidden_act, "gelu_new", "gelu")
+        assert state.keys() == reference.state_dict().keys()
+        assert all(torch.equal(state[key], tensor) for key, tensor in reference.state_dict().items())
+        assert back.config.hidden_act in (reference.config.hidden_act, "gelu_new", "gelu")
 
     def test_the_gradient_of_pretraining(self):
         """Hugging Face's loss is a mean without the original's 1e-5, which here is 1e-6 of it."""
-        torch, theirs = pytest.importorskip("torch"), make("pretraining")
-        given = inputs()
-        places = np.array([[1, 4, 9], [2, 5, 0], [1, 0, 0]])
+        torch, hf_model = pytest.importorskip("torch"), make("pretraining")
+        arrays = inputs()
+        positions = np.array([[1, 4, 9], [2, 5, 0], [1, 0, 0]])
         weights = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0]], np.float32)
         ids = np.random.default_rng(2).integers(0, 53, (3, 3))
         labels = np.full((3, 17), -100)
-        for row, place in zip(*np.nonzero(weights)):
-            labels[row, places[row, place]] = ids[row, place]
+        for row, column in zip(*np.nonzero(weights)):
+            labels[row, positions[row, column]] = ids[row, column]
         following = np.array([1, 0, 1])
-        tensors = {key: torch.tensor(value) for key, value in given.items()}
-        out = theirs(**tensors, labels=torch.tensor(labels), next_sentence_label=torch.tensor(following))
+        tensors = {key: torch.tensor(value) for key, value in arrays.items()}
+        out = hf_model(**tensors, labels=torch.tensor(labels), next_sentence_label=torch.tensor(following))
         out.loss.backward()
 
-        state = {key: tensor.detach().numpy() for key, tensor in theirs.named_parameters()}
+        state = {key: tensor.detach().numpy() for key, tensor in hf_model.named_parameters()}
         shapes = {key: array.shape for key, array in state.items()}
-        config = dataclasses.replace(HF.config(shapes, theirs.config.to_dict()), dropout=0.0, attention_dropout=0.0)
+        config = dataclasses.replace(HF.config(shapes, hf_model.config.to_dict()), dropout=0.0, attention_dropout=0.0)
         params = load_table(HF.table(config), state, BertModel.shapes(config), "state")["params"]
-        batch = given | {"masked_positions": places, "masked_ids": ids, "masked_weights": weights}
+        batch = arrays | {"masked_positions": positions, "masked_ids": ids, "masked_weights": weights}
         batch = {key: jnp.asarray(value) for key, value in (batch | {"next_label": following}).items()}
 
         def loss(params: Any) -> Any:
@@ -128,31 +128,31 @@ class TestTransformers:
 
         value, grads = jax.jit(jax.value_and_grad(loss))(params)
         assert abs(float(value) - out.loss.item()) <= 1e-5 * out.loss.item()
-        found = save_table(HF.table(config), {"params": grads})
-        for key, tensor in theirs.named_parameters():
+        actual = save_table(HF.table(config), {"params": grads})
+        for key, tensor in hf_model.named_parameters():
             reference = tensor.grad.numpy()
             if not key.endswith("key.bias"):  # 0 but for rounding: a softmax does not see it
-                assert np.abs(found[key] - reference).max() <= LIMIT * np.abs(reference).max(), key
+                assert np.abs(actual[key] - reference).max() <= LIMIT * np.abs(reference).max(), key
 
     @pytest.mark.parametrize("prefix", ["module.", "module.bert.", "0.auto_model."])
     def test_older_spellings_are_read(self, tmp_path, prefix):
-        theirs = make("model")
-        state = {key: tensor.numpy() for key, tensor in theirs.state_dict().items()}
+        reference = make("model")
+        state = {key: tensor.numpy() for key, tensor in reference.state_dict().items()}
         old = {prefix + key.replace("LayerNorm.weight", "LayerNorm.gamma"): value for key, value in state.items()}
         old = {key.replace("LayerNorm.bias", "LayerNorm.beta"): value for key, value in old.items()}
         old[f"{prefix}embeddings.position_ids"] = np.arange(19)[None]
-        theirs.config.save_pretrained(tmp_path)
+        reference.config.save_pretrained(tmp_path)
         write_safetensors(tmp_path / "model.safetensors", old)
-        close(mmjax.load(tmp_path).forward(**inputs())["last_hidden_state"], run(theirs)["last_hidden_state"])
+        close(mmjax.load(tmp_path).forward(**inputs())["last_hidden_state"], run(reference)["last_hidden_state"])
 
     def test_a_torch_file_with_the_decoder_in_it(self, tmp_path):
         torch = pytest.importorskip("torch")
-        theirs = make("pretraining")
-        theirs.config.save_pretrained(tmp_path)
-        state = theirs.state_dict()
+        reference = make("pretraining")
+        reference.config.save_pretrained(tmp_path)
+        state = reference.state_dict()
         assert "cls.predictions.decoder.weight" in state
         torch.save(state, tmp_path / "pytorch_model.bin")
-        expected = run(theirs)["prediction_logits"]
+        expected = run(reference)["prediction_logits"]
         close(mmjax.load(tmp_path).forward(**inputs())["prediction_logits"], expected)
         del state["cls.predictions.bias"]  # the other name of this one
         torch.save(state, tmp_path / "pytorch_model.bin")
@@ -212,7 +212,7 @@ def test_googles_names_are_those_of_its_code():
 def test_what_is_no_bert_encoder_is_refused():
     shapes = {key: array.shape for key, array in save_table(HF.table(TINY), {"params": drawn(TINY).params}).items()}
     assert HF.config(shapes, {"num_attention_heads": 5}) == TINY
-    for told in ({"is_decoder": True}, {"hidden_act": "swish"}, {"position_embedding_type": "relative_key"}):
+    for hf_config in ({"is_decoder": True}, {"hidden_act": "swish"}, {"position_embedding_type": "relative_key"}):
         with pytest.raises(MmjaxError, match="not a BERT encoder"):
-            HF.config(shapes, told)
+            HF.config(shapes, hf_config)
     assert not HF.recognise(shapes.keys(), {"model_type": "roberta"})

@@ -49,12 +49,12 @@ def test_held_out_documents_are_not_trained_on(small):
 
 
 def test_a_run_that_was_cut_goes_on_to_the_same_bits(small, tmp_path):
-    told = train(small, tmp_path)
-    assert {"val/mlm_loss", "val/mlm_unigram_loss", "val/nsp_accuracy", "train/mlm_accuracy"} <= told.keys()
+    metrics = train(small, tmp_path)
+    assert {"val/mlm_loss", "val/mlm_unigram_loss", "val/nsp_accuracy", "train/mlm_accuracy"} <= metrics.keys()
     bert = mmjax.load(tmp_path)
     assert bert.config == small.network and len(bert.fill_mask("the red [MASK] runs", top=3)[0]) == 3
     shutil.rmtree(tmp_path / "checkpoints" / "4")
-    assert train(small, tmp_path)["val/mlm_loss"] == told["val/mlm_loss"]
+    assert train(small, tmp_path)["val/mlm_loss"] == metrics["val/mlm_loss"]
     assert tree.tree_hash(mmjax.load(tmp_path).params) == tree.tree_hash(bert.params)
 
 

@@ -46,7 +46,7 @@ def methods() -> dict[str, tuple[Any, int]]:
 
 def run_lifts() -> dict[str, Any]:
     """Losses and leaves after 5 steps; run in a process of 8 virtual devices."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for system, (method, micro) in methods().items():
         state = jax.jit(lambda method=method: create_state(method, SGD, jax.random.key(0), batch()))()
         for name in ("jit", "pmap", "mesh"):
@@ -58,13 +58,13 @@ def run_lifts() -> dict[str, Any]:
             )
             placed, metrics = lift.place(state), []
             for seed in range(5):
-                placed, told = lift.step(placed, lift.place_batch(batch(seed)))
-                metrics.append(lift.fetch_metrics(told))
+                placed, step_metrics = lift.step(placed, lift.place_batch(batch(seed)))
+                metrics.append(lift.fetch_metrics(step_metrics))
             end = lift.fetch(placed)
             parts = {"params": end.params, "ema": end.ema, "stats": end.stats, "queues": end.queues}
             leaves = {path: np.asarray(leaf, np.float64).tolist() for path, leaf in tree.flatten(parts).items()}
-            found[f"{system}/{name}"] = {"metrics": metrics, "leaves": leaves, "compiles": lift.compiles}
-    return found
+            results[f"{system}/{name}"] = {"metrics": metrics, "leaves": leaves, "compiles": lift.compiles}
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +77,10 @@ def lifted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_one_device_and_eight_are_the_same_step(lifted: dict[str, Any], system: str, lift: str):
     one, many = lifted[f"{system}/jit"], lifted[f"{system}/{lift}"]
     assert one["compiles"] == many["compiles"] == 1
-    for own, other in zip(one["metrics"], many["metrics"], strict=True):
-        np.testing.assert_allclose(other["loss"], own["loss"], rtol=1e-5)
-        np.testing.assert_allclose(other["accuracy"], own["accuracy"], atol=1e-6)
-        np.testing.assert_allclose(other["gradient_norm"], own["gradient_norm"], rtol=1e-4)
+    for expected, other in zip(one["metrics"], many["metrics"], strict=True):
+        np.testing.assert_allclose(other["loss"], expected["loss"], rtol=1e-5)
+        np.testing.assert_allclose(other["accuracy"], expected["accuracy"], atol=1e-6)
+        np.testing.assert_allclose(other["gradient_norm"], expected["gradient_norm"], rtol=1e-4)
     assert one["leaves"].keys() == many["leaves"].keys()
     for path, leaf in one["leaves"].items():
         scale = np.abs(leaf).max() or 1.0
@@ -89,9 +89,9 @@ def test_one_device_and_eight_are_the_same_step(lifted: dict[str, Any], system: 
 
 def digits() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(1,500 training, 297 test) scans of 8 x 8 pixels, written by different people."""
-    told: Any = pytest.importorskip("sklearn.datasets").load_digits()
-    image = np.repeat((told.images[..., None] / 16 - 0.3053) / 0.3762, 3, -1).astype(np.float32)
-    rows = {"image": image, "label": told.target.astype(np.int32)}
+    dataset: Any = pytest.importorskip("sklearn.datasets").load_digits()
+    image = np.repeat((dataset.images[..., None] / 16 - 0.3053) / 0.3762, 3, -1).astype(np.float32)
+    rows = {"image": image, "label": dataset.target.astype(np.int32)}
     return {k: v[:1500] for k, v in rows.items()}, {k: v[1500:] for k, v in rows.items()}
 
 
@@ -138,14 +138,14 @@ def test_evaluation_is_the_network_itself():
 
     @jax.jit
     def both(params: Any, stats: Any) -> Any:
-        told, same = classifier.logits(params, stats, pixels, train=False)
+        actual, same = classifier.logits(params, stats, pixels, train=False)
         assert same is stats
-        wanted: Any = ResNet(RESNET).apply({"params": params, "batch_stats": stats}, pixels)
+        expected: Any = ResNet(RESNET).apply({"params": params, "batch_stats": stats}, pixels)
         _, moved = classifier.logits(params, stats, pixels, train=True)
-        return told, wanted["logits"], moved["stem_bn"]["mean"]
+        return actual, expected["logits"], moved["stem_bn"]["mean"]
 
-    told, wanted, mean = both(params, stats)
-    np.testing.assert_array_equal(told, wanted)
+    actual, expected, mean = both(params, stats)
+    np.testing.assert_array_equal(actual, expected)
     assert np.abs(mean - stats["stem_bn"]["mean"]).max() > 1e-3
 
     classifier = ViTClassifier(VIT)
@@ -156,9 +156,9 @@ def test_evaluation_is_the_network_itself():
     @jax.jit
     def all_three(params: Any) -> Any:
         plain: Any = ViT(VIT).apply({"params": params}, pixels)
-        drawn, _ = classifier.logits(params, {}, pixels, train=True, rng=jax.random.key(4))
-        return classifier.logits(params, {}, pixels, train=False)[0], plain.logits, drawn
+        sampled, _ = classifier.logits(params, {}, pixels, train=True, rng=jax.random.key(4))
+        return classifier.logits(params, {}, pixels, train=False)[0], plain.logits, sampled
 
-    told, wanted, drawn = all_three(params)
-    np.testing.assert_array_equal(told, wanted)
-    assert np.abs(drawn - told).max() > 1e-2
+    actual, expected, sampled = all_three(params)
+    np.testing.assert_array_equal(actual, expected)
+    assert np.abs(sampled - actual).max() > 1e-2

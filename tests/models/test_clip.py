@@ -75,9 +75,9 @@ def model(config: CLIPConfig, seed: int = 0) -> CLIPModel:
             np.abs(noise) + 0.5 if path.endswith("var") else (0.5 * noise + path.endswith("scale")).astype(np.float32)
         )
 
-    drawn = tree.map_with_path(draw, shapes)
+    variables = tree.map_with_path(draw, shapes)
     return CLIPModel(
-        config, drawn["params"], drawn.get("stats", {}), preprocess=ImagePreprocessing.clip(22), layout="openai"
+        config, variables["params"], variables.get("stats", {}), preprocess=ImagePreprocessing.clip(22), layout="openai"
     )
 
 
@@ -113,14 +113,14 @@ def test_the_end_is_the_largest_id_or_the_one_that_is_told():
     ids[:, 1:] = np.minimum(ids[:, 1:], 500)
     ids[:, 0] = 1
     ids[:, 4], ids[:, 7], ids[:, 9] = 520, 540, 540
-    told = model(dataclasses.replace(VIT, text=dataclasses.replace(TEXT, eos=520)))
+    explicit = model(dataclasses.replace(VIT, text=dataclasses.replace(TEXT, eos=520)))
     np.testing.assert_allclose(vlm.encode_text(ids), vlm.encode_text(ids[:, :8]), atol=1e-6)
-    np.testing.assert_allclose(told.encode_text(ids), told.encode_text(ids[:, :5]), atol=1e-6)
+    np.testing.assert_allclose(explicit.encode_text(ids), explicit.encode_text(ids[:, :5]), atol=1e-6)
     without = np.where(ids == 520, 3, ids)
-    first = told.forward(input_ids=without)["text_model_output"]["last_hidden_state"][:, 0]
-    expected = np.asarray(first) @ np.asarray(told.params["text"]["projection"]["kernel"])
+    first = explicit.forward(input_ids=without)["text_model_output"]["last_hidden_state"][:, 0]
+    expected = np.asarray(first) @ np.asarray(explicit.params["text"]["projection"]["kernel"])
     np.testing.assert_allclose(
-        told.forward(input_ids=without)["text_model_output"]["pooler_output"], expected, atol=1e-5
+        explicit.forward(input_ids=without)["text_model_output"]["pooler_output"], expected, atol=1e-5
     )
 
 
@@ -300,8 +300,8 @@ def test_a_frozen_tower_stays_to_the_bit():
     }
     assert not any(path.startswith("vision/") for path in moved)
     assert "logit_scale" in moved and "text/encoder/block_0/mlp/up/kernel" in moved
-    held = sum(leaf.size for leaf in jax.tree.leaves(after.opt_state) if leaf.ndim)
-    assert held <= 2 * tree.count({k: v for k, v in state.params.items() if k != "vision"})
+    state_size = sum(leaf.size for leaf in jax.tree.leaves(after.opt_state) if leaf.ndim)
+    assert state_size <= 2 * tree.count({k: v for k, v in state.params.items() if k != "vision"})
 
 
 # ----------------------------------------------------------------------------------------------------------- the handle
@@ -334,13 +334,13 @@ def test_a_batch_and_its_parts_have_the_same_features(vlm):
 
 def test_classify_averages_unit_features_over_templates(vlm):
     templates = ("a {} icon", "{}")
-    told = vlm.classify(IMAGES, ["red", ("green", "blue")], templates, top=2)
+    predictions = vlm.classify(IMAGES, ["red", ("green", "blue")], templates, top=2)
     features = np.asarray(vlm.encode_text(["a red icon", "red", "a green icon", "green", "a blue icon", "blue"]))
     classes = np.stack([features[:2].mean(0), features[2:].mean(0)])
     classes /= np.linalg.norm(classes, axis=-1, keepdims=True)
     logits = vlm.logit_scale * np.asarray(vlm.encode_image(IMAGES)) @ classes.T
     expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    for row, probabilities in zip(told, expected):
+    for row, probabilities in zip(predictions, expected):
         assert [name for name, _ in row] == [["red", "green"][i] for i in np.argsort(-probabilities)]
         np.testing.assert_allclose([p for _, p in row], -np.sort(-probabilities), atol=1e-5)
     assert [len(row) for row in vlm.classify(IMAGES[0], ["a", "b", "c"], top=1)] == [1]
@@ -348,9 +348,9 @@ def test_classify_averages_unit_features_over_templates(vlm):
 
 def test_retrieve_ranks_by_cosine(vlm):
     texts = [f"a {word} icon" for word in WORDS]
-    found = vlm.retrieve(texts[:2], IMAGES, k=2)
+    results = vlm.retrieve(texts[:2], IMAGES, k=2)
     cosines = np.asarray(vlm.encode_text(texts[:2])) @ np.asarray(vlm.encode_image(IMAGES)).T
-    for row, expected in zip(found, cosines):
+    for row, expected in zip(results, cosines):
         assert [index for index, _ in row] == np.argsort(-expected)[:2].tolist()
         np.testing.assert_allclose([score for _, score in row], -np.sort(-expected)[:2], atol=1e-5)
     assert [row[0][0] for row in vlm.retrieve(IMAGES, np.asarray(vlm.encode_image(IMAGES)), k=9)] == [0, 1, 2]
@@ -386,16 +386,16 @@ def test_the_published_recipe_can_be_planned_without_data(repository):
 
     kind = load_experiment(repository / "experiments" / "clip_b16.py")
     config = parse_overrides(kind, ["--batch-size", "64"])
-    told: Any = config
-    shapes = told.example_batch()
+    recipe: Any = config
+    shapes = recipe.example_batch()
     assert {name: (leaf.shape, leaf.dtype.name) for name, leaf in shapes.items()} == {
         "image": ((64, 224, 224, 3), "uint8"),
         "text": ((64, 77), "int32"),
     }
-    create = lambda rng, images: create_state(told.method(), told.optimizer(), rng, images)  # noqa: E731
+    create = lambda rng, images: create_state(recipe.method(), recipe.optimizer(), rng, images)  # noqa: E731
     state = jax.eval_shape(create, jax.random.key(0), shapes)
     assert tree.count(state.params) == COUNTS["b16"]
     assert tree.count(state.opt_state) >= 2 * COUNTS["b16"]
     assert kind().batch_size == 32_768 and kind().steps * 32_768 == 32 * 400_000_000
     with pytest.raises(MmjaxError, match="--data"):
-        told.train_data()
+        recipe.train_data()

@@ -86,21 +86,21 @@ def run_lifts() -> dict[str, Any]:
 
     With SGD: Adam divides each gradient by its own size, and so makes whole steps of what is nothing but rounding.
     """
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, method in METHODS.items():
         optimizer = Optimizer(sgd(RATES[name], 0.9))
         step = functools.partial(train_step, method, optimizer)
         state = started(method, optimizer)
-        found[f"{name}/start"] = {"leaves": flat(state)}
+        results[f"{name}/start"] = {"leaves": flat(state)}
         for kind in ("jit", *(kind for method, kind in LIFTS if method == name)):
             lift = create_lift("mesh" if kind in MESHES else kind, step, MESHES.get(kind))  # type: ignore[arg-type]
             placed, metrics = lift.place(state), []
             for seed in range(STEPS):
-                placed, told = lift.step(placed, lift.place_batch(batch(method.config, seed)))
-                metrics.append(lift.fetch_metrics(told))
+                placed, step_metrics = lift.step(placed, lift.place_batch(batch(method.config, seed)))
+                metrics.append(lift.fetch_metrics(step_metrics))
             cut = sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(placed.params))
-            found[f"{name}/{kind}"] = {"metrics": metrics, "leaves": flat(lift.fetch(placed)), "cut": cut}
-    return found
+            results[f"{name}/{kind}"] = {"metrics": metrics, "leaves": flat(lift.fetch(placed)), "cut": cut}
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +111,12 @@ def lifted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(("name", "lift"), LIFTS)
 def test_every_lift_is_the_same_step(lifted: dict[str, Any], name: str, lift: str):
     one, many = lifted[f"{name}/jit"], lifted[f"{name}/{lift}"]
-    for own, other in zip(one["metrics"], many["metrics"], strict=True):
-        assert own.keys() == other.keys()
-        np.testing.assert_allclose(other["loss"], own["loss"], rtol=1e-5)
-        for metric in own:
+    for expected, other in zip(one["metrics"], many["metrics"], strict=True):
+        assert expected.keys() == other.keys()
+        np.testing.assert_allclose(other["loss"], expected["loss"], rtol=1e-5)
+        for metric in expected:
             # The bound is a difference, log N - loss, near zero at the start.
-            np.testing.assert_allclose(other[metric], own[metric], rtol=1e-4, atol=1e-5, err_msg=metric)
+            np.testing.assert_allclose(other[metric], expected[metric], rtol=1e-4, atol=1e-5, err_msg=metric)
     near(many["leaves"], one["leaves"])
     assert (many["cut"] > 10) == (lift != "data")
 
@@ -129,12 +129,12 @@ def test_every_leaf_moves_far_and_as_far_under_every_lift(lifted: dict[str, Any]
         start, end = (lifted[f"{name}/{which}"]["leaves"] for which in ("start", kind))
         return {path: np.asarray(end[path]) - np.asarray(leaf) for path, leaf in start.items()}
 
-    found, wanted = moves(lift), moves("jit")
-    blind = {path for path in wanted if is_blind(path)}
+    actual, expected = moves(lift), moves("jit")
+    blind = {path for path in expected if is_blind(path)}
     assert len(blind) == {"vit": 4, "modified": 2}[name]
-    assert all(np.abs(found.pop(path)).max() < 1e-6 and wanted.pop(path) is not None for path in blind)
-    assert min(np.abs(move).max() for move in wanted.values()) > 1e-5
-    near(found, wanted, 1e-3)
+    assert all(np.abs(actual.pop(path)).max() < 1e-6 and expected.pop(path) is not None for path in blind)
+    assert min(np.abs(move).max() for move in expected.values()) > 1e-5
+    near(actual, expected, 1e-3)
 
 
 # ------------------------------------------------------------------------------------------------- remat, chunks
@@ -160,8 +160,8 @@ def gradient(method: CLIP) -> tuple[Any, dict[str, np.ndarray]]:
         value, (_, metrics) = method.loss(params, carry, rows, jax.random.key(1), 0)
         return value, metrics
 
-    told, grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    return told, {path: np.asarray(leaf) for path, leaf in tree.flatten(grads).items()}
+    outputs, grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return outputs, {path: np.asarray(leaf) for path, leaf in tree.flatten(grads).items()}
 
 
 @functools.cache
@@ -181,10 +181,10 @@ def kept_bytes(method: CLIP) -> int:
     """What the backward pass of the loss keeps of the forward pass, parameters included; by shapes alone."""
     rows = batch(method.config)
     params, carry = begun(method)
-    kept = jax.eval_shape(
+    residuals = jax.eval_shape(
         lambda p: jax.vjp(lambda q: method.loss(q, carry, rows, jax.random.key(1), 0)[0], p)[1], params
     )
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
 
 
 @pytest.mark.parametrize("name", ["vit", "modified"])
@@ -203,10 +203,10 @@ def test_remat_changes_what_is_kept_and_no_number(name: str):
 def test_chunks_give_the_gradient_of_the_whole_batch(blocks: int, remat: bool):
     plain = CLIP(dataclasses.replace(VIT, remat=remat))
     (value, metrics), grads = gradient(plain)
-    (chunked, told), same = gradient(dataclasses.replace(plain, chunks=4, loss_blocks=blocks))
+    (chunked, chunked_metrics), same = gradient(dataclasses.replace(plain, chunks=4, loss_blocks=blocks))
     np.testing.assert_allclose(chunked, value, rtol=1e-5)
     for name, metric in metrics.items():
-        np.testing.assert_allclose(told[name], metric, rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(chunked_metrics[name], metric, rtol=1e-5, atol=1e-6, err_msg=name)
     near_gradients(same, grads)
     # Not what parts of a batch by themselves give.
     assert abs(loss_of_a_quarter(plain) - float(value)) > 0.1

@@ -136,10 +136,10 @@ def test_any_cut_of_a_batch_has_the_whole_ones_gradient(name: str):
     if not name.startswith("albef"):  # which compiles for long
         cuts += [functools.partial(gradient, micro_batches=2), functools.partial(over_devices, micro_batches=1)]
     for cut in cuts:
-        parts, told = jax.jit(cut)(rows)
-        assert told.keys() == metrics.keys()
+        parts, cut_metrics = jax.jit(cut)(rows)
+        assert cut_metrics.keys() == metrics.keys()
         for metric, value in metrics.items():
-            np.testing.assert_allclose(told[metric], value, rtol=1e-5, atol=1e-6, err_msg=metric)
+            np.testing.assert_allclose(cut_metrics[metric], value, rtol=1e-5, atol=1e-6, err_msg=metric)
         for path, leaf in tree.flatten(grads).items():
             limit = 1e-5 * max(float(jnp.abs(leaf).max()), 0.03 * largest)
             np.testing.assert_allclose(tree.flatten(parts)[path], leaf, atol=limit, rtol=0, err_msg=path)

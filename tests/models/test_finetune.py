@@ -39,11 +39,11 @@ def cache(tmp_path_factory, monkeypatch) -> None:
 def digits(tmp_path_factory) -> pathlib.Path:
     """Real handwriting of three classes, 25 images each, 8 pixels brought to 22."""
     datasets = pytest.importorskip("sklearn.datasets")
-    root, found = tmp_path_factory.mktemp("digits"), datasets.load_digits(n_class=CLASSES)
+    root, dataset = tmp_path_factory.mktemp("digits"), datasets.load_digits(n_class=CLASSES)
     for label in range(CLASSES):
         folder = root / f"digit {label}"
         folder.mkdir()
-        for index, image in enumerate(found.images[found.target == label][:25]):
+        for index, image in enumerate(dataset.images[dataset.target == label][:25]):
             Image.fromarray(np.uint8(image * 15.9)).resize((22, 22)).save(folder / f"{index}.png")
     return root
 
@@ -59,8 +59,8 @@ def models(tmp_path_factory) -> dict[str, pathlib.Path]:
 
 def configured(models: dict[str, pathlib.Path], digits: pathlib.Path, name: str, **fields: Any) -> Any:
     kind: Any = load_experiment(FILE)
-    given = {"steps": 3, "batch_size": 16, "tensorboard": False, "log_every": 1}
-    return kind(**(given | {"init_from": str(models[name]), "data": str(digits)} | fields))
+    defaults = {"steps": 3, "batch_size": 16, "tensorboard": False, "log_every": 1}
+    return kind(**(defaults | {"init_from": str(models[name]), "data": str(digits)} | fields))
 
 
 # ------------------------------------------------------------------------------------------------- what moves and stays
@@ -82,12 +82,12 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(models, digits, tmp_
     assert np.abs(end["head/kernel"]).max() > 0 and np.abs(end["head/bias"]).max() > 0
 
     leaves = checkpoint.read_manifest(checkpoint.step_folder(tmp_path, 3))["leaves"]
-    numbers = {key: int(np.prod(told["shape"])) for key, told in leaves.items() if key.startswith("opt_state")}
+    numbers = {key: int(np.prod(info["shape"])) for key, info in leaves.items() if key.startswith("opt_state")}
     size = sum(end[path].size for path in trained)
     assert sum(numbers.values()) == 2 * size + sum(number for number in numbers.values() if number == 1)
     everything = size == sum(leaf.size for leaf in end.values())
-    said = f" {size:,}, all trainable" if everything else f", {size:,} trainable"
-    assert said in capsys.readouterr().out  # the facts at the start
+    message = f" {size:,}, all trainable" if everything else f", {size:,} trainable"
+    assert message in capsys.readouterr().out  # the facts at the start
 
     statistics = tree.flatten(after["stats"])
     assert statistics.keys() == tree.flatten(before.stats).keys()
@@ -115,13 +115,13 @@ def test_parameter_counts_by_hand(models, digits):
     """Blocks of 12 wide: 4 (12 12 + 12) of attention, 2 12 17 + 17 + 12 of the feed-forward, two norms of 24."""
     block, head, norm = 4 * (144 + 12) + 2 * 12 * 17 + 29 + 48, 12 * CLASSES + CLASSES, 24
     embeddings = 12 + 5 * 12 + 11 * 11 * 3 * 12 + 12
-    wanted = {"head": head, 1: head + norm + block, 3: head + norm + 3 * block}
-    wanted["all"] = wanted[3] + embeddings
-    for tune, count in wanted.items():
+    expected = {"head": head, 1: head + norm + block, 3: head + norm + 3 * block}
+    expected["all"] = expected[3] + embeddings
+    for tune, count in expected.items():
         config = configured(models, digits, "vit", tune=tune)
         shapes = config.model_class.shapes(config.start.config)["params"]
         trainable, frozen = config.optimizer().partition.split(shapes)
-        assert tree.count(trainable) == count and tree.count(frozen) == wanted["all"] - count
+        assert tree.count(trainable) == count and tree.count(frozen) == expected["all"] - count
 
 
 @pytest.mark.parametrize("name", ["resnet", "clip_vit"])
@@ -152,17 +152,17 @@ def test_the_rate_falls_a_layer_at_a_time(models, digits):
     layers = config.model_class.layers(config.start.config)
     params = {**config.start.params, "head": {"kernel": jnp.ones((7, CLASSES)), "bias": jnp.ones(CLASSES)}}
     grads = jax.tree.map(jnp.ones_like, params)
-    found = {}
+    updates_by_decay = {}
     for decay in (1.0, 0.5):
         optimizer = tuning_optimizer(
             lambda _: 0.1, layers, partition(params, layers, "all"), weight_decay=0, decay=decay
         )
         updates, _ = optimizer.update(grads, optimizer.init(params), params, {})
-        found[decay] = tree.flatten(updates)
+        updates_by_decay[decay] = tree.flatten(updates)
     scale = {"stem_conv/kernel": 4, "stage1_block0/conv1/kernel": 3, "stage2_block1/bn2/bias": 1, "head/kernel": 0}
     for path, power in scale.items():
-        np.testing.assert_allclose(found[0.5][path], found[1.0][path] * 0.5**power, rtol=1e-6)
-        np.testing.assert_allclose(found[1.0][path], -0.1, rtol=1e-4)
+        np.testing.assert_allclose(updates_by_decay[0.5][path], updates_by_decay[1.0][path] * 0.5**power, rtol=1e-6)
+        np.testing.assert_allclose(updates_by_decay[1.0][path], -0.1, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------ real data
@@ -181,12 +181,12 @@ def test_it_learns_handwriting(models, digits, tmp_path, name, tune, rate):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:2])
-    told = next(line for line in lines if "val/classification_top1" in line)
-    assert told["val/classification_n"] == 15 and told["val/classification_top1"] > 80
+    record = next(line for line in lines if "val/classification_top1" in line)
+    assert record["val/classification_n"] == 15 and record["val/classification_top1"] > 80
     assert cli.main(["classify", str(tmp_path), str(digits / "digit 1" / "3.png")]) == 0
     assert cli.main(["evaluate", str(tmp_path), "--task", "classification"]) == 0
     scores = json.loads((tmp_path / "evaluations" / "classification.json").read_text())["scores"]
-    assert scores["classification_top1"]["value"] == pytest.approx(told["val/classification_top1"])
+    assert scores["classification_top1"]["value"] == pytest.approx(record["val/classification_top1"])
 
 
 def test_a_moco_run_is_fine_tuned(digits, tmp_path):
@@ -197,8 +197,8 @@ def test_a_moco_run_is_fine_tuned(digits, tmp_path):
     writer = checkpoint.CheckpointWriter(tmp_path / "moco")
     writer.save(jax.tree.map(lambda leaf: leaf if leaf.ndim == 0 else np.asarray(leaf), state.replace(stats=stats)), 7)
     writer.wait()
-    told = {"system": "moco", "model": dataclasses.asdict(MOCO)}
-    (tmp_path / "moco" / "config.json").write_text(json.dumps(told))
+    run_config = {"system": "moco", "model": dataclasses.asdict(MOCO)}
+    (tmp_path / "moco" / "config.json").write_text(json.dumps(run_config))
     config = configured({"moco": tmp_path / "moco"}, digits, "moco", tune=1, image_size=SIZES["moco"])
     train(config, tmp_path / "tuned")
     model = mmjax.load(tmp_path / "tuned")
@@ -216,8 +216,8 @@ def test_a_tuned_model_can_be_tuned_again(models, digits, tmp_path):
     assert mmjax.load(tmp_path / "b").params["head"]["kernel"].shape == (12, 2)
 
 
-def _fewer(digits: pathlib.Path, place: pathlib.Path) -> pathlib.Path:
-    root = place / "fewer"
+def _fewer(digits: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    root = folder / "fewer"
     root.mkdir()
     for name in ("digit 0", "digit 2"):
         os.symlink(digits / name, root / name)
@@ -236,9 +236,9 @@ def test_unreadable_images_are_counted_and_named(models, digits, tmp_path, capsy
         (root / "digit 1" / f"{index}.png").write_bytes(good if index else good[:60])
     workdir = tmp_path / "run"
     train(configured(models, root, "resnet", tune=tune, steps=6, held_out=0.1, data=str(root)), workdir)
-    told = capsys.readouterr().out
-    assert f"{root}/digit 1/0.png" in told
-    assert ("1 bad records were skipped" in told) == (tune == 1)
+    output = capsys.readouterr().out
+    assert f"{root}/digit 1/0.png" in output
+    assert ("1 bad records were skipped" in output) == (tune == 1)
 
 
 @pytest.mark.parametrize(
@@ -270,12 +270,12 @@ def test_bad_input_is_one_line_and_code_2(models, digits, tmp_path, capsys, flag
         for index in range(files):
             good = (digits / "digit 0" / f"{index}.png").read_bytes()
             (tmp_path / name / f"{index}.png").write_bytes(b"no image" if name == "bad/cat" else good)
-    places = {
+    paths = {
         "digits": digits,
         "vit": models["vit"],
         **{name: tmp_path / name for name in ("one", "flat", "empty", "bad")},
     }
-    given = [flag.format(**places) for flag in flags]
-    assert cli.main(["train", str(FILE), *given, "--workdir", str(tmp_path / "run"), "--steps", "2"]) == 2
-    told = capsys.readouterr().err
-    assert words in told and told.startswith("mmjax train: ") and told.count("\n") == 1
+    arguments = [flag.format(**paths) for flag in flags]
+    assert cli.main(["train", str(FILE), *arguments, "--workdir", str(tmp_path / "run"), "--steps", "2"]) == 2
+    message = capsys.readouterr().err
+    assert words in message and message.startswith("mmjax train: ") and message.count("\n") == 1

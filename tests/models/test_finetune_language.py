@@ -26,8 +26,10 @@ def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
     save_tiny_decoder(folder)
     talks = folder / "talks.jsonl"
-    said = [("name three fruits", "sea time"), ("which of them is yellow?", "blue"), ("sea?", "the sea is blue")]
-    lines = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in said * 6]
+    dialogues = [("name three fruits", "sea time"), ("which of them is yellow?", "blue"), ("sea?", "the sea is blue")]
+    lines = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in dialogues * 6
+    ]
     talks.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -75,8 +77,8 @@ def test_the_loss_is_the_mean_over_what_is_learned():
     labels = np.where(rng.random((3, 11)) < 0.4, ids, -100).astype(np.int32)
     method = CausalLM(model.config)
     loss, (_, metrics) = method.loss(model.params, None, {"input_ids": ids, "labels": labels}, jax.random.key(0), 0)
-    wanted = token_cross_entropy(model.forward(input_ids=ids)["logits"], next_tokens(jax.numpy.asarray(labels)))
-    np.testing.assert_allclose(loss.value, wanted.loss.value, rtol=1e-5)
+    expected = token_cross_entropy(model.forward(input_ids=ids)["logits"], next_tokens(jax.numpy.asarray(labels)))
+    np.testing.assert_allclose(loss.value, expected.loss.value, rtol=1e-5)
     assert loss.count == (labels[:, 1:] != -100).sum()
     assert metrics["tokens_per_text"].value == (labels[:, 1:] != -100).sum() / 3
 

@@ -54,8 +54,8 @@ def test_the_whole_step_traces_at_full_size(config: Any, parameters: int):
 
 def test_the_newer_recipe_is_what_its_command_line_says():
     """The line stands in the experiment's docstring."""
-    told = (EXPERIMENTS / "resnet_50_imagenet.py").read_text().split('"""')[1]
-    assert NEWER.split() == told[told.index("--steps") : told.index("Batch norm")].split()
+    docstring = (EXPERIMENTS / "resnet_50_imagenet.py").read_text().split('"""')[1]
+    assert NEWER.split() == docstring[docstring.index("--steps") : docstring.index("Batch norm")].split()
     config = newer()
     method = config.method()
     assert isinstance(method, Augmented) and method.augment.p == 0.1  # type: ignore[attr-defined]
@@ -151,11 +151,13 @@ def test_batches_and_evaluation_come_from_a_folder(tmp_path: pathlib.Path):
     """Crops and RandAugment on the host; all of `val`, resized and cropped, is judged."""
     fields: Any = {"data": pictures(tmp_path / "data"), "images": 10, "classes": 2, "size": 28, "workers": 0}
     config = recipe("vit_augreg", batch_size=5, **fields)
-    kept = config.train_data()
-    batch = next(iter(kept))
-    assert batch["image"].shape == (5, 28, 28, 3) and batch["image"].dtype == np.uint8 and kept.steps_per_epoch == 2
-    (told,) = config.evaluations()
-    judged = next(iter(told.images))
+    train_data = config.train_data()
+    batch = next(iter(train_data))
+    assert (
+        batch["image"].shape == (5, 28, 28, 3) and batch["image"].dtype == np.uint8 and train_data.steps_per_epoch == 2
+    )
+    (evaluation,) = config.evaluations()
+    judged = next(iter(evaluation.images))
     np.testing.assert_array_equal(judged["label"], [0, 0, 1, 1])
     picture = tmp_path / "data" / "val" / "n02" / "1.png"
     np.testing.assert_array_equal(judged["image"][3], config.preprocess.to_uint8(Image.open(picture)))

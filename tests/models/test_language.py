@@ -121,14 +121,14 @@ def first_part(row):
 def test_logits_are_those_of_transformers(pair):
     import torch
 
-    reference, ours, _ = pair
+    reference, loaded, _ = pair
     ids = np.where(MASK, PROMPTS, PAD)
     with torch.no_grad():
         expected = reference(torch.tensor(ids).long(), attention_mask=torch.tensor(MASK), output_hidden_states=True)
-    outputs = ours.forward(input_ids=ids, attention_mask=MASK)
+    outputs = loaded.forward(input_ids=ids, attention_mask=MASK)
     real = MASK.astype(bool)
     for name, array in (("logits", expected.logits), ("last_hidden_state", expected.hidden_states[-1])):
-        if name == "last_hidden_state" and ours.config.embed_width is not None:
+        if name == "last_hidden_state" and loaded.config.embed_width is not None:
             continue  # transformers tells the narrow states there
         error = np.abs(np.asarray(outputs[name]) - array.numpy())[real].max()
         assert error <= 1e-4 * np.abs(array.numpy()).max(), name
@@ -147,12 +147,12 @@ def test_logits_are_those_of_transformers(pair):
 def test_ids_are_those_of_transformers(pair, options):
     import torch
 
-    reference, ours, _ = pair
+    reference, loaded, _ = pair
     ids = np.where(MASK, PROMPTS, PAD)
     with torch.no_grad():
         inputs = {"attention_mask": torch.tensor(MASK), "do_sample": False, "max_new_tokens": 15}
         expected = reference.generate(torch.tensor(ids).long(), **inputs, **options)[:, ids.shape[1] :].tolist()
-    outputs = np.asarray(ours.generate(ids, attention_mask=MASK, max_new_tokens=15, **options)).tolist()
+    outputs = np.asarray(loaded.generate(ids, attention_mask=MASK, max_new_tokens=15, **options)).tolist()
     assert [first_part(row) for row in outputs] == [first_part(row) for row in expected]
 
 
@@ -162,8 +162,8 @@ def test_an_export_is_read_by_transformers_and_bit_exact(pair, tmp_path):
     import transformers
     from safetensors.numpy import load_file
 
-    reference, ours, folder = pair
-    mmjax.export(ours, tmp_path)
+    reference, loaded, folder = pair
+    mmjax.export(loaded, tmp_path)
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     with torch.no_grad():
         ids = torch.tensor(PROMPTS).long()
@@ -172,8 +172,8 @@ def test_an_export_is_read_by_transformers_and_bit_exact(pair, tmp_path):
     for key in ours_file.keys() & theirs_file.keys():
         np.testing.assert_array_equal(ours_file[key], theirs_file[key])
     again = mmjax.load(tmp_path)
-    assert again.config == ours.config
-    jax.tree.map(np.testing.assert_array_equal, again.params, ours.params)
+    assert again.config == loaded.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
 
 
 # ---------------------------------------------------------------------------------------------------- without reference
@@ -225,8 +225,8 @@ def test_steps_over_kept_keys_are_the_whole_pass(name):
             for r in range(2):
                 whole = np.concatenate([prompt, tokens[i, r]])[None]
                 expected = np.asarray(model.forward(input_ids=whole)["logits"])[0, len(prompt) - 1 :]
-                ours = np.stack([step[i, r] for step in outputs])
-                np.testing.assert_allclose(ours, expected, atol=2e-5 * np.abs(expected).max())
+                actual = np.stack([step[i, r] for step in outputs])
+                np.testing.assert_allclose(actual, expected, atol=2e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", ["rotary", "learned", "alibi", "window"])
@@ -241,11 +241,11 @@ def test_what_was_read_serves_the_next_turn(name):
     assert results.state is not None
     # The last token was chosen, and not read yet: it begins the next prompt.
     rest = np.concatenate([answer[:, -1:], second], 1)
-    kept = generate(model.decodable(), model.variables, {"input_ids": rest, "past": remember(results.state)}, options)
+    cached = generate(model.decodable(), model.variables, {"input_ids": rest, "past": remember(results.state)}, options)
     whole = np.concatenate([first, answer, second], 1)
     afresh = generate(model.decodable(), model.variables, {"input_ids": whole}, options)
-    np.testing.assert_array_equal(kept.ids, afresh.ids)
-    np.testing.assert_allclose(kept.scores, afresh.scores, rtol=1e-4)
+    np.testing.assert_array_equal(cached.ids, afresh.ids)
+    np.testing.assert_allclose(cached.scores, afresh.scores, rtol=1e-4)
 
 
 def test_embeddings_in_the_place_of_ids():
@@ -394,8 +394,8 @@ def test_the_loss_of_a_frozen_int8_model(tied):
         batch = {"inputs_embeds": embeds, "labels": jnp.asarray(PROMPTS)}
         return jax.value_and_grad(lambda x: loss_of(config, batch | {"inputs_embeds": x})(params))(embeds)
 
-    for ours, expected in zip(slope(embeds, rounded), slope(embeds, floats)):
-        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+    for actual, expected in zip(slope(embeds, rounded), slope(embeds, floats)):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 COUNTS = {

@@ -41,9 +41,9 @@ def lifted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_adapters_move_the_same_over_every_lift(lifted: dict[str, Any], lift: str):
     one, many = lifted["adapters/jit"], lifted[f"adapters/{lift}"]
     assert one["compiles"] == many["compiles"] == 1
-    for own, other in zip(one["metrics"], many["metrics"], strict=True):
-        np.testing.assert_allclose(other["loss"], own["loss"], rtol=1e-5)
-        np.testing.assert_allclose(other["gradient_norm"], own["gradient_norm"], rtol=1e-4)
+    for expected, other in zip(one["metrics"], many["metrics"], strict=True):
+        np.testing.assert_allclose(other["loss"], expected["loss"], rtol=1e-5)
+        np.testing.assert_allclose(other["gradient_norm"], expected["gradient_norm"], rtol=1e-4)
     assert one["metrics"][0]["gradient_norm"] > 0
     assert one["leaves"].keys() == many["leaves"].keys()
     for path, leaf in one["leaves"].items():

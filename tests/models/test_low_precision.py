@@ -57,21 +57,21 @@ def test_matrices_are_held_in_a_byte_a_weight(pair):
     matrices = {path for path, leaf in leaves.items() if is_int8(leaf)}
     tables = {"token_embedding", "embedding", "head"} & leaves.keys()
     assert matrices == {path for path in leaves if path.endswith("kernel")} | tables and len(tables) >= 1
-    wanted = 0
+    expected = 0
     for path, leaf in flatten(model.params).items():
         channels = leaf.shape[0] if path in tables else leaf.shape[-1]
-        wanted += leaf.size + 4 * channels if path in matrices else 4 * leaf.size
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(narrow.params)) == wanted
+        expected += leaf.size + 4 * channels if path in matrices else 4 * leaf.size
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(narrow.params)) == expected
 
 
 def test_logits_are_those_of_the_dequantised_copy(pair):
     model, narrow = pair
-    given = inputs(model)
-    found, wanted = narrow.forward(**given)["logits"], dequantised(narrow).forward(**given)["logits"]
-    scale = np.abs(wanted).max()
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, wanted, atol=1e-5 * scale)
-    moved = np.abs(np.asarray(model.forward(**given)["logits"]) - wanted).max() / scale
+    batch = inputs(model)
+    actual, expected = narrow.forward(**batch)["logits"], dequantised(narrow).forward(**batch)["logits"]
+    scale = np.abs(expected).max()
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, expected, atol=1e-5 * scale)
+    moved = np.abs(np.asarray(model.forward(**batch)["logits"]) - expected).max() / scale
     assert 1e-5 < moved < 0.1  # the weights are other ones, and near
 
 
@@ -81,8 +81,8 @@ def test_it_writes_what_its_dequantised_copy_writes(pair, beams):
     if model.system == "t5" and beams > 1:
         pytest.skip("one system's is enough")
     ids = inputs(model)["input_ids"]
-    found = narrow.generate(ids, max_new_tokens=12, num_beams=beams)
-    np.testing.assert_array_equal(found, dequantised(narrow).generate(ids, max_new_tokens=12, num_beams=beams))
+    actual = narrow.generate(ids, max_new_tokens=12, num_beams=beams)
+    np.testing.assert_array_equal(actual, dequantised(narrow).generate(ids, max_new_tokens=12, num_beams=beams))
 
 
 def test_its_perplexity_is_its_dequantised_copys(tmp_path):
@@ -93,8 +93,8 @@ def test_its_perplexity_is_its_dequantised_copys(tmp_path):
     def logits(variables, ids, mask):
         return narrow.module.apply(variables, ids, mask)["logits"]
 
-    found, wanted = (perplexity(logits, m.variables, text, length=16) for m in (narrow, dequantised(narrow)))
-    assert found.value == pytest.approx(wanted.value, rel=1e-5) and found.n == 59
+    actual, expected = (perplexity(logits, m.variables, text, length=16) for m in (narrow, dequantised(narrow)))
+    assert actual.value == pytest.approx(expected.value, rel=1e-5) and actual.n == 59
 
 
 @pytest.mark.parametrize("weights", [None, "int8"])
@@ -106,9 +106,9 @@ def test_bfloat16_keeps_parameters_in_it_and_logits_in_float32(tmp_path, weights
     assert floats == {"bfloat16"} and holds_int8(half.params) == (weights == "int8")
     if weights:
         assert half.params["head"]["kernel"].scale.dtype == jnp.float32
-    told, exact = half.forward(input_ids=IDS), model.forward(input_ids=IDS)["logits"]
-    assert told["logits"].dtype == jnp.float32 and told["last_hidden_state"].dtype == jnp.bfloat16
-    error = np.abs(told["logits"] - exact).max() / np.abs(exact).max()
+    outputs, exact = half.forward(input_ids=IDS), model.forward(input_ids=IDS)["logits"]
+    assert outputs["logits"].dtype == jnp.float32 and outputs["last_hidden_state"].dtype == jnp.bfloat16
+    error = np.abs(outputs["logits"] - exact).max() / np.abs(exact).max()
     assert 1e-4 < error < 8 * 2**-8  # two layers of products, each rounded by 2^-9 of itself at most
 
 
@@ -116,10 +116,10 @@ def test_the_command_line_loads_them(tmp_path, capsys):
     mmjax.save(tiny_decoder(), tmp_path / "language")
     save_tiny_bert(tmp_path / "bert")
     narrow = mmjax.load(tmp_path / "language", dtype="bfloat16", weights="int8")
-    wanted = "".join(narrow.stream("once upon", max_new_tokens=6))
+    expected = "".join(narrow.stream("once upon", max_new_tokens=6))
     flags = ["--dtype", "bfloat16", "--weights", "int8"]
     assert cli.main(["generate", str(tmp_path / "language"), "once upon", "--max_new_tokens", "6", *flags]) == 0
-    assert capsys.readouterr().out == f"once upon{wanted}\n"
+    assert capsys.readouterr().out == f"once upon{expected}\n"
     assert cli.main(["chat", str(tmp_path / "bert"), *flags]) == 2
     assert "weights='int8': bert has none in int8" in capsys.readouterr().err
 

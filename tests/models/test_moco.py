@@ -83,7 +83,7 @@ def test_the_first_step_by_hand():
     new, metrics = stepped(method)(state, views)
 
     params = {part: state.params[part] for part in state.ema}
-    ema = jax.tree.map(lambda old, own: 0.9 * old + (1 - 0.9) * own, moved, params)
+    ema = jax.tree.map(lambda old, student: 0.9 * old + (1 - 0.9) * student, moved, params)
     near(new.ema, ema, 1e-6)
     q, query_stats = method.encode(state.params, state.stats["query"], views["view_1"], None, True)
     k, key_stats = method.encode(ema, state.stats["key"], views["view_2"], None, False)
@@ -172,7 +172,7 @@ def apart_from_zero(state: Any) -> Any:
 
 def run_lifts() -> dict[str, Any]:
     """Losses and leaves after 3 steps; run in a process of 8 virtual devices."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for version, (method, optimizer, side) in LIFTED.items():
         state = apart_from_zero(started(method, optimizer, batch(side=side)))
         step = functools.partial(train_step, method, optimizer)
@@ -188,8 +188,8 @@ def run_lifts() -> dict[str, Any]:
             leaves = {path: np.asarray(leaf, np.float64).tolist() for path, leaf in tree.flatten(parts).items()}
             if "keys" in end.queues:
                 leaves["queue"] = np.asarray(end.queues["keys"].keys, np.float64).tolist()
-            found[f"{version}/{name}"] = {"metrics": losses, "leaves": leaves}
-    return found
+            results[f"{version}/{name}"] = {"metrics": losses, "leaves": leaves}
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +201,11 @@ def lifted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("lift", ["pmap", "mesh"])
 def test_one_device_and_eight_have_the_same_metrics(lifted: dict[str, Any], version: str, lift: str):
     one, many = lifted[f"{version}/jit"], lifted[f"{version}/{lift}"]
-    for own, other in zip(one["metrics"], many["metrics"], strict=True):
-        assert own.keys() == other.keys()
-        for name in own:
-            np.testing.assert_allclose(other[name], own[name], rtol=1e-4, atol=1e-6, err_msg=name)
-        np.testing.assert_allclose(other["loss"], own["loss"], rtol=1e-5)
+    for expected, other in zip(one["metrics"], many["metrics"], strict=True):
+        assert expected.keys() == other.keys()
+        for name in expected:
+            np.testing.assert_allclose(other[name], expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(other["loss"], expected["loss"], rtol=1e-5)
 
 
 ZERO = {"v2": set(), "v3": {"stats/query/predictor/bn_0/mean"}, "v3_vit": {"stats/query/predictor/bn_0/mean"}}
@@ -226,8 +226,8 @@ def test_one_device_and_eight_end_in_the_same_place(lifted: dict[str, Any], vers
 
 def test_momentum_rises_by_half_a_cosine():
     method = MoCoMethod(V3, cosine_steps=100)
-    told = [float(method.momentum({"momentum": jnp.float32(0.99)}, jnp.int32(step))) for step in (0, 25, 50, 100)]
-    np.testing.assert_allclose(told, [0.99, 1 - 0.01 * (0.5 + math.sqrt(0.125)), 0.995, 1.0], rtol=1e-6)
+    values = [float(method.momentum({"momentum": jnp.float32(0.99)}, jnp.int32(step))) for step in (0, 25, 50, 100)]
+    np.testing.assert_allclose(values, [0.99, 1 - 0.01 * (0.5 + math.sqrt(0.125)), 0.995, 1.0], rtol=1e-6)
     assert float(MoCoMethod(V2).momentum({"momentum": jnp.float32(0.9)}, jnp.int32(7))) == pytest.approx(0.9)
 
 
@@ -242,20 +242,23 @@ def test_v3_loss_and_gradient_equal_pytorch():
     state = state.replace(ema=jax.tree.map(lambda leaf: leaf * 1.1 + 0.02, state.ema))
 
     def features(params: Any, stats: Any, image: Any) -> np.ndarray:
-        told, _ = method.module.apply({"params": params, "batch_stats": stats}, image, True, mutable=["batch_stats"])
-        return torch.tensor(np.asarray(told["features"]))
+        outputs, _ = method.module.apply({"params": params, "batch_stats": stats}, image, True, mutable=["batch_stats"])
+        return torch.tensor(np.asarray(outputs["features"]))
 
     params = {
         path: torch.tensor(np.asarray(leaf), requires_grad=True) for path, leaf in tree.flatten(state.params).items()
     }
     ema = {path: torch.tensor(np.asarray(leaf)) for path, leaf in tree.flatten(state.ema).items()}
 
-    def norm(x: Any, own: dict[str, Any], name: str) -> Any:
-        return functional.batch_norm(x, None, None, own.get(f"{name}/scale"), own.get(f"{name}/bias"), True)
+    def norm(x: Any, weights: dict[str, Any], name: str) -> Any:
+        return functional.batch_norm(x, None, None, weights.get(f"{name}/scale"), weights.get(f"{name}/bias"), True)
 
-    def head(x: Any, own: dict[str, Any], part: str, last: bool) -> Any:
-        x = torch.relu(norm(x @ own[f"{part}/dense_0/kernel"], own, f"{part}/bn_0")) @ own[f"{part}/dense_1/kernel"]
-        return norm(x, own, f"{part}/bn_1") if last else x
+    def head(x: Any, weights: dict[str, Any], part: str, last: bool) -> Any:
+        x = (
+            torch.relu(norm(x @ weights[f"{part}/dense_0/kernel"], weights, f"{part}/bn_0"))
+            @ weights[f"{part}/dense_1/kernel"]
+        )
+        return norm(x, weights, f"{part}/bn_1") if last else x
 
     def contrast(q: Any, k: Any) -> Any:
         logits = functional.normalize(q, dim=1) @ functional.normalize(k, dim=1).T / 0.3
@@ -351,8 +354,8 @@ def test_released_files_load_export_and_start_a_run(name: str, tmp_path: pathlib
     near({"params": model.params, "stats": model.stats}, variables, 0)
     _, *shape = MoCoModel.example(model.config)["pixel_values"].shape
     pixels = np.random.default_rng(4).normal(size=(2, *shape)).astype(np.float32)
-    told = model.forward(pixel_values=pixels)
-    assert told["image_embeds"].shape == (2, 13)
+    outputs = model.forward(pixel_values=pixels)
+    assert outputs["image_embeds"].shape == (2, 13)
     features = model.encode_image(pixels)
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
 
@@ -376,9 +379,9 @@ def test_a_torch_file_as_released_loads(tmp_path: pathlib.Path):
     torch = pytest.importorskip("torch")
     config, variables = LAYOUT_CONFIGS["v2"], drawn(LAYOUT_CONFIGS["v2"])
     public = save_table(next(layout for layout in LAYOUTS if layout.name == "v2").table(config), variables)
-    held = {f"module.{key}": torch.tensor(np.asarray(array)) for key, array in public.items()}
+    state_dict = {f"module.{key}": torch.tensor(np.asarray(array)) for key, array in public.items()}
     file = tmp_path / "moco_v2_200ep_pretrain.pth.tar"
-    torch.save({"epoch": 200, "arch": "resnet50", "state_dict": held, "optimizer": {"state": {}}}, file)
+    torch.save({"epoch": 200, "arch": "resnet50", "state_dict": state_dict, "optimizer": {"state": {}}}, file)
     model = mmjax.load(file)
     near({"params": model.params, "stats": model.stats}, variables, 0)
 
@@ -405,9 +408,9 @@ def test_training_goes_on_from_a_released_checkpoint(length: int):
     method = MoCoMethod(dataclasses.replace(config, queue=length, holds_state=False))
     model = MoCoModel(config, **drawn(config))
     fresh = started(method, SGD, batch(12))
-    state, said = initialize_from(fresh, model.weights(), "moco.pth")
+    state, message = initialize_from(fresh, model.weights(), "moco.pth")
     queues = "keys" if length == 24 else "none (fresh, as they do not fit: keys)"
-    assert said == f"initialised from moco.pth: {len(tree.flatten(model.params))} arrays; queues: {queues}"
+    assert message == f"initialised from moco.pth: {len(tree.flatten(model.params))} arrays; queues: {queues}"
     near(state.params, model.params, 0)
     near(state.ema, model.stats["momentum"], 0)
     near(state.stats, {part: model.stats[part] for part in ("query", "key")}, 0)

@@ -65,9 +65,9 @@ def test_the_whole_step_traces_at_full_size(name: str):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), before) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
     assert metrics.keys() >= {"loss", "contrastive_accuracy", "feature_std"}
     moving = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(optimizer.partition.split(before.params)[0]))
-    told = {"moco_v1_resnet50": 23_770_304, "moco_v2_resnet50": 27_966_656}
-    told |= {"moco_v3_resnet50": 35_058_752, "moco_v3_vit_s16": 42_815_104}
-    assert moving == told[name]
+    expected = {"moco_v1_resnet50": 23_770_304, "moco_v2_resnet50": 27_966_656}
+    expected |= {"moco_v3_resnet50": 35_058_752, "moco_v3_vit_s16": 42_815_104}
+    assert moving == expected[name]
     if "v3" not in name:
         assert before.queues["keys"].keys.shape == (65_536, 128)
 
@@ -135,12 +135,12 @@ def test_two_crops_are_two_draws_of_one_image(tmp_path: pathlib.Path):
     source = ImageFolder(pictures(tmp_path))
     crops = TwoCrops(RandomResizedCrop(11, (0.2, 1.0)))
     rng, again = np.random.default_rng(7), np.random.default_rng(7)
-    told = crops.random_map(source[0], rng)
-    assert told.keys() == {"view_1", "view_2", "label", "text"}
+    outputs = crops.random_map(source[0], rng)
+    assert outputs.keys() == {"view_1", "view_2", "label", "text"}
     one = RandomResizedCrop(11, (0.2, 1.0))
     for name in ("view_1", "view_2"):
-        np.testing.assert_array_equal(told[name], one.random_map(source[0], again)["image"])
-    assert (told["view_1"] != told["view_2"]).any()
+        np.testing.assert_array_equal(outputs[name], one.random_map(source[0], again)["image"])
+    assert (outputs["view_1"] != outputs["view_2"]).any()
     batch = next(iter(Pipeline(source, 3, transforms=(crops,))))
     assert batch["view_1"].shape == batch["view_2"].shape == (3, 11, 11, 3) and batch["view_1"].dtype == np.uint8
 
@@ -163,10 +163,10 @@ def test_the_device_leaves_crops_where_they_are():
         for i, name in enumerate(("view_1", "view_2"))
     }
     plain, flipped = View(11, flip_p=0.0), View(11, flip_p=1.0)
-    told = on_device(plain, flipped)(jax.random.split(jax.random.key(0), 2), jax.tree.map(jnp.asarray, views))
+    outputs = on_device(plain, flipped)(jax.random.split(jax.random.key(0), 2), jax.tree.map(jnp.asarray, views))
     mean, std = np.asarray(plain.mean), np.asarray(plain.std)
-    np.testing.assert_allclose(told["view_1"], (views["view_1"] / 255 - mean) / std, atol=1e-5)
-    np.testing.assert_allclose(told["view_2"], (views["view_2"][:, :, ::-1] / 255 - mean) / std, atol=1e-5)
+    np.testing.assert_allclose(outputs["view_1"], (views["view_1"] / 255 - mean) / std, atol=1e-5)
+    np.testing.assert_allclose(outputs["view_2"], (views["view_2"][:, :, ::-1] / 255 - mean) / std, atol=1e-5)
     both = {"view_1": views["view_1"], "view_2": views["view_1"]}
     random = on_device(View.moco_v2(11), View.moco_v2(11))(jax.random.split(jax.random.key(1), 2), both)
     assert tree.flatten(random).keys() == both.keys() and np.abs(random["view_1"] - random["view_2"]).max() > 0.1

@@ -56,8 +56,8 @@ def randomised(config, seed=0):
 
 
 def outputs(config, variables, x, **options):
-    given = {"params": variables["params"], "batch_stats": variables["stats"]}
-    return jax.jit(lambda given, x: ResNet(config).apply(given, x, **options))(given, x)
+    collections = {"params": variables["params"], "batch_stats": variables["stats"]}
+    return jax.jit(lambda collections, x: ResNet(config).apply(collections, x, **options))(collections, x)
 
 
 def images(b=2, height=37, width=41, seed=1):
@@ -82,12 +82,14 @@ def test_moco_s_wide_nets_widen_every_layer():
 
 def test_feature_maps_have_the_strides_of_the_paper_whatever_the_size():
     variables = randomised(SMALL)
-    given = outputs(SMALL, variables, images())
-    sizes = {name: given[name].shape[1:3] for name in ("stem", "C2", "C3", "C4", "C5")}
+    features = outputs(SMALL, variables, images())
+    sizes = {name: features[name].shape[1:3] for name in ("stem", "C2", "C3", "C4", "C5")}
     assert sizes == {"stem": (10, 11), "C2": (10, 11), "C3": (5, 6), "C4": (3, 3), "C5": (2, 2)}
-    np.testing.assert_allclose(given["pooled"], given["C5"].mean((1, 2)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(features["pooled"], features["C5"].mean((1, 2)), rtol=1e-5, atol=1e-6)
     head = variables["params"]["head"]
-    np.testing.assert_allclose(given["logits"], given["pooled"] @ head["kernel"] + head["bias"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        features["logits"], features["pooled"] @ head["kernel"] + head["bias"], rtol=1e-4, atol=1e-5
+    )
     pixel = outputs(SMALL, variables, images(1, 1, 1))
     assert pixel["C5"].shape == (1, 1, 1, 40) and np.isfinite(pixel["logits"]).all()
 
@@ -121,9 +123,9 @@ def test_option_a_pads_channels_on_both_sides_and_plain_adds_nothing():
     muted["bn2"] = {"scale": jnp.zeros(10), "bias": jnp.zeros(10)}
     stats = {name: dict(value) for name, value in variables["stats"].items()}
     silent = {"params": variables["params"] | {"stage2_block0": muted}, "stats": stats}
-    given = outputs(padded, silent, x)  # the branch is silent: only the shortcut is left
-    np.testing.assert_array_equal(given["C3"][..., 3:7], given["C2"][:, ::2, ::2])
-    assert not given["C3"][..., :3].any() and not given["C3"][..., 7:].any()
+    features = outputs(padded, silent, x)  # the branch is silent: only the shortcut is left
+    np.testing.assert_array_equal(features["C3"][..., 3:7], features["C2"][:, ::2, ::2])
+    assert not features["C3"][..., :3].any() and not features["C3"][..., 7:].any()
     assert not outputs(plain, silent, x)["C3"].any()
 
 
@@ -145,8 +147,8 @@ def test_training_gradients_are_the_same_with_remat_and_with_groups_they_differ(
 
     def gradient(config, groups):
         def loss(params):
-            given = {"params": params, "batch_stats": variables["stats"]}
-            out, new = ResNet(config).apply(given, x, train=True, bn_groups=groups, mutable=["batch_stats"])
+            collections = {"params": params, "batch_stats": variables["stats"]}
+            out, new = ResNet(config).apply(collections, x, train=True, bn_groups=groups, mutable=["batch_stats"])
             return jnp.sum(jnp.sin(out["logits"])), new["batch_stats"]
 
         return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
@@ -225,11 +227,11 @@ def test_the_handle_encodes_and_classifies():
     features = model.encode_image(x)
     pooled = outputs(SMALL, randomised(SMALL), x)["pooled"]
     np.testing.assert_allclose(features, pooled / jnp.linalg.norm(pooled, axis=1, keepdims=True), rtol=1e-4, atol=1e-5)
-    told = model.classify(x, labels="abcdefg", top=7)
+    predictions = model.classify(x, labels="abcdefg", top=7)
     logits = model.forward(pixel_values=x)["logits"]
     chances = jax.nn.softmax(logits)
-    assert [best[0][0] for best in told] == ["abcdefg"[i] for i in np.argmax(logits, 1)]
-    for row, best in zip(chances, told):
+    assert [best[0][0] for best in predictions] == ["abcdefg"[i] for i in np.argmax(logits, 1)]
+    for row, best in zip(chances, predictions):
         assert sum(chance for _, chance in best) == pytest.approx(1, abs=1e-5)
         assert dict(best)["c"] == pytest.approx(float(row[2]), rel=1e-5)
     with pytest.raises(MmjaxError, match="2 names for the"):
@@ -246,26 +248,26 @@ def test_training_gradients_of_a_whole_net_are_torch_s():
     transformers = pytest.importorskip("transformers")
     config = dataclasses.replace(SMALL, layers=(1, 2, 1, 1))
     sizes = {"num_labels": 7, "embedding_size": 8, "hidden_sizes": [16, 24, 16, 40], "depths": [1, 2, 1, 1]}
-    theirs = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes)).train()
+    hf_model = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes)).train()
     table = next(layout for layout in LAYOUTS if layout.name == "hf").table(config)
     variables = randomised(config)
     arrays = save_table(table, variables)
-    theirs.load_state_dict({key: torch.tensor(value) for key, value in arrays.items()})
+    hf_model.load_state_dict({key: torch.tensor(value) for key, value in arrays.items()})
     x = images(5, 64, 53)
-    logits = theirs(torch.tensor(np.asarray(x)).permute(0, 3, 1, 2)).logits
+    logits = hf_model(torch.tensor(np.asarray(x)).permute(0, 3, 1, 2)).logits
     torch.sin(logits).sum().backward()
 
     def loss(params):
-        given = {"params": params, "batch_stats": variables["stats"]}
-        out, new = ResNet(config).apply(given, x, train=True, mutable=["batch_stats"])
+        collections = {"params": params, "batch_stats": variables["stats"]}
+        out, new = ResNet(config).apply(collections, x, train=True, mutable=["batch_stats"])
         return jnp.sum(jnp.sin(out["logits"])), (out["logits"], new["batch_stats"])
 
-    grads, (ours, stats) = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+    grads, (actual, stats) = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
     scale = float(logits.abs().max())
-    np.testing.assert_allclose(ours, logits.detach().numpy(), rtol=0, atol=1e-4 * scale)
+    np.testing.assert_allclose(actual, logits.detach().numpy(), rtol=0, atol=1e-4 * scale)
     after = save_table(table, {"params": grads, "stats": stats})
-    buffers = dict(theirs.named_buffers())
-    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    buffers = dict(hf_model.named_buffers())
+    gradients = {name: parameter.grad for name, parameter in hf_model.named_parameters()}
     for key, value in after.items():
         reference = (gradients[key] if key in gradients else buffers[key]).numpy()
         np.testing.assert_allclose(value, reference, rtol=0, atol=1e-4 * np.abs(reference).max(), err_msg=key)

@@ -51,10 +51,10 @@ def test_from_files_to_answers(folder: pathlib.Path, tmp_path: pathlib.Path):
     assert step == 30 and scores["classification_top1"].value == last["val/classification_top1"]
     # What is loaded are the averaged weights with their own statistics, which were judged.
     loaded: Any = mmjax.load(tmp_path)
-    kept = load_params(tmp_path)
-    np.testing.assert_array_equal(loaded.params["head"]["kernel"], kept["ema"]["head"]["kernel"])
-    np.testing.assert_array_equal(loaded.stats["stem_bn"]["mean"], kept["averaged_stats"]["stem_bn"]["mean"])
-    assert (kept["averaged_stats"]["stem_bn"]["mean"] != kept["stats"]["stem_bn"]["mean"]).any()
+    checkpoint = load_params(tmp_path)
+    np.testing.assert_array_equal(loaded.params["head"]["kernel"], checkpoint["ema"]["head"]["kernel"])
+    np.testing.assert_array_equal(loaded.stats["stem_bn"]["mean"], checkpoint["averaged_stats"]["stem_bn"]["mean"])
+    assert (checkpoint["averaged_stats"]["stem_bn"]["mean"] != checkpoint["stats"]["stem_bn"]["mean"]).any()
     test = EXPERIMENT(data=str(folder)).evaluations()[0]
     answers = loaded.classify([Image.fromarray(image) for image in test.images], labels=list(test.class_names))
     right = [row[0][0] == test.class_names[label] for row, label in zip(answers, test.labels)]
@@ -76,9 +76,9 @@ def test_damaged_files_are_named(folder: pathlib.Path, tmp_path: pathlib.Path):
         r"1 of 200 labels.*train\[7\] has 10": (labels, packed(np.arange(200) % 10 + 3 * (np.arange(200) == 7))),
         "one length": (labels, packed(np.zeros(199))),
     }
-    for told, (name, content) in damage.items():
+    for message, (name, content) in damage.items():
         for other, raw in good.items():
             (tmp_path / other).write_bytes(raw)
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(MmjaxError, match="images" if told == "cut" else told):
+        with pytest.raises(MmjaxError, match="images" if message == "cut" else message):
             config.train_data()

@@ -69,10 +69,10 @@ def inputs(b: int = 3, s: int = 29, l: int = 31, seed: int = 5) -> dict[str, np.
     return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": rng.integers(0, 53, (b, l))}
 
 
-def close(ours: Any, theirs: Any, limit: float = LIMIT) -> None:
-    ours, theirs = np.asarray(ours), np.asarray(theirs)
-    assert ours.shape == theirs.shape
-    assert np.abs(ours - theirs).max() <= limit * np.abs(theirs).max()
+def close(actual: Any, expected: Any, limit: float = LIMIT) -> None:
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= limit * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -92,9 +92,9 @@ def reference(config: T5Config, folder: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     mmjax.export(model(config), folder)
     kind = transformers.T5ForConditionalGeneration
-    theirs, results = kind.from_pretrained(folder, output_loading_info=True)
+    hf_model, results = kind.from_pretrained(folder, output_loading_info=True)
     assert not any(results.values()), results
-    return theirs.eval()
+    return hf_model.eval()
 
 
 @pytest.mark.torch
@@ -102,18 +102,18 @@ def reference(config: T5Config, folder: Any) -> Any:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_loss_and_gradients_as_transformers(tmp_path, name):
     torch, config = pytest.importorskip("torch"), CONFIGS[name]
-    theirs = reference(config, tmp_path / "ours")
-    assert (theirs.lm_head.weight is theirs.shared.weight) == config.tied
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = mmjax.load(tmp_path / "theirs")
-    assert ours.config == config and ours.layout == "hf"
-    jax.tree.map(np.testing.assert_array_equal, ours.params, dict(model(config).params))
+    hf_model = reference(config, tmp_path / "ours")
+    assert (hf_model.lm_head.weight is hf_model.shared.weight) == config.tied
+    hf_model.save_pretrained(tmp_path / "theirs")
+    loaded = mmjax.load(tmp_path / "theirs")
+    assert loaded.config == config and loaded.layout == "hf"
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, dict(model(config).params))
 
-    given = inputs()
-    tensors = {key: torch.tensor(value) for key, value in given.items()}
+    arrays = inputs()
+    tensors = {key: torch.tensor(value) for key, value in arrays.items()}
     with torch.no_grad():
-        expected = theirs(**tensors, output_hidden_states=True)
-    outputs = ours.forward(**given)
+        expected = hf_model(**tensors, output_hidden_states=True)
+    outputs = loaded.forward(**arrays)
     close(outputs["logits"], expected.logits)
     close(outputs["encoder_last_hidden_state"], expected.encoder_last_hidden_state)
     for one, other in zip(outputs["decoder_hidden_states"], expected.decoder_hidden_states, strict=True):
@@ -121,15 +121,15 @@ def test_logits_loss_and_gradients_as_transformers(tmp_path, name):
     for one, other in zip(outputs["encoder_hidden_states"], expected.encoder_hidden_states, strict=True):
         close(one, other)
 
-    labels = np.where(np.arange(31) < np.array([[31], [7], [19]]), given["decoder_input_ids"], -100)
-    loss = theirs(**{k: v for k, v in tensors.items() if k != "decoder_input_ids"}, labels=torch.tensor(labels)).loss
+    labels = np.where(np.arange(31) < np.array([[31], [7], [19]]), arrays["decoder_input_ids"], -100)
+    loss = hf_model(**{k: v for k, v in tensors.items() if k != "decoder_input_ids"}, labels=torch.tensor(labels)).loss
     loss.backward()
     method = T5Seq2Seq(dataclasses.replace(config, dropout=0.0))
-    batch = {"input_ids": given["input_ids"], "attention_mask": given["attention_mask"], "labels": labels}
+    batch = {"input_ids": arrays["input_ids"], "attention_mask": arrays["attention_mask"], "labels": labels}
     differentiate = jax.jit(jax.value_and_grad(lambda p: method.loss(p, CARRY, batch, jax.random.key(0), 0)[0].value))
-    value, grads = differentiate(ours.params)
+    value, grads = differentiate(loaded.params)
     np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
-    torch_grads = {key: parameter.grad.numpy() for key, parameter in theirs.named_parameters()}
+    torch_grads = {key: parameter.grad.numpy() for key, parameter in hf_model.named_parameters()}
     by_key = save_table(LAYOUTS[0].table(config), {"params": grads})
     assert by_key.keys() == torch_grads.keys()
     for key, grad in by_key.items():
@@ -142,14 +142,14 @@ def test_a_model_that_transformers_itself_ties_without_scaling(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     fields = {"vocab_size": 53, "d_model": 14, "d_kv": 5, "d_ff": 17, "num_layers": 2, "num_heads": 3}
     config = transformers.T5Config(**fields, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
-    theirs = transformers.T5ForConditionalGeneration(config).eval()
-    theirs.save_pretrained(tmp_path, max_shard_size="5KB")
+    hf_model = transformers.T5ForConditionalGeneration(config).eval()
+    hf_model.save_pretrained(tmp_path, max_shard_size="5KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
-    ours = mmjax.load(tmp_path)
-    assert (ours.config.tied, ours.config.scaled, ours.config.act) == (True, False, "gelu_tanh")
-    given = inputs()
+    loaded = mmjax.load(tmp_path)
+    assert (loaded.config.tied, loaded.config.scaled, loaded.config.act) == (True, False, "gelu_tanh")
+    batch = inputs()
     with torch.no_grad():
-        close(ours.forward(**given)["logits"], theirs(**{k: torch.tensor(v) for k, v in given.items()}).logits)
+        close(loaded.forward(**batch)["logits"], hf_model(**{k: torch.tensor(v) for k, v in batch.items()}).logits)
 
 
 @pytest.mark.torch
@@ -158,28 +158,28 @@ def test_an_encoder_alone(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     config = dataclasses.replace(GATED, decoder_depth=0, tied=True)
     mmjax.export(model(config), tmp_path / "ours")
-    theirs, results = transformers.T5EncoderModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    hf_model, results = transformers.T5EncoderModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(results.values()), results
-    theirs.eval().save_pretrained(tmp_path / "theirs")
-    ours, given = mmjax.load(tmp_path / "theirs"), inputs()
-    assert ours.config == config
-    del given["decoder_input_ids"]
+    hf_model.eval().save_pretrained(tmp_path / "theirs")
+    loaded, batch = mmjax.load(tmp_path / "theirs"), inputs()
+    assert loaded.config == config
+    del batch["decoder_input_ids"]
     with torch.no_grad():
-        expected = theirs(**{key: torch.tensor(value) for key, value in given.items()}).last_hidden_state
-    close(ours.forward(**given)["last_hidden_state"], expected)
+        expected = hf_model(**{key: torch.tensor(value) for key, value in batch.items()}).last_hidden_state
+    close(loaded.forward(**batch)["last_hidden_state"], expected)
     with pytest.raises(MmjaxError, match="encoder alone"):
-        ours.decodable()
+        loaded.decodable()
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts
 
 
-def write(folder: Any, config: T5Config, told: dict[str, Any] | None, **more: np.ndarray) -> dict[str, np.ndarray]:
+def write(folder: Any, config: T5Config, hf_config: dict[str, Any] | None, **more: np.ndarray) -> dict[str, np.ndarray]:
     folder.mkdir()
     arrays = save_table(LAYOUTS[0].table(config), {"params": model(config).params})
     write_safetensors(folder / "model.safetensors", arrays | more, {"format": "pt"})
-    if told is not None:
-        (folder / "config.json").write_text(json.dumps(told))
+    if hf_config is not None:
+        (folder / "config.json").write_text(json.dumps(hf_config))
     return arrays
 
 
@@ -198,15 +198,15 @@ def test_the_way_there_and_back_is_exact(tmp_path, name):
 
 def test_old_files_hold_the_embedding_four_times_and_a_bias_too_many(tmp_path):
     embedding = np.asarray(model(PLAIN).params["embedding"])
-    copies = {f"{place}.weight": embedding for place in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")}
+    copies = {f"{prefix}.weight": embedding for prefix in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")}
     bias = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": np.ones((12, 3), np.float32)}
     results = {"model_type": "t5", "relative_attention_max_distance": 23}
     arrays = write(tmp_path / "four", PLAIN, results, **copies, **bias)
-    ours = mmjax.load(tmp_path / "four")
-    assert ours.layout == "hf" and ours.config == PLAIN
-    mmjax.export(ours, tmp_path / "back", layout="hf")
+    loaded = mmjax.load(tmp_path / "four")
+    assert loaded.layout == "hf" and loaded.config == PLAIN
+    mmjax.export(loaded, tmp_path / "back", layout="hf")
     again = mmjax.load(tmp_path / "back")
-    jax.tree.map(np.testing.assert_array_equal, again.params, ours.params)
+    jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
     np.testing.assert_array_equal(again.params["embedding"], arrays["shared.weight"])
 
     copies["lm_head.weight"] = 2 * embedding
@@ -220,11 +220,11 @@ def test_old_files_hold_the_embedding_four_times_and_a_bias_too_many(tmp_path):
 
 def test_flans_head_is_its_own_beside_copies_of_the_embedding(tmp_path):
     embedding = np.asarray(model(GATED).params["embedding"])
-    copies = {f"{place}.weight": embedding for place in ("encoder.embed_tokens", "decoder.embed_tokens")}
+    copies = {f"{prefix}.weight": embedding for prefix in ("encoder.embed_tokens", "decoder.embed_tokens")}
     write(tmp_path / "flan", GATED, UNTIED | {"feed_forward_proj": "gelu", "is_gated_act": True}, **copies)
-    ours = mmjax.load(tmp_path / "flan")
-    assert ours.config == GATED and ours.layout == "hf"
-    np.testing.assert_array_equal(ours.params["head"], model(GATED).params["head"])
+    loaded = mmjax.load(tmp_path / "flan")
+    assert loaded.config == GATED and loaded.layout == "hf"
+    np.testing.assert_array_equal(loaded.params["head"], model(GATED).params["head"])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -248,9 +248,9 @@ def test_blip2_takes_the_erf_gelu(tmp_path):
     assert erf.config.act == "gelu"
     mmjax.export(erf, tmp_path / "back")
     assert mmjax.load(tmp_path / "back").config == erf.config
-    given = inputs()
-    tanh = model(GATED).forward(**given)["logits"]
-    difference = np.abs(erf.forward(**given)["logits"] - tanh).max() / np.abs(tanh).max()
+    batch = inputs()
+    tanh = model(GATED).forward(**batch)["logits"]
+    difference = np.abs(erf.forward(**batch)["logits"] - tanh).max() / np.abs(tanh).max()
     assert 1e-5 < difference < 0.05
 
 
@@ -260,12 +260,12 @@ def test_blip2_takes_the_erf_gelu(tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cached_decoding_is_the_whole_decoder(name):
     """Rows of one item with different tokens: as many separate runs; a prompt of several tokens; ragged inputs."""
-    vlm, given = model(CONFIGS[name]), inputs()
+    vlm, batch = model(CONFIGS[name]), inputs()
     rows, begun, new = 2, 4, 23
-    prompt = given["decoder_input_ids"][:, :begun]
+    prompt = batch["decoder_input_ids"][:, :begun]
     tokens = np.random.default_rng(11).integers(0, 53, (3, rows, new))
     decodable = vlm.decodable()
-    encoder = {name: given[name] for name in ("input_ids", "attention_mask")}
+    encoder = {name: batch[name] for name in ("input_ids", "attention_mask")}
     logits, state = jax.jit(decodable.prefill, static_argnums=(2, 3))(
         vlm.variables, encoder | {"decoder_input_ids": prompt}, rows, new + 2
     )
@@ -281,9 +281,9 @@ def test_cached_decoding_is_the_whole_decoder(name):
 
 
 def test_it_begins_with_the_start_token_and_takes_embeddings():
-    vlm, given = model(dataclasses.replace(SMALL, start=7, remat=True)), inputs()
-    decodable, ids, mask = vlm.decodable(), given["input_ids"], given["attention_mask"]
-    prefill = jax.jit(lambda given: decodable.prefill(vlm.variables, given, 1, 3))
+    vlm, batch = model(dataclasses.replace(SMALL, start=7, remat=True)), inputs()
+    decodable, ids, mask = vlm.decodable(), batch["input_ids"], batch["attention_mask"]
+    prefill = jax.jit(lambda batch: decodable.prefill(vlm.variables, batch, 1, 3))
     start = np.full((3, 1), 7)
     whole = vlm.forward(input_ids=ids, attention_mask=mask, decoder_input_ids=start)["logits"][:, 0]
     logits, state = prefill({"input_ids": ids, "attention_mask": mask})
@@ -324,16 +324,16 @@ BEAMS = {"num_beams": 4}
 )
 def test_generated_ids_as_transformers(tmp_path, name, eos, asked):
     """Rows end at different lengths, by ids that these weights do write; the penalty counts what the decoder read."""
-    torch, given = pytest.importorskip("torch"), inputs(17)
-    theirs = reference(dataclasses.replace(CONFIGS[name], eos=(eos,)), tmp_path)
-    ours = mmjax.load(tmp_path)
-    tensors = {key: torch.tensor(given[key]) for key in ("input_ids", "attention_mask")}
+    torch, batch = pytest.importorskip("torch"), inputs(17)
+    hf_model = reference(dataclasses.replace(CONFIGS[name], eos=(eos,)), tmp_path)
+    loaded = mmjax.load(tmp_path)
+    tensors = {key: torch.tensor(batch[key]) for key in ("input_ids", "attention_mask")}
     for options in asked:
-        outputs = ours.generate(
-            given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=14, **options
+        outputs = loaded.generate(
+            batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=14, **options
         )
         # Its cache has as many layers as the encoder, which are too few here.
-        expected = theirs.generate(**tensors, max_new_tokens=14, use_cache=False, **options).numpy()[:, 1:]
+        expected = hf_model.generate(**tensors, max_new_tokens=14, use_cache=False, **options).numpy()[:, 1:]
         outputs, expected = ([_until(row, eos) for row in np.asarray(rows)] for rows in (outputs, expected))
         assert outputs == expected, options
         assert len({len(row) for row in expected}) > 2, options
@@ -377,9 +377,9 @@ def test_labels_are_shifted_behind_the_start_token():
 
 
 def batch(b: int = 4) -> dict[str, np.ndarray]:
-    given = inputs(b, 7, 11)
-    labels = np.where(np.arange(11) < np.array([[11], [2], [5], [7]])[:b], given["decoder_input_ids"], -100)
-    return {"input_ids": given["input_ids"], "attention_mask": given["attention_mask"], "labels": labels}
+    arrays = inputs(b, 7, 11)
+    labels = np.where(np.arange(11) < np.array([[11], [2], [5], [7]])[:b], arrays["decoder_input_ids"], -100)
+    return {"input_ids": arrays["input_ids"], "attention_mask": arrays["attention_mask"], "labels": labels}
 
 
 def test_devices_weigh_tokens_not_examples():
@@ -425,21 +425,21 @@ def test_whatever_drops_knows_the_axis_that_cuts_the_batch():
 
 
 def test_the_step_takes_the_method():
-    method, optimizer, given = T5Seq2Seq(PLAIN), Optimizer(adamw(0.01)), batch()
-    state = jax.eval_shape(lambda rng: create_state(method, optimizer, rng, given), jax.random.key(0))
-    after, metrics = jax.eval_shape(lambda state: train_step(method, optimizer, state, given), state)
+    method, optimizer, inputs = T5Seq2Seq(PLAIN), Optimizer(adamw(0.01)), batch()
+    state = jax.eval_shape(lambda rng: create_state(method, optimizer, rng, inputs), jax.random.key(0))
+    after, metrics = jax.eval_shape(lambda state: train_step(method, optimizer, state, inputs), state)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert {"loss", "accuracy"} <= metrics.keys()
     assert tree.count(state.params) == tree.count(T5Model.shapes(PLAIN)["params"])
 
 
 def test_half_precision_keeps_logits_in_float32():
-    vlm, given = model(GATED), inputs()
-    exact = vlm.forward(**given)["logits"]
+    vlm, batch = model(GATED), inputs()
+    exact = vlm.forward(**batch)["logits"]
     half = vlm.replace(config=dataclasses.replace(GATED, dtype="bfloat16"))
-    outputs = half.forward(**given)
+    outputs = half.forward(**batch)
     assert outputs["logits"].dtype == jnp.float32 and outputs["encoder_last_hidden_state"].dtype == jnp.bfloat16
     close(outputs["logits"], exact, 0.05)
-    prefill = jax.jit(lambda given: half.decodable().prefill(half.variables, given, 2, 3))
-    logits, state = jax.eval_shape(prefill, {"input_ids": given["input_ids"]})
+    prefill = jax.jit(lambda batch: half.decodable().prefill(half.variables, batch, 2, 3))
+    logits, state = jax.eval_shape(prefill, {"input_ids": batch["input_ids"]})
     assert logits.dtype == jnp.float32 and state.rows[0].k.dtype == jnp.bfloat16

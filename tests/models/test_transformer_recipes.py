@@ -20,9 +20,9 @@ SHORT: dict[str, Any] = {"eval_every": 0, "checkpoint_every": 4, "log_every": 8,
 
 def test_no_held_out_string_is_trained_on():
     config = REVERSAL(examples=300, held_out=40, longest=5)
-    trained, held = config.strings
-    assert len(set(trained)) == 300 and len(set(held)) == 40 and not set(trained) & set(held)
-    assert {len(text) for text in held} == {3, 4, 5}
+    trained, held_out = config.strings
+    assert len(set(trained)) == 300 and len(set(held_out)) == 40 and not set(trained) & set(held_out)
+    assert {len(text) for text in held_out} == {3, 4, 5}
     batch = next(iter(config.train_data()))
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     n = int((labels != -100).sum())

@@ -56,11 +56,11 @@ CONFIGS = {"paper": PAPER, "marian": MARIAN, "two": TWO, "own head": OWN_HEAD, "
 def model(config: TransformerConfig, seed: int = 0) -> TransformerModel:
     """Every leaf drawn at random: zeros and ones hide mistakes."""
     rng = np.random.default_rng(seed)
-    drawn = tree.map_with_path(
+    variables = tree.map_with_path(
         lambda path, leaf: (0.4 * rng.normal(size=leaf.shape) + path.endswith("scale")).astype(np.float32),
         TransformerModel.shapes(config),
     )
-    return TransformerModel(config, drawn["params"])
+    return TransformerModel(config, variables["params"])
 
 
 def batch(config: TransformerConfig, size: int = 8, seed: int = 3) -> dict[str, np.ndarray]:
@@ -334,13 +334,13 @@ def test_marian_is_transformers(tmp_path, name):
                 parameter.normal_(0, 0.4)
         reference.final_logits_bias.normal_(0, 0.4)
     reference.save_pretrained(tmp_path / "theirs")
-    ours: Any = mmjax.load(tmp_path / "theirs")
-    assert (ours.system, ours.layout) == ("transformer", "hf")
-    given = batch(ours.config)
-    mask = (given["input_ids"] != 52).astype(np.int64)
-    inputs = {"input_ids": given["input_ids"], "attention_mask": mask}
-    inputs["decoder_input_ids"] = np.asarray(shifted_right(jnp.asarray(given["labels"]), ours.config))
-    got = ours.forward(**inputs)
+    loaded: Any = mmjax.load(tmp_path / "theirs")
+    assert (loaded.system, loaded.layout) == ("transformer", "hf")
+    examples = batch(loaded.config)
+    mask = (examples["input_ids"] != 52).astype(np.int64)
+    inputs = {"input_ids": examples["input_ids"], "attention_mask": mask}
+    inputs["decoder_input_ids"] = np.asarray(shifted_right(jnp.asarray(examples["labels"]), loaded.config))
+    got = loaded.forward(**inputs)
     with torch.no_grad():
         expected = reference(
             **{key: torch.tensor(value).long() for key, value in inputs.items()}, output_hidden_states=True
@@ -352,7 +352,7 @@ def test_marian_is_transformers(tmp_path, name):
         assert len(got[key]) == len(expected[key])
         for one, other in zip(got[key], expected[key]):
             np.testing.assert_allclose(one, other.numpy(), atol=1e-4 * float(other.abs().max()), err_msg=key)
-    hub.export(ours, tmp_path / "ours")
+    hub.export(loaded, tmp_path / "ours")
     back, results = MarianMTModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not (results["missing_keys"] or results["unexpected_keys"] or results["mismatched_keys"])
     for key, value in reference.state_dict().items():

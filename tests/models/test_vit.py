@@ -40,16 +40,16 @@ def pixels(config, b=2, size=None):
     return np.random.default_rng(67).normal(size=(b, *(size or config.image_size), 3)).astype(np.float32)
 
 
-def equal(ours, theirs):
-    a, b = tree.flatten(ours), tree.flatten(theirs)
+def equal(actual, expected):
+    a, b = tree.flatten(actual), tree.flatten(expected)
     assert a.keys() == b.keys()
     for path in a:
         np.testing.assert_array_equal(a[path], b[path], err_msg=path)
 
 
-def near(ours, theirs, limit=1e-5):
-    theirs = np.asarray(theirs)
-    np.testing.assert_allclose(ours, theirs, atol=limit * float(np.abs(theirs).max()))
+def near(actual, expected, limit=1e-5):
+    expected = np.asarray(expected)
+    np.testing.assert_allclose(actual, expected, atol=limit * float(np.abs(expected).max()))
 
 
 # --------------------------------------------------------------------------------------------------------------- sizes
@@ -128,18 +128,18 @@ LAYOUT_CASES = {
 
 @pytest.mark.parametrize(("layout", "config"), [(name, case) for name, cases in LAYOUT_CASES.items() for case in cases])
 def test_every_layout_there_and_back(tmp_path, layout, config):
-    ours = randomised(config)
-    mmjax.export(ours, tmp_path, layout=layout)
+    model = randomised(config)
+    mmjax.export(model, tmp_path, layout=layout)
     if layout in ("timm", "dinov2"):  # the number of heads is in no array of theirs
         (tmp_path / "config.json").write_text(json.dumps({"model_args": {"num_heads": config.heads}}))
     back = mmjax.load(tmp_path)
     assert back.layout == layout
-    equal(back.params, ours.params)
+    equal(back.params, model.params)
     # What no file tells: how it was initialised; and Google's and timm's networks have one epsilon, one rule.
     free = {"init": config.init, "rule": config.rule}
     assert dataclasses.replace(back.config, **free) == config
-    given = pixels(config)
-    near(back.forward(given)["last_hidden_state"], ours.forward(given)["last_hidden_state"])
+    images = pixels(config)
+    near(back.forward(images)["last_hidden_state"], model.forward(images)["last_hidden_state"])
 
 
 @pytest.mark.parametrize(("layout", "config"), [(name, case) for name, cases in LAYOUT_CASES.items() for case in cases])
@@ -150,19 +150,19 @@ def test_a_file_fits_one_layout_only(layout, config):
 
 
 def test_timm_rows_are_query_key_value(tmp_path):
-    ours = randomised(SMALL)
-    mmjax.export(ours, tmp_path, layout="timm")
+    model = randomised(SMALL)
+    mmjax.export(model, tmp_path, layout="timm")
     arrays = read_weights(tmp_path / "model.safetensors").arrays
-    attention = ours.params["encoder"]["block_1"]["attention"]
+    attention = model.params["encoder"]["block_1"]["attention"]
     qkv = np.concatenate([attention[name]["kernel"].T for name in "qkv"])
     np.testing.assert_array_equal(arrays["blocks.1.attn.qkv.weight"], qkv)
-    patch = ours.params["patch"]["projection"]["kernel"].reshape(7, 7, 3, 20)
+    patch = model.params["patch"]["projection"]["kernel"].reshape(7, 7, 3, 20)
     np.testing.assert_array_equal(arrays["patch_embed.proj.weight"][3, 2, 5, 1], patch[5, 1, 2, 3])
 
 
 def test_a_dinov2_training_checkpoint_is_read_in_chunks(tmp_path):
-    ours = randomised(REGISTERS)
-    arrays = save_table(next(x for x in LAYOUTS if x.name == "dinov2").table(REGISTERS), {"params": ours.params})
+    model = randomised(REGISTERS)
+    arrays = save_table(next(x for x in LAYOUTS if x.name == "dinov2").table(REGISTERS), {"params": model.params})
     chunked = {
         "teacher/backbone." + key.replace("blocks.2.", "blocks.1.2.").replace("blocks.0.", "blocks.0.0."): array
         for key, array in arrays.items()
@@ -178,27 +178,27 @@ def test_a_dinov2_training_checkpoint_is_read_in_chunks(tmp_path):
     with pytest.raises(MmjaxError, match="heads of a ViT 20 wide is in no array"):
         mmjax.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_args": {"num_heads": 5}}')
-    equal(mmjax.load(tmp_path).params, ours.params)
+    equal(mmjax.load(tmp_path).params, model.params)
 
 
 def test_old_big_vision_positions_may_lie_elsewhere(tmp_path):
-    ours = randomised(dataclasses.replace(NPZ, class_position=False))
-    mmjax.export(ours, tmp_path, layout="npz_linen")
+    model = randomised(dataclasses.replace(NPZ, class_position=False))
+    mmjax.export(model, tmp_path, layout="npz_linen")
     arrays = {f"params/{key}": value for key, value in np.load(tmp_path / "model.npz").items()}
     arrays["params/Transformer/pos_embedding"] = arrays.pop("params/pos_embedding")
     arrays["opt_state/count"] = np.zeros(3, np.float32)
     np.savez(tmp_path / "model.npz", **arrays)
-    equal(mmjax.load(tmp_path).params, ours.params)
+    equal(mmjax.load(tmp_path).params, model.params)
 
 
 def test_a_class_position_is_the_same_as_one_added_to_the_token():
-    ours = randomised(NPZ)
+    model = randomised(NPZ)
     config = dataclasses.replace(NPZ, class_position=False)
-    table = ours.params["positions"]
-    params = {**ours.params, "positions": table[:, 1:], "cls": ours.params["cls"] + table[:, :1]}
-    given = pixels(NPZ)
+    table = model.params["positions"]
+    params = {**model.params, "positions": table[:, 1:], "cls": model.params["cls"] + table[:, :1]}
+    images = pixels(NPZ)
     other = ViTModel(config=config, params=params)
-    near(other.forward(given)["logits"], ours.forward(given)["logits"], 1e-6)
+    near(other.forward(images)["logits"], model.forward(images)["logits"], 1e-6)
 
 
 def test_what_hugging_face_cannot_hold_is_said(tmp_path):
@@ -278,21 +278,21 @@ def test_the_head_begins_at_its_bias():
 
 def test_other_sizes_see_interpolated_positions():
     """An image of another size is the small table brought to its grid, by the config's own rule."""
-    found = {}
+    outputs = {}
     for rule in ("dinov2", "bicubic"):
         config = dataclasses.replace(DINO, rule=rule)
-        found[rule] = randomised(config).forward(pixels(config, size=(28, 14)))["last_hidden_state"]
-        assert found[rule].shape == (2, 9, 20)
-    assert np.abs(found["dinov2"] - found["bicubic"]).max() > 1e-3  # the offset of 0.1
+        outputs[rule] = randomised(config).forward(pixels(config, size=(28, 14)))["last_hidden_state"]
+        assert outputs[rule].shape == (2, 9, 20)
+    assert np.abs(outputs["dinov2"] - outputs["bicubic"]).max() > 1e-3  # the offset of 0.1
 
 
 def test_training_draws_and_evaluation_does_not():
     config = dataclasses.replace(SMALL, dropout=0.2, attention_dropout=0.1, drop_path=0.3)
-    model, given = randomised(config), pixels(config)
-    near(model.forward(given)["logits"], randomised(SMALL).forward(given)["logits"], 1e-6)
+    model, images = randomised(config), pixels(config)
+    near(model.forward(images)["logits"], randomised(SMALL).forward(images)["logits"], 1e-6)
 
     def draw(seed, config=config):
-        return ViT(config).apply(model.variables, given, train=True, rngs={"dropout": jax.random.key(seed)}).logits
+        return ViT(config).apply(model.variables, images, train=True, rngs={"dropout": jax.random.key(seed)}).logits
 
     np.testing.assert_array_equal(draw(1), draw(1))
     assert np.abs(draw(1) - draw(2)).max() > 1e-3
@@ -301,28 +301,28 @@ def test_training_draws_and_evaluation_does_not():
 
 
 def test_half_precision_stays_close():
-    model, given = randomised(SMALL), pixels(SMALL)
+    model, images = randomised(SMALL), pixels(SMALL)
     half = model.replace(config=dataclasses.replace(SMALL, dtype="bfloat16"))
-    logits = half.forward(given)["logits"]
+    logits = half.forward(images)["logits"]
     assert logits.dtype == jnp.float32
-    near(logits, model.forward(given)["logits"], 0.05)
+    near(logits, model.forward(images)["logits"], 0.05)
 
 
 def test_hidden_patches_do_not_matter():
-    model, given = randomised(DINO), pixels(DINO)
+    model, inputs = randomised(DINO), pixels(DINO)
     hidden = np.zeros((2, 9), bool)
     hidden[:, [1, 5]] = True
-    changed = given.copy()
+    changed = inputs.copy()
     changed[:, :7, 7:14] += 1.0
     changed[:, 7:14, 14:] += 1.0
 
     def tokens(images, mask):
         return ViT(DINO).apply(model.variables, images, mask).tokens
 
-    np.testing.assert_allclose(tokens(given, hidden), tokens(changed, hidden), atol=1e-5)
-    assert np.abs(tokens(given, None) - tokens(changed, None)).max() > 1e-3
+    np.testing.assert_allclose(tokens(inputs, hidden), tokens(changed, hidden), atol=1e-5)
+    assert np.abs(tokens(inputs, None) - tokens(changed, None)).max() > 1e-3
     with pytest.raises(MmjaxError, match="mask_token=True"):
-        ViT(SMALL).apply(randomised(SMALL).variables, given, hidden)
+        ViT(SMALL).apply(randomised(SMALL).variables, inputs, hidden)
 
 
 @pytest.mark.parametrize(
@@ -343,29 +343,29 @@ def test_configs_that_make_no_sense_are_refused(fields, message):
 
 def test_the_handle_asks_the_network():
     model = randomised(SMALL)
-    given = pixels(SMALL)
-    out = model.forward(given)
+    images = pixels(SMALL)
+    out = model.forward(images)
     probabilities = np.asarray(jax.nn.softmax(out["logits"]))
-    best = model.classify(given, [f"name {i}" for i in range(11)], top=2)
-    for row, found in zip(probabilities, best):
-        assert [name for name, _ in found] == [f"name {i}" for i in np.argsort(-row)[:2]]
-        np.testing.assert_allclose([p for _, p in found], np.sort(row)[::-1][:2], rtol=1e-5)
-    features = model.encode_image(given)
+    best = model.classify(images, [f"name {i}" for i in range(11)], top=2)
+    for row, predictions in zip(probabilities, best):
+        assert [name for name, _ in predictions] == [f"name {i}" for i in np.argsort(-row)[:2]]
+        np.testing.assert_allclose([p for _, p in predictions], np.sort(row)[::-1][:2], rtol=1e-5)
+    features = model.encode_image(images)
     pooled = np.asarray(out["pooler_output"])
     np.testing.assert_allclose(features, pooled / np.linalg.norm(pooled, axis=-1, keepdims=True), atol=1e-6)
     with pytest.raises(MmjaxError, match="3 names for the 11 classes"):
-        model.classify(given, ["a", "b", "c"])
+        model.classify(images, ["a", "b", "c"])
     with pytest.raises(MmjaxError, match="no classification head"):
-        randomised(DINO).classify(given)
+        randomised(DINO).classify(images)
     with pytest.raises(MmjaxError, match="does not take input_ids"):
         model.forward(input_ids=np.ones((1, 2), int))
 
 
 def test_intermediate_layers_are_normed_and_without_registers():
     model = randomised(REGISTERS)
-    given = pixels(REGISTERS, size=(21, 35))
-    out = model.forward(given)
-    layers = model.intermediate_layers(given, 2)
+    images = pixels(REGISTERS, size=(21, 35))
+    out = model.forward(images)
+    layers = model.intermediate_layers(images, 2)
     near(layers[1]["class_token"], out["last_hidden_state"][:, 0], 1e-6)
     near(layers[1]["patches"].reshape(2, 15, 20), out["last_hidden_state"][:, 5:], 1e-6)
     state = np.asarray(out["hidden_states"][2])
@@ -374,7 +374,7 @@ def test_intermediate_layers_are_normed_and_without_registers():
     expected = centred / np.sqrt(state.var(-1, keepdims=True) + 1e-6) * norm["scale"] + norm["bias"]
     near(layers[0]["class_token"], expected[:, 0])
     with pytest.raises(MmjaxError, match="n=4: the network has 3 blocks"):
-        model.intermediate_layers(given, 4)
+        model.intermediate_layers(images, 4)
 
 
 # -------------------------------------------------------------------------------------------------------- transformers
@@ -410,23 +410,23 @@ DINO_HF = SIZES | {"mlp_ratio": 3, "image_size": 35}
 )
 def test_deit_and_registers_as_in_transformers(tmp_path, kind, config, fields, size, outputs):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    theirs = getattr(transformers, kind)(getattr(transformers, f"{config}Config")(**fields)).eval()
+    reference = getattr(transformers, kind)(getattr(transformers, f"{config}Config")(**fields)).eval()
     generator = torch.Generator().manual_seed(71)
     with torch.no_grad():
-        for tensor in theirs.state_dict().values():
+        for tensor in reference.state_dict().values():
             tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
-    theirs.save_pretrained(tmp_path / "theirs")
-    given = np.random.default_rng(73).normal(size=(2, *size, 3)).astype(np.float32)
+    reference.save_pretrained(tmp_path / "theirs")
+    images = np.random.default_rng(73).normal(size=(2, *size, 3)).astype(np.float32)
     with torch.no_grad():
-        expected = theirs(torch.tensor(given).permute(0, 3, 1, 2))
-    ours = mmjax.load(tmp_path / "theirs")
-    found = ours.forward(given)
+        expected = reference(torch.tensor(images).permute(0, 3, 1, 2))
+    loaded = mmjax.load(tmp_path / "theirs")
+    actual = loaded.forward(images)
     for name in outputs:
-        near(found[name], expected[name].numpy(), 1e-4)
-    mmjax.export(ours, tmp_path / "back", layout="hf")
-    back, info = type(theirs).from_pretrained(tmp_path / "back", output_loading_info=True)
+        near(actual[name], expected[name].numpy(), 1e-4)
+    mmjax.export(loaded, tmp_path / "back", layout="hf")
+    back, info = type(reference).from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(info.values()), info
-    for key, tensor in theirs.state_dict().items():
+    for key, tensor in reference.state_dict().items():
         assert torch.equal(back.state_dict()[key], tensor), key
 
 
@@ -458,16 +458,18 @@ def test_a_clip_tower_is_transformers_vision_model():
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     fields = {"hidden_size": 20, "intermediate_size": 13, "num_hidden_layers": 3, "num_attention_heads": 5}
     torch.manual_seed(5)
-    theirs = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**fields, image_size=21, patch_size=7)).eval()
+    reference = transformers.CLIPVisionModel(
+        transformers.CLIPVisionConfig(**fields, image_size=21, patch_size=7)
+    ).eval()
     start = "vision_model."  # transformers 4 has it before each key, transformers 5 has not
-    arrays = {start + key.removeprefix(start): value.numpy() for key, value in theirs.state_dict().items()}
+    arrays = {start + key.removeprefix(start): value.numpy() for key, value in reference.state_dict().items()}
     table = (entry for entry in hf_table(CLIPConfig(CLIP_TOWER, embed_dim=7)) if str(entry.source).startswith(start))
     shapes = {"params": {"vision": ViTModel.shapes(CLIP_TOWER)["params"]}}
     params = load_table(tuple(table), arrays, shapes, "clip", ignored=("*.position_ids",))["params"]["vision"]
     images = pixels(CLIP_TOWER)
     with torch.no_grad():
-        out = theirs(torch.tensor(images).permute(0, 3, 1, 2), output_hidden_states=True)
+        out = reference(torch.tensor(images).permute(0, 3, 1, 2), output_hidden_states=True)
     near(Tower(CLIP_TOWER, -2, False).apply({"params": params}, images), out.hidden_states[-2][:, 1:].numpy(), 1e-5)
-    ours = ViTModel(CLIP_TOWER, params).forward(images)
-    near(ours["last_hidden_state"], out.last_hidden_state.numpy(), 1e-5)
-    near(ours["pooler_output"], out.pooler_output.numpy(), 1e-5)
+    outputs = ViTModel(CLIP_TOWER, params).forward(images)
+    near(outputs["last_hidden_state"], out.last_hidden_state.numpy(), 1e-5)
+    near(outputs["pooler_output"], out.pooler_output.numpy(), 1e-5)

@@ -50,15 +50,15 @@ def texts(rng: np.random.Generator, *shape: int, longest: int = 7) -> tuple[np.n
 def batch(seed: int = 0, size: int = 24) -> dict[str, np.ndarray]:
     """What every method finds its own in; several rows have one image id."""
     rng = np.random.default_rng(seed)
-    found: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     for name in ("image", "image_0", "image_1"):
-        found[name] = rng.normal(size=(size, 8, 8, 3)).astype(np.float32)
-    found["input_ids"], found["attention_mask"] = texts(rng, size)
-    found["image_id"] = rng.integers(0, 9, size).astype(np.int32)
-    found["label"] = rng.integers(0, 2, size).astype(np.int32)
-    found["answer_ids"], found["answer_mask"] = texts(rng, size, 3, longest=5)
+        arrays[name] = rng.normal(size=(size, 8, 8, 3)).astype(np.float32)
+    arrays["input_ids"], arrays["attention_mask"] = texts(rng, size)
+    arrays["image_id"] = rng.integers(0, 9, size).astype(np.int32)
+    arrays["label"] = rng.integers(0, 2, size).astype(np.int32)
+    arrays["answer_ids"], arrays["answer_mask"] = texts(rng, size, 3, longest=5)
     filled = np.arange(3) < rng.integers(1, 4, size)[:, None]
-    found["answer_weights"] = np.where(filled, rng.uniform(0.1, 1, (size, 3)), 0).astype(np.float32)
+    arrays["answer_weights"] = np.where(filled, rng.uniform(0.1, 1, (size, 3)), 0).astype(np.float32)
     for name in ("answer_ids", "answer_mask"):
-        found[name] = found[name] * filled[..., None].astype(np.int32)
-    return found
+        arrays[name] = arrays[name] * filled[..., None].astype(np.int32)
+    return arrays

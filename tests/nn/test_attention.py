@@ -49,8 +49,8 @@ def test_masked_attention_is_attention_over_the_rest(qkv):
     lengths = np.array([2, 5])
     valid = np.arange(S) < lengths[:, None]
     both = np.asarray(padding_mask(valid)) & np.asarray(causal_mask(L, S))
-    ours = dot_product_attention(q, k, v, padding_mask(valid), causal=True)
-    np.testing.assert_allclose(ours, by_loop(q, k, v, np.broadcast_to(both, everything.shape)), atol=2e-6)
+    actual = dot_product_attention(q, k, v, padding_mask(valid), causal=True)
+    np.testing.assert_allclose(actual, by_loop(q, k, v, np.broadcast_to(both, everything.shape)), atol=2e-6)
 
 
 def test_jax_agrees_and_so_does_jit(qkv):
@@ -107,14 +107,14 @@ def test_the_splash_kernel_has_the_same_numbers(causal):
     k, v = (jax.random.normal(key, (2, length, 1, width)) for key in keys[2:])
     mask = padding_mask(jnp.arange(length) < jnp.array([[length], [200]]))
 
-    def ours(q, k, v):
+    def splash(q, k, v):
         return splash_attention(q, k, v, mask, causal, 0.07, interpret=True)
 
     def plain(q, k, v):
         return dot_product_attention(q, k, v, mask, causal=causal, scale=0.07)
 
     results = []
-    for run in (ours, plain):
+    for run in (splash, plain):
         y, pull = jax.vjp(jax.jit(run), q, k, v)
         results.append((y, *pull(dy)))
     for one, other in zip(*results):
@@ -143,9 +143,9 @@ def test_softmax_stays_in_float32_for_half_precision(qkv):
     q, k, v = (x.astype(jnp.bfloat16) for x in qkv)
     assert attention_weights(q, k).dtype == jnp.float32
     exact = dot_product_attention(*(x.astype(jnp.float32) for x in (q, k, v)))
-    ours = dot_product_attention(q, k, v)
-    assert ours.dtype == jnp.bfloat16
-    np.testing.assert_allclose(ours.astype(jnp.float32), exact, atol=0.02)
+    actual = dot_product_attention(q, k, v)
+    assert actual.dtype == jnp.bfloat16
+    np.testing.assert_allclose(actual.astype(jnp.float32), exact, atol=0.02)
 
 
 def test_dropout_keeps_the_mean_and_needs_a_key(qkv):

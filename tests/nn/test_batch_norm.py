@@ -93,11 +93,11 @@ def test_gradients_are_those_of_the_plain_formula(groups):
         normal = (rows - rows.mean(1, keepdims=True)) / jnp.sqrt(rows.var(1, keepdims=True) + 1e-5)
         return jnp.sum((normal * scale + bias).reshape(x.shape) * weight)
 
-    def ours(x, scale, bias):
+    def fused(x, scale, bias):
         return jnp.sum(batch_normalise(x, scale, bias, groups=groups)[0] * weight)
 
     for one, other in zip(
-        jax.jit(jax.grad(ours, (0, 1, 2)))(x, scale, bias), jax.grad(plain, (0, 1, 2))(x, scale, bias)
+        jax.jit(jax.grad(fused, (0, 1, 2)))(x, scale, bias), jax.grad(plain, (0, 1, 2))(x, scale, bias)
     ):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
 
@@ -152,11 +152,11 @@ def test_one_device_and_eight_have_the_same_statistics_and_gradients():
 @pytest.mark.torch
 def test_torch_has_the_same_outputs_statistics_and_gradients():
     torch = pytest.importorskip("torch")
-    theirs = torch.nn.BatchNorm2d(5)
+    torch_norm = torch.nn.BatchNorm2d(5)
     params = {"scale": draw(5, seed=1), "bias": draw(5, seed=2)}
     with torch.no_grad():
-        theirs.weight.copy_(torch.tensor(np.asarray(params["scale"])))
-        theirs.bias.copy_(torch.tensor(np.asarray(params["bias"])))
+        torch_norm.weight.copy_(torch.tensor(np.asarray(params["scale"])))
+        torch_norm.bias.copy_(torch.tensor(np.asarray(params["bias"])))
     stats = None
     for step in range(3):
         x, weight = draw(3, 7, 11, 5, seed=10 + step, mean=2), draw(3, 7, 11, 5, seed=20 + step)
@@ -167,18 +167,18 @@ def test_torch_has_the_same_outputs_statistics_and_gradients():
 
         (_, (y, stats)), (d_params, dx) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
         image = torch.tensor(np.asarray(x)).permute(0, 3, 1, 2).requires_grad_()
-        out = theirs(image)
-        theirs.zero_grad()
+        out = torch_norm(image)
+        torch_norm.zero_grad()
         (out * torch.tensor(np.asarray(weight)).permute(0, 3, 1, 2)).sum().backward()
         pairs = [
             (y, out.detach().permute(0, 2, 3, 1)),
             (dx, image.grad.permute(0, 2, 3, 1)),
-            (d_params["scale"], theirs.weight.grad),
-            (d_params["bias"], theirs.bias.grad),
-            (stats["mean"], theirs.running_mean),
-            (stats["var"], theirs.running_var),
+            (d_params["scale"], torch_norm.weight.grad),
+            (d_params["bias"], torch_norm.bias.grad),
+            (stats["mean"], torch_norm.running_mean),
+            (stats["var"], torch_norm.running_var),
         ]
-        for ours, reference in pairs:
+        for actual, reference in pairs:
             reference = reference.numpy()
-            np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
-        assert int(stats["count"]) == int(theirs.num_batches_tracked) == step + 1
+            np.testing.assert_allclose(actual, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
+        assert int(stats["count"]) == int(torch_norm.num_batches_tracked) == step + 1

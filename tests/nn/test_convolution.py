@@ -55,9 +55,9 @@ def draw(seed, *shapes):
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-def close(ours, theirs, limit=2e-6):
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=limit * float(jnp.abs(theirs).max()))
+def close(actual, expected, limit=2e-6):
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=limit * float(jnp.abs(expected).max()))
 
 
 def with_gradients(function, options, x, kernel):
@@ -70,8 +70,8 @@ def with_gradients(function, options, x, kernel):
 def test_values_and_gradients_are_those_of_xla(name):
     x_shape, kernel_shape, options = CASES[name]
     x, kernel = draw(1, x_shape, kernel_shape)
-    ours = jax.jit(lambda x, kernel: with_gradients(conv, options, x, kernel))(x, kernel)
-    for one, other in zip(ours, with_gradients(reference, options, x, kernel)):
+    actual = jax.jit(lambda x, kernel: with_gradients(conv, options, x, kernel))(x, kernel)
+    for one, other in zip(actual, with_gradients(reference, options, x, kernel)):
         close(one, other)
 
 
@@ -86,16 +86,16 @@ def test_arms_mapped_in_any_way_equal_arms_alone(name):
         return with_gradients(conv, options, x, kernel)
 
     for mapped in (jax.vmap(one)(xs, kernels), lax.map(lambda pair: one(*pair), (xs, kernels))):
-        for ours, theirs in zip(mapped, stacked):
-            close(ours, theirs)
+        for actual, expected in zip(mapped, stacked):
+            close(actual, expected)
     shared = jax.vmap(one, (None, 0))(xs[0], kernels)
     for index in range(3):
-        for ours, theirs in zip(shared, one(xs[0], kernels[index])):
-            close(ours[index], theirs)
+        for actual, expected in zip(shared, one(xs[0], kernels[index])):
+            close(actual[index], expected)
     images = jax.vmap(one, (0, None))(xs, kernels[0])
     for index in range(3):
-        for ours, theirs in zip(images, one(xs[index], kernels[0])):
-            close(ours[index], theirs)
+        for actual, expected in zip(images, one(xs[index], kernels[0])):
+            close(actual[index], expected)
 
 
 def test_nothing_but_the_fast_form_is_lowered_under_vmap_and_grad():
@@ -111,10 +111,10 @@ def test_nothing_but_the_fast_form_is_lowered_under_vmap_and_grad():
 
 def test_bfloat16_is_computed_in_float32_and_rounded():
     x, kernel = draw(5, (2, 7, 5, 3), (3, 3, 3, 5))
-    ours = conv(x.astype(jnp.bfloat16), kernel, padding=1)
+    actual = conv(x.astype(jnp.bfloat16), kernel, padding=1)
     rounded = [array.astype(jnp.bfloat16).astype(jnp.float32) for array in (x, kernel)]
-    assert ours.dtype == jnp.bfloat16
-    close(ours.astype(jnp.float32), reference(*rounded, padding=1), 2**-8)
+    assert actual.dtype == jnp.bfloat16
+    close(actual.astype(jnp.float32), reference(*rounded, padding=1), 2**-8)
 
 
 def test_what_does_not_fit_is_told():
@@ -145,13 +145,13 @@ def test_max_pool_is_torch_s_ties_included(shape, size, strides, padding):
     init = -jnp.inf
     pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
 
-    def theirs(x):
+    def reference(x):
         return lax.reduce_window(x, init, lax.max, (1, size, size, 1), (1, strides, strides, 1), pads)
 
-    y, pull = jax.vjp(theirs, x)
-    ours, our_pull = jax.vjp(lambda x: max_pool(x, size, strides, padding), x)
+    y, pull = jax.vjp(reference, x)
+    actual, our_pull = jax.vjp(lambda x: max_pool(x, size, strides, padding), x)
     dy = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
-    np.testing.assert_array_equal(ours, y)
+    np.testing.assert_array_equal(actual, y)
     np.testing.assert_array_equal(max_pool(x, size, strides, padding), y)
     np.testing.assert_allclose(our_pull(dy)[0], pull(dy)[0], atol=1e-6)
 
@@ -170,7 +170,7 @@ def test_conv_and_pools_against_torch():
     x, kernel = draw(9, (2, 11, 13, 6), (3, 3, 3, 10))
     image = torch.tensor(np.asarray(x)).permute(0, 3, 1, 2)
     weight = torch.tensor(np.asarray(kernel)).permute(3, 2, 0, 1)
-    for ours, theirs in (
+    for actual, expected in (
         (
             conv(x, kernel, strides=2, padding=2, groups=2, dilation=2),
             torch.conv2d(image, weight, None, 2, 2, 2, 2),
@@ -178,4 +178,4 @@ def test_conv_and_pools_against_torch():
         (max_pool(x, 3, 2, 1), torch.max_pool2d(image, 3, 2, 1)),
         (avg_pool(x, 3, 2, 1), torch.nn.functional.avg_pool2d(image, 3, 2, 1)),
     ):
-        close(ours, jnp.asarray(theirs.permute(0, 2, 3, 1).numpy()))
+        close(actual, jnp.asarray(expected.permute(0, 2, 3, 1).numpy()))

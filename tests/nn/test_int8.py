@@ -41,8 +41,8 @@ def test_products_are_those_with_the_dequantised_matrix(monkeypatch, block):
     np.testing.assert_allclose(jax.jit(int8.product)(X, kernel), expected, atol=limit)
     np.testing.assert_array_equal(int8.rows(table, jnp.asarray([[7, 0], [30, 7]])), meant(table)[[[7, 0], [30, 7]]])
     # Rounding moves each weight by half a step at most, so a product by no more than this.
-    room = np.abs(X).sum(1, keepdims=True) * np.asarray(kernel.scale) / 2
-    assert np.all(np.abs(int8.product(X, kernel) - X @ KERNEL) <= room + limit)
+    tolerance = np.abs(X).sum(1, keepdims=True) * np.asarray(kernel.scale) / 2
+    assert np.all(np.abs(int8.product(X, kernel) - X @ KERNEL) <= tolerance + limit)
 
 
 def test_other_backends_have_the_same_products():

@@ -21,8 +21,8 @@ from mmjax.nn.masks import (
 N, L = 3, 5
 
 
-def by_rule(rule, l, s, *told):
-    return [[rule(i, j, *told) for j in range(s)] for i in range(l)]
+def by_rule(rule, l, s, *args):
+    return [[rule(i, j, *args) for j in range(s)] for i in range(l)]
 
 
 def test_padding():

@@ -33,9 +33,9 @@ def test_torch_has_the_same_rules(table, rule, new):
     if rule == "dinov2":
         size = {"scale_factor": tuple((n + 0.1) / o for n, o in zip(new, OLD))}
     reference = torch.nn.functional.interpolate(grid, **size, **TORCH[rule]).permute(0, 2, 3, 1).reshape(1, -1, 3)
-    ours = interpolate(table, OLD, new, rule, prefix=2)
-    np.testing.assert_array_equal(ours[:, :2], table[:, :2])
-    np.testing.assert_allclose(ours[:, 2:], reference.numpy(), atol=1e-5)
+    actual = interpolate(table, OLD, new, rule, prefix=2)
+    np.testing.assert_array_equal(actual[:, :2], table[:, :2])
+    np.testing.assert_allclose(actual[:, 2:], reference.numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("new", [*SIZES, (5, 3)])
@@ -43,8 +43,8 @@ def test_scipy_zooms_the_same(table, new):
     ndimage = pytest.importorskip("scipy.ndimage")
     grid = np.array(table[0, 2:]).reshape(*OLD, 3)
     reference = ndimage.zoom(grid, (new[0] / OLD[0], new[1] / OLD[1], 1), order=1).reshape(-1, 3)
-    ours = interpolate(table[0], OLD, new, "endpoints", prefix=2)
-    np.testing.assert_allclose(ours[2:], reference, atol=1e-5)
+    actual = interpolate(table[0], OLD, new, "endpoints", prefix=2)
+    np.testing.assert_allclose(actual[2:], reference, atol=1e-5)
 
 
 @pytest.mark.parametrize("rule", ["bicubic", "bicubic_antialias", "bilinear", "endpoints", "dinov2"])

@@ -35,10 +35,10 @@ def test_every_distance_as_transformers(bidirectional, buckets, max_distance):
     t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
     r = torch.arange(-300, 301)
     reference = t5.T5Attention._relative_position_bucket(r, bidirectional, buckets, max_distance).numpy()
-    ours = bucket_table(bidirectional, buckets, max_distance)[
+    actual = bucket_table(bidirectional, buckets, max_distance)[
         np.clip(r.numpy(), -max_distance, max_distance) + max_distance
     ]
-    np.testing.assert_array_equal(ours, reference)
+    np.testing.assert_array_equal(actual, reference)
 
 
 def test_too_few_buckets_or_too_short_a_reach():
@@ -58,7 +58,7 @@ def test_bias_of_a_place_in_the_middle():
     np.testing.assert_array_equal(whole[0, :, 5, 9], table[0])
     np.testing.assert_array_equal(whole[0, :, 7, 4], table[3])
     np.testing.assert_array_equal(whole[0, :, 28, 0], table[7])
-    one = jax.jit(lambda place: module.apply(variables, place[None], positions))(jnp.int32(17))
+    one = jax.jit(lambda position: module.apply(variables, position[None], positions))(jnp.int32(17))
     np.testing.assert_array_equal(one[:, :, 0], whole[:, :, 17])
 
 
@@ -94,5 +94,5 @@ def test_rms_norm_as_transformers():
     with torch.no_grad():
         reference.weight.copy_(torch.linspace(-1, 2, 7))
     x = torch.linspace(-5, 3, 35).reshape(5, 7)
-    ours = RMSNorm().apply({"params": {"scale": reference.weight.detach().numpy()}}, x.numpy())
-    np.testing.assert_allclose(ours, reference(x).detach(), rtol=1e-6)
+    actual = RMSNorm().apply({"params": {"scale": reference.weight.detach().numpy()}}, x.numpy())
+    np.testing.assert_allclose(actual, reference(x).detach(), rtol=1e-6)

@@ -57,11 +57,13 @@ def test_a_step_is_a_column_of_the_full_pass(inputs, norm_first):
     variables = randomised(stack, x, None, context)
     key_mask = padding_mask(mask)
     full = jax.jit(stack.apply)
-    _, kept = jax.jit(functools.partial(stack.apply, method="prefill"))(variables, prompt, None, context, key_mask)
+    _, layer_cache = jax.jit(functools.partial(stack.apply, method="prefill"))(
+        variables, prompt, None, context, key_mask
+    )
 
     @jax.jit
     def step(y, new, index):
-        return stack.apply(variables, y, kept, new, index, context_mask=mask, method="step")
+        return stack.apply(variables, y, layer_cache, new, index, context_mask=mask, method="step")
 
     new = [kv_cache.empty(B, R, HEADS, 4, D // HEADS, jnp.float32) for _ in range(2)]
     outputs = []
@@ -83,9 +85,9 @@ def test_a_prompts_padding_is_not_seen(inputs):
 
     @jax.jit
     def after(prompt, valid):
-        _, kept = block.apply(variables, prompt, padding_mask(valid), context, method="prefill")
+        _, layer_cache = block.apply(variables, prompt, padding_mask(valid), context, method="prefill")
         new = kv_cache.empty(B, 1, HEADS, 1, D // HEADS, jnp.float32)
-        return block.apply(variables, y, kept, new, jnp.asarray(0), valid, method="step")[0]
+        return block.apply(variables, y, layer_cache, new, jnp.asarray(0), valid, method="step")[0]
 
     np.testing.assert_allclose(after(x, valid), after(short, valid[:, 2:]), atol=1e-5)
 
@@ -120,13 +122,15 @@ def test_weights_are_kept_on_request(inputs):
     x, context, mask = inputs
     block = standard_block(**FIELDS)
     variables = randomised(block, x, None, context)
-    _, kept = jax.jit(functools.partial(block.apply, mutable=["intermediates"]))(
+    _, collections = jax.jit(functools.partial(block.apply, mutable=["intermediates"]))(
         variables, x, None, context, padding_mask(mask)
     )
-    own, cross = (kept["intermediates"][name]["weights"][0] for name in ("attention", "cross_attention"))
-    assert own.shape == (B, HEADS, L, L) and cross.shape == (B, HEADS, L, S)
+    self_weights, cross = (
+        collections["intermediates"][name]["weights"][0] for name in ("attention", "cross_attention")
+    )
+    assert self_weights.shape == (B, HEADS, L, L) and cross.shape == (B, HEADS, L, S)
     np.testing.assert_allclose(cross.sum(-1), 1, atol=1e-5)
-    assert not np.any(np.asarray(own)[~np.broadcast_to(causal_mask(L, L), own.shape)])
+    assert not np.any(np.asarray(self_weights)[~np.broadcast_to(causal_mask(L, L), self_weights.shape)])
     assert not np.any(np.asarray(cross)[:, :, :, 4:][1])
 
 
@@ -169,15 +173,15 @@ def test_decoder_block_is_torchs(inputs, norm_first):
     params = jax.tree.map(np.array, variables["params"])
     reference = torch.nn.TransformerDecoderLayer(D, HEADS, HIDDEN, 0.0, norm_first=norm_first, batch_first=True)
     state = {}
-    for name, ours in (("self_attn", "attention"), ("multihead_attn", "cross_attention")):
-        p = params[ours]
+    for name, native in (("self_attn", "attention"), ("multihead_attn", "cross_attention")):
+        p = params[native]
         state[f"{name}.in_proj_weight"] = np.concatenate([p[k]["kernel"].T for k in "qkv"])
         state[f"{name}.in_proj_bias"] = np.concatenate([p[k]["bias"] for k in "qkv"])
         state |= {f"{name}.out_proj.weight": p["out"]["kernel"].T, f"{name}.out_proj.bias": p["out"]["bias"]}
-    for name, ours in (("linear1", "up"), ("linear2", "down")):
-        state |= {f"{name}.weight": params["mlp"][ours]["kernel"].T, f"{name}.bias": params["mlp"][ours]["bias"]}
-    for i, ours in enumerate(("norm_1", "cross_norm", "norm_2"), 1):
-        state |= {f"norm{i}.weight": params[ours]["scale"], f"norm{i}.bias": params[ours]["bias"]}
+    for name, native in (("linear1", "up"), ("linear2", "down")):
+        state |= {f"{name}.weight": params["mlp"][native]["kernel"].T, f"{name}.bias": params["mlp"][native]["bias"]}
+    for i, native in enumerate(("norm_1", "cross_norm", "norm_2"), 1):
+        state |= {f"norm{i}.weight": params[native]["scale"], f"norm{i}.bias": params[native]["bias"]}
     reference.load_state_dict({key: torch.tensor(value) for key, value in state.items()})
     inputs_of_theirs = (torch.tensor(np.array(value)) for value in (x, context))
     results = reference(
@@ -186,6 +190,6 @@ def test_decoder_block_is_torchs(inputs, norm_first):
         memory_key_padding_mask=torch.tensor(~np.array(mask)),
         tgt_is_causal=True,
     )
-    ours = jax.jit(block.apply)(variables, x, None, context, padding_mask(mask))
+    native = jax.jit(block.apply)(variables, x, None, context, padding_mask(mask))
     expected = results.detach().numpy()
-    np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(native, expected, atol=1e-5 * np.abs(expected).max())

@@ -54,9 +54,9 @@ def test_relu_keeps_its_result_alone_for_the_backward_pass():
     y, pull = jax.vjp(activation("relu"), x)
     np.testing.assert_array_equal(y, [0, 0, 3, np.nan])
     np.testing.assert_array_equal(pull(jnp.full(4, 7.0))[0], [0, 0, 7, np.nan])
-    kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.shape == x.shape]
-    assert [leaf.dtype for leaf in kept] == [jnp.float32]
-    np.testing.assert_array_equal(kept[0], y)
+    residuals = [leaf for leaf in jax.tree.leaves(pull) if leaf.shape == x.shape]
+    assert [leaf.dtype for leaf in residuals] == [jnp.float32]
+    np.testing.assert_array_equal(residuals[0], y)
 
 
 def test_an_unknown_activation_is_named():
@@ -102,8 +102,11 @@ def test_torch_has_the_same_layer(x, norm_first, act):
         "self_attn.out_proj.weight": both["out"]["kernel"].T,
         "self_attn.out_proj.bias": both["out"]["bias"],
     }
-    for ours, reference in (("up", "linear1"), ("down", "linear2")):
-        state[f"{reference}.weight"], state[f"{reference}.bias"] = p["mlp"][ours]["kernel"].T, p["mlp"][ours]["bias"]
+    for native, reference in (("up", "linear1"), ("down", "linear2")):
+        state[f"{reference}.weight"], state[f"{reference}.bias"] = (
+            p["mlp"][native]["kernel"].T,
+            p["mlp"][native]["bias"],
+        )
     for i in (1, 2):
         state[f"norm{i}.weight"], state[f"norm{i}.bias"] = p[f"norm_{i}"]["scale"], p[f"norm_{i}"]["bias"]
     layer.load_state_dict({key: torch.tensor(np.array(value)) for key, value in state.items()})
@@ -114,8 +117,8 @@ def test_torch_has_the_same_layer(x, norm_first, act):
     def total(x):
         return (block.apply(variables, x, mask[:, None, None]) ** 2).sum()
 
-    ours = block.apply(variables, x, mask[:, None, None])
-    np.testing.assert_allclose(ours, reference.detach().numpy(), atol=1e-5 * float(jnp.abs(ours).max()))
+    native = block.apply(variables, x, mask[:, None, None])
+    np.testing.assert_allclose(native, reference.detach().numpy(), atol=1e-5 * float(jnp.abs(native).max()))
     gradient = jax.grad(total)(x)
     np.testing.assert_allclose(gradient, inputs.grad.numpy(), atol=1e-5 * float(jnp.abs(gradient).max()))
 
@@ -221,14 +224,14 @@ def test_remat_changes_no_number(x, train):
 def test_remat_keeps_the_inputs_of_blocks_alone(x):
     """What the backward pass keeps beside the parameters: one array of x's size a block, and the last output."""
 
-    def kept(remat):
+    def stored_size(remat):
         encoder = standard_stack(3, {"width": D, "heads": H, "hidden": HIDDEN}, remat=remat)
         variables = initialised(encoder, x)
         stored = jax.tree.leaves(jax.vjp(lambda v: (encoder.apply(v, x)[-1] ** 2).sum(), variables)[1])
-        own = {leaf.shape for leaf in jax.tree.leaves(variables)}
-        return sum(leaf.size for leaf in stored if leaf.shape not in own)
+        parameter_shapes = {leaf.shape for leaf in jax.tree.leaves(variables)}
+        return sum(leaf.size for leaf in stored if leaf.shape not in parameter_shapes)
 
-    assert kept(True) <= 4 * x.size < kept(False) / 3
+    assert stored_size(True) <= 4 * x.size < stored_size(False) / 3
 
 
 def test_remat_finishes_a_block_before_it_begins_with_the_one_before(x):

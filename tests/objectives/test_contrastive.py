@@ -159,11 +159,11 @@ def over_devices() -> dict[str, float]:
     errors = {}
     weight = units(5, D, D)
     for name, blocks in (("clip", 1), ("clip", 3), ("sigmoid", 1), ("in batch", 3), ("accuracy", 1)):
-        ours, plain, arguments = CASES.get(name, (in_batch_accuracy, lambda x, y: in_batch_accuracy(x, y), (X, Y)))
+        function, plain, arguments = CASES.get(name, (in_batch_accuracy, lambda x, y: in_batch_accuracy(x, y), (X, Y)))
         scalars = arguments[2:]
 
-        def loss(weight, scalars, x, y, axis_name=None, ours=ours, blocks=blocks):
-            return ours(x @ weight, y @ weight, *scalars, axis_name=axis_name, blocks=blocks)
+        def loss(weight, scalars, x, y, axis_name=None, function=function, blocks=blocks):
+            return function(x @ weight, y @ weight, *scalars, axis_name=axis_name, blocks=blocks)
 
         def whole(weight, scalars, plain=plain):
             return plain(X @ weight, Y @ weight, *scalars)

@@ -109,12 +109,12 @@ def test_blocks_keep_value_and_gradients(name, block, tied):
         logits = scale * hidden @ (kernel.T if tied else kernel) + bias
         return token_cross_entropy(logits, LABELS, **OPTIONS[name])
 
-    def ours(hidden, kernel, bias, scale):
+    def fused(hidden, kernel, bias, scale):
         options = {"tied": tied, "bias": bias, "logit_scale": scale, "block": block, **OPTIONS[name]}
         return linear_cross_entropy(hidden, kernel, LABELS, **options)
 
     arguments = (HIDDEN, KERNEL.T if tied else KERNEL, BIAS, jnp.float32(0.7))
-    (value, rest), grads = jax.jit(jax.value_and_grad(lambda *a: _split(ours(*a)), range(4), has_aux=True))(*arguments)
+    (value, rest), grads = jax.jit(jax.value_and_grad(lambda *a: _split(fused(*a)), range(4), has_aux=True))(*arguments)
     slopes = jax.jit(jax.value_and_grad(lambda *a: _split(plain(*a)), range(4), has_aux=True))
     (expected, others), expected_grads = slopes(*arguments)
     np.testing.assert_allclose([value, *rest], [expected, *others], rtol=1e-5)
@@ -146,10 +146,10 @@ def test_logits_are_never_materialised():
     def plain(hidden, kernel):
         return token_cross_entropy(hidden @ kernel, labels).loss.value
 
-    def ours(hidden, kernel):
+    def fused(hidden, kernel):
         return linear_cross_entropy(hidden, kernel, labels, block=64).loss.value
 
-    small, large, frozen = compiled(ours, (0, 1)), compiled(plain, (0, 1)), compiled(ours, 0)
+    small, large, frozen = compiled(fused, (0, 1)), compiled(plain, (0, 1)), compiled(fused, 0)
     assert small.memory_analysis().temp_size_in_bytes < 4 * t * v / 8 < large.memory_analysis().temp_size_in_bytes
     assert f"f32[{t},{v}]" in large.as_text() and f"f32[{t},{v}]" not in small.as_text()
     assert "dynamic-update-slice(" in small.as_text() and "dynamic-update-slice(" not in frozen.as_text()
@@ -161,13 +161,13 @@ def test_bfloat16_is_summed_in_float32():
     kernel = (kernel / 16).astype(jnp.bfloat16)
     labels = jnp.arange(t)
 
-    def ours(hidden, kernel):
+    def fused(hidden, kernel):
         return linear_cross_entropy(hidden, kernel, labels, block=25).loss.value
 
     def exact(hidden, kernel):
         return token_cross_entropy(hidden @ kernel, labels).loss.value
 
-    value, grads = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, kernel)
+    value, grads = jax.jit(jax.value_and_grad(fused, (0, 1)))(hidden, kernel)
     wide = hidden.astype(jnp.float32), kernel.astype(jnp.float32)
     expected, expected_grads = jax.jit(jax.value_and_grad(exact, (0, 1)))(*wide)
     assert value.dtype == jnp.float32 and abs(value - expected) < 1e-5 * expected
@@ -175,7 +175,7 @@ def test_bfloat16_is_summed_in_float32():
         assert one.dtype == jnp.bfloat16  # whose steps are 2**-8
         assert np.abs(one.astype(jnp.float32) - other).max() < 2**-7 * np.abs(other).max()
     # A float32 kernel behind bfloat16 activations keeps its gradient in float32.
-    assert jax.eval_shape(jax.grad(ours, 1), hidden, wide[1]).dtype == jnp.float32
+    assert jax.eval_shape(jax.grad(fused, 1), hidden, wide[1]).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("devices", [2, 3])

@@ -96,8 +96,8 @@ CASES = [(1, 1), (1, 6), (1, 48), (4, 1), (4, 3), (16, 1)]
 @pytest.mark.parametrize("groups, blocks", CASES)
 def test_value_and_gradients_match_the_plain_formula(groups, blocks, with_ids):
     ids = IDS if with_ids else {}
-    ours = jax.value_and_grad(lambda *a: momentum_contrast(*a, **ids, groups=groups, blocks=blocks), range(8))
-    value, grads = jax.jit(ours)(*FEATURES, T, ALPHA)
+    differentiate = jax.value_and_grad(lambda *a: momentum_contrast(*a, **ids, groups=groups, blocks=blocks), range(8))
+    value, grads = jax.jit(differentiate)(*FEATURES, T, ALPHA)
     expected, slopes = plain_slopes(groups, with_ids)
     assert abs(float(value - expected)) <= 2e-6 * float(expected)
     for one, other in zip((grads[0], grads[1], grads[6]), slopes):

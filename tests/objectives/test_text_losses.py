@@ -59,7 +59,7 @@ def test_distilled_and_summed_match_the_plain_formula():
     def plain(logits, teacher, alpha, smoothing):
         return plain_losses(logits, jax.lax.stop_gradient(teacher), labels, alpha, smoothing)
 
-    for ours, expected in (
+    for function, expected in (
         (
             lambda s, t: weight @ text_cross_entropy(s, labels, label_smoothing=0.1),
             lambda s, t: weight @ plain(s, t, 0.0, 0.1).sum(1),
@@ -73,7 +73,7 @@ def test_distilled_and_summed_match_the_plain_formula():
             lambda s, t: plain(s, t, 0.4, 0.0).sum() / (labels != IGNORED).sum(),
         ),
     ):
-        (value, grads), (expected_value, others) = slopes(ours), slopes(expected)
+        (value, grads), (expected_value, others) = slopes(function), slopes(expected)
         assert abs(float(value - expected_value)) < 2e-6 * float(expected_value)
         assert np.abs(grads[0] - others[0]).max() < 1e-5 * np.abs(others[0]).max()
         assert not np.any(grads[1]) and not np.any(grads[0][2])

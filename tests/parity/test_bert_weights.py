@@ -23,8 +23,8 @@ def test_bert_tiny_names_the_published_words(tmp_path):
     texts = ["The capital of france is [MASK].", "He drove his [MASK] to work."]
     words = [["city", "mountains", "where", "and", "france"], ["away", "brothers", "driving", "murder", "employee"]]
     assert [[name for name, _ in row] for row in bert.fill_mask(texts)] == words
-    given = bert.tokenizer(texts)
-    logits = np.asarray(bert.forward(**given)["logits"])[given["input_ids"] == bert.tokenizer.mask]
+    inputs = bert.tokenizer(texts)
+    logits = np.asarray(bert.forward(**inputs)["logits"])[inputs["input_ids"] == bert.tokenizer.mask]
     best = -np.sort(-logits, axis=1)[:, :5]
     expected = [[1.5699, 1.0727, 0.5985, 0.2219, -0.0082], [0.7311, 0.6318, 0.4336, 0.1715, 0.0041]]
     np.testing.assert_allclose(best, expected, atol=6e-5)

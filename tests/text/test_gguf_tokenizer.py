@@ -89,6 +89,6 @@ def test_qwen2_is_cut_as_transformers_cuts_it(metadata):
     vocab = {token: id for id, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     reference = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges)
-    ours = tokenizer_from_gguf(metadata)
+    tokenizer = tokenizer_from_gguf(metadata)
     for text in (TEXT, "cafe\u0301 ½ ٣٤ 12\n\n\n3  \t x", "日本語。I'm HE'S\u00a0\u00a0a"):
-        assert ours(text)[0][0].tolist() == reference(text)["input_ids"]
+        assert tokenizer(text)[0][0].tolist() == reference(text)["input_ids"]

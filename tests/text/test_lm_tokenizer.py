@@ -218,19 +218,23 @@ def test_vocab_and_merges(tmp_path):
 # ------------------------------------------------------------------------------------------------- against transformers
 
 
-def same_as_transformers(ours: Tokenizer, reference) -> None:
+def same_as_transformers(tokenizer: Tokenizer, reference) -> None:
     for side in ("left", "right"):
         for special in (True, False):
             expected = reference(
                 TEXTS, padding=True, padding_side=side, add_special_tokens=special, return_tensors="np"
             )
-            ids, mask = ours(TEXTS, side, add_special_tokens=special)
+            ids, mask = tokenizer(TEXTS, side, add_special_tokens=special)
             np.testing.assert_array_equal(ids, expected["input_ids"])
             np.testing.assert_array_equal(mask, expected["attention_mask"])
     for skip in (True, False):
-        assert [ours.decode(row, skip) for row in ids] == reference.batch_decode(ids, skip_special_tokens=skip)
-    assert (ours.bos, ours.pad, ours.unk) == (reference.bos_token_id, reference.pad_token_id, reference.unk_token_id)
-    assert ours.vocab_size == len(reference)
+        assert [tokenizer.decode(row, skip) for row in ids] == reference.batch_decode(ids, skip_special_tokens=skip)
+    assert (tokenizer.bos, tokenizer.pad, tokenizer.unk) == (
+        reference.bos_token_id,
+        reference.pad_token_id,
+        reference.unk_token_id,
+    )
+    assert tokenizer.vocab_size == len(reference)
 
 
 @pytest.mark.torch
@@ -273,9 +277,9 @@ def test_reads_what_transformers_reads(tmp_path, config):
     byte_bpe().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHATML}))
     reference = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    ours = Tokenizer.from_file(tmp_path / "tokenizer.json")
-    same_as_transformers(ours, reference)
-    assert ours.chat(TALK) == reference.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
+    tokenizer = Tokenizer.from_file(tmp_path / "tokenizer.json")
+    same_as_transformers(tokenizer, reference)
+    assert tokenizer.chat(TALK) == reference.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
 
 
 @pytest.mark.torch
@@ -285,5 +289,5 @@ def test_reads_vocab_and_merges_as_transformers_does(tmp_path, add_bos):
 
     named = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
     write_vocab(tmp_path, tokenizer_class="GPT2Tokenizer", add_bos_token=add_bos, **named)
-    ours = Tokenizer.from_vocab(tmp_path / "vocab.json", tmp_path / "merges.txt")
-    same_as_transformers(ours, transformers.AutoTokenizer.from_pretrained(tmp_path))
+    tokenizer = Tokenizer.from_vocab(tmp_path / "vocab.json", tmp_path / "merges.txt")
+    same_as_transformers(tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path))

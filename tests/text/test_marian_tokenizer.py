@@ -63,9 +63,9 @@ def write_tokenizer(folder: pathlib.Path, separate: bool, kind: str = "unigram",
     pieces = train(ENGLISH, folder / "source.spm", kind), train(GERMAN, folder / "target.spm", kind)
     sides = [list(dict.fromkeys(side)) for side in (pieces if separate else ([*pieces[0], *pieces[1]],))]
     for name, side in zip(("vocab.json", "target_vocab.json"), sides):
-        kept = [piece for piece in sorted(side) if piece not in ("<s>", "</s>", "<unk>", "<pad>")][::-1]
-        del kept[5::11]
-        ids = ["</s>", "<unk>", ">>de<<", *kept, "<pad>"]
+        vocabulary = [piece for piece in sorted(side) if piece not in ("<s>", "</s>", "<unk>", "<pad>")][::-1]
+        del vocabulary[5::11]
+        ids = ["</s>", "<unk>", ">>de<<", *vocabulary, "<pad>"]
         (folder / name).write_text(json.dumps({piece: id for id, piece in enumerate(ids)}))
     settings = {"source_lang": "en", "target_lang": "de", "separate_vocabs": separate, **config}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -115,27 +115,36 @@ CASES: dict[str, dict[str, Any]] = {
 def test_ids_and_texts_are_those_of_transformers(case: str, tmp_path: pathlib.Path):
     transformers = pytest.importorskip("transformers")
     folder = write_tokenizer(tmp_path / "folder", **CASES[case])
-    reference, ours = transformers.MarianTokenizer.from_pretrained(folder), MarianTokenizer.from_folder(folder)
-    assert (ours.eos, ours.pad, ours.unk) == ((reference.eos_token_id,), reference.pad_token_id, reference.unk_token_id)
-    assert ours.vocab_size == len(reference)
+    reference, tokenizer = transformers.MarianTokenizer.from_pretrained(folder), MarianTokenizer.from_folder(folder)
+    assert (tokenizer.eos, tokenizer.pad, tokenizer.unk) == (
+        (reference.eos_token_id,),
+        reference.pad_token_id,
+        reference.unk_token_id,
+    )
+    assert tokenizer.vocab_size == len(reference)
     texts = [*TEXTS, *drawn_texts(200), "<sep> a<begin>b"]
-    for tokenizer_of_side, expected in ((ours, reference(texts)), (ours.of_target, reference(text_target=texts))):
+    for tokenizer_of_side, expected in (
+        (tokenizer, reference(texts)),
+        (tokenizer.of_target, reference(text_target=texts)),
+    ):
         assert tokenizer_of_side.encode(texts) == expected["input_ids"]
-    batch, padded = ours(texts[:7]), reference(texts[:7], padding=True)
+    batch, padded = tokenizer(texts[:7]), reference(texts[:7], padding=True)
     np.testing.assert_array_equal(batch[0], padded["input_ids"])
     np.testing.assert_array_equal(batch[1], padded["attention_mask"])
     cut = reference(texts, truncation=True, max_length=5)["input_ids"]
-    assert [row[: sum(mask)] for row, mask in zip(*(x.tolist() for x in ours(texts, length=5, truncate=True)))] == cut
-    rows = ours.of_target.encode(drawn_texts(50)) + np.random.default_rng(0).integers(0, 50, (50, 9)).tolist()
-    if ours.target_vocab is not None:
+    assert [
+        row[: sum(mask)] for row, mask in zip(*(x.tolist() for x in tokenizer(texts, length=5, truncate=True)))
+    ] == cut
+    rows = tokenizer.of_target.encode(drawn_texts(50)) + np.random.default_rng(0).integers(0, 50, (50, 9)).tolist()
+    if tokenizer.target_vocab is not None:
         # transformers takes the source's <pad> for the target's, which has another id.
-        others = {ours.pad, ours.target_vocab["<pad>"]}
+        others = {tokenizer.pad, tokenizer.target_vocab["<pad>"]}
         rows = [[id for id in row if id not in others] for row in rows]
     for skip in (True, False):
         expected = reference.batch_decode(rows, skip_special_tokens=skip, use_source_tokenizer=False)
-        assert [ours.decode(row, skip) for row in rows] == expected
+        assert [tokenizer.decode(row, skip) for row in rows] == expected
     # By default transformers decodes with the source's model where the vocabulary is one: the same text.
-    assert [ours.decode(row) for row in rows] == reference.batch_decode(rows, skip_special_tokens=True)
+    assert [tokenizer.decode(row) for row in rows] == reference.batch_decode(rows, skip_special_tokens=True)
 
 
 def marian_folder(folder: pathlib.Path, separate: bool) -> pathlib.Path:
@@ -153,11 +162,11 @@ def marian_folder(folder: pathlib.Path, separate: bool) -> pathlib.Path:
         pad=sizes[-1] - 1, start=sizes[-1] - 1, forced_eos=True,
     )  # fmt: skip
     rng = np.random.default_rng(1)
-    drawn = tree.map_with_path(
+    variables = tree.map_with_path(
         lambda path, leaf: (0.5 * rng.normal(size=leaf.shape) + path.endswith("scale")).astype(np.float32),
         TransformerModel.shapes(config),
     )
-    mmjax.export(TransformerModel(config, drawn["params"]), folder)
+    mmjax.export(TransformerModel(config, variables["params"]), folder)
     return folder
 
 
@@ -169,22 +178,22 @@ def test_a_folder_translates_as_in_transformers_and_is_written_back(tmp_path: pa
     model = mmjax.load(folder)
     assert isinstance(model, TransformerModel) and isinstance(model.tokenizer, MarianTokenizer)
     texts = [">>de<< the fox", "she sells sea shells by the sea shore, isn't it?", "日本"]
-    found = model.translate(texts, num_beams=2, max_new_tokens=12)
+    translations = model.translate(texts, num_beams=2, max_new_tokens=12)
 
     mmjax.export(model, tmp_path / "out")
     mmjax.save(model, tmp_path / "own")
-    for place in (tmp_path / "out", tmp_path / "own"):
+    for target in (tmp_path / "out", tmp_path / "own"):
         for name in ("source.spm", "target.spm"):
-            assert (place / name).read_bytes() == (folder / name).read_bytes()
-        assert json.loads((place / "vocab.json").read_text()) == json.loads((folder / "vocab.json").read_text())
-        assert not (place / "tokenizer.json").exists()
-        again = mmjax.load(place).tokenizer
+            assert (target / name).read_bytes() == (folder / name).read_bytes()
+        assert json.loads((target / "vocab.json").read_text()) == json.loads((folder / "vocab.json").read_text())
+        assert not (target / "tokenizer.json").exists()
+        again = mmjax.load(target).tokenizer
         assert again.encode(TEXTS) == model.tokenizer.encode(TEXTS)
 
     tokenizer = transformers.MarianTokenizer.from_pretrained(tmp_path / "out")
     reference = transformers.MarianMTModel.from_pretrained(tmp_path / "out").eval()
     ids = reference.generate(**tokenizer(texts, return_tensors="pt", padding=True), num_beams=2, max_new_tokens=12)
-    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == found
+    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == translations
 
 
 def test_two_vocabularies_translate_and_stop(tmp_path: pathlib.Path):

@@ -51,16 +51,16 @@ def t5(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_ids_are_sentencepieces(kind, request):
     file = request.getfixturevalue(kind)
-    reference, ours = spm.SentencePieceProcessor(model_file=file), Tokenizer.from_sentencepiece(file)
-    assert ours.vocab_size == reference.vocab_size()
+    reference, tokenizer = spm.SentencePieceProcessor(model_file=file), Tokenizer.from_sentencepiece(file)
+    assert tokenizer.vocab_size == reference.vocab_size()
     for text in TEXTS:
         expected = reference.encode(text)
-        ids = ours(text, add_special_tokens=False)[0][0].tolist()
+        ids = tokenizer(text, add_special_tokens=False)[0][0].tolist()
         assert ids == expected, text
-        whole = ours(text)[0][0].tolist()
+        whole = tokenizer(text)[0][0].tolist()
         assert whole == ([1, *expected] if kind == "llama" else [*expected, 1])
         decoded = reference.decode(expected).replace(" ⁇ ", "<unk>")
-        assert ours.decode(ids, skip_special_tokens=False) == decoded, text
+        assert tokenizer.decode(ids, skip_special_tokens=False) == decoded, text
 
 
 def test_special_tokens(llama, t5):
@@ -73,9 +73,9 @@ def test_special_tokens(llama, t5):
 
 
 def test_saved_as_tokenizer_json_it_is_the_same(llama, tmp_path):
-    ours = Tokenizer.from_sentencepiece(llama)
-    ours.save(tmp_path / "tokenizer.json")
-    np.testing.assert_array_equal(Tokenizer.from_file(tmp_path / "tokenizer.json")(TEXTS)[0], ours(TEXTS)[0])
+    tokenizer = Tokenizer.from_sentencepiece(llama)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    np.testing.assert_array_equal(Tokenizer.from_file(tmp_path / "tokenizer.json")(TEXTS)[0], tokenizer(TEXTS)[0])
 
 
 def test_the_same_pieces_in_a_gguf_file(llama):

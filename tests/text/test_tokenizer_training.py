@@ -102,13 +102,13 @@ def test_unigram_is_sentencepieces():
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus()), model_writer=model, vocab_size=331, hard_vocab_limit=False, minloglevel=3
     )
-    reference, ours = spm.SentencePieceProcessor(model_proto=model.getvalue()), learn("unigram")
+    reference, tokenizer = spm.SentencePieceProcessor(model_proto=model.getvalue()), learn("unigram")
     for text in ("slower newest", "ﬁne  spaces ", "Café 日本語", "unseen: ж"):
-        tokens = ours.tokenizer.encode(text).tokens
+        tokens = tokenizer.tokenizer.encode(text).tokens
         assert tokens[-1] == "</s>"
         known = [piece if reference.piece_to_id(piece) else "<unk>" for piece in reference.encode(text, out_type=str)]
-        assert [ours.tokenizer.id_to_token(id) for id in ours(text)[0][0][:-1]] == known
-    assert (ours.pad, ours.eos, ours.unk) == (0, (1,), 2)
+        assert [tokenizer.tokenizer.id_to_token(id) for id in tokenizer(text)[0][0][:-1]] == known
+    assert (tokenizer.pad, tokenizer.eos, tokenizer.unk) == (0, (1,), 2)
 
 
 @pytest.mark.parametrize(
@@ -175,14 +175,14 @@ def test_command_line(kind, folder, tmp_path, capsys):
 def test_command_line_errors(folder, tmp_path, capsys):
     (tmp_path / "bad.txt").write_bytes(b"good\n\n\xff\n")
     (tmp_path / "empty").mkdir()
-    for place, flags, message in [
+    for path, flags, message in [
         (tmp_path / "bad.txt", ["--kind", "byte_bpe"], "bad.txt:3: not UTF-8"),
         (tmp_path / "bad.txt", ["--kind", "wordpiece"], "bad.txt:3: not UTF-8"),
         (tmp_path / "empty", ["--kind", "wordpiece"], "empty: no .txt file in this folder"),
         (tmp_path / "nowhere", ["--kind", "wordpiece"], "nowhere: no such file or folder"),
         (folder, ["--kind", "wordpiece", "--out", "vocab.txt"], "--out vocab.txt"),
     ]:
-        assert cli.main(["tokenizer", "train", os.fspath(place), "--vocab_size", "300", *flags]) == 2
+        assert cli.main(["tokenizer", "train", os.fspath(path), "--vocab_size", "300", *flags]) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
     assert [file.name for file in corpus_files([folder, tmp_path / "bad.txt"])] == ["b.txt", "a.txt", "bad.txt"]

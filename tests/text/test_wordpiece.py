@@ -120,6 +120,6 @@ def test_transformers_cuts_the_same_pieces(tmp_path, lower):
     letters = sorted({c for text in NASTY for c in text.lower() + text if not c.isspace()} | set("abcdefghijklm"))
     file = vocab(tmp_path, (*letters, *(f"##{c}" for c in letters), "##oco", "quotes", "##line"))
     reference = legacy.BertTokenizerLegacy(str(file), do_lower_case=lower)
-    ours = WordPieceTokenizer.from_vocab(file, lower=lower)
+    tokenizer = WordPieceTokenizer.from_vocab(file, lower=lower)
     for text in NASTY:
-        assert names(ours, text) == reference.tokenize(text), text
+        assert names(tokenizer, text) == reference.tokenize(text), text

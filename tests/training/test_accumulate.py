@@ -91,9 +91,9 @@ def test_any_cut_is_the_same_step():
 
     steps = {n: functools.partial(train_step, Toy(), optimizer, accumulate=n) for n in (2, 4)} | {-2: over_devices}
     for parts, step in steps.items():
-        other, told = jax.jit(step)(state, rows)
+        other, other_metrics = jax.jit(step)(state, rows)
         for name, value in metrics.items():
-            np.testing.assert_allclose(told[name], value, rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(other_metrics[name], value, rtol=1e-5, err_msg=name)
         for field in ("params", "ema", "queues", "extra"):
             for a, b in zip(jax.tree.leaves(getattr(other, field)), jax.tree.leaves(getattr(one, field)), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=field)

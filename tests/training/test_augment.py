@@ -49,16 +49,16 @@ def test_crop_is_pils_resize(filter, box):
     image = pixels() if filter == "bilinear" else pixels() // 2 + 64
     crop = Image.fromarray(image).crop((left, top, left + width, top + height))
     expected = np.asarray(crop.resize((11, 11), getattr(Image.Resampling, filter.upper()))) / 255
-    found = resized_crop(jnp.asarray(image / 255, jnp.float32), jnp.asarray(box, jnp.float32), 11, filter)
+    actual = resized_crop(jnp.asarray(image / 255, jnp.float32), jnp.asarray(box, jnp.float32), 11, filter)
     # PIL rounds to 8 bits after the rows and again after the columns.
-    np.testing.assert_allclose(found, expected, atol=2 * UNIT)
-    assert np.mean(np.abs(np.asarray(found) - expected)) < 0.5 * UNIT
+    np.testing.assert_allclose(actual, expected, atol=2 * UNIT)
+    assert np.mean(np.abs(np.asarray(actual) - expected)) < 0.5 * UNIT
 
 
 def test_the_whole_box_at_its_own_size_is_the_image():
     image = unit_image()[:, :23]
-    found = resized_crop(jnp.asarray(image), jnp.asarray([0.0, 0.0, 23.0, 23.0]), 23)
-    np.testing.assert_allclose(found, image, atol=1e-6)
+    actual = resized_crop(jnp.asarray(image), jnp.asarray([0.0, 0.0, 23.0, 23.0]), 23)
+    np.testing.assert_allclose(actual, image, atol=1e-6)
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.4, 1.0, 1.7])
@@ -119,8 +119,8 @@ def test_jitter_does_its_four_operations_in_the_order_told(order, hue_at):
     expected = x
     for operation in operations:
         expected = operation(expected)
-    found = color.colour_jitter(x, jnp.asarray(factors), shift, jnp.asarray(order), hue_at)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    actual = color.colour_jitter(x, jnp.asarray(factors), shift, jnp.asarray(order), hue_at)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------ draws
@@ -151,11 +151,11 @@ def views(**fields) -> np.ndarray:
 )
 def test_each_operation_happens_as_often_as_it_should(fields, p):
     image = pixels(6, 13, 13) / 255
-    found = views(**fields)
-    changed = np.abs(found - image).max((1, 2, 3)) > 1e-4
+    actual = views(**fields)
+    changed = np.abs(actual - image).max((1, 2, 3)) > 1e-4
     assert within(int(changed.sum()), N, p), changed.mean()
     if "flip_p" in fields:
-        np.testing.assert_allclose(found[changed], np.broadcast_to(image[:, ::-1], found[changed].shape), atol=1e-5)
+        np.testing.assert_allclose(actual[changed], np.broadcast_to(image[:, ::-1], actual[changed].shape), atol=1e-5)
 
 
 def test_boxes_have_the_area_and_the_ratio_of_torchvision():
@@ -169,13 +169,13 @@ def test_boxes_have_the_area_and_the_ratio_of_torchvision():
     # torchvision's own procedure, in NumPy, many times: quartiles agree.
     rng, expected = np.random.default_rng(0), []
     while len(expected) < 4000:
-        wanted, aspect = 97 * 101 * rng.uniform(0.2, 1.0), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(wanted * aspect)), round(math.sqrt(wanted / aspect))
+        target_area, aspect = 97 * 101 * rng.uniform(0.2, 1.0), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(target_area * aspect)), round(math.sqrt(target_area / aspect))
         if 0 < w <= 101 and 0 < h <= 97:
             expected.append((w * h / (97 * 101), w / h))
-    for mine, theirs in zip((area, ratio), np.array(expected).T):
+    for mine, reference in zip((area, ratio), np.array(expected).T):
         for quartile in (0.25, 0.5, 0.75):
-            assert within(int((mine < np.quantile(theirs, quartile)).sum()), N, quartile)
+            assert within(int((mine < np.quantile(reference, quartile)).sum()), N, quartile)
 
 
 def test_a_box_that_never_fits_is_the_largest_central_one():
@@ -187,11 +187,11 @@ def test_a_box_that_never_fits_is_the_largest_central_one():
 def jitters() -> np.ndarray:
     """[N, 8]: what the jitter draws: three factors, the shift of hue, the order of three, the place of hue."""
 
-    def told(image, factors, shift, order, hue_at):
+    def record_parameters(image, factors, shift, order, hue_at):
         return jnp.concatenate([factors, shift[None], order.astype(jnp.float32), hue_at[None].astype(jnp.float32)])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(color, "colour_jitter", told)
+        patch.setattr(color, "colour_jitter", record_parameters)
         draw = lambda key: color.random_colour_jitter(key, jnp.zeros((1, 1, 3)), (0.4, 0.3, 1.5, 0.2))  # noqa: E731
         return np.asarray(jax.vmap(draw)(KEYS))
 
@@ -208,10 +208,10 @@ def test_each_order_of_a_jitter_is_as_likely(jitters):
 
 def test_jitter_draws_evenly_in_the_ranges_of_torchvision(jitters):
     ranges = [(0.6, 1.4), (0.7, 1.3), (0.0, 2.5), (-0.2, 0.2)]  # a factor is never negative
-    for drawn, (low, high) in zip(jitters.T, ranges):
-        assert low <= drawn.min() and drawn.max() <= high
+    for sampled, (low, high) in zip(jitters.T, ranges):
+        assert low <= sampled.min() and sampled.max() <= high
         for share in (0.05, 0.25, 0.5, 0.75, 0.95):
-            assert within(int((drawn < low + share * (high - low)).sum()), N, share)
+            assert within(int((sampled < low + share * (high - low)).sum()), N, share)
     # None follows from another: each half of one is cut in halves by the others.
     upper = jitters > np.median(jitters, 0)
     for one, other in itertools.combinations(range(4), 2):
@@ -226,8 +226,8 @@ def test_a_views_hue_turns_evenly_and_as_often_as_told():
     from its happening: one draw for both would leave out the turns of the rarer side."""
     flat = jnp.broadcast_to(jnp.asarray([0.2, 0.8, 0.2]), (5, 5, 3))
     view = View(5, **(PLAIN | {"jitter": (0.0, 0.0, 0.0, 0.1), "jitter_p": 0.8}))
-    found = np.asarray(jax.jit(jax.vmap(view, (0, None)))(KEYS, flat))[:, 2, 2]
-    hues, saturations, values = np.array([colorsys.rgb_to_hsv(*rgb) for rgb in found.tolist()]).T
+    colours = np.asarray(jax.jit(jax.vmap(view, (0, None)))(KEYS, flat))[:, 2, 2]
+    hues, saturations, values = np.array([colorsys.rgb_to_hsv(*rgb) for rgb in colours.tolist()]).T
     np.testing.assert_allclose(saturations, 0.75, atol=1e-5)
     np.testing.assert_allclose(values, 0.8, atol=1e-5)
     turned = hues - 1 / 3
@@ -256,15 +256,15 @@ PUBLISHED = [View.moco_v1(11), View.moco_v2(11), View.moco_v3_2(11), View.clip(1
 def test_a_view_is_a_function_of_its_own_key_and_image(view):
     images, keys = jnp.stack([jnp.asarray(pixels(i)) for i in range(4)]), jax.random.split(jax.random.key(1), 4)
     many = jax.jit(jax.vmap(view))
-    found = np.asarray(many(keys, images))
-    np.testing.assert_array_equal(found, many(keys, images))
+    actual = np.asarray(many(keys, images))
+    np.testing.assert_array_equal(actual, many(keys, images))
     halves = [np.asarray(many(keys[i : i + 2], images[i : i + 2])) for i in (0, 2)]
-    np.testing.assert_allclose(found, np.concatenate(halves), atol=1e-5)
+    np.testing.assert_allclose(actual, np.concatenate(halves), atol=1e-5)
     again = np.stack([np.asarray(jax.jit(view)(key, image)) for key, image in zip(keys, images)])
-    np.testing.assert_allclose(found, again, atol=1e-5)
-    assert np.abs(np.asarray(many(keys[::-1], images)) - found).max() > 0.1
-    raw = found * np.array(view.std) + np.array(view.mean)
-    assert found.dtype == np.float32 and raw.min() > -1e-5 and raw.max() < 1 + 1e-5
+    np.testing.assert_allclose(actual, again, atol=1e-5)
+    assert np.abs(np.asarray(many(keys[::-1], images)) - actual).max() > 0.1
+    raw = actual * np.array(view.std) + np.array(view.mean)
+    assert actual.dtype == np.float32 and raw.min() > -1e-5 and raw.max() < 1 + 1e-5
 
 
 def test_two_views_differ_and_compile_once():

@@ -43,8 +43,8 @@ def batch(seed: int = 0) -> dict[str, Any]:
     return {"image": jnp.asarray(image), "label": jnp.asarray(rng.integers(0, C, B), jnp.int32)}
 
 
-def started(method: Any, given: Any = None) -> Any:
-    return create_state(method, OPTIMIZER, jax.random.key(0), given or batch())
+def started(method: Any, examples: Any = None) -> Any:
+    return create_state(method, OPTIMIZER, jax.random.key(0), examples or batch())
 
 
 OPTIMIZER = Optimizer(sgd(RATE, momentum=0.0))
@@ -57,24 +57,24 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
 def test_loss_and_accuracy_by_hand(objective: Any):
     method = Classification(Linear(), C, objective=objective, label_smoothing=0.1)
-    state, given = started(method), batch()
-    value, (carry, metrics) = method.loss(state.params, state.carry, given, jax.random.key(1), 0)
-    logits = np.asarray(given["image"], np.float64).reshape(B, -1) @ np.asarray(state.params["kernel"], np.float64)
-    targets = 0.9 * np.eye(C)[np.asarray(given["label"])] + 0.1 / C
+    state, examples = started(method), batch()
+    value, (carry, metrics) = method.loss(state.params, state.carry, examples, jax.random.key(1), 0)
+    logits = np.asarray(examples["image"], np.float64).reshape(B, -1) @ np.asarray(state.params["kernel"], np.float64)
+    targets = 0.9 * np.eye(C)[np.asarray(examples["label"])] + 0.1 / C
     if objective == "softmax":
-        wanted = -(targets * log_softmax(logits)).sum(-1)
+        expected = -(targets * log_softmax(logits)).sum(-1)
     else:
-        wanted = (targets * np.log1p(np.exp(-logits)) + (1 - targets) * np.log1p(np.exp(logits))).sum(-1)
-    np.testing.assert_allclose(value, wanted.mean(), rtol=1e-5)
-    np.testing.assert_allclose(metrics["accuracy"], np.mean(logits.argmax(-1) == np.asarray(given["label"])))
-    np.testing.assert_allclose(carry.stats["mean"], 0.1 * np.mean(given["image"]), rtol=1e-5)
+        expected = (targets * np.log1p(np.exp(-logits)) + (1 - targets) * np.log1p(np.exp(logits))).sum(-1)
+    np.testing.assert_allclose(value, expected.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"], np.mean(logits.argmax(-1) == np.asarray(examples["label"])))
+    np.testing.assert_allclose(carry.stats["mean"], 0.1 * np.mean(examples["image"]), rtol=1e-5)
 
 
 def test_uint8_images_are_normalised_and_floats_are_not():
     method = Classification(Linear(), C, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0))
     image = np.random.default_rng(0).integers(0, 256, (B, H, W, 3), np.uint8)
-    wanted = (image / 255 - np.array([0.1, 0.2, 0.3])) / np.array([0.5, 0.25, 2.0])
-    np.testing.assert_allclose(method.pixels(jnp.asarray(image)), wanted, rtol=1e-5, atol=1e-6)
+    expected = (image / 255 - np.array([0.1, 0.2, 0.3])) / np.array([0.5, 0.25, 2.0])
+    np.testing.assert_allclose(method.pixels(jnp.asarray(image)), expected, rtol=1e-5, atol=1e-6)
     floats = batch()["image"]
     assert method.pixels(floats) is floats
     with pytest.raises(MmjaxError, match="need mean and std"):
@@ -84,35 +84,35 @@ def test_uint8_images_are_normalised_and_floats_are_not():
 def test_mixed_labels_carry_the_loss():
     """With shares a and 1 - a, the loss is that of the mixed image against both labels."""
     method = Classification(Linear(), C, mixing=Mixing(mixup=0.7))
-    state, given, rng = started(method), batch(), jax.random.key(3)
-    value, _ = method.loss(state.params, state.carry, given, rng, 0)
-    image, label = np.asarray(given["image"], np.float64), np.asarray(given["label"])
+    state, examples, rng = started(method), batch(), jax.random.key(3)
+    value, _ = method.loss(state.params, state.carry, examples, rng, 0)
+    image, label = np.asarray(examples["image"], np.float64), np.asarray(examples["label"])
     # The share from the images themselves.
-    seen: list[Any] = []
+    recorded: list[Any] = []
 
     class Watched(Linear):
         def logits(self, params, stats, pixels, **kwargs):
-            seen.append(np.asarray(pixels, np.float64))
+            recorded.append(np.asarray(pixels, np.float64))
             return super().logits(params, stats, pixels, **kwargs)
 
-    dataclasses.replace(method, classifier=Watched()).loss(state.params, state.carry, given, rng, 0)
+    dataclasses.replace(method, classifier=Watched()).loss(state.params, state.carry, examples, rng, 0)
     other = np.roll(image, 1, 0)
-    share = (seen[0] - other)[0, 0, 0, 0] / (image - other)[0, 0, 0, 0]
+    share = (recorded[0] - other)[0, 0, 0, 0] / (image - other)[0, 0, 0, 0]
     assert 0.02 < share < 0.98
-    np.testing.assert_allclose(seen[0], share * image + (1 - share) * other, atol=1e-5)
-    log_p = log_softmax(seen[0].reshape(B, -1) @ np.asarray(state.params["kernel"], np.float64))
+    np.testing.assert_allclose(recorded[0], share * image + (1 - share) * other, atol=1e-5)
+    log_p = log_softmax(recorded[0].reshape(B, -1) @ np.asarray(state.params["kernel"], np.float64))
     rows = np.arange(B)
-    wanted = -(share * log_p[rows, label] + (1 - share) * log_p[rows, np.roll(label, 1)]).mean()
-    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    expected = -(share * log_p[rows, label] + (1 - share) * log_p[rows, np.roll(label, 1)]).mean()
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("label", [-1, C])
 @pytest.mark.parametrize("mixing", [Mixing(), Mixing(mixup=0.2)])
 def test_a_label_that_is_no_class_is_refused(label: int, mixing: Mixing):
     method = Classification(Linear(), C, mixing=mixing)
-    given = batch() | {"label": batch()["label"].at[2].set(label)}
+    examples = batch() | {"label": batch()["label"].at[2].set(label)}
     state = started(method)
-    after, metrics = jax.jit(lambda s, b: train_step(method, OPTIMIZER, s, b))(state, given)
+    after, metrics = jax.jit(lambda s, b: train_step(method, OPTIMIZER, s, b))(state, examples)
     assert np.isnan(metrics["loss"]) and after.skipped.total == 1
     np.testing.assert_array_equal(after.params["kernel"], state.params["kernel"])
 
@@ -137,8 +137,8 @@ def test_averaged_weights_follow_and_are_used():
     np.testing.assert_allclose(averaged["mean"], stats, rtol=1e-5)
     assert averaged["count"] == 3
     logits = method.predict(state.params, state, batch()["image"])
-    wanted = np.asarray(batch()["image"]).reshape(B, -1) @ average + stats
-    np.testing.assert_allclose(logits, wanted, rtol=1e-4)
+    expected = np.asarray(batch()["image"]).reshape(B, -1) @ average + stats
+    np.testing.assert_allclose(logits, expected, rtol=1e-4)
     plain = Classification(Linear(), C)
     np.testing.assert_allclose(
         plain.predict(state.params, state, batch()["image"]),

@@ -39,19 +39,19 @@ def test_loss_first_then_scores_then_training_without_constants_and_single_point
 
 
 def test_a_page_has_labels_bands_chance_and_smooth_lines(monkeypatch):
-    drawn = []
+    recorded = []
     for method in ("plot", "fill_between", "axhline", "set_ylabel", "set_xlabel"):
         original = getattr(matplotlib.axes.Axes, method)
 
         def record(axes, *args, method=method, original=original, **kwargs):
-            drawn.append((method, args, kwargs))
+            recorded.append((method, args, kwargs))
             return original(axes, *args, **kwargs)
 
         monkeypatch.setattr(matplotlib.axes.Axes, method, record)
     page = curves.draw(lines(), {"val/R@1": "%", "val/zero_shot_top1": "%"}, "run $1")
     image = Image.open(io.BytesIO(page))
     assert image.format == "PNG" and image.width > 1000 and image.height < 1.2 * image.width
-    calls = {name: [(args, kwargs) for method, args, kwargs in drawn if method == name] for name, _, _ in drawn}
+    calls = {name: [(args, kwargs) for method, args, kwargs in recorded if method == name] for name, _, _ in recorded}
     assert [args[0] for args, _ in calls["set_ylabel"]] == ["loss", "%", "%", "accuracy"]
     assert {args[0] for args, _ in calls["set_xlabel"]} == {"step"}
     assert [args[0] for args, _ in calls["axhline"]] == [0.5] and calls["axhline"][0][1]["linestyle"] == "--"

@@ -60,10 +60,10 @@ def test_every_steps_rate_is_the_originals(recipe: str, steps_per_epoch: int):
 def test_stairs_by_hand():
     """Of pre-training: 4.5e-6 a stair; a late epoch; and the last one, which is above the least rate."""
     schedule = blockwise_warmup_cosine(1e-4, 30, 2300, 20, 1e-5, 1e-5)
-    found = [float(schedule(step)) for step in (0, 100, 101, 200, 201, 2000, 2001, 2299, 15 * 2300, 29 * 2300)]
+    rates = [float(schedule(step)) for step in (0, 100, 101, 200, 201, 2000, 2001, 2299, 15 * 2300, 29 * 2300)]
     last = 1e-5 + 4.5e-5 * (1 - math.cos(math.pi / 30))
     want = [1e-5, 1e-5, 1.45e-5, 1.45e-5, 1.9e-5, 9.55e-5, 1e-4, 1e-4, 5.5e-5, last]
-    np.testing.assert_allclose(found, want, rtol=1e-5)
+    np.testing.assert_allclose(rates, want, rtol=1e-5)
     assert last > 1.02e-5
 
 

@@ -29,10 +29,10 @@ def test_rectangles_are_of_the_asked_area_and_ratio():
 def test_only_the_rectangle_becomes_the_mean():
     image = np.random.default_rng(0).integers(0, 256, (300, 7, 11, 3), np.uint8)
     keys = jax.random.split(jax.random.key(1), 300)
-    told = jax.jit(RandomErasing(0.3, MEAN, STD))(keys, {"image": jnp.asarray(image), "label": jnp.arange(300)})
+    outputs = jax.jit(RandomErasing(0.3, MEAN, STD))(keys, {"image": jnp.asarray(image), "label": jnp.arange(300)})
     plain = (image / 255 - np.array(MEAN)) / np.array(STD)
-    same = np.isclose(told["image"], plain, atol=1e-5).all(-1)
-    np.testing.assert_array_equal(np.asarray(told["image"])[~same], 0)
+    same = np.isclose(outputs["image"], plain, atol=1e-5).all(-1)
+    np.testing.assert_array_equal(np.asarray(outputs["image"])[~same], 0)
     touched = 1 - np.asarray(same).reshape(300, -1).all(1).mean()
     assert abs(touched - 0.3) < 5 * (0.3 * 0.7 / 300) ** 0.5
-    np.testing.assert_array_equal(told["label"], np.arange(300))
+    np.testing.assert_array_equal(outputs["label"], np.arange(300))

@@ -81,8 +81,8 @@ def test_wrong_files_are_named(tmp_path, text, told):
 def test_every_field_out_of_range_is_in_one_message():
     with pytest.raises(MmjaxError) as caught:
         ExperimentConfig(steps=0, keep=1, batch_size=7, accumulate=3, max_bad_fraction=2.0)
-    for told in ("steps=0", "keep=1", "accumulate=3", "max_bad_fraction=2.0"):
-        assert told in str(caught.value)
+    for setting in ("steps=0", "keep=1", "accumulate=3", "max_bad_fraction=2.0"):
+        assert setting in str(caught.value)
 
 
 def test_config_is_frozen():

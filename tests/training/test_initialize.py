@@ -40,31 +40,31 @@ def own_weights(workdir, state):
 
 def test_a_run_hands_on_its_model_and_queues_and_nothing_of_its_course(tmp_path):
     source, fresh = state_of(1), state_of(2)
-    state, said = initialize_from(fresh, own_weights(tmp_path, source), "the run")
+    state, message = initialize_from(fresh, own_weights(tmp_path, source), "the run")
     for field in ("params", "stats", "ema", "queues"):
         assert tree.tree_hash(getattr(state, field)) == tree.tree_hash(getattr(source, field)), field
     for field in ("step", "opt_state", "hparams", "rng", "skipped"):
         assert tree.tree_hash(getattr(state, field)) == tree.tree_hash(getattr(fresh, field)), field
     assert state.extra["batches"] == 2  # a method's counter
     assert tree.tree_hash(state.extra["averaged_stats"]) == tree.tree_hash(source.extra["averaged_stats"])
-    assert said == "initialised from the run: 3 arrays; queues: image"
+    assert message == "initialised from the run: 3 arrays; queues: image"
 
 
 def test_queues_that_do_not_fit_start_afresh_and_are_reported(tmp_path):
     longer = Queue(np.zeros((64, 8), np.float32), np.int32(0))
     fresh = state_of(2, queues={"image": longer, "text": longer})
-    state, said = initialize_from(fresh, own_weights(tmp_path, state_of(1)), "the run")
+    state, message = initialize_from(fresh, own_weights(tmp_path, state_of(1)), "the run")
     assert tree.tree_hash(state.queues) == tree.tree_hash(fresh.queues)
-    assert said.endswith("; queues: none (fresh, as they do not fit: image, text)")
+    assert message.endswith("; queues: none (fresh, as they do not fit: image, text)")
 
 
 def test_momentum_parameters_are_copies_where_the_source_has_none():
     fresh = state_of(2)
-    state, said = initialize_from(fresh, {"params": state_of(1).params}, "a file")
+    state, message = initialize_from(fresh, {"params": state_of(1).params}, "a file")
     np.testing.assert_array_equal(state.ema["stem"]["kernel"], state_of(1).params["stem"]["kernel"])
     assert tree.tree_hash(state.stats) == tree.tree_hash(fresh.stats)
     assert tree.tree_hash(state.extra["averaged_stats"]) == tree.tree_hash(state.stats)
-    assert "queues" not in said
+    assert "queues" not in message
 
 
 def test_leaves_that_are_unknown_or_misshapen_raise_in_one_message():

@@ -73,11 +73,11 @@ def test_at_the_start_nothing_has_changed():
 
 def test_an_adapter_is_drawn_as_pefts_and_by_its_own_name():
     params = {"one": {"kernel": jnp.zeros((400, 50))}, "two": {"kernel": jnp.zeros((9, 400), jnp.bfloat16)}}
-    drawn = tree.flatten(init_lora(jax.random.key(0), params, LoRAConfig(("*",), rank=100, alpha=25.0)))
-    a = drawn["one/lora_a"]
+    adapters = tree.flatten(init_lora(jax.random.key(0), params, LoRAConfig(("*",), rank=100, alpha=25.0)))
+    a = adapters["one/lora_a"]
     assert a.shape == (400, 100) and 0.0499 < float(a.max()) <= 0.05 and abs(float(a.std()) - 0.05 / 3**0.5) < 1e-3
-    assert drawn["two/lora_b"].shape == (100, 400) and not drawn["two/lora_b"].any()
-    assert drawn["two/lora_a"].dtype == jnp.float32 and drawn["two/lora_scale"] == 0.25
+    assert adapters["two/lora_b"].shape == (100, 400) and not adapters["two/lora_b"].any()
+    assert adapters["two/lora_a"].dtype == jnp.float32 and adapters["two/lora_scale"] == 0.25
     alone = init_lora(jax.random.key(0), params, LoRAConfig(("one",), rank=100))
     np.testing.assert_array_equal(alone["one"]["lora_a"], a)
 
@@ -124,8 +124,8 @@ def test_rematerialised_blocks_have_the_same_gradients():
 
     def slopes(config: ViTConfig) -> Any:
         loss = LoRA(classification(config), dropped).loss
-        found = jax.jit(jax.grad(lambda params: loss(params, last.carry, BATCH, jax.random.key(2), 0)[0]))(last.params)
-        return tree.flatten(split_lora(found)[0])
+        grads = jax.jit(jax.grad(lambda params: loss(params, last.carry, BATCH, jax.random.key(2), 0)[0]))(last.params)
+        return tree.flatten(split_lora(grads)[0])
 
     plain, again = slopes(CONFIG), slopes(dataclasses.replace(CONFIG, remat=True))
     for path, leaf in plain.items():
@@ -136,10 +136,10 @@ def test_a_frozen_base_in_bfloat16():
     _, last = trained()
     adapters, base = split_lora(last.params)
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)
-    told = jax.jit(adapted(logits))(tree.merge(narrow, adapters))
+    actual = jax.jit(adapted(logits))(tree.merge(narrow, adapters))
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
-    wanted = jax.jit(logits)(merge_lora(tree.merge(wide, adapters)))
-    assert np.abs(told - wanted).max() < 1e-5 * np.abs(wanted).max()
+    expected = jax.jit(logits)(merge_lora(tree.merge(wide, adapters)))
+    assert np.abs(actual - expected).max() < 1e-5 * np.abs(expected).max()
     assert merge_lora(tree.merge(narrow, adapters))["encoder"]["block_0"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
 
 
@@ -207,10 +207,10 @@ def test_what_is_left_out_is_of_the_branchs_input():
     params = {"kernel": jnp.zeros((D, 7)), "bias": jnp.zeros(7), "lora_a": jnp.ones((D, 1)), "lora_b": jnp.ones((1, 7))}
     params["lora_scale"] = jnp.float32(0.5)
     y = adapted(layer.apply, 0.25, jax.random.key(0))({"params": params}, x)
-    kept = y[:, 0] / 0.5 * 0.75  # so many of the 30 ones of a row
-    np.testing.assert_allclose(kept, np.round(kept), atol=1e-4)
+    multiples = y[:, 0] / 0.5 * 0.75  # so many of the 30 ones of a row
+    np.testing.assert_allclose(multiples, np.round(multiples), atol=1e-4)
     np.testing.assert_array_equal(y, y[:, :1] * jnp.ones(7))
-    assert 20.5 < float(kept.mean()) < 24.5 and float(kept.std()) > 1
+    assert 20.5 < float(multiples.mean()) < 24.5 and float(multiples.std()) > 1
 
 
 def test_a_momentum_copy_has_adapters_that_follow():
@@ -220,10 +220,10 @@ def test_a_momentum_copy_has_adapters_that_follow():
     step = jax.jit(functools.partial(train_step, method, optimizer))
     one, _ = step(state, ROWS)
     two, _ = step(one, ROWS)
-    place = "encoder/up/lora_b"
-    wanted = update_ema(one.ema, one.params, 0.9)
-    np.testing.assert_allclose(tree.flatten(two.ema)[place], tree.flatten(wanted)[place], rtol=1e-6)
-    assert np.any(tree.flatten(two.ema)[place])
+    path = "encoder/up/lora_b"
+    expected = update_ema(one.ema, one.params, 0.9)
+    np.testing.assert_allclose(tree.flatten(two.ema)[path], tree.flatten(expected)[path], rtol=1e-6)
+    assert np.any(tree.flatten(two.ema)[path])
 
 
 @pytest.mark.parametrize("stream", [False, True])

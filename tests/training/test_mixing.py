@@ -22,8 +22,8 @@ def compiled(mixing: Mixing) -> Any:
 
 
 def mixed(mixing: Mixing, seed: int = 1, **hparams: float) -> Any:
-    told = mixing.hparams | {name: jnp.float32(value) for name, value in hparams.items()}
-    return compiled(mixing)(jax.random.key(seed), told)
+    values = mixing.hparams | {name: jnp.float32(value) for name, value in hparams.items()}
+    return compiled(mixing)(jax.random.key(seed), values)
 
 
 def share_of(targets: Any) -> float:
@@ -40,21 +40,21 @@ def test_mixup_by_hand():
 
 
 def test_cutmix_by_hand():
-    seen = []
+    shares = []
     for seed in range(20):
         images, targets = mixed(Mixing(cutmix=1.0), seed)
         other = np.roll(IMAGES, 1, 0)
         taken = np.asarray((images == other).all(-1))
-        kept = np.asarray((images == IMAGES).all(-1))
-        assert (taken ^ kept).all() and (taken == taken[0]).all()
+        keep_mask = np.asarray((images == IMAGES).all(-1))
+        assert (taken ^ keep_mask).all() and (taken == taken[0]).all()
         rows, columns = taken[0].any(1), taken[0].any(0)
         np.testing.assert_array_equal(taken[0], np.outer(rows, columns))  # one box
         for axis in (rows, columns):
             assert np.abs(np.diff(np.pad(axis.astype(int), 1))).sum() in (0, 2)
-        seen.append(taken[0].mean())
-        np.testing.assert_allclose(share_of(targets), 1 - seen[-1], atol=1e-6)
+        shares.append(taken[0].mean())
+        np.testing.assert_allclose(share_of(targets), 1 - shares[-1], atol=1e-6)
         np.testing.assert_allclose(targets.sum(1), np.ones(B), atol=1e-6)
-    assert len(set(seen)) > 10
+    assert len(set(shares)) > 10
 
 
 def test_boxes_by_hand():
@@ -63,10 +63,10 @@ def test_boxes_by_hand():
         inside, share = cut_box(jax.random.key(seed), 16, 8, jnp.float32(0.75))
         row_rng, column_rng = jax.random.split(jax.random.key(seed))
         row, column = (int(jax.random.randint(rng, (), 0, n)) for rng, n in ((row_rng, 16), (column_rng, 8)))
-        wanted = np.zeros((16, 8), bool)
-        wanted[max(row - 4, 0) : row + 4, max(column - 2, 0) : column + 2] = True
-        np.testing.assert_array_equal(inside, wanted)
-        assert share == 1 - wanted.mean()
+        expected = np.zeros((16, 8), bool)
+        expected[max(row - 4, 0) : row + 4, max(column - 2, 0) : column + 2] = True
+        np.testing.assert_array_equal(inside, expected)
+        assert share == 1 - expected.mean()
 
 
 @pytest.mark.parametrize(("alpha", "keep_larger"), [(0.2, False), (1.0, True)])
@@ -123,8 +123,8 @@ def test_previous_rows_go_round():
 
 def test_dtype_stays_and_settings_are_checked():
     mixing, half = Mixing(mixup=0.3), IMAGES.astype(jnp.bfloat16)
-    told = jax.eval_shape(lambda key: mixing(key, half, TARGETS, mixing.hparams), jax.random.key(0))
-    assert (told[0].dtype, told[1].dtype) == (jnp.bfloat16, jnp.float32)
+    outputs = jax.eval_shape(lambda key: mixing(key, half, TARGETS, mixing.hparams), jax.random.key(0))
+    assert (outputs[0].dtype, outputs[1].dtype) == (jnp.bfloat16, jnp.float32)
     assert not Mixing() and Mixing(cutmix=0.1)
     for wrong in (-0.1, float("nan")):
         with pytest.raises(MmjaxError, match="alphas are 0"):

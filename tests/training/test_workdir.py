@@ -110,15 +110,15 @@ def test_lines_that_a_full_disk_refused_are_written_later(tmp_path):
 
 def scalars(path):
     """(step, value) of every scalar of an event file, its checksums checked."""
-    data, found = path.read_bytes(), []
+    data, results = path.read_bytes(), []
     while data:
         (length,) = struct.unpack("<Q", data[:8])
         record = data[12 : 12 + length]
         assert _checksum(data[:8]) == data[8:12] and _checksum(record) == data[12 + length : 16 + length]
         event = event_pb2.Event.FromString(record)
-        found += [(event.step, value.simple_value) for value in event.summary.value]
+        results += [(event.step, value.simple_value) for value in event.summary.value]
         data = data[16 + length :]
-    return found
+    return results
 
 
 def test_a_checkpoint_that_was_not_saved_is_the_error_that_is_raised(tmp_path, monkeypatch):

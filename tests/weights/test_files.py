@@ -35,13 +35,13 @@ def same(one, other) -> None:
 
 def test_what_we_write_the_reference_library_reads_and_so_do_we(tmp_path):
     path = tmp_path / "w.safetensors"
-    ours = arrays()
-    write_safetensors(path, ours, {"format": "pt"})
-    same(load_file(path), ours)
+    tensors = arrays()
+    write_safetensors(path, tensors, {"format": "pt"})
+    same(load_file(path), tensors)
     weights = read_weights(path)
-    same(weights.arrays, ours)
+    same(weights.arrays, tensors)
     assert weights.metadata == {"format": "pt"}
-    assert weights.shapes == {key: array.shape for key, array in ours.items()}
+    assert weights.shapes == {key: array.shape for key, array in tensors.items()}
     assert os.listdir(tmp_path) == ["w.safetensors"]
 
 
@@ -71,26 +71,26 @@ def test_a_dtype_that_the_format_lacks_is_named(tmp_path):
 
 
 def test_shards_are_joined(tmp_path):
-    ours = arrays()
+    tensors = arrays()
     shards = {}
-    for i, key in enumerate(ours):
+    for i, key in enumerate(tensors):
         shards[key] = f"model-{i % 2}.safetensors"
     for name in set(shards.values()):
-        write_safetensors(tmp_path / name, {key: ours[key] for key in ours if shards[key] == name})
+        write_safetensors(tmp_path / name, {key: tensors[key] for key in tensors if shards[key] == name})
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": shards}))
-    same(read_weights(index).arrays, ours)
+    same(read_weights(index).arrays, tensors)
 
 
 def test_npz_is_read_by_key_with_slashes_and_in_fortran_order(tmp_path):
-    ours = {
+    tensors = {
         "Transformer/encoder_norm/scale": RNG.normal(size=5).astype(np.float32),
         "head/kernel": np.asfortranarray(RNG.normal(size=(3, 5)).astype(np.float32)),
         "step": np.array(3),
     }
     for name, save in (("a.npz", np.savez), ("b.npz", np.savez_compressed)):
-        save(tmp_path / name, **ours)
-        same(read_weights(tmp_path / name).arrays, ours)
+        save(tmp_path / name, **tensors)
+        same(read_weights(tmp_path / name).arrays, tensors)
 
 
 @pytest.mark.torch

@@ -92,28 +92,28 @@ def shapes() -> dict:
 
 def test_a_round_trip_is_bit_exact_in_both_directions():
     public = arrays()
-    ours = load_table(TABLE, public, shapes(), "x.safetensors")
-    assert flatten(ours).keys() == flatten(shapes()).keys()
-    assert flatten(ours)["stats/norm/count"].dtype == np.int32
-    back = save_table(TABLE, ours)
+    loaded = load_table(TABLE, public, shapes(), "x.safetensors")
+    assert flatten(loaded).keys() == flatten(shapes()).keys()
+    assert flatten(loaded)["stats/norm/count"].dtype == np.int32
+    back = save_table(TABLE, loaded)
     assert list(back) == [key for entry in TABLE for key in entry.sources]
     for key, array in public.items():
         assert back[key].dtype == array.dtype and back[key].flags.c_contiguous, key
         np.testing.assert_array_equal(back[key], array)
     again = load_table(TABLE, back, shapes(), "x.safetensors")
-    for path, leaf in flatten(ours).items():
+    for path, leaf in flatten(loaded).items():
         np.testing.assert_array_equal(flatten(again)[path], leaf)
 
 
 def test_ops_put_numbers_where_the_original_has_them():
     x = normal(5, 7)
     public = arrays()
-    ours = flatten(load_table(TABLE, public, shapes(), "f"))
-    np.testing.assert_allclose(x @ ours["params/head/kernel"], x @ public["fc.weight"].T)
-    np.testing.assert_array_equal(ours["params/k"], public["qkv"][5:10].T)
-    assert ours["params/stem/kernel"][2, 4, 1, 6] == public["conv.weight"][6, 1, 2, 4]
-    np.testing.assert_array_equal(ours["params/cde"][:, 1], public["d"])
-    np.testing.assert_array_equal(ours["params/1/bias"], public["blocks"][1])
+    loaded = flatten(load_table(TABLE, public, shapes(), "f"))
+    np.testing.assert_allclose(x @ loaded["params/head/kernel"], x @ public["fc.weight"].T)
+    np.testing.assert_array_equal(loaded["params/k"], public["qkv"][5:10].T)
+    assert loaded["params/stem/kernel"][2, 4, 1, 6] == public["conv.weight"][6, 1, 2, 4]
+    np.testing.assert_array_equal(loaded["params/cde"][:, 1], public["d"])
+    np.testing.assert_array_equal(loaded["params/1/bias"], public["blocks"][1])
 
 
 def test_an_optional_key_takes_its_default():
@@ -134,9 +134,9 @@ def test_an_optional_key_without_default_is_missing_only_where_the_module_wants_
 def test_half_floats_are_widened_exactly():
     table = (Entry("w", "params/w", linear),)
     half = normal(3, 5).astype(bfloat16)
-    ours = load_table(table, {"w": half}, {"params": {"w": target(5, 3)}}, "f")["params"]["w"]
-    assert ours.dtype == np.float32
-    np.testing.assert_array_equal(ours, half.astype(np.float32).T)
+    loaded = load_table(table, {"w": half}, {"params": {"w": target(5, 3)}}, "f")["params"]["w"]
+    assert loaded.dtype == np.float32
+    np.testing.assert_array_equal(loaded, half.astype(np.float32).T)
 
 
 def test_one_error_lists_every_misfit():
@@ -178,11 +178,11 @@ def test_an_array_that_an_op_cannot_take_is_named(key, array, message):
 
 
 def test_saving_refuses_leaves_without_a_line_and_lines_without_a_leaf():
-    ours = load_table(TABLE, arrays(), shapes(), "f")
-    ours["params"]["stray"] = normal(2)
-    del ours["params"]["head"]
+    loaded = load_table(TABLE, arrays(), shapes(), "f")
+    loaded["params"]["stray"] = normal(2)
+    del loaded["params"]["head"]
     with pytest.raises(WeightsError) as caught:
-        save_table(TABLE, ours)
+        save_table(TABLE, loaded)
     assert "missing (1):\n    params/head/kernel" in str(caught.value)
     assert "unexpected (1):\n    params/stray" in str(caught.value)
 
@@ -190,8 +190,8 @@ def test_saving_refuses_leaves_without_a_line_and_lines_without_a_leaf():
 def test_ignored_keys_are_dropped_by_glob():
     table = (Entry("w", "params/w"),)
     public = {"w": normal(3), "text.position_ids": np.arange(3)}
-    ours = load_table(table, public, {"params": {"w": target(3)}}, "f", ignored=("*.position_ids",))
-    np.testing.assert_array_equal(ours["params"]["w"], public["w"])
+    loaded = load_table(table, public, {"params": {"w": target(3)}}, "f", ignored=("*.position_ids",))
+    np.testing.assert_array_equal(loaded["params"]["w"], public["w"])
 
 
 def layout(**fields) -> Layout:
