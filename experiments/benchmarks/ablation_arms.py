@@ -47,22 +47,22 @@ def main() -> None:
     for column in ("what", "one program", f"{len(values)} times one arm", "ratio"):
         table.add_column(column, justify="left" if column == "what" else "right")
     if flags.only != "runs":
-        for how, together, alone, ratio, compiled in steps(flags.experiment, name, values, flags.rounds, fields):
+        for way, joint, separate, ratio, compiled in steps(flags.experiment, name, values, flags.rounds, fields):
             table.add_row(
-                f"step, {how} (compiled in {compiled:.0f} s)", f"{together:.3f} s", f"{alone:.3f} s", f"{ratio:.2f}"
+                f"step, {way} (compiled in {compiled:.0f} s)", f"{joint:.3f} s", f"{separate:.3f} s", f"{ratio:.2f}"
             )
     if flags.only != "steps":
-        together, alone = runs(flags.experiment, name, values, [*fields, "--steps", str(flags.steps)])
+        joint, separate = runs(flags.experiment, name, values, [*fields, "--steps", str(flags.steps)])
         table.add_row(
-            f"{flags.steps} steps, whole run", f"{together:.1f} s", f"{alone:.1f} s", f"{together / alone:.2f}"
+            f"{flags.steps} steps, whole run", f"{joint:.1f} s", f"{separate:.1f} s", f"{joint / separate:.2f}"
         )
     rich.print(table)
 
 
 def runs(experiment: str, name: str, values: Sequence[str], fields: Sequence[str]) -> tuple[float, float]:
     """Seconds of one `mmjax ablate` over all values, and of one for each value, one after another."""
-    together = _ablate(experiment, f"{name}={','.join(values)}", fields)
-    return together, sum(_ablate(experiment, f"{name}={value}", fields) for value in values)
+    joint = _ablate(experiment, f"{name}={','.join(values)}", fields)
+    return joint, sum(_ablate(experiment, f"{name}={value}", fields) for value in values)
 
 
 def _ablate(experiment: str, over: str, fields: Sequence[str]) -> float:
@@ -85,35 +85,35 @@ def steps(
     zeros = {key: np.zeros(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype)) for key, leaf in batch.items()}
     fresh = initialise(lambda rng: create(rng, zeros), jax.random.key(config.seed))
     states = [fresh.replace(hparams={**fresh.hparams, name: np.float32(value)}) for value in values]
-    one = functools.partial(train_step, method, optimizer, accumulate=config.accumulate)
-    single, _ = _timer(JitLift(one), states[0], batch)
+    step = functools.partial(train_step, method, optimizer, accumulate=config.accumulate)
+    single, _ = _timer(JitLift(step), states[0], batch)
     timers = {
-        how: _timer(JitLift(over_arms(one, how, len(values)), stacked=True), stack(states), batch) for how in WAYS
+        way: _timer(JitLift(over_arms(step, way, len(values)), stacked=True), stack(states), batch) for way in WAYS
     }
-    alone: list[float] = []
-    together: dict[str, list[float]] = {how: [] for how in WAYS}
+    separate: list[float] = []
+    joint: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(rounds):
-        alone.append(sum(single() for _ in values))
-        for how, (timed, _) in timers.items():
-            together[how].append(timed())
-    ratios = {how: statistics.median(a / b for a, b in zip(together[how], alone)) for how in WAYS}
+        separate.append(sum(single() for _ in values))
+        for way, (timed, _) in timers.items():
+            joint[way].append(timed())
+    ratios = {way: statistics.median(a / b for a, b in zip(joint[way], separate)) for way in WAYS}
     return [
-        (how, statistics.median(together[how]), statistics.median(alone), ratios[how], timers[how][1]) for how in WAYS
+        (way, statistics.median(joint[way]), statistics.median(separate), ratios[way], timers[way][1]) for way in WAYS
     ]
 
 
 def _timer(lift: JitLift, host: Any, batch: Any) -> tuple[Callable[[], float], float]:
     """A function that runs a step and returns its seconds, warm, and the seconds its program took to compile."""
-    placed = [lift.place(host)]
+    state = [lift.place(host)]
     on_device = lift.place_batch(batch)
     began = time.perf_counter()
-    lift.compile(placed[0], on_device)
+    lift.compile(state[0], on_device)
     compiled = time.perf_counter() - began
 
     def timed() -> float:
         began = time.perf_counter()
-        placed[0], metrics = lift.step(placed[0], on_device)
-        jax.block_until_ready((placed[0], metrics))
+        state[0], metrics = lift.step(state[0], on_device)
+        jax.block_until_ready((state[0], metrics))
         return time.perf_counter() - began
 
     timed()

@@ -1,6 +1,6 @@
 """Lists of images and texts in the published formats: COCO, Karpathy, BLIP, ALBEF, LLaVA (JSON, JSONL), CSV and TSV.
 
-What is recognised, row by row:
+The fields of an entry:
     image           image, file_name, filename, filepath, image_path, img (in that order); below the `images` folder
     text, texts     caption, captions, text, title, sentences: a string, a list of strings, or Karpathy's [{"raw": ...}]
     all other fields pass through under their names (conversations, question, answer, id, ...)
@@ -29,10 +29,10 @@ TEXT_KEYS = ("caption", "captions", "text", "title", "sentences")
 class ImageTextList(AnnotationList):
     """Records {"image": bytes, "text": str, "texts": (str, ...), ...} of annotation files.
 
-    numbered: `image_id` is then a number from 0, the same for all entries of one image: those with one `image_id` in
-        the files, or where a row has none, one path. Images are numbered in the order in which they first come.
+    numbered: `image_id` is then a number from 0, the same for all entries of one image. Entries are of one image if
+        they have one `image_id` in the files or, without any, one path. Numbers follow the order of first occurrence.
 
-    Raises MmjaxError, naming the file: not there, not of these formats, empty.
+    Raises MmjaxError, naming the file, if it is missing, in no known format, or empty.
     """
 
     def __init__(
@@ -59,17 +59,17 @@ class ImageTextList(AnnotationList):
         return record | {"image": self.image(index, name)}
 
     def _numbered(self) -> Int[np.ndarray, " n"]:
-        """int32 [n]; a bad entry has a unique number, which nothing reads."""
+        """The image's number of each entry, int32 [n]. A bad entry has a unique number, which nothing uses."""
         numbers_by_name: dict[Any, int] = {}
         numbers = np.empty(len(self), np.int32)
         for index in range(len(self)):
             try:
                 entry = self.record(index)
                 value = entry.get("image_id")
-                known: Any = value if isinstance(value, int | str) else (self._image_name(entry), "path")
+                image_key: Any = value if isinstance(value, int | str) else (self._image_name(entry), "path")
             except BadRecord:
-                known = (index, "bad")
-            numbers[index] = numbers_by_name.setdefault(known, len(numbers_by_name))
+                image_key = (index, "bad")
+            numbers[index] = numbers_by_name.setdefault(image_key, len(numbers_by_name))
         return numbers
 
     @staticmethod
@@ -78,19 +78,19 @@ class ImageTextList(AnnotationList):
 
 
 def retrieval_texts(pairs: ImageTextList) -> tuple[tuple[str, ...], Int[np.ndarray, " m"]]:
-    """The m texts of a list, image by image, not yet cleaned; and which record, so which image, each is of: int32 [m].
+    """The m texts of a list, image by image, not yet cleaned; and the index of each text's record, so its image: [m].
 
-    Raises MmjaxError naming the record that has none, or one that is no text: a score needs them all.
+    Raises MmjaxError, naming the record, for one without a text or with a text that is no string: a score needs all.
     """
     texts: list[str] = []
-    owners: list[int] = []
+    indices: list[int] = []
     for index in range(len(pairs)):
         captions = _texts(pairs.record(index), pairs.record_name(index))
         if not captions:
             raise MmjaxError(f"{pairs.record_name(index)}: no text, under none of {', '.join(TEXT_KEYS)}")
         texts += captions
-        owners += [index] * len(captions)
-    return tuple(texts), np.array(owners, np.int32)
+        indices += [index] * len(captions)
+    return tuple(texts), np.array(indices, np.int32)
 
 
 def _texts(entry: Mapping[str, Any], name: str) -> tuple[str, ...]:

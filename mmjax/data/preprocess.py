@@ -1,4 +1,4 @@
-"""Images as published weights expect them at evaluation: resize, crop, scale, normalise; PIL's arithmetic."""
+"""The image preprocessing of published weights at evaluation: resize, crop, scale, normalise; PIL's arithmetic."""
 
 import dataclasses
 import json
@@ -28,8 +28,8 @@ Resample: TypeAlias = Literal["nearest", "lanczos", "bilinear", "bicubic"]
 class ImagePreprocessing:
     """The evaluation transform of a checkpoint: `ImagePreprocessing.clip(224)(images)` -> float32 [b, 224, 224, 3].
 
-    resize: the length of the short side (the aspect ratio is kept), or (height, width); None leaves the size.
-    crop: (height, width) of the central crop; None takes the whole.
+    resize: the length of the short side (the aspect ratio is kept), or (height, width). None: no resize.
+    crop: (height, width) of the central crop. None: no crop.
     crop_rounding: an odd margin is halved as torchvision does ("round") or as Hugging Face does ("floor").
     pad: an image is first padded to a square with the mean colour (LLaVA 1.5).
     grids: (rows, columns) of tiles of the crop's size that an image may be cut in; () for one picture an image. The
@@ -175,35 +175,35 @@ class ImagePreprocessing:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """The inverse of `to_json`. Raises MmjaxError for a field that is not one."""
-        told = json.loads(text)
-        unknown = told.keys() - {field.name for field in dataclasses.fields(cls)}
+        fields = json.loads(text)
+        unknown = fields.keys() - {field.name for field in dataclasses.fields(cls)}
         if unknown:
             raise MmjaxError(f"image preprocessing has no field {sorted(unknown)}")
-        return cls(**{name: _tuples(value) for name, value in told.items()})
+        return cls(**{name: _tuples(value) for name, value in fields.items()})
 
     def to_hf(self) -> dict[str, Any]:
-        """As Hugging Face's preprocessor_config.json tells it."""
+        """The content of Hugging Face's preprocessor_config.json."""
         resize = self.resize
         size = {"height": resize[0], "width": resize[1]} if isinstance(resize, tuple) else {"shortest_edge": resize}
         # The two generic processors: resize and crop, or squash.
         kind = "CLIPImageProcessor" if self.crop else "ViTImageProcessor"
-        told: dict[str, Any] = {"image_processor_type": kind}
+        hf_config: dict[str, Any] = {"image_processor_type": kind}
         if self.grids:
             assert self.crop is not None
             pinpoints = [[side * self.crop[0] for side in grid] for grid in self.grids]
-            told = {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": pinpoints}
+            hf_config = {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": pinpoints}
         elif self.pad:
-            told = {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
-        told |= {"do_resize": resize is not None, "resample": RESAMPLING[self.resample]}
-        told |= {"size": size} if resize is not None else {}
-        told |= {"do_center_crop": self.crop is not None}
-        told |= {"crop_size": {"height": self.crop[0], "width": self.crop[1]}} if self.crop else {}
-        told |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True}
-        return told | {"image_mean": list(self.mean), "image_std": list(self.std)}
+            hf_config = {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+        hf_config |= {"do_resize": resize is not None, "resample": RESAMPLING[self.resample]}
+        hf_config |= {"size": size} if resize is not None else {}
+        hf_config |= {"do_center_crop": self.crop is not None}
+        hf_config |= {"crop_size": {"height": self.crop[0], "width": self.crop[1]}} if self.crop else {}
+        hf_config |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True}
+        return hf_config | {"image_mean": list(self.mean), "image_std": list(self.std)}
 
 
 def from_hf(told: Mapping[str, Any]) -> ImagePreprocessing:
-    """Reads Hugging Face's preprocessor_config.json, of the present form and of the older ones."""
+    """Reads Hugging Face's preprocessor_config.json, in its present form and the older ones."""
     kind = told.get("image_processor_type") or told.get("feature_extractor_type") or ""
     size = told.get("size", 224)
     crop = told.get("crop_size", size)
@@ -214,7 +214,7 @@ def from_hf(told: Mapping[str, Any]) -> ImagePreprocessing:
         crop, crops = side, side < 384
         resize: Any = int(side / told.get("crop_pct", 224 / 256)) if crops else (side, side)
     elif isinstance(size, int):
-        resize = size if crops else (size, size)  # the older form told both with one number
+        resize = size if crops else (size, size)  # the older form has one number for both
     else:
         resize = size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
     crop = crop if isinstance(crop, int) else crop.get("shortest_edge") or (crop["height"], crop["width"])
@@ -235,10 +235,10 @@ def from_hf(told: Mapping[str, Any]) -> ImagePreprocessing:
     )
 
 
-def _grids(told: Mapping[str, Any], crop: Any) -> tuple[tuple[int, int], ...]:
-    """Pinpoints are (height, width) of whole grids, in pixels."""
+def _grids(hf_config: Mapping[str, Any], crop: Any) -> tuple[tuple[int, int], ...]:
+    """The grids of tiles. image_grid_pinpoints has the (height, width) of whole grids, in pixels."""
     side = crop if isinstance(crop, int) else crop[0]
-    pinpoints = told.get("image_grid_pinpoints", [[side * rows, side * columns] for rows, columns in LLAVA_GRIDS])
+    pinpoints = hf_config.get("image_grid_pinpoints", [[side * rows, side * columns] for rows, columns in LLAVA_GRIDS])
     if any(length % side for pinpoint in pinpoints for length in pinpoint):
         raise MmjaxError(f"image_grid_pinpoints: {pinpoints} are not whole tiles of {side} x {side}")
     return tuple((height // side, width // side) for height, width in pinpoints)

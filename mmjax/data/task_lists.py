@@ -24,9 +24,9 @@ from mmjax.errors import MmjaxError
 class QuestionList(AnnotationList):
     """VQA and Visual Genome (`vqa_dataset.py` of both), entries {dataset, image, question, question_id?, answer?}.
 
-    Records {"image": bytes, "text": str}; with "question_id", int64, where the row has one; and where it has answers
-    with "answers", each once, and "answer_weights": in a list, of so many people, the share of each; of one answer,
-    as in Visual Genome, `alone`.
+    Records {"image": bytes, "text": str}, with "question_id", int64, where the entry has one. An entry with answers
+    also gives "answers", without repetitions, and "answer_weights": the share of people that gave each answer of a
+    list. An answer that is no list, as in Visual Genome, has the weight `alone`.
 
     images: the folder of each `dataset` of the entries ("vqa", "vg").
     alone: 0.5 in ALBEF, 0.2 in BLIP.

@@ -25,7 +25,7 @@ from mmjax.types import Array, ArrayLike
 BUCKETS = tuple(2**i for i in range(4, 18))
 """Lengths that prompts are padded to, so that few programs are compiled."""
 NEW_TOKENS = 64
-"""What `max_new_tokens` is unless it is told."""
+"""The default of `max_new_tokens`."""
 
 
 class GeneratingModel(Model):
@@ -54,11 +54,11 @@ class GeneratingModel(Model):
 
     @property
     def written(self) -> int:
-        """How many ids the logits are of."""
+        """The number of ids that the logits cover."""
         return self.config.vocab_size
 
     def check_room(self, length: int, new_tokens: int) -> None:
-        """Raises MmjaxError where so many new tokens after such a prompt are more than the model can tell apart."""
+        """Raises MmjaxError where a prompt of `length` with the new tokens exceeds the model's positions."""
 
     def beginning(self) -> int:
         """The id that a text without a prompt begins with. Raises MmjaxError where there is none."""
@@ -115,11 +115,11 @@ class GeneratingModel(Model):
             own beginning, once for each image; the result is then strings where there is a tokenizer.
         images, pixel_values: of a system that sees: images as `preprocess` takes them, or what `image_inputs` makes of
             them, whole or its pixel_values alone.
-        num_return_sequences=n above 1: a list of n strings in each string's place; ids [b * n, ...], an item's rows in
-            a row.
+        num_return_sequences=n above 1: a list of n strings instead of each string; ids [b * n, ...], the n sequences of
+            a prompt one after the other.
         stop: a text ends where one of these strings does; strings are cut before it, ids keep it.
         seed: of draws. add_special_tokens: those that the tokenizer puts around a text (a beginning of a sequence).
-        options: see `mmjax.generation.options.GenerationOptions`; max_new_tokens is 64 unless told.
+        options: see `mmjax.generation.options.GenerationOptions`; the default of max_new_tokens is 64.
         Raises MmjaxError: no tokenizer for strings, no prompt where the model needs one, images where it sees none, an
         option that is not one, or a sequence too long for the model.
         """
@@ -164,17 +164,17 @@ class GeneratingModel(Model):
         return self.pieces((part[0, 0] for part in parts), parsed.eos, self.strings(stop))
 
     def pieces(self, parts: Iterator[np.ndarray], eos: tuple[int, ...], stop: Sequence[str]) -> Iterator[str]:
-        """Pieces of text out of pieces of ids; what may yet become a stop string, or half a character, is held back."""
-        held = max((len(string) for string in stop), default=1) - 1
-        ids, told = np.zeros(0, np.int32), 0
+        """Pieces of text from pieces of ids. It holds back what may become a stop string, or half a character."""
+        longest = max((len(string) for string in stop), default=1) - 1
+        ids, emitted = np.zeros(0, np.int32), 0
         for part in parts:
             ids = np.concatenate([ids, part])
             text = self._text(ids, eos, stop)
-            ready = len(text.rstrip("\N{REPLACEMENT CHARACTER}")) - held
-            if ready > told:
-                yield text[told:ready]
-                told = ready
-        rest = self._text(ids, eos, stop)[told:]
+            ready = len(text.rstrip("\N{REPLACEMENT CHARACTER}")) - longest
+            if ready > emitted:
+                yield text[emitted:ready]
+                emitted = ready
+        rest = self._text(ids, eos, stop)[emitted:]
         if rest:
             yield rest
 
@@ -186,8 +186,8 @@ class GeneratingModel(Model):
         unknown = sorted(options.keys() - known)
         if unknown:
             raise MmjaxError(f"generate has no option {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-        told = {"max_new_tokens": NEW_TOKENS, "eos": self.eos, "pad": self.pad, **self.fixed_options(), **options}
-        return GenerationOptions(**told)
+        merged = {"max_new_tokens": NEW_TOKENS, "eos": self.eos, "pad": self.pad, **self.fixed_options(), **options}
+        return GenerationOptions(**merged)
 
     def _visual(self, images: Any, pixel_values: Any) -> dict[str, Any]:
         """Inputs of `forward`; none where there is no image."""
@@ -252,11 +252,11 @@ class GeneratingModel(Model):
         """The automaton of the stop strings, after what texts begin with; None where there are none."""
         if not self.strings(stop):
             return None
-        begun = inputs.get("decoder_input_ids")
-        ids = np.asarray(inputs["input_ids"] if begun is None else begun)
-        mask = np.asarray(inputs["attention_mask"] if begun is None else np.ones_like(ids))
+        decoder_ids = inputs.get("decoder_input_ids")
+        ids = np.asarray(inputs["input_ids"] if decoder_ids is None else decoder_ids)
+        mask = np.asarray(inputs["attention_mask"] if decoder_ids is None else np.ones_like(ids))
         automaton = stop_automaton(self.strings(stop), self._token_bytes)
-        start = [automaton.after_prompt(row[kept.astype(bool)].tolist()) for row, kept in zip(ids, mask)]
+        start = [automaton.after_prompt(row[row_mask.astype(bool)].tolist()) for row, row_mask in zip(ids, mask)]
         return Stops(jnp.asarray(automaton.table), jnp.int32(automaton.matched), jnp.asarray(start, jnp.int32))
 
     @functools.cached_property
@@ -268,7 +268,7 @@ class GeneratingModel(Model):
     def _text(self, row: np.ndarray, eos: tuple[int, ...], stop: Sequence[str]) -> str:
         assert self.tokenizer is not None
         text = self.tokenizer.decode(row[: _length(row, eos, None)].tolist())
-        ends = [place for place in (text.find(string) for string in stop) if place >= 0]
+        ends = [index for index in (text.find(string) for string in stop) if index >= 0]
         return text[: min(ends)] if ends else text
 
 

@@ -1,4 +1,4 @@
-"""What BERT's fine-tuning recipes share: a loaded encoder under a new head, the optimizer, epochs, what is held out."""
+"""The base of BERT's fine-tuning recipes: a loaded encoder under a new head, optimizer, epochs, held-out split."""
 
 import abc
 import dataclasses
@@ -29,19 +29,19 @@ Example = TypeVar("Example")
 
 @dataclasses.dataclass(frozen=True)
 class FineTuningRecipe(ExperimentConfig, abc.ABC, Generic[Example]):
-    """Base of the experiments, which say how examples are read and become arrays. init_from has to be given.
+    """Base of the experiments; a subclass reads the examples and encodes them as arrays. init_from is required.
 
     The published values (BERT's appendix A.3; run_classifier.py, run_squad.py) are the defaults. For BERTs smaller
     than Base the published rates go up to 3e-4.
 
     Attributes:
-        steps: of the default data 3 epochs. Where data or epochs is given and steps is not, it is counted from epochs.
-        data: a file; None: what this Python's standard library gives (`mmjax.data.stdlib_tasks`).
-        test: a file of the same form that is judged and not trained on; None: a share of `data`.
-        held_out: that share, by a hash of what each example was drawn with.
+        steps: the default is 3 epochs of the default data. With data or epochs but no steps, it follows from epochs.
+        data: a file. None: examples from this Python's standard library (`mmjax.data.stdlib_tasks`).
+        test: a file of the same form to evaluate on. None: a share of `data`, which is then not trained on.
+        held_out: that share, by a hash of `drawn_with(example)`.
         epochs: passes over the examples.
-        length: tokens of a row at most.
-        learning_rate: peak, reached after the share `warmup` of the steps and falling linearly to 0.
+        length: the maximum of tokens in a sequence.
+        learning_rate: the peak, reached after the share `warmup` of the steps; it then falls linearly to 0.
         weight_decay: of matrices alone.
         dropout: of hidden states and of attention.
     """
@@ -70,8 +70,8 @@ class FineTuningRecipe(ExperimentConfig, abc.ABC, Generic[Example]):
         if self.test is not None and self.data is None:
             raise MmjaxError(f"test={self.test} without data")
         default = {field.name: field.default for field in dataclasses.fields(self)}
-        given = {name for name in ("steps", "data", "epochs") if getattr(self, name) != default[name]}
-        if given and "steps" not in given:
+        changed = {name for name in ("steps", "data", "epochs") if getattr(self, name) != default[name]}
+        if changed and "steps" not in changed:
             count = int(len(self.examples[0]) / self.batch_size * self.epochs)
             object.__setattr__(self, "steps", max(count, 2))
 
@@ -88,11 +88,11 @@ class FineTuningRecipe(ExperimentConfig, abc.ABC, Generic[Example]):
 
     @abc.abstractmethod
     def default_examples(self) -> Sequence[Example]:
-        """Those of the standard library."""
+        """The examples from the standard library."""
 
     @abc.abstractmethod
     def drawn_with(self, example: Example) -> str:
-        """What is held out together with it, by name."""
+        """The name of the example's group: all examples of a group are held out together."""
 
     @property
     @abc.abstractmethod
@@ -111,7 +111,7 @@ class FineTuningRecipe(ExperimentConfig, abc.ABC, Generic[Example]):
 
     @functools.cached_property
     def examples(self) -> tuple[list[Example], list[Example]]:
-        """(to train on, held out). Raises MmjaxError where either is empty."""
+        """(training examples, held-out examples). Raises MmjaxError where either is empty."""
         every = self.default_examples() if self.data is None else self.read(self.data)
         if self.test is not None:
             return list(every), list(self.read(self.test))
@@ -119,9 +119,9 @@ class FineTuningRecipe(ExperimentConfig, abc.ABC, Generic[Example]):
         for example in every:
             sides[is_held_out(self.drawn_with(example), self.held_out)].append(example)
         if not all(sides):
-            told = " and ".join(f"{len(side)}" for side in sides)
+            counts = " and ".join(f"{len(side)}" for side in sides)
             raise MmjaxError(
-                f"{self.data}: {len(every)} examples: {told} to train on and to judge; --test names a file"
+                f"{self.data}: {len(every)} examples: {counts} to train on and to judge; --test names a file"
             )
         return sides
 
@@ -150,10 +150,10 @@ class FineTuningRecipe(ExperimentConfig, abc.ABC, Generic[Example]):
         return Optimizer(bert_adamw(rate, self.weight_decay), clip_norm=1.0)
 
     def initial_weights(self, load: LoadWeights) -> Mapping[str, Any]:
-        """Those of the loaded BERT that the network has, a head of the same kind too if it has as many outputs."""
-        wanted = tree.flatten(BertModel.shapes(self.network)["params"])
-        given = tree.flatten(self.start.params)
-        fit = {path: leaf for path, leaf in given.items() if path in wanted and leaf.shape == wanted[path].shape}
+        """The weights of the loaded BERT that the network has: also a head of the same kind and number of outputs."""
+        expected = tree.flatten(BertModel.shapes(self.network)["params"])
+        loaded = tree.flatten(self.start.params)
+        fit = {path: leaf for path, leaf in loaded.items() if path in expected and leaf.shape == expected[path].shape}
         return {"params": tree.unflatten(fit)}
 
     def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:

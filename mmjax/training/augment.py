@@ -3,7 +3,7 @@
     method = Augmented(MoCo(...), two_views(View.moco_v2(224), View.moco_v2(224)))
 
 Each image is changed by its own key alone, shapes are fixed, and everything is compiled into the step. Resizing and
-blurring are products with matrices built from the drawn box or radius: fast on every backend, also under `vmap`.
+blurring are products with matrices built from the sampled box or radius: fast on every backend, also under `vmap`.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from mmjax.training.method import Augment
 from mmjax.types import Array, Batch, Bool, Float, PRNGKeyArray
 
 TRIES = 10
-"""torchvision draws so many boxes before it gives up: a crop is then the whole image, cut to the nearest ratio."""
+"""How many boxes torchvision samples before it gives up. The crop is then the whole image, cut to the nearest ratio."""
 REACH = 4
-"""Gaussian kernels end at so many standard deviations; 6e-5 of their weight lies beyond."""
+"""Gaussian kernels end at this many standard deviations; 6e-5 of their weight lies beyond."""
 
 
 def draw_box(
@@ -37,7 +37,7 @@ def draw_box(
 
     Args:
         size: (height, width) of the image. scale: share of its area. ratio: width / height, log-uniform.
-        fits: (heights, widths) -> which of them are allowed.
+        fits: (heights, widths) -> which of the boxes are allowed.
     """
     height, width = size
     area_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
@@ -62,8 +62,8 @@ def random_box(
     def inside(heights: Array, widths: Array) -> Array:
         return (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
 
-    box, found = draw_box(key, size, scale, ratio, inside)
-    return jnp.where(found, box, jnp.asarray(_whole(height, width, ratio)))
+    box, is_valid = draw_box(key, size, scale, ratio, inside)
+    return jnp.where(is_valid, box, jnp.asarray(_whole(height, width, ratio)))
 
 
 def _whole(height: int, width: int, ratio: tuple[float, float]) -> tuple[float, float, float, float]:
@@ -86,10 +86,10 @@ def resample_matrix(
     """
     step = length / new
     centre = start + (jnp.arange(new) + 0.5)[:, None] * step
-    place = jnp.arange(old)[None]
-    distance = jnp.abs(place + 0.5 - centre) / jnp.maximum(step, 1.0)
+    positions = jnp.arange(old)[None]
+    distance = jnp.abs(positions + 0.5 - centre) / jnp.maximum(step, 1.0)
     weights = jnp.maximum(1 - distance, 0.0) if filter == "bilinear" else _cubic(distance)
-    weights = jnp.where((place >= start) & (place < start + length), weights, 0.0)
+    weights = jnp.where((positions >= start) & (positions < start + length), weights, 0.0)
     return weights / jnp.sum(weights, axis=1, keepdims=True)
 
 
@@ -117,12 +117,12 @@ def resized_crop(
 
 
 def blur_matrix(sigma: Scalar, size: int, largest: float) -> Float[Array, "size size"]:
-    """A Gaussian filter along one axis; beyond the border the border's pixel goes on, as in PIL.
+    """The matrix of a Gaussian filter along one axis; the border pixel is repeated beyond the border, as in PIL.
 
-    largest: the greatest sigma that may be asked for; it fixes how far kernels reach.
+    largest: the largest sigma possible; it determines the size of the kernel.
     """
-    reach = int(REACH * largest + 0.5)
-    offsets = jnp.arange(-reach, reach + 1)
+    radius = int(REACH * largest + 0.5)
+    offsets = jnp.arange(-radius, radius + 1)
     weights = jnp.exp(-0.5 * (offsets / sigma) ** 2)
     weights = weights / jnp.sum(weights)
     source = jnp.clip(jnp.arange(size)[:, None] + offsets, 0, size - 1)
@@ -147,10 +147,10 @@ class View:
     Attributes:
         size: side of the result.
         scale, ratio, filter: of the random resized crop.
-        jitter, jitter_p: strengths (brightness, contrast, saturation, hue), and how often.
-        grey_p, grey_first: how often colour is dropped, and whether before the jitter (MoCo v1).
-        blur_p, blur_sigma: how often, and the range of sigma, in pixels.
-        solarise_p, flip_p: how often.
+        jitter, jitter_p: strengths (brightness, contrast, saturation, hue), and the probability.
+        grey_p, grey_first: the probability of greyscale, and whether it precedes the jitter (MoCo v1).
+        blur_p, blur_sigma: the probability of a blur, and the range of sigma, in pixels.
+        solarise_p, flip_p: probabilities.
         mean, std: of the channels in [0, 1].
     """
 
@@ -196,12 +196,13 @@ class View:
 
     @classmethod
     def supervised(cls, size: int = 224) -> "View":
-        """Crop and flip, of ImageNet classifiers and of linear probes."""
+        """The crop and flip of ImageNet classifiers and linear probes."""
         return cls(size, (0.08, 1.0))
 
     def __call__(self, key: PRNGKeyArray, image: Array) -> Float[Array, "size size 3"]:
         """image: uint8 [height, width, 3], or float in [0, 1]. Operations that never happen are not computed."""
-        # Of each stage a key for whether, and one for how: a split of the one is no fold of the other.
+        # Each stage has one key that decides whether it is applied, and one for its parameters. They come from a split,
+        # so that neither is a fold of the other.
         pairs = {name: jax.random.split(jax.random.fold_in(key, i)) for i, name in enumerate(STAGES)}
         chances, keys = ({name: pair[i] for name, pair in pairs.items()} for i in range(2))
         box = random_box(keys["crop"], image.shape[:2], self.scale, self.ratio)  # type: ignore[arg-type]
@@ -234,12 +235,12 @@ STAGES = ("crop", "grey", "jitter", "blur", "solarise", "flip")
 
 
 def to_unit(image: Array) -> Float[Array, "height width 3"]:
-    """uint8 -> float32 in [0, 1]; floats are taken to be there already."""
+    """uint8 -> float32 in [0, 1]; floats are assumed to be in it already."""
     return image.astype(jnp.float32) / 255.0 if image.dtype == jnp.uint8 else image.astype(jnp.float32)
 
 
 def one_view(view: View, name: str = "image") -> Augment:
-    """For `Augmented`: batch[name] [b, height, width, 3] -> its view, in the same place."""
+    """For `Augmented`: batch[name] [b, height, width, 3] -> its view, under the same name."""
 
     def augment(keys: Array, batch: Batch) -> Batch:
         return {**batch, name: jax.vmap(view)(keys, _images(batch, name))}
@@ -248,7 +249,7 @@ def one_view(view: View, name: str = "image") -> Augment:
 
 
 def two_views(first: View, second: View, name: str = "image") -> Augment:
-    """For `Augmented`: batch[name] gives way to "view_1" and "view_2", drawn independently of each other."""
+    """For `Augmented`: batch[name] is replaced by "view_1" and "view_2", sampled independently of each other."""
 
     def augment(keys: Array, batch: Batch) -> Batch:
         images = _images(batch, name)

@@ -1,7 +1,7 @@
 """Mixup and CutMix: each example is mixed with its neighbour in the batch, images and soft labels alike; on the device.
 
 The neighbour is the example before it in the *global* batch, so every way to cut the batch over devices mixes the same
-pairs: under `pmap` one row travels from each device to the next.
+pairs: under `pmap` one example is sent from each device to the next.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ MIXUP, CUTMIX = "mixup", "cutmix"
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-    """How batches are mixed; one draw a batch. `Mixing()` mixes nothing and is false.
+    """How batches are mixed, sampled once a batch. `Mixing()` mixes nothing and is false.
 
     Attributes:
         mixup: alpha of mixup's Beta(alpha, alpha); 0 leaves mixup out (arXiv 1710.09412).
@@ -41,7 +41,7 @@ class Mixing:
 
     @property
     def hparams(self) -> dict[str, Float[Array, ""]]:
-        """The alphas of what is on, for `Carry.hparams`."""
+        """The positive alphas, for `Carry.hparams`."""
         alphas = {MIXUP: self.mixup, CUTMIX: self.cutmix}
         return {name: jnp.float32(alpha) for name, alpha in alphas.items() if alpha > 0}
 
@@ -53,36 +53,36 @@ class Mixing:
         hparams: Mapping[str, Float[Array, ""]],
         axis_name: str | None = None,
     ) -> tuple[Float[Array, "b height width c"], Float[Array, "b classes"]]:
-        """Mixed images and mixed soft labels; only of something that is true.
+        """Mixed images and mixed soft labels. Call it only where `bool(mixing)` is true.
 
         rng: the same on every device.
         hparams: see `hparams`; the alphas are read from there, and 0 leaves a batch as it is.
         """
-        choose, draw, place = jax.random.split(rng, 3)
+        choice_rng, beta_rng, box_rng = jax.random.split(rng, 3)
         other, other_targets = previous(images, axis_name), previous(targets, axis_name)
 
         def share_of(alpha: Array) -> Array:
-            drawn = jax.random.beta(draw, jnp.maximum(alpha, 1e-3), jnp.maximum(alpha, 1e-3))
-            drawn = jnp.maximum(drawn, 1 - drawn) if self.keep_larger else drawn
-            return jnp.where(alpha > 0, drawn, 1.0)
+            sampled = jax.random.beta(beta_rng, jnp.maximum(alpha, 1e-3), jnp.maximum(alpha, 1e-3))
+            sampled = jnp.maximum(sampled, 1 - sampled) if self.keep_larger else sampled
+            return jnp.where(alpha > 0, sampled, 1.0)
 
         def mixup() -> tuple[Array, Array]:
             share = share_of(hparams[MIXUP])
             return blend(images, other, share), share
 
         def cutmix() -> tuple[Array, Array]:
-            inside, share = cut_box(place, images.shape[1], images.shape[2], share_of(hparams[CUTMIX]))
+            inside, share = cut_box(box_rng, images.shape[1], images.shape[2], share_of(hparams[CUTMIX]))
             return jnp.where(inside[None, :, :, None], other, images), share
 
         if self.mixup > 0 and self.cutmix > 0:
-            mixed, share = jax.lax.cond(jax.random.bernoulli(choose), cutmix, mixup)
+            mixed, share = jax.lax.cond(jax.random.bernoulli(choice_rng), cutmix, mixup)
         else:
             mixed, share = cutmix() if self.cutmix > 0 else mixup()
         return mixed, blend(targets, other_targets, share)
 
 
 def previous(x: Float[Array, "b ..."], axis_name: str | None = None) -> Float[Array, "b ..."]:
-    """Row i of the result is row i - 1 of the global batch; its last row comes first."""
+    """The global batch rolled by one: example i of the result is example i - 1, and the last one comes first."""
     if axis_name is None:
         return jnp.roll(x, 1, axis=0)
     size = jax.lax.axis_size(axis_name)
@@ -98,7 +98,7 @@ def blend(x: Float[Array, "..."], other: Float[Array, "..."], share: Float[Array
 def cut_box(
     rng: PRNGKeyArray, height: int, width: int, share: Float[Array, ""]
 ) -> tuple[Bool[Array, "height width"], Float[Array, ""]]:
-    """Where CutMix shows the other image, and the share that the image itself really keeps.
+    """The mask of the other image in CutMix, and the share of pixels that remain of the image itself.
 
     A box of the image's shape and 1 - share of its area, centred anywhere and cut off at the border (torchvision
     `references/classification/transforms.py`).
@@ -112,6 +112,6 @@ def cut_box(
 
 
 def _interval(centre: Int[Array, ""], half: Float[Array, ""], length: int) -> Bool[Array, "length"]:
-    reach = jnp.floor(half * length).astype(jnp.int32)
-    places = jnp.arange(length)
-    return (places >= centre - reach) & (places < centre + reach)
+    radius = jnp.floor(half * length).astype(jnp.int32)
+    positions = jnp.arange(length)
+    return (positions >= centre - radius) & (positions < centre + radius)

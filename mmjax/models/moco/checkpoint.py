@@ -49,7 +49,7 @@ def _norm(source: str, target: str, affine: bool) -> list[Entry]:
 
 
 def encoder_table(config: MoCoConfig) -> Table:
-    """Backbone and projector, without a prefix."""
+    """The entries of backbone and projector, without a prefix."""
     backbone = config.backbone
     entries = backbone_table(backbone) if isinstance(backbone, ResNetConfig) else timm.table(backbone)
     inside = [moved(entry, "", "backbone") for entry in entries]
@@ -61,8 +61,8 @@ TWICE = Op("twice", lambda x: (x, x), lambda query, key: query, divides=True)
 """One array of the file <-> two of ours, of which the first is written back."""
 
 
-def _for_both(entry: Entry) -> Entry:
-    """Statistics of the query encoder, from which the key encoder's start as well: it begins as its copy."""
+def _copied_statistics(entry: Entry) -> Entry:
+    """The entry with the key encoder's statistics as a second target: that encoder starts as a copy."""
     if not entry.targets[0].startswith("stats/query/"):
         return entry
     targets = (entry.targets[0], entry.targets[0].replace("stats/query/", "stats/key/"))
@@ -70,12 +70,12 @@ def _for_both(entry: Entry) -> Entry:
 
 
 def table(config: MoCoConfig) -> Table:
-    """Both encoders, the predictor, the queue. Without `holds_state` the query encoder and the predictor alone."""
+    """The entries of both encoders, the predictor and the queue; without `holds_state` no key encoder and no queue."""
     query, key = ("base_encoder.", "momentum_encoder.") if config.version == 3 else ("encoder_q.", "encoder_k.")
     encoder = encoder_table(config)
     entries = [moved(entry, query, "", stats="stats/query") for entry in encoder]
     if not config.holds_state:
-        entries = [_for_both(entry) for entry in entries]
+        entries = [_copied_statistics(entry) for entry in entries]
     else:
         entries += [moved(entry, key, "", "stats/momentum", "stats/key") for entry in encoder]
         if config.queue:
@@ -96,7 +96,9 @@ def _export_table(config: MoCoConfig) -> Table:
 
 
 def config_of(shapes: Shapes, config_json: Mapping[str, Any] | None, version: int) -> MoCoConfig:
-    """From the arrays' shapes. A ViT's heads are in none: 12 for the widths that MoCo v3 publishes, 384 and 768."""
+    """The config, from the arrays' shapes. No array has a ViT's number of heads: it is 12, as for the
+    widths that MoCo v3 publishes, 384 and 768.
+    """
     start = "base_encoder." if version == 3 else "encoder_q."
     encoder = {key.removeprefix(start): shape for key, shape in shapes.items() if key.startswith(start)}
     has_momentum = any(key.startswith(("encoder_k.", "momentum_encoder.")) for key in shapes)

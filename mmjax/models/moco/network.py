@@ -1,6 +1,6 @@
 """MoCo's network: a backbone, a projection head and, in v3, a prediction head.
 
-The momentum encoder is no module of its own: it is backbone and projector applied to other parameters.
+The momentum encoder has no module: it is backbone and projector applied to other parameters.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from mmjax.nn.transformer import Dense
 from mmjax.types import Array, Float
 
 FROZEN_STEM = {"backbone/patch/projection/**": "frozen", "backbone/positions": "frozen"}
-"""Partition rules of v3's ViT: the patch projection stays as drawn (`--stop-grad-conv1`), the positions fixed."""
+"""Partition rules of v3's ViT: the patch projection is not trained (`--stop-grad-conv1`), the positions are fixed."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class MoCoConfig:
         layers: matrices of the projector.
         hidden: width between them, and in the predictor. dim: of the features that are compared.
         predictor_norm: whether the predictor ends in a norm (v3's ViT).
-        queue: keys held; 0: none.
-        momentum, temperature: what training starts with.
+        queue: length of the queue of keys; 0: no queue.
+        momentum, temperature: the initial values in training.
         holds_state: whether the variables also hold the momentum encoder and the queue, as released checkpoints do.
         dtype: compute dtype; norms' statistics and losses are float32.
     """
@@ -165,8 +165,8 @@ class MoCo(nn.Module):
         norms, widths = c.version == 3, (c.hidden,) * (c.layers - 1) + (c.dim,)
         projector = Head(widths, norms, norms, c.dtype, name="projector")
         embedding = projector(features, train, bn_groups, axis_name)
-        told = {"features": features, "embedding": embedding}
+        outputs = {"features": features, "embedding": embedding}
         if norms and predict:
             predictor = Head((c.hidden, c.dim), True, c.predictor_norm, c.dtype, name="predictor")
-            told["prediction"] = predictor(embedding, train, bn_groups, axis_name)
-        return {name: value.astype(jax.numpy.float32) for name, value in told.items()}
+            outputs["prediction"] = predictor(embedding, train, bn_groups, axis_name)
+        return {name: value.astype(jax.numpy.float32) for name, value in outputs.items()}

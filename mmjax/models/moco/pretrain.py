@@ -32,7 +32,7 @@ MOMENTUM = ("backbone", "projector")
 
 @struct.dataclass
 class Probe:
-    """Some images of the last batch and their keys of then, by which the drift of the key encoder is told."""
+    """Some images of the last batch and their keys at that step: they measure the drift of the key encoder."""
 
     images: Float[Array, "p height width 3"]
     keys: Float[Array, "p d"]
@@ -44,13 +44,13 @@ class MoCoMethod(Method):
 
     hparams: momentum, temperature. Metrics: contrastive_accuracy, feature_std (of unit queries, times sqrt(dim): 1 for
     features spread over the sphere, 0 when they have collapsed), and with `drift_rows` key_drift: 1 - cosine between
-    the keys of the last batch's first images by the momentum encoder of then and of now.
+    the keys of the last batch's first images by the momentum encoder of that step and of this one.
 
     Attributes:
         bn_groups: groups of batch normalisation (v1, v2: one a GPU of the original, 8; v3: 1).
-        drift_rows: images that key_drift is told by; each step encodes twice so many more. 0: not at all.
-        cosine_steps: v3: momentum rises from its first value to 1 over so many steps; 0: it stays.
-        blocks: parts in which the logits are made, for large batches.
+        drift_rows: images that key_drift is measured on; each step encodes twice as many more. 0: no key_drift.
+        cosine_steps: v3: momentum rises from its first value to 1 over this many steps; 0: it is constant.
+        blocks: parts in which the logits are computed, for large batches.
     """
 
     config: MoCoConfig
@@ -75,12 +75,17 @@ class MoCoMethod(Method):
         rows = min(self.drift_rows, len(images))
         extra = {"probe": Probe(images[:rows], jnp.zeros((rows, self.config.dim)))} if rows else {}
         # Copies: the state is donated, and one buffer cannot be donated twice.
-        both = {"query": stats, "key": jax.tree.map(jnp.copy, {k: v for k, v in stats.items() if k in MOMENTUM})}
+        stats_by_encoder = {
+            "query": stats,
+            "key": jax.tree.map(jnp.copy, {k: v for k, v in stats.items() if k in MOMENTUM}),
+        }
         hparams = {"momentum": self.config.momentum, "temperature": self.config.temperature}
-        return params, Carry(ema, queues, both, {name: jnp.float32(value) for name, value in hparams.items()}, extra)
+        return params, Carry(
+            ema, queues, stats_by_encoder, {name: jnp.float32(value) for name, value in hparams.items()}, extra
+        )
 
     def momentum(self, hparams: dict[str, Float[Array, ""]], step: Int[Array, ""]) -> Float[Array, ""]:
-        """As it is; in v3 on half a cosine to 1 (moco-v3 main_moco.py, adjust_moco_momentum)."""
+        """Constant; in v3 half a cosine up to 1 (moco-v3 main_moco.py, adjust_moco_momentum)."""
         if not self.cosine_steps:
             return hparams["momentum"]
         progress = jnp.asarray(step, jnp.float32) / self.cosine_steps
@@ -109,22 +114,22 @@ class MoCoMethod(Method):
     ) -> tuple[Float[Array, "b d"], Params]:
         """(unit vectors, statistics after this batch), in training mode."""
         variables = {"params": params} | ({"batch_stats": stats} if stats else {})
-        told, new = self.module.apply(
+        outputs, new = self.module.apply(
             variables, images, True, self.bn_groups, axis_name, query, mutable=["batch_stats"]
         )
         name = "prediction" if query and self.config.version == 3 else "embedding"
-        return l2_normalize(told[name]), new.get("batch_stats") or {}
+        return l2_normalize(outputs[name]), new.get("batch_stats") or {}
 
     # ------------------------------------------------------------------------------------------------------- v1, v2
 
     def _with_queue(self, params: Params, carry: Carry, views: Any, rng: Array, axis_name: str | None) -> Any:
-        """moco builder.py:138-184. Negatives are the queue before this batch's keys come in."""
+        """moco builder.py:138-184. The negatives are the queue before this batch's keys are added."""
         queue, temperature = carry.queues["keys"], carry.hparams["temperature"]
         q, query_stats = self.encode(params, carry.stats["query"], views[0], axis_name, query=True)
         keys, key_stats = self._shuffled_keys(carry, views[1], rng, axis_name)
-        own = keys if axis_name is None else _own_rows(keys, len(q), axis_name)
-        value = info_nce(q, own, queue.keys, temperature, self.blocks)
-        logits = info_nce_logits(jax.lax.stop_gradient(q), own, queue.keys, 1.0)
+        positives = keys if axis_name is None else _local_part(keys, len(q), axis_name)
+        value = info_nce(q, positives, queue.keys, temperature, self.blocks)
+        logits = info_nce_logits(jax.lax.stop_gradient(q), positives, queue.keys, 1.0)
         hit = jnp.mean(logits[:, 0] > jnp.max(logits[:, 1:], 1))
         metrics = {"contrastive_accuracy": hit, "feature_std": feature_std(q, axis_name)}
         return value, {"query": query_stats, "key": key_stats}, {"keys": enqueue(queue, keys)}, metrics
@@ -134,8 +139,8 @@ class MoCoMethod(Method):
         if self.bn_groups > 1:
             everything = images if axis_name is None else jax.lax.all_gather(images, axis_name, tiled=True)
             order = jax.random.permutation(named(rng, "shuffle"), len(everything))
-            rows = order if axis_name is None else _own_rows(order, len(images), axis_name)
-            images = everything[rows]
+            local_order = order if axis_name is None else _local_part(order, len(images), axis_name)
+            images = everything[local_order]
         keys, stats = self.encode(jax.lax.stop_gradient(carry.ema), carry.stats["key"], images, axis_name, query=False)
         if axis_name is not None:
             keys = jax.lax.all_gather(keys, axis_name, tiled=True)
@@ -163,8 +168,8 @@ class MoCoMethod(Method):
     # --------------------------------------------------------------------------------------------------------- drift
 
     def _drift(self, carry: Carry, images: Array, axis_name: str | None) -> tuple[Probe, Float[Array, ""]]:
-        """The probe for the next step, and how far the last one's keys moved (0 in the first step)."""
-        old, ema, rows = carry.extra["probe"], jax.lax.stop_gradient(carry.ema), len(carry.extra["probe"].keys)
+        """The probe for the next step, and key_drift from the last one (0 in the first step)."""
+        previous, ema, rows = carry.extra["probe"], jax.lax.stop_gradient(carry.ema), len(carry.extra["probe"].keys)
         if axis_name is not None:
             images = jax.lax.all_gather(images[:rows], axis_name, tiled=True)
         if len(images) < rows:
@@ -172,11 +177,13 @@ class MoCoMethod(Method):
         stats = {"batch_stats": carry.stats["key"]} if carry.stats["key"] else {}
 
         def keys(images: Array) -> Array:
-            told, _ = self.module.apply({"params": ema} | stats, images, True, predict=False, mutable=["batch_stats"])
-            return jax.lax.stop_gradient(l2_normalize(told["embedding"]))
+            outputs, _ = self.module.apply(
+                {"params": ema} | stats, images, True, predict=False, mutable=["batch_stats"]
+            )
+            return jax.lax.stop_gradient(l2_normalize(outputs["embedding"]))
 
-        known = jnp.any(old.keys != 0)
-        drift = jnp.where(known, 1 - jnp.mean(jnp.sum(keys(old.images) * old.keys, -1)), 0.0)
+        has_keys = jnp.any(previous.keys != 0)
+        drift = jnp.where(has_keys, 1 - jnp.mean(jnp.sum(keys(previous.images) * previous.keys, -1)), 0.0)
         return Probe(images[:rows], keys(images[:rows])), drift
 
 
@@ -189,9 +196,9 @@ def feature_std(unit_features: Float[Array, "b d"], axis_name: str | None = None
     return jnp.mean(jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0))) * x.shape[-1] ** 0.5
 
 
-def _own_rows(rows: Array, size: int, axis_name: str) -> Array:
-    """This device's part of rows of the global batch."""
-    return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(axis_name) * size, size)
+def _local_part(values: Array, size: int, axis_name: str) -> Array:
+    """This device's part of the values of the global batch."""
+    return jax.lax.dynamic_slice_in_dim(values, jax.lax.axis_index(axis_name) * size, size)
 
 
 def _view(batch: Batch, name: str) -> Array:

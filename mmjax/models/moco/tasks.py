@@ -1,4 +1,4 @@
-"""What a loaded MoCo can be asked: features of its backbone."""
+"""MoCoModel: features of a loaded MoCo's backbone."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ from mmjax.types import Array, Float
 
 
 class MoCoModel(Model):
-    """The query encoder, which all published evaluations use.
+    """A loaded MoCo: features of its query encoder, which all published evaluations use.
 
     stats: {"query", "key"}: batch statistics; with `config.holds_state` also "momentum" (parameters) and "queue"
-    {"keys" [q, d], "cursor"}, so that an export writes back what was read.
+    {"keys" [q, d], "cursor"}, so that an export writes back everything that was loaded.
     """
 
     system: ClassVar[str] = "moco"
@@ -50,14 +50,14 @@ class MoCoModel(Model):
         shapes = super().shapes(config)
         params, stats = shapes["params"], shapes.get("stats", {})
         parts = ("backbone", "projector")
-        told: dict[str, Any] = {"query": stats, "key": {part: stats[part] for part in parts if part in stats}}
+        state: dict[str, Any] = {"query": stats, "key": {part: stats[part] for part in parts if part in stats}}
         if config.holds_state:
-            told["momentum"] = {part: params[part] for part in parts}
+            state["momentum"] = {part: params[part] for part in parts}
             if config.queue:
                 keys = jax.ShapeDtypeStruct((config.queue, config.dim), jnp.float32)
-                told["queue"] = {"keys": keys, "cursor": jax.ShapeDtypeStruct((), jnp.int32)}
-        told = {name: tree for name, tree in told.items() if tree}
-        return {"params": params} | ({"stats": told} if told else {})
+                state["queue"] = {"keys": keys, "cursor": jax.ShapeDtypeStruct((), jnp.int32)}
+        state = {name: leaves for name, leaves in state.items() if leaves}
+        return {"params": params} | ({"stats": state} if state else {})
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -65,15 +65,15 @@ class MoCoModel(Model):
         return {"params": self.params} | ({"batch_stats": stats} if stats else {})
 
     def weights(self) -> dict[str, Any]:
-        """Also the momentum encoder and the queue, where the file held them."""
+        """{"params", "stats"}, and "ema" and "queues" where the file has a momentum encoder and a queue."""
         stats = dict(self.stats)
         momentum, queue = stats.pop("momentum", None), stats.pop("queue", None)
-        told = {"params": self.params, "stats": stats}
-        return told | ({"ema": momentum} if momentum else {}) | ({"queues": {"keys": queue}} if queue else {})
+        weights = {"params": self.params, "stats": stats}
+        return weights | ({"ema": momentum} if momentum else {}) | ({"queues": {"keys": queue}} if queue else {})
 
     @classmethod
     def default_preprocess(cls, config: MoCoConfig, layout: str) -> ImagePreprocessing:
-        """Short side 256, central 224, bilinear (main_lincls.py); small images as they are."""
+        """Short side 256, central 224, bilinear (main_lincls.py); no change to small images."""
         height, width, _ = cls.example(config)["pixel_values"].shape[1:]
         if height == width == 224:
             return ImagePreprocessing.imagenet()
@@ -88,10 +88,10 @@ class MoCoModel(Model):
         return Headless(kind, config, self.params["backbone"], stats, at_size(self.preprocess, size))
 
     def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
-        """pooler_output [b, d]: the backbone's features; image_embeds [b, dim]: the projector's, of unit length."""
-        told: Any = self.module.apply(variables, inputs["pixel_values"], predict=False)
-        return {"pooler_output": told["features"], "image_embeds": l2_normalize(told["embedding"])}
+        """pooler_output [b, d]: the backbone's features. image_embeds [b, dim]: the projector's unit-norm features."""
+        outputs: Any = self.module.apply(variables, inputs["pixel_values"], predict=False)
+        return {"pooler_output": outputs["features"], "image_embeds": l2_normalize(outputs["embedding"])}
 
     def encode_image(self, images: Any) -> Float[Array, "b d"]:
-        """The backbone's features, of unit length. images: as `preprocess` takes them, or ready pixel values."""
+        """The backbone's unit-norm features. images: as `preprocess` takes them, or pixel values."""
         return l2_normalize(self.forward(pixel_values=self.pixels(images))["pooler_output"])
