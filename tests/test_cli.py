@@ -1,4 +1,4 @@
-"""The command line: what each verb does, how it fails, and that `--help` does not wait for jax."""
+"""The command line: what each command does, its errors, and that `--help` does not import jax."""
 
 import json
 import os

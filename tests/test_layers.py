@@ -29,15 +29,15 @@ FLOORS = (
     {"recipes"},
     {"cli", "__init__", "__main__"},
 )
-"""Lowest first. Rooms of one set are neighbours."""
+"""Lowest first. Packages of one set are neighbours."""
 APART = ({"nn", "weights"},)
-"""Neighbours with a wall between them."""
+"""Neighbours that must not import each other."""
 ABOVE_WEIGHTS = {"models", "hub", "adapters"}
-"""weights/ is the floor of these alone: training, evaluation and data know no public layout."""
+"""Only these packages import weights/: training, evaluation and data know no public layout."""
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 BESIDE_NETWORKS = {"training", "evaluation", "interface"}
-"""Rooms that a system's networks do not reach, and its training and task code does: how they are told apart."""
+"""Packages that a system's training and task code imports and its networks do not: this distinguishes the two."""
 COMPILERS = {
     "jit",
     "pjit",
@@ -50,9 +50,9 @@ COMPILERS = {
     "AbstractMesh",
     "sharding",
 }
-"""The names of jax that place or compile a step."""
+"""The names of jax that shard or compile a step."""
 INQUIRIES = {"jax.sharding.get_abstract_mesh"}
-"""These only ask what the lift has set."""
+"""These only read what the lift has set."""
 
 
 def module_name(path: pathlib.Path) -> str:

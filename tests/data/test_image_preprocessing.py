@@ -74,7 +74,7 @@ def test_images_of_two_sizes_do_not_make_a_batch():
 
 
 def by_hand(picture: Image.Image, filter: Image.Resampling, short: int, side: int, mean, std) -> np.ndarray:
-    """torchvision's Resize, CenterCrop, ToTensor and Normalize as their sources tell them."""
+    """torchvision's Resize, CenterCrop, ToTensor and Normalize as their sources define them."""
     width, height = picture.size
     if width < height:
         picture = picture.resize((short, int(short * height / width)), filter)

@@ -130,7 +130,7 @@ def test_a_killed_worker_is_replaced_and_the_order_goes_on(straight):
 
 def test_a_killed_workers_semaphores_do_not_wait_for_the_garbage_collector():
     def count() -> int:
-        # By type: isinstance asks each thing for its class, at which some of torch's warn.
+        # By type: isinstance reads __class__, which makes some of torch's objects warn.
         return sum(issubclass(type(thing), synchronize.SemLock) for thing in gc.get_objects())
 
     iterator = iter(pipeline(workers=2, prefetch=1))

@@ -96,7 +96,7 @@ def test_cutout_is_cut_off_at_the_border():
 
 
 def test_magnitudes_are_those_of_the_table():
-    """Level 10 is AutoAugment's strongest; above it the scale goes on; level 0 is not the identity."""
+    """Level 10 is AutoAugment's strongest; above it the scale continues; level 0 is not the identity."""
     assert list(randaugment_space(10)) == NAMES
     space = {level: randaugment_space(level) for level in (0, 10, 15, 20)}
     up, down = Always(), Always(False)

@@ -210,7 +210,7 @@ def test_a_bad_row_of_the_others_says_why(tmp_path, root, kind, row, reason):
 
 
 def test_missing_and_broken_images_are_counted(tmp_path, root, tokenizer):
-    """ALBEF's pre-training from two files, of which one tells ids; two of twelve images cannot be read."""
+    """ALBEF's pre-training from two files, of which one has ids; two of twelve images cannot be read."""
     names = [f"{i % 4 + 1}.png" for i in range(10)]
     pairs = [{"image": name, "caption": ["the red hen", "a box!"], "image_id": i} for i, name in enumerate(names)]
     others = [{"image": "gone.jpg", "caption": "hen"}, {"image": "broken.jpg", "caption": "hen"}]

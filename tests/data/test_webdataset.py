@@ -60,7 +60,7 @@ def whole(tmp_path_factory):
 
 
 def read(source):
-    """(images that were read, reasons of those that were not)."""
+    """(images read, reasons for those not read)."""
     images, reasons = [], []
     for i in range(len(source)):
         try:
@@ -85,7 +85,7 @@ def test_nothing_is_lost_in_silence(tmp_path, whole, kind, indexed):
         lost = MEMBERS - position if kind.startswith("cut") else 1
         expected = [body(i) for i in range(MEMBERS) if not position <= i < position + lost]
         assert images == expected, (position, reasons)
-        # Without an index nobody can say how many members a cut took: one report tells where it was.
+        # Without an index the number of lost members is unknown: one report names the position.
         assert len(reasons) == (lost if indexed else 1), (position, reasons)
         assert set(reasons) <= {"tar: missing member" if indexed else "tar: cut" if lost > 1 else reasons[0]}
         path.with_name("s.tar.index.json").unlink(missing_ok=True)

@@ -81,22 +81,22 @@ def test_a_conversation_reads_only_what_is_new(model):
     lengths = []
     for question in ("name three fruits", "which of them is yellow?", "the sea"):
         answer = "".join(talk.say(question))
-        # What was said, from nothing: the same text.
+        # The same text as a chat that starts from the whole conversation.
         messages = talk.messages[:-1]
         assert answer == model.chat(messages, max_new_tokens=6)
         assert talk.messages[-1] == {"role": "assistant", "content": answer}
         lengths.append(talk.reused)
     assert lengths[0] == 0
-    # Noise seldom decodes to text that encodes to the same ids: then a turn is read afresh, and still right.
+    # Noise seldom decodes to text that encodes to the same ids: then the turn is encoded again, with the same result.
     assert all(length >= 0 for length in lengths)
 
 
 def test_a_conversation_goes_on_from_what_it_keeps(model, monkeypatch):
-    """With answers that encode to their own ids, which a trained model's mostly do."""
+    """The answers encode to their own ids, as those of a trained model mostly do."""
     talk = Conversation(model, max_new_tokens=4)
     answer = model.tokenizer("the sea", add_special_tokens=False)[0][0].tolist()
     assert "".join(talk.say("name three fruits"))
-    # As if the model had said so: what it has read is the conversation up to the answer's last token but one.
+    # As if the model had generated this answer: the cache ends at the answer's last token but one.
     first = model.tokenizer.chat([{"role": "user", "content": "name three fruits"}])
     ids = model.tokenizer(first, add_special_tokens=False)[0][0].tolist()
     talk.messages[-1]["content"] = "the sea"
@@ -170,7 +170,7 @@ def test_a_sentencepiece_model_beside_the_weights_is_the_tokenizer(model, tmp_pa
 
 
 class SeeingModel(LanguageModel):
-    """A decoder behind one token made of an image's mean colour: how LLaVA and BLIP-2 use the interface."""
+    """A decoder with one image token, the mean colour: how LLaVA and BLIP-2 use the interface."""
 
     @classmethod
     def inputs(cls, config):

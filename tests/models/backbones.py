@@ -1,4 +1,4 @@
-"""Small image encoders of every kind that can be fine-tuned, with drawn weights."""
+"""Small image encoders of every kind that can be fine-tuned, with random weights."""
 
 from typing import Any
 
@@ -43,11 +43,11 @@ BACKBONES: dict[str, tuple[str, Any]] = {
     "moco_vit": ("moco", MOCO_VIT),
 }
 SIZES = {"dino": 33, "clip_resnet": 32, "resnet": 19, "clip_plain": 19, "moco": 19}
-"""Sides of the images; 22 where none is told."""
+"""Sides of the images; the default is 22."""
 
 
 def backbone(name: str) -> Any:
-    """A model with random weights and a preprocessing of its own, images of `SIZES`."""
+    """A model with random weights and its own preprocessing, for images of `SIZES`."""
     system, config = BACKBONES[name]
     kind: Any = next(one for one in SYSTEMS if one.name == system).model
     rng = np.random.default_rng(3)

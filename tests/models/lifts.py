@@ -1,4 +1,4 @@
-"""The same steps under several lifts, in a process of eight virtual devices: what the tests of the systems compare."""
+"""The same steps under several lifts, in a process with eight virtual devices, for the tests of the systems."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ def run_lifts(cases: Mapping[str, tuple[Method, Optimizer, Batches]], names: Seq
     """ "case/lift" -> metrics of every step; at the end the parameters' leaves, those of momentum parameters, queues
     and statistics ("carry"), and the number of programs.
 
-    Every leaf begins with noise: of a bias that starts at zero nothing but sums of gradients would be left, and
+    Noise is added to every leaf: a bias that starts at zero would hold nothing but sums of gradients, and
     rounding is relative to the terms of a sum.
     """
     results: dict[str, Any] = {}

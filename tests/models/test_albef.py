@@ -40,7 +40,7 @@ def stepped(method: Method, optimizer: Optimizer) -> Any:
 
 
 def test_masks_are_drawn_as_said():
-    """Of 40,000 texts: the rate, 80/10/10 and the random words by chi-square, at odds of a thousand to one."""
+    """Over 40,000 texts: the rate, 80/10/10 and the random words by chi-square, at p = 0.001."""
     method, (ids, mask) = tiny.pretraining(), tiny.texts(np.random.default_rng(0), 40_000)
     masked, labels = jax.jit(lambda ids: method.masks({"input_ids": ids}, RNG, None))(ids)
     masked, labels, hidden = np.asarray(masked), np.asarray(labels), np.asarray(labels) != IGNORED
@@ -51,7 +51,7 @@ def test_masks_are_drawn_as_said():
     for position in range(1, 7):
         count, n = hidden[:, position].sum(), words[:, position].sum()
         assert abs(count - 0.15 * n) < 3.3 * np.sqrt(n * 0.15 * 0.85), position
-    # Neighbours know nothing of each other.
+    # Neighbouring tokens are masked independently.
     both, n = (hidden[:, 1] & hidden[:, 2]).sum(), len(ids)
     assert abs(both - 0.0225 * n) < 3.3 * np.sqrt(n * 0.0225 * 0.9775)
 
@@ -62,7 +62,7 @@ def test_masks_are_drawn_as_said():
     assert ((counts - expected) ** 2 / expected).sum() < 13.8  # two degrees of freedom
     others = np.bincount(put[(put != tiny.MASK) & (put != was)], minlength=tiny.VOCAB)
     assert others[tiny.MASK] == 0
-    # Words never hidden are drawn a little oftener: no label takes a part of theirs.
+    # Words that are never masked are sampled a little more often: none of their samples is a label.
     count = np.bincount(was, minlength=tiny.VOCAB)
     expected = np.delete(0.1 / tiny.VOCAB * (n - count), tiny.MASK)
     assert ((np.delete(others, tiny.MASK) - expected) ** 2 / expected).sum() < 88  # of 52
@@ -70,7 +70,7 @@ def test_masks_are_drawn_as_said():
 
 @pytest.mark.parametrize("groups", [1, 4])
 def test_any_cut_draws_the_same_masks_and_negatives(groups: int):
-    """Of retrieval, no negative has the image's own id; a row that has none is told by -1."""
+    """In retrieval no negative has the image's own id; -1 marks a row without a negative."""
     method, rows = tiny.pretraining(groups=groups), tiny.batch()
     rows["image_id"] = np.repeat(np.arange(4), 6)[np.random.default_rng(0).permutation(24)].astype(np.int32)
     rows["image_id"][:6] = 7
@@ -102,8 +102,8 @@ def test_any_cut_draws_the_same_masks_and_negatives(groups: int):
 
 
 def test_two_steps_of_momentum_alpha_and_queues_by_hand():
-    """The momentum parameters move before their pass, after the parameters of before the step; the queues keep what
-    that pass says; alpha rises with the batches."""
+    """The momentum parameters are updated before their pass, from the parameters before the step; the queues store
+    the features of that pass; alpha rises with the batches."""
     config, optimizer = tiny.still(tiny.RETRIEVAL), Optimizer(sgd(0.5, 0.0))
     method = AlbefRetrieval(config, alpha_steps=4)
     first = started(method, optimizer)
@@ -169,7 +169,7 @@ def test_methods_refuse_networks_that_lack_what_they_read():
 
 
 def is_blind(path: str) -> bool:
-    """A key's bias adds the same to all of a query's scores, which a softmax does not see."""
+    """A key's bias adds the same value to all of a query's scores; a softmax is invariant to it."""
     return path.endswith("attention/k/bias")
 
 
@@ -258,15 +258,15 @@ def test_places_without_an_answer_have_no_say():
 
 
 def test_pretraining_learns_which_pairs_belong_together_beside_a_frozen_vision_tower():
-    """The tower stays bit-identical, with no state of the optimizer, and all else moves. To answer "no" always gives
-    two thirds of right matches."""
+    """The tower stays bit-identical, without optimizer state, and all else changes. Always answering "no" gives
+    two thirds of the matches right."""
     config = dataclasses.replace(tiny.still(tiny.PRETRAINING), queue=64, temperature=0.1)
     method, rows = tiny.pretraining(config, alpha_steps=1000), tiny.batch(size=64)
     optimizer = Optimizer(adamw(1e-2, 0.02, mask=all_but_vectors), Partition({"vision/**": "frozen"}))
     state, rng = started(method, optimizer, 64), np.random.default_rng(5)
 
     def grown(leaf: Any) -> Any:
-        """At 16 features a deviation of 0.02 is next to nothing."""
+        """With 16 features a standard deviation of 0.02 is too small."""
         return leaf + 0.25 * rng.normal(size=leaf.shape).astype(np.float32) if leaf.ndim > 1 else leaf
 
     params = jax.tree.map(grown, state.params)

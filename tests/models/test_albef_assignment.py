@@ -1,4 +1,4 @@
-"""ALBEF's text assignment: its draws, its loss by hand, what it trains, and its file."""
+"""ALBEF's text assignment: its samples, its loss by hand, which parameters it trains, and its file."""
 
 import dataclasses
 import math
@@ -33,7 +33,7 @@ def embeds(size: int, seed: int = 0) -> Any:
 
 
 def test_two_others_or_one_are_drawn_by_likeness():
-    """By chi-square at odds of a thousand to one: labels a third each, the first other image by softmax(f f / 0.07)
+    """By chi-square at p = 0.001: labels a third each, the first other image by softmax(f f / 0.07)
     without its diagonal, the second one by the same without the first."""
     method, x = TextAssignment(tiny.ASSIGNMENT), embeds(5)
     sampled = jax.jit(jax.vmap(lambda key: method.draw(x, key, None)))(jax.random.split(RNG, 6000))
@@ -80,7 +80,7 @@ def test_any_cut_draws_the_same(groups: int):
 
 
 def test_the_loss_by_hand_trains_all_that_reads_and_leaves_the_rest():
-    """Texts and images through the network by themselves; others of their own half of the batch alone; then a step."""
+    """Texts and images are encoded alone; the others come from the same half of the batch; then one step."""
     config = tiny.still(tiny.ASSIGNMENT)
     method, rows = TextAssignment(config, groups=2), tiny.batch(size=12)
     optimizer = Optimizer(adamw(1e-3, 0.02, mask=all_but_vectors), Partition(UNTRAINED))
@@ -114,7 +114,7 @@ def test_networks_and_groups_that_do_not_fit_are_refused():
 
 
 def test_the_published_size_and_file():
-    """258,939,396 parameters; a tiny file of the same names is told by them, and comes in as it went out."""
+    """258,939,396 parameters; a tiny file with the same names is recognised by them and loads with the same values."""
     shapes = AlbefModel.shapes(AlbefConfig.assignment())["params"]
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == 258_939_396
     rng, config = np.random.default_rng(2), tiny.ASSIGNMENT

@@ -1,4 +1,4 @@
-"""ALBEF's handle: layouts both ways, what it is asked against a plain recomputation, where tuning starts, sizes."""
+"""AlbefModel: layouts both ways, its methods against a plain recomputation, initial weights of fine-tuning, sizes."""
 
 import dataclasses
 import functools
@@ -68,7 +68,7 @@ FORMS = {
 
 
 def variables_of(config: AlbefConfig, seed: int = 0) -> dict[str, Any]:
-    """Drawn; keys of queues are of unit length."""
+    """Random variables; keys of queues have unit length."""
     rng = np.random.default_rng(seed)
 
     def draw(path: str, leaf: Any) -> jax.Array:
@@ -128,8 +128,8 @@ def test_every_form_comes_back_with_the_same_bits(form: str, holds_state: bool, 
 @pytest.mark.torch
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_files_of_the_original_scripts(wrapped: bool, tmp_path: pathlib.Path):
-    """Wrapped with an optimizer's state, or bare; with the buffers and the second names that torch saves; a retrieval
-    file without ids beside its queues has none of a known image."""
+    """Files with or without an optimizer's state, with the buffers and duplicate names that torch saves; a retrieval
+    file without ids beside its queues loads with no known image id."""
     torch = pytest.importorskip("torch")
     for form in ("pretraining", "retrieval"):
         model = model_of(form, holds_state=True)
@@ -160,7 +160,7 @@ def test_files_of_the_original_scripts(wrapped: bool, tmp_path: pathlib.Path):
 
 @pytest.mark.parametrize("kind", ["pretrain", "retrieval", "ve", "nlvr", "vqa"])
 def test_the_files_of_the_vaults_tell_their_own_config(kind: str, golden_dir: pathlib.Path, tmp_path: pathlib.Path):
-    """The keys are the original code's own. What no file tells is left out of the comparison."""
+    """The keys are those of the original code. Fields that no file contains are left out of the comparison."""
     vault_config = json.loads((golden_dir / f"albef_{kind}.json").read_text())["config"]
     tensors = read_weights(golden_dir / f"albef_{kind}.safetensors").arrays
     weights = {key.removeprefix("weights/"): tensors[key] for key in tensors if key.startswith("weights/")}
@@ -247,7 +247,7 @@ def test_bfloat16_gives_nearly_the_same(tmp_path: pathlib.Path):
 
 
 def ids_of(texts: list[str], end: bool = False) -> list[list[int]]:
-    """[CLS] text, with `end` [SEP], of texts that are clean."""
+    """[CLS] text, and [SEP] if `end`, for cleaned texts."""
     return [[TOKENIZER.cls, *pieces, *([TOKENIZER.sep] if end else [])] for pieces in TOKENIZER.pieces(texts)]
 
 
@@ -271,7 +271,7 @@ def test_features_are_those_of_single_texts_and_images_whatever_the_batch():
     np.testing.assert_allclose(np.linalg.norm(words, axis=1), 1, rtol=1e-6)
     ids = np.asarray(ids_of(CAPTIONS[:2]))
     np.testing.assert_allclose(model.encode_text(ids), words[:2], atol=2e-6)
-    # Of more than 30 tokens the first 30 are read.
+    # Texts of more than 30 tokens are cut to the first 30.
     whole, less, cut = model.encode_text(["hen " * 28 + word for word in ("sea", "", "sea hen")], batch_size=2)
     np.testing.assert_array_equal(whole, cut)
     assert np.abs(whole - less).max() > 2e-5  # the last of thirty
@@ -400,12 +400,12 @@ WIDE = dataclasses.replace(VISION, image_size=(33, 33))
 
 
 def target(form: str) -> AlbefConfig:
-    """Of larger images, as the originals' fine-tuning."""
+    """With larger images, as in the original fine-tuning."""
     return dataclasses.replace(FORMS[form], vision=WIDE)
 
 
 def fresh(config: AlbefConfig, form: str, rows: int = 8) -> Any:
-    """A run's state before its first step, in which momentum encoders are copies; numbers are drawn here, not there."""
+    """A run's state before its first step: momentum encoders are copies, the numbers come from this test's seed."""
     row = jnp.zeros((rows, 5), jnp.int32)
     side = config.vision.image_size
     pixels = jnp.zeros((rows, *side, 3), jnp.uint8)
@@ -425,7 +425,7 @@ def fresh(config: AlbefConfig, form: str, rows: int = 8) -> Any:
 
 @pytest.mark.parametrize("holds_state", [True, False])
 def test_pretraining_goes_on_from_a_file(holds_state: bool):
-    """With its momentum encoders and queues; where it has none, with copies and fresh queues."""
+    """The momentum encoders and queues are loaded; without them they are copies and fresh queues."""
     model, before = model_of("pretraining", holds_state), fresh(FORMS["pretraining"], "pretraining")
     state, message = initialize_from(before, model.weights(), "ALBEF.pth")
     assert message == f"initialised from ALBEF.pth: {len(tree.flatten(model.params))} arrays"
@@ -440,7 +440,7 @@ def test_pretraining_goes_on_from_a_file(holds_state: bool):
 @pytest.mark.parametrize("holds_state", [True, False])
 @pytest.mark.parametrize("form", ["retrieval", "entailment", "nlvr", "vqa"])
 def test_fine_tuning_starts_from_a_pretrained_file(form: str, holds_state: bool):
-    """Every leaf of the new network and of its momentum copy: where it comes from, or that it is fresh in both."""
+    """Every leaf of the new network and of its momentum copy is either loaded or fresh in both."""
     model, config = model_of("pretraining", holds_state), target(form)
     before = fresh(config, form)
     state, _ = initialize_from(before, starting_weights(model.weights(), config), "ALBEF.pth")
@@ -462,12 +462,12 @@ def test_fine_tuning_starts_from_a_pretrained_file(form: str, holds_state: bool)
             else:
                 want = source[path]
             np.testing.assert_array_equal(leaf, want, err_msg=f"{kind}/{path}")
-    # No head of words is left but the decoder's, and nothing that compares but in retrieval.
+    # The only MLM head is the decoder's, and only retrieval has projections.
     assert ("vision_proj" in state.params) == (form == "retrieval") and "mlm_bias" not in state.params["text"]
 
 
 def test_retrieval_knows_no_image_of_a_pretrained_queue():
-    """Ids and keys of a batch go to the same rows: the queues have one cursor."""
+    """Ids and keys of a batch are written to the same rows: the queues share one cursor."""
     model, config = model_of("pretraining", True), target("retrieval")
     state, _ = initialize_from(fresh(config, "retrieval"), starting_weights(model.weights(), config), "ALBEF.pth")
     np.testing.assert_array_equal(state.queues["image"].keys, model.stats["queue"]["image"])
@@ -476,11 +476,11 @@ def test_retrieval_knows_no_image_of_a_pretrained_queue():
     after = {name: write(enqueue(state.queues[name], rows)) for name, rows in batch.items()}
     np.testing.assert_array_equal(after["image"].keys[8:16], batch["image"])
     np.testing.assert_array_equal(after["ids"].keys[:, 0], [-100] * 8 + list(range(5, 13)) + [-100] * 8)
-    # A queue of another length begins afresh, ids too.
+    # A queue of another length is fresh, and so are its ids.
     other = dataclasses.replace(config, queue=16)
     state, _ = initialize_from(fresh(other, "retrieval"), starting_weights(model.weights(), other), "ALBEF.pth")
     assert all(int(queue.cursor) == 0 and len(queue.keys) == 16 for queue in state.queues.values())
-    # Those of a retrieval's own file are known.
+    # The ids in a retrieval file are known.
     model = model_of("retrieval", True)
     state, _ = initialize_from(fresh(config, "retrieval"), starting_weights(model.weights(), config), "mscoco.pth")
     np.testing.assert_array_equal(state.queues["ids"].keys, model.stats["queue"]["ids"])
@@ -497,7 +497,7 @@ def test_fine_tuning_goes_on_from_its_own_kind(form: str):
 
 
 def test_pairs_of_images_go_on_from_text_assignment():
-    """What NLVR2's fine-tuning starts from (pretrain_model_nlvr.pth): all but the heads and what compared."""
+    """NLVR2's fine-tuning starts from pretrain_model_nlvr.pth: all but the heads and the projections."""
     model = model_of("assignment")
     weights = starting_weights(model.weights(), FORMS["nlvr"])
     expected = {name: tree for name, tree in model.params.items() if name in ("vision", "text")}

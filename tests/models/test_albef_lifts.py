@@ -1,4 +1,4 @@
-"""ALBEF's training steps: one device, eight by pmap and by a mesh end in the same place, whatever the groups."""
+"""ALBEF's training steps: one device, eight by pmap and by a mesh give the same result, whatever the groups."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ PMAPPED: dict[str, Method] = {
 
 
 def run() -> dict[str, Any]:
-    """With SGD: Adam makes whole steps of gradients that are nothing but rounding."""
+    """With SGD: Adam turns gradients that are rounding errors into full steps."""
     batches = [tiny.batch(seed) for seed in range(STEPS)]
 
     def lifted(methods: dict[str, Method], *names: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""ALBEF's small recipe from data to a loaded model: cut and gone on with, judged, asked."""
+"""ALBEF's small recipe from data to a loaded model: interrupted, resumed, evaluated and called."""
 
 import pathlib
 from typing import Any
@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch, quick_compilation) -> Any:
-    """On 16 squares of noise instead of drawings; every fourth is held out."""
+    """On 16 noise images instead of drawings; every fourth is held out."""
     config = load_experiment(FILE)
     images = np.random.default_rng(0).integers(0, 256, (16, 12, 12, 3)).astype(np.uint8)
 
@@ -60,11 +60,11 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits_and_is_loaded(recipe: Any, 
         file.rmdir() if file.is_dir() else file.unlink()
     newest.rmdir()
     train(config, parts)
-    # Momentum encoders and queues are in it.
+    # The checkpoint contains momentum encoders and queues.
     manifests = [(run / "checkpoints" / "6" / "manifest.json").read_text() for run in (whole, parts)]
     assert manifests[0] == manifests[1] and "queues/image/keys" in manifests[0] and "ema/text" in manifests[0]
 
-    # What is loaded gives what was measured beside training.
+    # The loaded model has the scores measured during training.
     model: Any = mmjax.load(whole)
     held_out = config.pairs.held_out.columns
     images, names = list(held_out["image"]), list(held_out["text"])

@@ -49,7 +49,7 @@ def test_the_first_stage_is_the_cosines(case):
 
 
 def test_the_second_is_the_head_on_the_nearest(case):
-    """The head alone: neither the similarity nor the other class is in the score; what is not near gets -100."""
+    """The score is the ITM head's logit, without the similarity; pairs outside the top k get -100."""
     stages, params, outputs = case
     similarities, known = stages.first(params, None)
     results = stages.reranker(params, known, similarities, TEXT_IMAGE)

@@ -1,4 +1,4 @@
-"""BERT: sizes, network, method, and what its heads are asked."""
+"""BERT: sizes, network, method, and the methods that call its heads."""
 
 import dataclasses
 from typing import Any
@@ -44,7 +44,7 @@ COUNTS = {
 
 
 def model(config: BertConfig, seed: int = 3, tokenizer: WordPieceTokenizer | None = None) -> BertModel:
-    """Every leaf drawn at random."""
+    """Every leaf is random."""
     rng = np.random.default_rng(seed)
     arrays = {
         path: (0.4 * rng.normal(size=leaf.shape) + path.endswith("scale")).astype(np.float32)
@@ -111,7 +111,7 @@ def test_words_at_places_are_those_of_all_places():
 
 
 def test_dropout_is_where_the_original_has_it():
-    """Behind the embeddings, the attention and the feed-forward, and none behind the activation."""
+    """After the embeddings, the attention and the feed-forward, and none after the activation."""
     config = dataclasses.replace(TINY, mlm=False, nsp=False, pooler=False, dropout=0.5, attention_dropout=0.0)
     network, ids, bert = Bert(config), batch()["input_ids"], model(config)
 
@@ -138,7 +138,7 @@ def test_initial_spread_is_tensorflows():
     params = jax.jit(lambda rng: BERT(config).init(rng, batch())[0])(jax.random.key(0))
     for path, leaf in tree.flatten(params).items():
         if leaf.ndim > 1 and leaf.size > 4000:
-            # A normal cut at two deviations has 0.8796 of the spread.
+            # A normal distribution truncated at two deviations has 0.8796 of the standard deviation.
             assert abs(float(jnp.std(leaf)) / (0.02 * 0.8796) - 1) < 0.05 and float(jnp.abs(leaf).max()) <= 0.04, path
         elif leaf.ndim == 1:
             assert set(np.unique(leaf)) == {1.0 if path.endswith("scale") else 0.0}, path
@@ -191,7 +191,7 @@ def test_devices_together_have_the_loss_and_gradient_of_one():
 
 
 def test_training_moves_every_leaf_and_learns_a_batch():
-    """The first step not at all: its rate is 0."""
+    """The first step changes nothing: its rate is 0."""
     method, inputs = BERT(dataclasses.replace(TINY, dropout=0.0, attention_dropout=0.0)), batch()
     optimizer = Optimizer(bert_adamw(warmup_linear(3e-3, 60, 5)), clip_norm=1.0)
     state = jax.jit(lambda rng: create_state(method, optimizer, rng, inputs))(jax.random.key(0))
@@ -203,14 +203,14 @@ def test_training_moves_every_leaf_and_learns_a_batch():
         if turn == 0:
             jax.tree.map(np.testing.assert_array_equal, state.params, before)
     assert losses[-1] < 0.7 * losses[0]
-    unseen = {"embeddings/positions", "embeddings/words"}  # rows that no text has, but decay and the words' head
+    unseen = {"embeddings/positions", "embeddings/words"}  # rows of no text: only decay and the MLM head change them
     for path, leaf in tree.flatten(state.params).items():
         moved = np.asarray(leaf) != tree.flatten(before)[path]
         assert moved.all() if path not in unseen and not path.endswith("k/bias") else moved.any(), path
 
 
 def test_what_decays_is_what_the_original_names():
-    """optimization.py:60-70 leaves out what has LayerNorm, layer_norm or bias in its name."""
+    """optimization.py:60-70 excludes names that contain LayerNorm, layer_norm or bias."""
     params = BertModel.shapes(TINY)["params"]
     decays = tree.flatten(matrices_only(params))
     for entry in HF.table(TINY):
@@ -224,7 +224,7 @@ def test_what_decays_is_what_the_original_names():
 
 @pytest.fixture(scope="module")
 def tokenizer() -> WordPieceTokenizer:
-    return train_wordpiece([*TEXTS, *TEXTS], 53)  # what stands there once is not joined
+    return train_wordpiece([*TEXTS, *TEXTS], 53)  # pairs that occur once are not merged
 
 
 def test_sentence_vectors_are_means_over_tokens_of_unit_length(tokenizer):
@@ -301,7 +301,7 @@ def test_best_answers_are_those_of_trying_all():
     central = [position is not None and i % 5 != 0 for i, position in enumerate(positions)]
     parts = [Window([7] * 13, [0] * 13, positions, central)]
     starts, ends = rng.normal(size=(2, 1, 15))
-    starts[0, 13:] = ends[0, 13:] = 99  # padding is not looked at
+    starts[0, 13:] = ends[0, 13:] = 99  # padding is ignored
     outputs = best_answers(context, parts, starts, ends, n_best=20, longest=4)
     every = {
         context[i : j + 1]: starts[0, i + 3] + ends[0, j + 3]
@@ -318,7 +318,7 @@ def test_best_answers_are_those_of_trying_all():
 
 
 def test_an_answer_is_found_in_any_window(tokenizer):
-    """A network whose scores are the words' own: whatever it marks in one window it marks in all."""
+    """The network's scores depend on the word alone: a word has the same score in every window."""
     config = BertConfig(53, 35, 1, 5, 41, 64, pooler=False, spans=True)
     bert = model(config, tokenizer=tokenizer)
     context = " ".join(TEXTS * 2)

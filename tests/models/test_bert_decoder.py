@@ -1,4 +1,4 @@
-"""BERT's block as BLIP and BLIP-2 use it: cross attention or none, queries, embeddings in, one token at a time."""
+"""BERT's block as BLIP and BLIP-2 use it: optional cross attention, queries, input embeddings, cached decoding."""
 
 import dataclasses
 import re
@@ -185,7 +185,7 @@ def test_blip2s_query_transformer(kind):
 
 
 def test_queries_do_not_depend_on_the_text_that_reads_them():
-    """Of image-grounded generation and of the contrast: the queries are those of a pass without text."""
+    """In image-grounded generation and contrast the queries equal those of a pass without text."""
     variables = random_variables(QFORMER)
     alone = run(QFORMER, variables, None, None, embeds=QUERIES)
     text = run(QFORMER, variables, IDS, MASK)

@@ -1,4 +1,4 @@
-"""Fine-tuning BERT's heads: the losses, what is taken from pretraining, and that they learn."""
+"""Fine-tuning BERT's heads: the losses, the weights taken from pretraining, and that training lowers the loss."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ EMPTY = Carry()
 
 
 def batch(size: int = 14) -> dict[str, np.ndarray]:
-    """The class is told by the word after the first: 5, 6 or 7."""
+    """The class is determined by the word after the first: 5, 6 or 7."""
     rng = np.random.default_rng(1)
     ids = rng.integers(8, 31, (size, 11)).astype(np.int32)
     label = np.arange(size, dtype=np.int32) % 3
@@ -94,13 +94,13 @@ def test_losses_of_tags_and_of_spans():
     value, (_, metrics) = jax.jit(method.loss)(params, EMPTY, examples | spans, jax.random.key(0), 0)
     ends = np.moveaxis(np.asarray(jax.jit(method.predict)(params, None, examples)), -1, 0)
     log_probs = [logs(scores)[np.arange(14), label] for scores, label in zip(ends, spans.values())]
-    assert float(value) == pytest.approx(-np.mean(log_probs), rel=1e-5)  # padding is among the places
+    assert float(value) == pytest.approx(-np.mean(log_probs), rel=1e-5)  # padding is among the positions
     right = [scores.argmax(-1) == label for scores, label in zip(ends, spans.values())]
     assert float(metrics["accuracy"]) == pytest.approx((right[0] & right[1]).mean())
 
 
 def test_tags_over_devices_are_those_of_the_global_batch():
-    """Devices that hold different numbers of tags: the mean of their losses is the whole batch's."""
+    """Devices have different numbers of tags: the mean of their losses is that of the whole batch."""
     examples = batch(8)
     labels = np.where(np.arange(11) < np.arange(1, 9)[:, None], examples["input_ids"] % 3, -100).astype(np.int32)
     examples = {name: examples[name] for name in ("input_ids", "attention_mask", "token_type_ids")} | {"labels": labels}
@@ -119,7 +119,7 @@ def test_tags_over_devices_are_those_of_the_global_batch():
 
 
 def test_spans_are_learned():
-    """The answer runs from the word 5 to the word 6; where there is none, both ends are [CLS]."""
+    """The answer spans word 5 to word 6; without an answer both ends are [CLS]."""
     rng = np.random.default_rng(4)
     ids = rng.integers(8, 31, (16, 11)).astype(np.int32)
     start = np.where(np.arange(16) % 4, rng.integers(1, 6, 16), 0).astype(np.int32)

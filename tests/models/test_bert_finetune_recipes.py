@@ -1,4 +1,4 @@
-"""experiments/bert_finetune_*.py on small files: trained, judged, loaded, asked, and read by transformers."""
+"""experiments/bert_finetune_*.py on small files: trained, evaluated, loaded, called, and read by transformers."""
 
 import json
 
@@ -20,7 +20,7 @@ WORDS = ("red", "green", "blue", "hen", "cow", "dog", "runs", "sleeps", "and", "
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """A BERT of two heads that are left behind, with a tokenizer."""
+    """A BERT with a tokenizer and two pretraining heads, which fine-tuning does not load."""
     folder = tmp_path_factory.mktemp("bert")
     tokenizer = train_wordpiece([" ".join(WORDS), "what runs?"] * 2, 110)
     config = BertConfig(tokenizer.vocab_size, 12, 1, 2, 16, 32, mlm=True, nsp=True)
@@ -74,7 +74,7 @@ def run(repository, kind, pretrained, workdir, steps=60, **fields):
 
 
 def reads_the_same(model, folder, kind, **inputs):
-    """transformers on the exported folder."""
+    """transformers has the same outputs on the exported folder."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     mmjax.export(model, folder, "hf")
     reference = getattr(transformers, kind).from_pretrained(folder)
@@ -122,7 +122,7 @@ def test_numbers_for_pairs(repository, pretrained, files, tmp_path):
 def test_tags_of_words(repository, pretrained, files, tmp_path):
     work = tmp_path / "work"
     config, metrics = run(repository, "tokens", pretrained, work, data=str(files / "tags.txt"))
-    assert metrics["val/tags_f1"] == 100 and metrics["val/tags_f1_chance"] == 100  # words alone tell it here
+    assert metrics["val/tags_f1"] == 100 and metrics["val/tags_f1_chance"] == 100  # the words determine the tags
     assert config.class_labels == ("O", "B-ANIMAL")
     bert = mmjax.load(work)
     (sentence,) = bert.tag(["green dog sleeps"])

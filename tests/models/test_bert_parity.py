@@ -1,4 +1,4 @@
-"""BERTs of transformers, drawn at random, through the files they save: same numbers out, and back to the same bits."""
+"""Random BERTs of transformers, loaded from the files they save: same outputs, and a bit-exact export."""
 
 import dataclasses
 from typing import Any
@@ -40,7 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "token": ("BertForTokenClassification", {"num_labels": 3}, ("logits",)),
     "spans": ("BertForQuestionAnswering", {}, ("start_logits", "end_logits")),
 }
-torch_too = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]  # transformers warns of its own plans
+torch_too = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]  # transformers has deprecation warnings
 
 
 def inputs() -> dict[str, np.ndarray]:
@@ -51,7 +51,7 @@ def inputs() -> dict[str, np.ndarray]:
 
 
 def make(name: str) -> Any:
-    """A model of transformers with every parameter drawn at random."""
+    """A model of transformers with random parameters."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     kind, fields, _ = CASES[name]
     model = getattr(transformers, kind)(transformers.BertConfig(**FIELDS | fields)).eval()
@@ -102,7 +102,7 @@ class TestTransformers:
         assert back.config.hidden_act in (reference.config.hidden_act, "gelu_new", "gelu")
 
     def test_the_gradient_of_pretraining(self):
-        """Hugging Face's loss is a mean without the original's 1e-5, which here is 1e-6 of it."""
+        """Hugging Face's loss is a mean without the original's 1e-5, which changes it by 1e-6."""
         torch, hf_model = pytest.importorskip("torch"), make("pretraining")
         arrays = inputs()
         positions = np.array([[1, 4, 9], [2, 5, 0], [1, 0, 0]])
@@ -131,7 +131,7 @@ class TestTransformers:
         actual = save_table(HF.table(config), {"params": grads})
         for key, tensor in hf_model.named_parameters():
             reference = tensor.grad.numpy()
-            if not key.endswith("key.bias"):  # 0 but for rounding: a softmax does not see it
+            if not key.endswith("key.bias"):  # 0 but for rounding: a softmax is invariant to it
                 assert np.abs(actual[key] - reference).max() <= LIMIT * np.abs(reference).max(), key
 
     @pytest.mark.parametrize("prefix", ["module.", "module.bert.", "0.auto_model."])

@@ -22,7 +22,7 @@ def recipe(repository):
 
 @pytest.fixture(scope="module")
 def small(recipe, tmp_path_factory):
-    """A config of seconds, on 7 documents."""
+    """A config that runs in seconds, on 7 documents."""
     folder = tmp_path_factory.mktemp("texts")
     for number in range(7):
         lines = [SENTENCES[(number + i * i) % 4] for i in range(3 + number)]

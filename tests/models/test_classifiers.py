@@ -1,4 +1,4 @@
-"""ResNet and ViT as classifiers: the same step on one device and on eight, and real digits learned in seconds."""
+"""ResNet and ViT as classifiers: the same step on one device and on eight, and training on real digits in seconds."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def batch(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def methods() -> dict[str, tuple[Any, int]]:
-    """Name -> (method, micro-batches of a step), everything switched on between the two."""
+    """Name -> (method, micro-batches of a step); together the two use every option."""
     half: Any = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     mixing = Mixing(cutmix=1.0)
     resnet = Classification(ResNetClassifier(RESNET), C, mixing=mixing, label_smoothing=0.1, weight_ema=0.8, **half)
@@ -131,7 +131,7 @@ def test_real_digits_are_learned(classifier: Any, transform: Any, loss: float, r
 
 
 def test_evaluation_is_the_network_itself():
-    """By the running statistics, without a draw, and nothing moves."""
+    """Evaluation uses the running statistics, is deterministic and changes no state."""
     pixels = jax.random.normal(jax.random.key(1), (3, SIDE, SIDE, 3))
     classifier: Any = ResNetClassifier(RESNET)
     params, stats = jax.jit(classifier.init)(jax.random.key(2), pixels)

@@ -1,4 +1,4 @@
-"""CLIP: sizes, towers, pooling, layouts, the method over three lifts, the handle."""
+"""CLIP: sizes, towers, pooling, layouts, the method over three lifts, CLIPModel."""
 
 import dataclasses
 import json
@@ -63,7 +63,7 @@ def batch(config: CLIPConfig, size: int = 12, dtype: type = np.uint8) -> dict[st
 
 
 def model(config: CLIPConfig, seed: int = 0) -> CLIPModel:
-    """Every leaf drawn at random: zeros and ones hide mistakes."""
+    """Every leaf is random: zeros and ones hide mistakes."""
     shapes = CLIPModel.shapes(config)
     rng = np.random.default_rng(seed)
 
@@ -176,7 +176,7 @@ def same(one, other) -> bool:
 @pytest.mark.parametrize("name", ["vit", "modified", "bias"])
 def test_layouts_there_and_back(tmp_path, name, layout):
     config = {"vit": VIT, "modified": MODIFIED, "bias": dataclasses.replace(VIT, init_bias=-10.0)}[name]
-    # Where no config goes with the weights, heads are 64 wide.
+    # Without a config beside the weights, heads are 64 wide.
     if layout == "openai":
         wide = {"vit": ViTConfig.clip(22, 11, 64, 1, 1, 19), "modified": ResNetConfig.clip(32, (1, 2, 1, 1), 2, 1, 7)}
         text = dataclasses.replace(TEXT, width=64, heads=1)

@@ -31,7 +31,7 @@ METHODS = {
     "modified": CLIP(CLIPConfig(RESNET, dataclasses.replace(TEXT, depth=1), 7, init_temperature=0.5)),
 }
 RATES = {"vit": 0.1, "modified": 0.01}
-"""Of SGD. Larger ones, or CLIP's own temperature, and batch normalisation multiplies rounding from step to step."""
+"""The rate of SGD. With a larger one, or CLIP's temperature, batch normalisation amplifies rounding at every step."""
 MESHES = {"data": MeshConfig(data=8), "fsdp": MeshConfig(data=4, fsdp=2, min_size=8)}
 LIFTS = [("vit", "pmap"), ("vit", "data"), ("vit", "fsdp"), ("modified", "pmap"), ("modified", "data")]
 SIZE, STEPS = 16, 5
@@ -48,8 +48,8 @@ def batch(config: CLIPConfig, seed: int = 3) -> dict[str, np.ndarray]:
 
 
 def is_blind(path: str) -> bool:
-    """Biases of keys add the same to all of a query's scores, which a softmax does not see: their true gradient is 0,
-    and what is found there is rounding."""
+    """Biases of keys add the same value to all of a query's scores; a softmax is invariant to it: their gradient is 0
+    but for rounding."""
     return path.endswith(("attention/k/bias", "attention_pool/k/bias"))
 
 
@@ -65,7 +65,7 @@ def near(got: dict[str, Any], want: dict[str, Any], tolerance: float = 1e-5) -> 
 
 
 def started(method: CLIP, optimizer: Optimizer) -> Any:
-    """A state without a leaf that is nothing but zeros: a bias that starts at zero is only a sum of gradients, and
+    """A state without a leaf of zeros: a bias that starts at zero is only a sum of gradients, and
     rounding is relative to the terms of a sum, not to what is left of them."""
     state = jax.jit(lambda: create_state(method, optimizer, jax.random.key(0), batch(method.config)))()
     rng = np.random.default_rng(5)
@@ -84,7 +84,7 @@ def flat(state: Any) -> dict[str, Any]:
 def run_lifts() -> dict[str, Any]:
     """Metrics and leaves after some steps of each method under each lift; run in a process of 8 virtual devices.
 
-    With SGD: Adam divides each gradient by its own size, and so makes whole steps of what is nothing but rounding.
+    With SGD: Adam divides each gradient by its own size and turns rounding errors into full steps.
     """
     results: dict[str, Any] = {}
     for name, method in METHODS.items():
@@ -123,7 +123,7 @@ def test_every_lift_is_the_same_step(lifted: dict[str, Any], name: str, lift: st
 
 @pytest.mark.parametrize(("name", "lift"), [("vit", "jit"), ("modified", "jit"), *LIFTS])
 def test_every_leaf_moves_far_and_as_far_under_every_lift(lifted: dict[str, Any], name: str, lift: str):
-    """Beside the leaves themselves, of which five steps are a part."""
+    """The changes of five steps are compared, not only the leaves."""
 
     def moves(kind: str) -> dict[str, np.ndarray]:
         start, end = (lifted[f"{name}/{which}"]["leaves"] for which in ("start", kind))
@@ -142,7 +142,7 @@ def test_every_leaf_moves_far_and_as_far_under_every_lift(lifted: dict[str, Any]
 
 @functools.cache
 def beginning(config: CLIPConfig) -> tuple[Any, Any]:
-    """(parameters, carry) of a config, once for all its ways of being computed."""
+    """(parameters, carry) of a config, shared by all ways to compute it."""
     return jax.jit(lambda: CLIP(config).init(jax.random.key(0), batch(config)))()
 
 
@@ -178,7 +178,7 @@ def near_gradients(got: dict[str, Any], want: dict[str, Any]) -> None:
 
 
 def kept_bytes(method: CLIP) -> int:
-    """What the backward pass of the loss keeps of the forward pass, parameters included; by shapes alone."""
+    """Bytes of the forward pass that are stored for the backward pass, parameters included; from shapes alone."""
     rows = batch(method.config)
     params, carry = begun(method)
     residuals = jax.eval_shape(
@@ -208,7 +208,7 @@ def test_chunks_give_the_gradient_of_the_whole_batch(blocks: int, remat: bool):
     for name, metric in metrics.items():
         np.testing.assert_allclose(chunked_metrics[name], metric, rtol=1e-5, atol=1e-6, err_msg=name)
     near_gradients(same, grads)
-    # Not what parts of a batch by themselves give.
+    # Differs from the loss of the parts of a batch alone.
     assert abs(loss_of_a_quarter(plain) - float(value)) > 0.1
 
 

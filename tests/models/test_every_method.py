@@ -48,7 +48,7 @@ RESNET = ResNetConfig((1, 1), "basic", "cifar", 3, (3, 5), num_classes=5)
 
 
 def batch(seed: int = 0) -> dict[str, np.ndarray]:
-    """What every text and image method reads; rows have between one and all of their tokens, labels and words."""
+    """Inputs of every text and image method; rows have between one and all of their tokens, labels and words."""
     rng = np.random.default_rng(seed)
     mask = (np.arange(LENGTH) < np.array([7, 1, 3, 2, 7, 6, 1, 5])[:, None]).astype(np.int32)
     ids = rng.integers(5, VOCAB, (SIZE, LENGTH)).astype(np.int32) * mask
@@ -86,7 +86,7 @@ METHODS: dict[str, Callable[[str], Method]] = {
     "albef_classes": lambda d: AlbefClassification(replace(tiny.still(tiny.PAIRS), dtype=d)),
     "albef_answers": lambda d: AlbefAnswering(replace(tiny.still(tiny.ANSWERS), dtype=d)),
 }
-"""Any cut of a batch is the whole of it."""
+"""Methods whose gradient is the same for any cut of a batch."""
 
 
 WITHIN_A_BATCH: dict[str, Callable[[str], Method]] = {
@@ -98,7 +98,7 @@ WITHIN_A_BATCH: dict[str, Callable[[str], Method]] = {
     "albef_retrieval": lambda d: AlbefRetrieval(replace(tiny.still(tiny.RETRIEVAL), dtype=d)),
     "albef": lambda d: tiny.pretraining(replace(tiny.still(tiny.PRETRAINING), dtype=d)),
 }
-"""Examples that are seen together matter: negatives or statistics of the micro-batch are not those of the batch."""
+"""Methods whose examples interact: negatives or statistics of the micro-batch differ from those of the batch."""
 
 
 def batch_of(name: str, seed: int = 0) -> dict[str, np.ndarray]:
@@ -156,7 +156,7 @@ def test_bfloat16_trains(name: str):
         state, metrics = step(state, rows)
         losses.append(float(metrics["loss"]))
     assert np.isfinite(losses).all() and int(state.skipped.total) == 0
-    # MoCo's queue begins with random keys, which are easy to tell from an image's own: it is full of real ones after 2.
+    # MoCo's queue starts with random keys, which are easy negatives: after 2 steps it is full of real ones.
     assert losses[-1] < 0.95 * losses[2 if name == "moco" else 0], losses
     floats = [leaf for leaf in jax.tree.leaves((state.params, state.ema, state.stats)) if leaf.dtype != jnp.int32]
     assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}

@@ -30,7 +30,7 @@ STARTS = METHODS | {
 
 
 def random_state(shapes, seed):
-    """A state of these shapes without the time to compile how it begins."""
+    """A state of these shapes, without compiling the initialisation."""
     rng = np.random.default_rng(seed)
 
     def leaf(shape):

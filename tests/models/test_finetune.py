@@ -1,4 +1,4 @@
-"""experiments/finetune_classifier.py on every kind of encoder: what moves, what comes out, and what is refused."""
+"""experiments/finetune_classifier.py on every kind of encoder: which parameters change, outputs, errors."""
 
 import dataclasses
 import json
@@ -87,7 +87,7 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(models, digits, tmp_
     assert sum(numbers.values()) == 2 * size + sum(number for number in numbers.values() if number == 1)
     everything = size == sum(leaf.size for leaf in end.values())
     message = f" {size:,}, all trainable" if everything else f", {size:,} trainable"
-    assert message in capsys.readouterr().out  # the facts at the start
+    assert message in capsys.readouterr().out  # the facts printed at the start
 
     statistics = tree.flatten(after["stats"])
     assert statistics.keys() == tree.flatten(before.stats).keys()
@@ -173,7 +173,7 @@ def test_the_rate_falls_a_layer_at_a_time(models, digits):
     [("vit", "head", "0.1"), ("moco", "2", "0.02"), ("clip_vit", "2", "0.01"), ("resnet", "all", "0.02")],
 )
 def test_it_learns_handwriting(models, digits, tmp_path, name, tune, rate):
-    """Through the command line, on 60 images; the loss halves, and most of the 15 held out are told apart."""
+    """Through the command line, on 60 images; the loss halves, and most of the 15 held out are classified correctly."""
     flags = ["train", str(FILE), "--init_from", str(models[name]), "--data", str(digits), "--workdir", str(tmp_path)]
     flags += ["--tune", tune, "--learning_rate", rate, "--batch_size", "30", "--steps", "60", "--held_out", "0.2"]
     flags += ["--layer_decay", "1", "--crop", "0.8", "--log_every", "1", "--no-tensorboard", "--augment", "False"]
@@ -190,7 +190,7 @@ def test_it_learns_handwriting(models, digits, tmp_path, name, tune, rate):
 
 
 def test_a_moco_run_is_fine_tuned(digits, tmp_path):
-    """From the workdir of a run: the query encoder's backbone with its own statistics, and no other."""
+    """From the workdir of a run: only the query encoder's backbone and its statistics are loaded."""
     method, views = MoCoMethod(MOCO), jnp.zeros((8, 19, 19, 3))
     state = create_state(method, Optimizer(optax.sgd(0.1)), jax.random.key(0), {"view_1": views, "view_2": views})
     stats = {"query": jax.tree.map(lambda leaf: leaf + 1, state.stats["query"]), "key": state.stats["key"]}

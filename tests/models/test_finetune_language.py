@@ -1,4 +1,4 @@
-"""The recipe that tunes a language model: by adapters and as a whole, from a folder and back to one."""
+"""The recipe that fine-tunes a language model, with adapters and in full, from a folder to an exported folder."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""The recipes of ImageNet classifiers: at full size without data, in small with some."""
+"""The recipes of ImageNet classifiers: at full size without data, at small size with data."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def test_the_whole_step_traces_at_full_size(config: Any, parameters: int):
 
 
 def test_the_newer_recipe_is_what_its_command_line_says():
-    """The line stands in the experiment's docstring."""
+    """The command line is in the experiment's docstring."""
     docstring = (EXPERIMENTS / "resnet_50_imagenet.py").read_text().split('"""')[1]
     assert NEWER.split() == docstring[docstring.index("--steps") : docstring.index("Batch norm")].split()
     config = newer()
@@ -148,7 +148,7 @@ def test_data_is_checked(tmp_path: pathlib.Path):
 
 
 def test_batches_and_evaluation_come_from_a_folder(tmp_path: pathlib.Path):
-    """Crops and RandAugment on the host; all of `val`, resized and cropped, is judged."""
+    """Crops and RandAugment on the host; all of `val`, resized and cropped, is evaluated."""
     fields: Any = {"data": pictures(tmp_path / "data"), "images": 10, "classes": 2, "size": 28, "workers": 0}
     config = recipe("vit_augreg", batch_size=5, **fields)
     train_data = config.train_data()

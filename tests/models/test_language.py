@@ -1,4 +1,4 @@
-"""The language models against transformers on random weights, and what needs no reference."""
+"""The language models against transformers on random weights, and tests without a reference."""
 
 import dataclasses
 import math
@@ -97,7 +97,7 @@ MASK = np.array([[1] * 11, [0] * 4 + [1] * 7, [0] * 9 + [1] * 2], np.int32)
 
 @pytest.fixture(scope="module", params=FORMS)
 def pair(request, tmp_path_factory):
-    """(theirs, ours, the folder it was saved to)."""
+    """(transformers' model, the loaded model, the folder of its files)."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     kind, fields = FORMS[request.param]
     torch.manual_seed(0)
@@ -112,7 +112,7 @@ def pair(request, tmp_path_factory):
 
 
 def first_part(row):
-    """A row up to its first end: what is behind it is padding, of either sort."""
+    """A row up to its first end token: the rest is padding of either kind."""
     row = list(map(int, row))
     return row[: row.index(EOS) + 1] if EOS in row else row
 
@@ -129,7 +129,7 @@ def test_logits_are_those_of_transformers(pair):
     real = MASK.astype(bool)
     for name, array in (("logits", expected.logits), ("last_hidden_state", expected.hidden_states[-1])):
         if name == "last_hidden_state" and loaded.config.embed_width is not None:
-            continue  # transformers tells the narrow states there
+            continue  # transformers returns the narrow states there
         error = np.abs(np.asarray(outputs[name]) - array.numpy())[real].max()
         assert error <= 1e-4 * np.abs(array.numpy()).max(), name
 
@@ -203,7 +203,7 @@ def random_model(config, seed=0):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_steps_over_kept_keys_are_the_whole_pass(name):
-    """Two rows an item, with different tokens, after ragged prompts on either side."""
+    """Two rows an item, with different tokens, after ragged prompts padded on either side."""
     model = random_model(CONFIGS[name])
     steps, variables = model.decodable(), model.variables
     rng = np.random.default_rng(1)
@@ -231,7 +231,7 @@ def test_steps_over_kept_keys_are_the_whole_pass(name):
 
 @pytest.mark.parametrize("name", ["rotary", "learned", "alibi", "window"])
 def test_what_was_read_serves_the_next_turn(name):
-    """Prompt, answer, next prompt: from what is kept as from the whole text."""
+    """Prompt, answer, next prompt: the cached state gives the same answer as the whole text."""
     model = random_model(CONFIGS[name])
     rng = np.random.default_rng(2)
     first, second = rng.integers(3, V, (1, 5)).astype(np.int32), rng.integers(3, V, (1, 4)).astype(np.int32)
@@ -239,7 +239,7 @@ def test_what_was_read_serves_the_next_turn(name):
     results = generate(model.decodable(), model.variables, {"input_ids": first}, options)
     answer = np.asarray(results.ids[:, 0])
     assert results.state is not None
-    # The last token was chosen, and not read yet: it begins the next prompt.
+    # The last token was generated and is not in the cache: it begins the next prompt.
     rest = np.concatenate([answer[:, -1:], second], 1)
     cached = generate(model.decodable(), model.variables, {"input_ids": rest, "past": remember(results.state)}, options)
     whole = np.concatenate([first, answer, second], 1)
@@ -366,7 +366,7 @@ def test_added_tokens_are_rows_of_a_larger_vocabulary(tied):
 
 
 def test_the_loss_of_a_spliced_prompt():
-    """Embeddings in, with padding on the left: as of the ids without it."""
+    """Input embeddings padded on the left have the loss of the ids without padding."""
     config, batch = tiny(), {"input_ids": jnp.asarray(PROMPTS), "labels": jnp.asarray(PROMPTS)}
     params = random_model(config).params
     embeds = Decoder(config).apply({"params": params}, PROMPTS, method="embed")
@@ -379,7 +379,7 @@ def test_the_loss_of_a_spliced_prompt():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_loss_of_a_frozen_int8_model(tied):
-    """Of the matrices that int8 stands for, in value and in the gradient of the prompt; no gradient is of integers."""
+    """The loss and the prompt's gradient equal those of the dequantised matrices; integers have no gradient."""
     pytest.importorskip("qwix")
     config = tiny(tied=tied, remat=True)
     model = random_model(config)
@@ -501,7 +501,7 @@ LONG = LongRope((1.0, 1.5), (2.0, 7.0), 14, 1.1)
 
 @pytest.mark.parametrize(("new", "crosses"), [(4, False), (5, True)])
 def test_a_generation_keeps_the_long_or_short_waves_that_it_began_with(new, crosses):
-    """11 ids of prompt and `new` ones, of which the last is not read: 14 tokens are short, 15 are long."""
+    """11 prompt ids and `new` ids, of which the last is not processed: 14 tokens are short, 15 are long."""
     mixed = random_model(tiny(positions=Rotary(100.0, longrope=LONG)))
     waves = LONG.long if crosses else LONG.short
     alike, other = (

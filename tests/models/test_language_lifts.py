@@ -1,4 +1,4 @@
-"""A language model's training step, with adapters: one device, eight by pmap and by a mesh end in the same place."""
+"""A language model's training step, with adapters: one device, eight by pmap and by a mesh give the same result."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ DECODER = DecoderConfig.llama(12, 2, 2, 20, vocab_size=VOCAB, kv_heads=1, head_w
 
 
 def batch(seed: int) -> dict[str, np.ndarray]:
-    """Texts of 11 tokens, of which a device has more labels than another."""
+    """Texts of 11 tokens; devices have different numbers of labels."""
     rng = np.random.default_rng(seed)
     ids, labels = rng.integers(5, VOCAB, (2, SIZE, 11)).astype(np.int32)
     labels[np.arange(11) > rng.integers(1, 11, SIZE)[:, None]] = -100
@@ -26,7 +26,7 @@ def batch(seed: int) -> dict[str, np.ndarray]:
 
 
 def run() -> dict[str, Any]:
-    """With SGD: Adam makes whole steps of gradients that are nothing but rounding."""
+    """With SGD: Adam turns gradients that are rounding errors into full steps."""
     method: Method = LoRA(CausalLM(DECODER, z_loss=1e-3), ADAPTERS)
     optimizer, batches = Optimizer(sgd(0.05, 0.9), ADAPTERS.partition()), [batch(seed) for seed in range(STEPS)]
     return run_lifts({"adapters": (method, optimizer, batches)}, ("jit", "pmap", "mesh"))

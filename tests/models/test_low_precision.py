@@ -27,7 +27,7 @@ def opt_model():
 
 
 MODELS = {"opt": opt_model, "t5": lambda: t5_model(GATED)}
-"""One whose head is its embedding, and one with a head of its own."""
+"""One with tied and one with untied embeddings."""
 
 
 def dequantised(model):
@@ -39,7 +39,7 @@ def dequantised(model):
 
 @pytest.fixture(scope="module", params=MODELS)
 def pair(request, tmp_path_factory):
-    """(as it was, loaded in int8)"""
+    """(the original model, the model loaded in int8)"""
     folder = tmp_path_factory.mktemp("model")
     model = MODELS[request.param]()
     mmjax.save(model, folder)
@@ -72,7 +72,7 @@ def test_logits_are_those_of_the_dequantised_copy(pair):
     assert actual.dtype == jnp.float32
     np.testing.assert_allclose(actual, expected, atol=1e-5 * scale)
     moved = np.abs(np.asarray(model.forward(**batch)["logits"]) - expected).max() / scale
-    assert 1e-5 < moved < 0.1  # the weights are other ones, and near
+    assert 1e-5 < moved < 0.1  # the weights differ, but by little
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -1,4 +1,4 @@
-"""MoCo: ShuffleBN, the queue's order, v3's loss against PyTorch, frozen stem, drift, layouts, sizes."""
+"""MoCo: ShuffleBN, the order of the queue, v3's loss against PyTorch, frozen stem, drift, layouts, sizes."""
 
 import dataclasses
 import functools
@@ -72,11 +72,11 @@ def near(got: Any, want: Any, tolerance: float = 1e-5) -> None:
 
 
 def test_the_first_step_by_hand():
-    """Keys come from the momentum encoder after its update, which follows the parameters of before the step; negatives
-    are the queue of before; the keys go to the cursor's place."""
+    """Keys come from the momentum encoder after its update, which uses the parameters before the step; negatives
+    are the queue before the step; the keys are written at the cursor."""
     method, views = MoCoMethod(V2), batch()
     state = started(method, SGD, views)
-    # Apart from the query encoder, and a cursor in the last place.
+    # The key encoder differs from the query encoder, and the cursor is at the last position.
     moved = jax.tree.map(lambda leaf: leaf + 0.1, state.ema)
     queue = state.queues["keys"]
     state = state.replace(ema=moved, queues={"keys": queue.replace(cursor=jnp.int32(32))})
@@ -119,7 +119,7 @@ def test_key_drift_by_hand():
     drift = 1 - np.mean(np.sum(np.asarray(before, np.float64) * np.asarray(after, np.float64), 1))
     assert drift > 1e-6
     np.testing.assert_allclose(metrics["key_drift"], drift, atol=3e-7)
-    # Telling the drift changes nothing else.
+    # Reporting the drift changes nothing else.
     plain = MoCoMethod(V2)
     near(stepped(plain)(started(plain, SGD, first), first)[0].params, one.params, 1e-6)
 
@@ -134,7 +134,7 @@ def test_feature_std_is_one_on_the_sphere_and_zero_for_one_point():
 
 
 def test_shuffling_changes_who_is_normalised_together_and_puts_keys_back():
-    """With groups of the whole batch order is nothing; with eight, keys are those of the permuted batch, put back."""
+    """With one group the order has no effect; with eight, keys are those of the permuted batch, put back in order."""
     method, views, rng = MoCoMethod(V2, bn_groups=8), batch(), jax.random.key(5)
     carry = started(method, SGD, views).carry
     shuffled, stats = method._shuffled_keys(carry, views["view_2"], rng, None)
@@ -144,14 +144,14 @@ def test_shuffling_changes_who_is_normalised_together_and_puts_keys_back():
     by_hand, hand_stats = method.encode(carry.ema, carry.stats["key"], views["view_2"][order], None, False)
     near({"keys": shuffled}, {"keys": np.asarray(by_hand)[np.argsort(order)]})
     near(stats, hand_stats)
-    # A key's partners are others than its query's, in all groups but by rare chance.
+    # A key is normalised with other examples than its query, in nearly all groups.
     partners = {frozenset(pair) for pair in order.reshape(8, 2).tolist()}
     assert len(partners & {frozenset((i, i + 1)) for i in range(0, 16, 2)}) <= 2
     assert np.abs(np.asarray(shuffled - in_order)).max() > 1e-2
 
 
 SLOW = optax.sgd(0.01)
-"""With larger steps the norms of v3's heads multiply rounding from one to the next."""
+"""With larger steps the norms of v3's heads amplify rounding at every step."""
 LIFTED = {
     "v2": (MoCoMethod(V2, bn_groups=8, drift_rows=5), SGD, 9),
     "v3": (MoCoMethod(MoCoConfig(CIFAR, 3, 2, 13, 7, True, 0, 0.99, 1.0), cosine_steps=10), Optimizer(SLOW), 9),
@@ -209,7 +209,7 @@ def test_one_device_and_eight_have_the_same_metrics(lifted: dict[str, Any], vers
 
 
 ZERO = {"v2": set(), "v3": {"stats/query/predictor/bn_0/mean"}, "v3_vit": {"stats/query/predictor/bn_0/mean"}}
-"""Rounding alone: the predictor's first matrix, without a bias, sees what a norm has centred."""
+"""Rounding alone: the input of the predictor's first matrix, which has no bias, is centred by a norm."""
 
 
 @pytest.mark.parametrize("version", LIFTED)
@@ -233,7 +233,7 @@ def test_momentum_rises_by_half_a_cosine():
 
 @pytest.mark.torch
 def test_v3_loss_and_gradient_equal_pytorch():
-    """The heads and the loss again in PyTorch, from the fact sheet, on the features of the backbone."""
+    """The heads and the loss written in PyTorch, from the fact sheet, on the features of the backbone."""
     torch = pytest.importorskip("torch")
     functional = torch.nn.functional
     config = MoCoConfig(CIFAR, 3, 2, 13, 7, False, 0, 0.99, 0.3)
@@ -394,7 +394,7 @@ def test_the_query_encoder_alone_loads(tmp_path: pathlib.Path):
     near(model.params, variables["params"], 0)
     near(model.stats["query"], variables["stats"]["query"], 0)
     assert not model.config.holds_state
-    # A key encoder starts as its copy; what is written back is what was read.
+    # A key encoder starts as a copy; the exported arrays are those that were loaded.
     near(model.stats["key"], variables["stats"]["query"], 0)
     mmjax.export(model, tmp_path / "out", layout="v2")
     near(mmjax.load(tmp_path / "out").params, variables["params"], 0)

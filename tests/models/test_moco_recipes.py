@@ -31,7 +31,7 @@ def recipe(name: str, **fields: Any) -> Any:
 
 
 def moved(config: Any, step: int, leaf: float, gradient: float, ndim: int) -> float:
-    """How far one parameter goes at a step, as the optimizer's first update there with no momentum behind it."""
+    """The change of one parameter at a step, as the optimizer's first update without earlier momentum."""
     optimizer = config.optimizer()
     shape = (1,) * ndim
     params = {
@@ -157,7 +157,7 @@ def test_data_is_checked(tmp_path: pathlib.Path):
 
 
 def test_the_device_leaves_crops_where_they_are():
-    """Without colour, blur and flip a view is its crop, normalised."""
+    """Without colour, blur and flip a view is the normalised crop."""
     views = {
         name: np.random.default_rng(i).integers(0, 256, (2, 11, 11, 3), np.uint8)
         for i, name in enumerate(("view_1", "view_2"))

@@ -1,4 +1,4 @@
-"""ResNets of every published size, and what tells them apart."""
+"""ResNets of every published size, and the differences between them."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ BASIC = ResNetConfig(layers=(2, 1), block="basic", stem_width=6, stage_widths=(6
 
 
 def randomised(config, seed=0):
-    """Variables of a config: every parameter and statistic drawn at random."""
+    """Variables of a config, with random parameters and statistics."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -105,7 +105,7 @@ def test_v1_and_v1_5_have_the_same_parameters_and_different_numbers():
 
 
 def test_dilation_keeps_the_size_and_sees_what_the_stride_sees():
-    """At the pixels that the strided net computes, the first dilated block gives the same numbers."""
+    """At the pixels that the strided net computes, the first dilated block has the same values."""
     config = ResNetConfig(layers=(1, 1), stem_width=8, stage_widths=(4, 6), num_classes=0)
     dilated = dataclasses.replace(config, dilate=(True, False, False))
     variables = randomised(config)

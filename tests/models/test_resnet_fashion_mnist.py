@@ -1,4 +1,4 @@
-"""The Fashion-MNIST experiment, in small: from the four files to a run that is evaluated, loaded and asked."""
+"""The Fashion-MNIST experiment, at small size: from the four files to a run that is evaluated, loaded and called."""
 
 import gzip
 import pathlib
@@ -49,7 +49,7 @@ def test_from_files_to_answers(folder: pathlib.Path, tmp_path: pathlib.Path):
     _, state, step = load_run(str(tmp_path))
     scores = scores_of(config.evaluations()[0], state)
     assert step == 30 and scores["classification_top1"].value == last["val/classification_top1"]
-    # What is loaded are the averaged weights with their own statistics, which were judged.
+    # The averaged weights and their statistics are loaded; the evaluation used them.
     loaded: Any = mmjax.load(tmp_path)
     checkpoint = load_params(tmp_path)
     np.testing.assert_array_equal(loaded.params["head"]["kernel"], checkpoint["ema"]["head"]["kernel"])

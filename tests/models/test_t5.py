@@ -1,4 +1,4 @@
-"""T5: sizes, parity with transformers (logits, loss, gradients), layouts, cached decoding, the method, the handle."""
+"""T5: sizes, parity with transformers (logits, loss, gradients), layouts, cached decoding, the method, T5Model."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ COUNTS = {
 
 
 def model(config: T5Config, seed: int = 0) -> T5Model:
-    """Every leaf drawn at random: zeros and ones hide mistakes."""
+    """Every leaf is random: zeros and ones hide mistakes."""
     rng = np.random.default_rng(seed)
 
     def draw(path: str, leaf: Any) -> np.ndarray:
@@ -88,7 +88,7 @@ def test_a_config_survives_json():
 
 
 def reference(config: T5Config, folder: Any) -> Any:
-    """A T5ForConditionalGeneration of transformers with our random weights, by way of an export."""
+    """A T5ForConditionalGeneration of transformers with our random weights, from an export."""
     transformers = pytest.importorskip("transformers")
     mmjax.export(model(config), folder)
     kind = transformers.T5ForConditionalGeneration
@@ -259,7 +259,7 @@ def test_blip2_takes_the_erf_gelu(tmp_path):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_cached_decoding_is_the_whole_decoder(name):
-    """Rows of one item with different tokens: as many separate runs; a prompt of several tokens; ragged inputs."""
+    """Rows of one item with different tokens equal separate runs; a prompt of several tokens; ragged inputs."""
     vlm, batch = model(CONFIGS[name]), inputs()
     rows, begun, new = 2, 4, 23
     prompt = batch["decoder_input_ids"][:, :begun]
@@ -323,7 +323,7 @@ BEAMS = {"num_beams": 4}
     ],
 )
 def test_generated_ids_as_transformers(tmp_path, name, eos, asked):
-    """Rows end at different lengths, by ids that these weights do write; the penalty counts what the decoder read."""
+    """Rows end at different lengths, at ids that these weights do generate; the penalty counts the decoder's inputs."""
     torch, batch = pytest.importorskip("torch"), inputs(17)
     hf_model = reference(dataclasses.replace(CONFIGS[name], eos=(eos,)), tmp_path)
     loaded = mmjax.load(tmp_path)
@@ -332,7 +332,7 @@ def test_generated_ids_as_transformers(tmp_path, name, eos, asked):
         outputs = loaded.generate(
             batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=14, **options
         )
-        # Its cache has as many layers as the encoder, which are too few here.
+        # The cache of transformers has as many layers as the encoder, which are too few here.
         expected = hf_model.generate(**tensors, max_new_tokens=14, use_cache=False, **options).numpy()[:, 1:]
         outputs, expected = ([_until(row, eos) for row in np.asarray(rows)] for rows in (outputs, expected))
         assert outputs == expected, options
@@ -406,7 +406,7 @@ def test_rematerialisation_changes_no_gradient():
 
 
 def test_whatever_drops_knows_the_axis_that_cuts_the_batch():
-    """Or devices would draw the same for their shares (`mmjax.nn.dropout`)."""
+    """Otherwise devices would sample the same masks (`mmjax.nn.dropout`)."""
     results = []
 
     def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:

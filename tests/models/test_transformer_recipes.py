@@ -1,4 +1,4 @@
-"""The Transformer's experiments in small: from the command's function to a workdir that is loaded and translates."""
+"""The Transformer's experiments at small size: from the command's function to a loaded workdir that translates."""
 
 import pathlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""The Transformer: sizes, layouts there and back, decoding step by step, the method over lifts, the handle."""
+"""The Transformer: sizes, layouts there and back, cached decoding, the method over lifts, TransformerModel."""
 
 import dataclasses
 import functools
@@ -54,7 +54,7 @@ CONFIGS = {"paper": PAPER, "marian": MARIAN, "two": TWO, "own head": OWN_HEAD, "
 
 
 def model(config: TransformerConfig, seed: int = 0) -> TransformerModel:
-    """Every leaf drawn at random: zeros and ones hide mistakes."""
+    """Every leaf is random: zeros and ones hide mistakes."""
     rng = np.random.default_rng(seed)
     variables = tree.map_with_path(
         lambda path, leaf: (0.4 * rng.normal(size=leaf.shape) + path.endswith("scale")).astype(np.float32),
@@ -181,7 +181,7 @@ def test_foreign_configs_are_refused(tmp_path, told, wrong):
 
 @pytest.mark.parametrize("name", ["marian", "torch"])
 def test_steps_are_the_whole_at_once(name):
-    """Two rows an item that are given different tokens, after a start of two tokens, on padded sources."""
+    """Two rows an item with different tokens, after a start of two tokens, on padded sources."""
     config = CONFIGS[name]
     params, ids = model(config).params, jnp.asarray(batch(config, 3)["input_ids"])
     decodable, variables, mask = TransformerDecodable(config), {"params": params}, ids != config.pad
@@ -257,7 +257,7 @@ def test_labels_are_shifted_and_counted():
 
 
 def test_look_ups_of_the_pad_teach_it_nothing():
-    """Marian's decoder begins with the pad: its row moves by the softmax alone, where torch's padding_idx is set."""
+    """Marian's decoder begins with the pad: its row changes through the softmax alone, as with torch's padding_idx."""
     params, ids = model(MARIAN).params, jnp.array([[52, 9]])
 
     def gradient(fixed):
@@ -271,7 +271,7 @@ def test_look_ups_of_the_pad_teach_it_nothing():
 
 
 def test_devices_with_unequal_shares_of_tokens_give_the_mean_of_them_all():
-    """The axis is a mapped one, as under pmap; what it gives is averaged over it by the train step."""
+    """The axis is a mapped one, as under pmap; the train step averages over it."""
     config = dataclasses.replace(PAPER, dropout=0.0, decoder_depth=1)
     method, params, carry = Translation(config), model(config).params, Carry()
     whole = batch(config, 6)

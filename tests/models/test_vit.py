@@ -130,12 +130,12 @@ LAYOUT_CASES = {
 def test_every_layout_there_and_back(tmp_path, layout, config):
     model = randomised(config)
     mmjax.export(model, tmp_path, layout=layout)
-    if layout in ("timm", "dinov2"):  # the number of heads is in no array of theirs
+    if layout in ("timm", "dinov2"):  # no array of these layouts contains the number of heads
         (tmp_path / "config.json").write_text(json.dumps({"model_args": {"num_heads": config.heads}}))
     back = mmjax.load(tmp_path)
     assert back.layout == layout
     equal(back.params, model.params)
-    # What no file tells: how it was initialised; and Google's and timm's networks have one epsilon, one rule.
+    # No file contains the initialisation; Google's and timm's networks have one epsilon and one rule.
     free = {"init": config.init, "rule": config.rule}
     assert dataclasses.replace(back.config, **free) == config
     images = pixels(config)
@@ -214,7 +214,7 @@ def test_what_hugging_face_cannot_hold_is_said(tmp_path):
 
 
 def test_standardised_convolution_by_hand():
-    """The vaults cannot tell biased from unbiased deviation, nor the 1e-5."""
+    """The vaults do not distinguish biased from unbiased deviation, nor test the 1e-5."""
     conv = StdConv(2, 1)
     kernel = jnp.array([[[[1.0, 0.0], [4.0, 0.0], [1.0, 1e-5]]]])
     out = conv.apply({"params": {"kernel": kernel}}, jnp.array([[[[1.0, 0.0, 0.0]]]]))
@@ -277,7 +277,7 @@ def test_the_head_begins_at_its_bias():
 
 
 def test_other_sizes_see_interpolated_positions():
-    """An image of another size is the small table brought to its grid, by the config's own rule."""
+    """For an image of another size the table is interpolated to its grid, by the config's rule."""
     outputs = {}
     for rule in ("dinov2", "bicubic"):
         config = dataclasses.replace(DINO, rule=rule)
@@ -385,7 +385,7 @@ DINO_HF = SIZES | {"mlp_ratio": 3, "image_size": 35}
 
 
 @pytest.mark.torch
-@pytest.mark.filterwarnings("ignore")  # transformers warns of its own plans
+@pytest.mark.filterwarnings("ignore")  # transformers has deprecation warnings
 @pytest.mark.parametrize(
     ("kind", "config", "fields", "size", "outputs"),
     [
@@ -440,7 +440,7 @@ SIGLIP_TOWER = dataclasses.replace(SMALL, num_classes=0, class_token=False, pool
 
 @pytest.mark.parametrize("config", [CLIP_TOWER, REGISTERS, SIGLIP_TOWER], ids=["clip", "registers", "siglip"])
 def test_a_tower_gives_the_tokens_of_one_layer(config):
-    """With the ViT's own parameters, whatever it is a tower of: LLaVA takes CLIP's patches before the last block."""
+    """The tower has the ViT's parameters, in any system: LLaVA takes CLIP's patches before the last block."""
     model, images = randomised(config), pixels(config)
     out = model.forward(images)
     shapes = jax.eval_shape(Tower(config).init, jax.random.key(0), images)["params"]

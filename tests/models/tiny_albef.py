@@ -1,4 +1,4 @@
-"""A tiny ALBEF, its batches, and its methods: what the tests of the methods share."""
+"""A tiny ALBEF, its batches and its methods, shared by the tests of the methods."""
 
 import dataclasses
 from typing import Any
@@ -33,7 +33,7 @@ def pretraining(config: AlbefConfig = PRETRAINING, **fields: Any) -> AlbefPretra
 
 
 def still(config: AlbefConfig) -> AlbefConfig:
-    """The same without dropout."""
+    """The same method without dropout."""
     rates = {"dropout": 0.0, "attention_dropout": 0.0}
     decoder = None if config.decoder is None else dataclasses.replace(config.decoder, **rates)
     return dataclasses.replace(config, text=dataclasses.replace(config.text, **rates), decoder=decoder)
@@ -48,7 +48,7 @@ def texts(rng: np.random.Generator, *shape: int, longest: int = 7) -> tuple[np.n
 
 
 def batch(seed: int = 0, size: int = 24) -> dict[str, np.ndarray]:
-    """What every method finds its own in; several rows have one image id."""
+    """The inputs of every method; several rows share an image id."""
     rng = np.random.default_rng(seed)
     arrays: dict[str, np.ndarray] = {}
     for name in ("image", "image_0", "image_1"):

@@ -20,25 +20,25 @@ CHAT = (
 
 
 def random_params(kind, config, seed=0):
-    """Normal numbers of 0.4 in every leaf."""
+    """Normal values with standard deviation 0.4 in every leaf."""
     rng = np.random.default_rng(seed)
     shapes = kind.shapes(config)["params"]
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.4, leaf.dtype), shapes)
 
 
 def chat_tokenizer() -> Tokenizer:
-    """A byte-level BPE with <s> and </s> around turns."""
+    """A byte-level BPE with <s> and </s> around each turn of a chat."""
     trained = train_tokenizer(LINES, "byte_bpe", 300, ["<s>", "</s>"])
     return Tokenizer(trained.tokenizer, {"bos_token": "<s>", "eos_token": "</s>"}, {"default": CHAT})
 
 
 def tiny_decoder(seed: int = 0) -> LanguageModel:
-    """Two layers with grouped keys, and room for 16 ids more than the tokenizer has."""
+    """Two layers with grouped keys, and a vocabulary 16 ids larger than the tokenizer's."""
     tokenizer = chat_tokenizer()
     size = {"vocab_size": tokenizer.vocab_size + 16, "kv_heads": 1, "head_width": 6, "eos": tokenizer.eos}
     config = DecoderConfig.llama(12, 2, 2, 20, **size, pad=tokenizer.pad)
     params = random_params(LanguageModel, config, seed)
-    # What is no plain text is never the most probable: every text decodes to what encodes to it, or nearly.
+    # Ids that are no plain text are never the most probable: nearly every text encodes to the ids it was decoded from.
     plain = [tokenizer.decode([i]).isascii() and tokenizer.decode([i]).isprintable() for i in range(size["vocab_size"])]
     kernel = jnp.where(jnp.asarray(plain), params["head"]["kernel"], 0)
     return LanguageModel(config, {**params, "head": {"kernel": kernel}}, tokenizer=tokenizer)

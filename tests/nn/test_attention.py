@@ -70,7 +70,7 @@ def test_nobody_to_attend_to_is_everybody(qkv):
 
 
 def test_nobody_to_attend_to_is_nothing_on_request(qkv):
-    """The first query of the first item alone, in a pass and in a step; the others are as before."""
+    """Only the first query of the first item changes, in a pass and in a step."""
     q, k, v = qkv
     mask = jnp.ones((B, 1, L, S), bool).at[0, 0, 0].set(False)
     zero, even = (dot_product_attention(q, k, v, mask, zero_masked=flag) for flag in (True, False))
@@ -87,7 +87,7 @@ def test_nobody_to_attend_to_is_nothing_on_request(qkv):
 
 
 def test_queries_are_not_rounded_by_their_scale():
-    """In bfloat16, with a scale that it cannot hold: as near to the exact weights as the product of exact inputs."""
+    """In bfloat16, with a scale that it cannot represent, the weights are as accurate as those of exact inputs."""
     keys = jax.random.split(jax.random.key(5), 2)
     q, k = (8 * jax.random.normal(key, (1, 7, 1, 12)) for key in keys)
     half = [x.astype(jnp.bfloat16) for x in (q, k)]

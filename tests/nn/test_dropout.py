@@ -24,7 +24,7 @@ def test_share_and_scale():
     np.testing.assert_allclose(np.unique(out), [0, 1 / 0.7], rtol=1e-6)
     n = out.size
     assert abs((out == 0).mean() - 0.3) < 5 * (0.3 * 0.7 / n) ** 0.5
-    # Every example on its own, and no two alike.
+    # Every example has its own mask, and no two are equal.
     assert (np.abs((out == 0).mean((1, 2)) - 0.3) < 5 * (0.3 * 0.7 / (n / 7)) ** 0.5).all()
     assert len({row.tobytes() for row in out}) == 7
     np.testing.assert_array_equal(Dropout(0.3).apply({}, x, False), x)

@@ -1,4 +1,4 @@
-"""Products with int8 matrices, against what their two arrays mean; and that a loop keeps them narrow."""
+"""Products with int8 matrices, against the dequantised matrices; and that a loop keeps them in int8."""
 
 import jax
 import jax.numpy as jnp

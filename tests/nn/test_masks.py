@@ -1,4 +1,4 @@
-"""Each mask against its rule, written out one pair of tokens at a time, and the picture of them all."""
+"""Each mask against its rule, written out one pair of tokens at a time, and the table that shows them all."""
 
 import importlib.util
 import io

@@ -31,7 +31,7 @@ def standard_stack(depth, fields, *args, **kwargs):
 
 
 def randomised(module, *inputs):
-    """Every leaf drawn at random; nothing is computed to know the shapes."""
+    """Every leaf is random; the shapes are found without computing anything."""
     leaves, treedef = jax.tree.flatten(jax.eval_shape(module.init, jax.random.key(0), *inputs))
     rng = np.random.default_rng(23)
     return treedef.unflatten([jnp.asarray(0.5 * rng.normal(size=leaf.shape), jnp.float32) for leaf in leaves])
@@ -93,7 +93,7 @@ def test_a_prompts_padding_is_not_seen(inputs):
 
 
 def test_without_a_context_cross_attention_is_skipped(inputs):
-    """BLIP's text mode: the block is that without cross attention, over the same parameters."""
+    """BLIP's text mode: the block equals one without cross attention, with the same parameters."""
     x, context, _ = inputs
     block = standard_block(**FIELDS)
     variables = randomised(block, x, None, context)

@@ -78,10 +78,10 @@ def test_by_hand():
         # Texts: candidates image_keys y and image_queue x; the label is the first, the teacher x prefers the second.
         texts = wrong * (1 - alpha * sure) + right * alpha * sure
         assert abs(float(value) - (images + texts) / 2) < 1e-6
-    # With a queue entry of the same image both are positives with a share of one half.
+    # If the queue holds a key of the same image, both are positives with a share of one half.
     value = momentum_contrast(x, x, y, x, x, y, 0.5, 0.0, ids=jnp.array([3]), queue_ids=jnp.array([3]))
     assert abs(float(value) - (right + wrong) / 2) < 1e-6
-    # A pair without an image id shares nothing, even with queue entries without one.
+    # A pair without an image id shares nothing, even with keys in the queue without one.
     none = jnp.array([IGNORED])
     value = momentum_contrast(x, x, y, x, x, y, 0.5, 0.0, ids=none, queue_ids=none)
     assert abs(float(value) - (right + wrong) / 2) < 1e-6 and right != wrong

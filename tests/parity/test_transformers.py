@@ -1,6 +1,6 @@
-"""Random models of transformers through the files they save: same numbers out, and back to the same bits.
+"""Random models of transformers, loaded from the files they save: same outputs, and a bit-exact export.
 
-Small models with a prime for every size, and two of full size. Every parameter and buffer is drawn at random first:
+Small models with a prime for every size, and two of full size. Every parameter and buffer is random:
 what a library initialises to zeros and ones hides half of the mistakes.
 """
 
@@ -14,7 +14,7 @@ import pytest
 import mmjax
 from mmjax.weights.files import write_safetensors
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]  # transformers warns of its own plans
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]  # transformers has deprecation warnings
 
 LIMIT = 1e-4
 
@@ -97,7 +97,7 @@ CASES = {
 
 
 def randomise(model: Any, torch: Any) -> None:
-    """Draws every parameter and float buffer as the vaults do."""
+    """Sets every parameter and float buffer to random values, as the vaults do."""
     generator = torch.Generator().manual_seed(17)
 
     def normal(tensor: Any) -> Any:

@@ -13,7 +13,7 @@ CACHE = pathlib.Path(os.environ.get("MMJAX_TEST_WHEELS", pathlib.Path(tempfile.g
 
 
 def wheel(name: str, version: str) -> pathlib.Path:
-    """A wheel, kept between runs; skips when it cannot be had."""
+    """A wheel, cached between runs; skips if it cannot be downloaded."""
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     if not list(CACHE.glob(pattern)):
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(CACHE), f"{name}=={version}"]

@@ -73,7 +73,7 @@ def test_word_piece():
     assert tokenizer.tokenizer.encode("日本", add_special_tokens=False).tokens == ["日", "本"]
     pair = tokenizer.tokenizer.encode("low", "new")
     assert pair.tokens == ["[CLS]", "low", "[SEP]", "new", "[SEP]"] and pair.type_ids == [0, 0, 0, 1, 1]
-    # Symbols have the ids after the special tokens, plain ones before those that go on.
+    # Symbols have the ids after the special tokens, those at the start of a word before the others.
     ordered = sorted(vocabulary, key=lambda token: vocabulary[token])[5:]
     symbols = [token for token in ordered if len(token.removeprefix("##")) == 1]
     assert ordered[: len(symbols)] == symbols and symbols == sorted(symbols, key=lambda s: (s.startswith("##"), s))

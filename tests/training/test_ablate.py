@@ -139,7 +139,7 @@ def test_what_it_writes(together):
 
 
 def test_an_arm_is_a_workdir(kind, together, tmp_path):
-    """Trained on from where the ablation left it, the arm goes on as the plain run of its seed does."""
+    """Resumed from the ablation's checkpoint, the arm equals the plain run of its seed."""
     folder = tmp_path / "arm"
     shutil.copytree(together[0] / "arms" / "momentum=0.9,seed=0", folder)
     longer = kind(steps=9, log_every=1, eval_every=0, tensorboard=False)

@@ -185,7 +185,7 @@ def test_a_box_that_never_fits_is_the_largest_central_one():
 
 @pytest.fixture(scope="module")
 def jitters() -> np.ndarray:
-    """[N, 8]: what the jitter draws: three factors, the shift of hue, the order of three, the place of hue."""
+    """[N, 8]: the jitter's samples: three factors, the shift of hue, the order of three, the position of hue."""
 
     def record_parameters(image, factors, shift, order, hue_at):
         return jnp.concatenate([factors, shift[None], order.astype(jnp.float32), hue_at[None].astype(jnp.float32)])
@@ -222,8 +222,8 @@ def test_jitter_draws_evenly_in_the_ranges_of_torchvision(jitters):
 
 
 def test_a_views_hue_turns_evenly_and_as_often_as_told():
-    """Of a flat image whose hue is a third of the circle, in a jitter of hue alone. How far it turns does not follow
-    from its happening: one draw for both would leave out the turns of the rarer side."""
+    """The shift of a flat image whose hue is a third of the circle, in a jitter of hue alone. The shift is independent
+    of whether it happens: with one sample for both, shifts of the rarer side would be missing."""
     flat = jnp.broadcast_to(jnp.asarray([0.2, 0.8, 0.2]), (5, 5, 3))
     view = View(5, **(PLAIN | {"jitter": (0.0, 0.0, 0.0, 0.1), "jitter_p": 0.8}))
     colours = np.asarray(jax.jit(jax.vmap(view, (0, None)))(KEYS, flat))[:, 2, 2]
@@ -295,7 +295,7 @@ OPERATIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def happened() -> dict[str, np.ndarray]:
-    """In which of N views each operation happens, found with no other operation there."""
+    """In which of N views each operation happens, measured without other operations."""
     image = pixels(6, 13, 13) / 255
     return {name: np.abs(views(**fields) - image).max((1, 2, 3)) > 1e-4 for name, fields in OPERATIONS.items()}
 

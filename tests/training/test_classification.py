@@ -126,7 +126,7 @@ def test_averaged_weights_follow_and_are_used():
         state, _ = train_step(method, OPTIMIZER, state, batch(seed))
         kernels.append(np.asarray(state.params["kernel"], np.float64))
         means.append(float(state.stats["mean"]))
-    # The average is moved before each step, so it has seen the parameters before the last one.
+    # The average is updated before each step, so it includes the parameters before the last step.
     average, stats = kernels[0], 0.0
     for kernel in kernels[:3]:
         average = m * average + (1 - m) * kernel

@@ -26,7 +26,7 @@ RECIPES = {
 def as_the_scripts_do(
     peak: float, start: float, end: float, epochs: int, warmup: int, steps_per_epoch: int
 ) -> np.ndarray:
-    """The rate of every optimizer step: a scheduler that is told a time now and then, and a rate that stays between."""
+    """The rate of every optimizer step: a scheduler that is called now and then, and a constant rate in between."""
 
     def at(time: int) -> float:
         if time < warmup:

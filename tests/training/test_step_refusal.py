@@ -24,7 +24,7 @@ WIDTH, OUT = 61, 97
 
 @dataclasses.dataclass(frozen=True)
 class Regress(Method):
-    """With every part of a carry; parameters are kept at most 1."""
+    """A method with every part of a carry; it constrains parameters to at most 1."""
 
     def init(self, rng: Any, batch: Any) -> Any:
         params = {"stem": jnp.full((WIDTH,), 0.5), "head": jax.random.normal(rng, (WIDTH, OUT))}
@@ -60,7 +60,7 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_counters(accumulate)
     optimizer = Optimizer(adamw(1e-2, 0.1), clip_norm=1.0)
     step = jax.jit(functools.partial(train_step, Regress(), optimizer, accumulate=accumulate))
     first, _ = step(started(optimizer), rows())
-    # A state that `constrain` would change, had it been asked.
+    # A state that `constrain` would change if it were called.
     first = first.replace(params={**first.params, "stem": first.params["stem"] + 2})
     refused, metrics = step(first, rows(1, bad=True))
     assert tree.tree_hash(leaves(refused)) == tree.tree_hash(leaves(first))
@@ -99,7 +99,7 @@ def test_frozen_leaves_are_not_constrained():
 
 
 def test_no_moment_is_copied_on_a_cpu():
-    """An update in place: in the compiled step there is no copy of an array of the kernel's shape."""
+    """The update is in-place: the compiled step has no copy of an array of the kernel's shape."""
     optimizer = Optimizer(adamw(1e-2, 0.1))
     lift = JitLift(functools.partial(train_step, Regress(), optimizer))
     state = dataclasses.replace(started(optimizer), ema={})
