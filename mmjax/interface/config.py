@@ -10,9 +10,9 @@ from mmjax.errors import MmjaxError
 
 
 def config_from_json(kind: Any, value: Any, name: str) -> Any:
-    """The inverse of `dataclasses.asdict`: lists become tuples, objects the dataclasses that the annotations ask for.
+    """The inverse of `dataclasses.asdict`: lists become tuples, objects the dataclasses of the annotations.
 
-    name: where the value stands, for messages. Raises MmjaxError at unknown and missing fields.
+    name: the path of the value, for messages. Raises MmjaxError at unknown and missing fields.
     """
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):

@@ -15,7 +15,7 @@ from mmjax.types import Array, Float, Params
 
 @dataclasses.dataclass(frozen=True)
 class Headless:
-    """A loaded image encoder as a classifier whose head is still to be drawn: what `Model.headless` gives.
+    """A loaded image encoder as a classifier whose head is not initialised yet: what `Model.headless` returns.
 
     Attributes:
         system, config: of the classifier, as a config.json names them.
@@ -31,7 +31,7 @@ class Headless:
 
 
 def at_size(preprocess: ImagePreprocessing, size: int | None) -> ImagePreprocessing:
-    """The preprocessing for images of `size` x `size`; as it is for None."""
+    """The preprocessing for images of `size` x `size`; unchanged for None."""
     return preprocess if size is None or preprocess.size == (size, size) else preprocess.at_size(size)
 
 
@@ -46,14 +46,14 @@ class ImageClassifier(Model):
     @classmethod
     @abc.abstractmethod
     def layers(cls, config: Any) -> tuple[tuple[str, ...], ...]:
-        """Globs of parameter paths by depth: what is before the blocks, each block, all behind them with the head.
+        """Globs of parameter paths by depth: all before the blocks, each block, all after the blocks with the head.
 
-        Every parameter fits one of them; a glob may fit none.
+        Every parameter matches one of them; a glob may match none.
         """
 
     @abc.abstractmethod
     def pooled(self, variables: Mapping[str, Any], pixels: Float[Array, "b height width 3"]) -> Float[Array, "b d"]:
-        """What the head sees, in evaluation; a pure function."""
+        """The input of the head, in evaluation; a pure function."""
 
     @property
     def abilities(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Loaded models that bring images and texts into one space."""
+"""Loaded models that embed images and texts in one space."""
 
 import abc
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from mmjax.types import Array, Float
 
 
 class ImageTextModel(Model):
-    """Features of images and of texts, all of unit length, whose products tell how near they are."""
+    """Unit-norm features of images and texts, whose dot products are their cosine similarities."""
 
     @abc.abstractmethod
     def encode_image(self, images: Any) -> Float[Array, "b e"]:
-        """Of images as `preprocess` takes them, or of pixel values [b, height, width, 3]."""
+        """Features of images as `preprocess` takes them, or of pixel values [b, height, width, 3]."""
 
     @abc.abstractmethod
     def encode_text(self, texts: Any) -> Float[Array, "b e"]:
-        """Of strings, or of ids [b, l]."""
+        """Features of strings, or of ids [b, l]."""
 
     def retrieve(self, queries: Any, candidates: Any, k: int = 5) -> list[list[tuple[int, float]]]:
         """For each query the k nearest candidates as (index, cosine), the best first.
 
-        Each of the two: strings or ids (texts), or anything else (images), or features [n, embed_dim] from before.
+        Each of the two: strings or ids (texts), or anything else (images), or features [n, embed_dim] computed before.
         Strings are always texts: open image files first.
         """
         queries, candidates = self._features(queries), self._features(candidates)
@@ -40,23 +40,23 @@ class ImageTextModel(Model):
 
 
 def similarities(queries: Float[Array, "n e"], candidates: Float[Array, "m e"]) -> Float[Array, "n m"]:
-    """Products of features in full float32, which TPUs and GPUs round by default: near ones are compared."""
+    """Products of features in full float32, which TPUs and GPUs round by default: close values are compared."""
     return jnp.matmul(queries, candidates.T, precision="highest")
 
 
 def are_texts(items: Any) -> bool:
-    """Strings, or ids [b, l]."""
+    """Whether items are strings, or ids [b, l]."""
     if isinstance(items, np.ndarray | jax.Array):
         return items.ndim == 2 and items.dtype != np.uint8 and items.dtype.kind in "iu"
     return isinstance(items, str) or (isinstance(items, Sequence) and bool(items) and isinstance(items[0], str))
 
 
 def are_features(items: Any) -> bool:
-    """Floats [n, e]."""
+    """Whether items are features, floats [n, e]."""
     return isinstance(items, np.ndarray | jax.Array) and items.ndim == 2 and jnp.issubdtype(items.dtype, jnp.floating)
 
 
 def ranked(scores: Float[Array, "n m"], k: int) -> list[list[tuple[int, float]]]:
-    """Of each row the k highest as (column, score), the highest first."""
+    """For each row the k highest as (column, score), the highest first."""
     values, indices = jax.lax.top_k(scores, min(k, scores.shape[1]))
     return [list(zip(*row)) for row in zip(indices.tolist(), values.tolist())]

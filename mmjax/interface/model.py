@@ -20,7 +20,7 @@ from mmjax.interface.summary import summary
 from mmjax.types import Array, ArrayLike, Params
 
 LENGTHS = 16
-"""Texts are padded to multiples of so many tokens, so that few shapes are compiled."""
+"""Texts are padded to multiples of this many tokens, so that few shapes are compiled."""
 
 
 ABILITIES = (
@@ -32,7 +32,7 @@ ABILITIES = (
 
 @dataclasses.dataclass(repr=False)
 class Model(abc.ABC):
-    """A loaded system. Subclasses say how to build its module and what `forward` gives.
+    """A loaded system. Subclasses build its module and define what `forward` returns.
 
     Attributes:
         config: the system's frozen config dataclass.
@@ -52,7 +52,7 @@ class Model(abc.ABC):
     classified: ClassVar[Literal["image", "text"]] = "image"
     """What `classify` takes, where there is one."""
     int8_channels: ClassVar[Mapping[str, int]] = {}
-    """Globs of the parameters that may be kept in int8 (see `mmjax.nn.int8`), and the axis of each one's channels."""
+    """Globs of the parameters that may be stored in int8 (see `mmjax.nn.int8`), and the axis of each one's channels."""
 
     config: Any
     params: Params
@@ -86,7 +86,7 @@ class Model(abc.ABC):
 
     @classmethod
     def default_preprocess(cls, config: Any, layout: str) -> ImagePreprocessing:
-        """The preprocessing of a layout whose files do not tell it."""
+        """The preprocessing of a layout whose files do not define it."""
         return ImagePreprocessing()
 
     @classmethod
@@ -102,7 +102,7 @@ class Model(abc.ABC):
     def class_names(self, labels: Sequence[str] | None = None) -> list[str]:
         """The names of the head's classes, in their order.
 
-        labels: names to use in place of the model's. Classes without names have their numbers.
+        labels: names to use instead of the model's. A class without a name is named by its number.
         Raises MmjaxError for another number of names than classes.
         """
         n = self.num_classes(self.config)
@@ -118,7 +118,7 @@ class Model(abc.ABC):
         return tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else None
 
     def save_tokenizer(self, file: pathlib.Path) -> bool:
-        """Writes the tokenizer, if there is one; tells whether."""
+        """Writes the tokenizer, if there is one; returns whether there is."""
         if self.tokenizer is not None:
             self.tokenizer.save(str(file))
         return self.tokenizer is not None
@@ -136,7 +136,7 @@ class Model(abc.ABC):
 
     @classmethod
     def shapes(cls, config: Any) -> dict[str, Any]:
-        """{"params", "stats"}: shapes and dtypes of the variables that a config asks for; nothing is computed."""
+        """{"params", "stats"}: shapes and dtypes of the variables of a config, without computing them."""
         module, inputs = cls.build(config), cls.example(config)
         variables = jax.eval_shape(
             lambda rng, values: module.init(rng, *values), jax.random.key(0), tuple(inputs.values())
@@ -145,14 +145,14 @@ class Model(abc.ABC):
         return {name: tree for name, tree in shapes.items() if tree}
 
     def weights(self) -> dict[str, Any]:
-        """What a run that begins with this model takes from it: see `mmjax.training.experiment.LoadWeights`."""
+        """The initial weights of a run that starts from this model: see `mmjax.training.experiment.LoadWeights`."""
         return {"params": self.params, "stats": self.stats}
 
     def headless(self, classes: int, size: int | None = None) -> Any:
-        """An `mmjax.interface.image_classifier.Headless`: this image encoder before a head of so many classes.
+        """An `mmjax.interface.image_classifier.Headless`: this image encoder before a new head of `classes` classes.
 
-        size: side of the images that it will see; None: that of `preprocess`.
-        Raises MmjaxError: no image encoder, or one that cannot see images of that size.
+        size: side of its images; None: that of `preprocess`.
+        Raises MmjaxError for a model without an image encoder, or one that cannot take images of that size.
         """
         raise MmjaxError(f"{self.system} has no image encoder that could be made a classifier")
 
@@ -162,7 +162,7 @@ class Model(abc.ABC):
 
     @property
     def abilities(self) -> tuple[str, ...]:
-        """Those of `ABILITIES` that this model has; a subclass leaves out what its heads do not allow."""
+        """The `ABILITIES` that this model has; a subclass leaves out those for which it has no head."""
         return tuple(name for name in ABILITIES if hasattr(type(self), name))
 
     def __repr__(self) -> str:
@@ -182,7 +182,7 @@ class Model(abc.ABC):
     ) -> dict[str, Array]:
         """The network on preprocessed arrays; compiled once for each shape.
 
-        Which inputs a system takes, and their axes, `inputs` declares; all of them have transformers' names.
+        `inputs` declares which inputs a system takes, and their axes; all have transformers' names.
         pixel_values: float32, channels last. input_ids: int [b, l]. attention_mask: int or bool [b, l], 1 = a token.
         others: token_type_ids, decoder_input_ids (the start token first), decoder_attention_mask, ...
         Returns transformers' names and shapes; feature maps are [b, height, width, c].
@@ -202,8 +202,10 @@ class Model(abc.ABC):
 
 
 def batched(apply: Callable[..., Any], size: int, *arrays: ArrayLike) -> Any:
-    """The outputs of `apply`, one array or a tree of them, batch by batch; the last batch is filled up with copies to
-    the size of the others, so that one program serves them all."""
+    """The outputs of `apply`, one array or a tree of arrays, computed batch by batch.
+
+    The last batch is padded with copies to the size of the others, so that all use one compiled program.
+    """
     n = len(arrays[0])
     if n <= size:
         return apply(*arrays)
@@ -213,6 +215,6 @@ def batched(apply: Callable[..., Any], size: int, *arrays: ArrayLike) -> Any:
 
 
 def top_k_labels(scores: Array, names: list[str], top: int) -> list[list[tuple[str, float]]]:
-    """Of each row of scores [b, c] the `top` highest with the names of their columns, the highest first."""
+    """For each row of scores [b, c] the `top` highest with the names of their columns, the highest first."""
     values, indices = jax.lax.top_k(scores, min(top, scores.shape[1]))
     return [[(names[i], p) for i, p in zip(*row)] for row in zip(indices.tolist(), values.tolist())]

@@ -1,4 +1,4 @@
-"""What the published recipes of ImageNet classifiers share: folders, crops, an epoch's length, the evaluation."""
+"""The base of the published recipes of ImageNet classifiers: folders, crops, an epoch's length, the evaluation."""
 
 import abc
 import dataclasses
@@ -25,8 +25,8 @@ from mmjax.training.experiment import Evaluation
 class ImageNetRecipe(FolderRecipe, abc.ABC):
     """Base of the experiments: data and shapes. They add network, method, augmentation and optimizer.
 
-    Crops, flips and automatic augmentation are made on the host by PIL, as the originals make them; what comes after
-    them on the device.
+    Crops, flips and automatic augmentation run on the host with PIL, as in the originals; the steps after them
+    run on the device.
 
     Attributes:
         classes: sub-folders of `train`; `data` holds `train` and `val`, each with a folder a class, as ImageNet's.
@@ -39,16 +39,16 @@ class ImageNetRecipe(FolderRecipe, abc.ABC):
     @property
     @abc.abstractmethod
     def classification(self) -> Classification:
-        """The method without augmentation: what the evaluation asks."""
+        """The method without augmentation, for the evaluation."""
 
     @property
     @abc.abstractmethod
     def preprocess(self) -> ImagePreprocessing:
-        """Of images that are judged."""
+        """The preprocessing of evaluated images."""
 
     @abc.abstractmethod
     def host_transforms(self) -> tuple[Transform, ...]:
-        """What follows the random crop on the host."""
+        """The transforms after the random crop on the host."""
 
     def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the global batch."""
@@ -88,14 +88,13 @@ class ImageNetRecipe(FolderRecipe, abc.ABC):
             workers=self.workers,
             max_bad_fraction=self.max_bad_fraction,
         )
-        told = ClassificationEvaluation(
+        evaluation = ClassificationEvaluation(
             logits=self.classification.predict, images=pipeline, batch_size=256, final_step=self.steps
         )
-        return (told,)
+        return (evaluation,)
 
     def save_assets(self, workdir: pathlib.Path) -> dict[str, Any]:
-        """labels.json: the names of the folders; how images are brought to the network; and whether its weights are
-        averaged ones."""
+        """Writes labels.json, the names of the folders. Returns the preprocessing and whether weights are averaged."""
         write_labels(self.folders[0].classes, workdir)
         averaged = self.classification.weight_ema is not None
         return {"preprocess": dataclasses.asdict(self.preprocess), "averaged": averaged}

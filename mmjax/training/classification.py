@@ -1,9 +1,9 @@
-"""Supervised classification, a method like the others: cross-entropy of any network that gives logits.
+"""Supervised classification, a method like the others: cross-entropy of any network that returns logits.
 
     method = Classification(ResNetClassifier(ResNetConfig.r50()), classes=1000, label_smoothing=0.1)
     method = Augmented(method, one_view(View.supervised(224)))
 
-Each system says in its `supervised.py` how its network gives logits in training (`Classifier`); all else is here.
+Each system's `supervised.py` has its `Classifier`, the logits of its network in training; all else is here.
 """
 
 import abc
@@ -35,7 +35,7 @@ class Classifier(Protocol):
     """A network with a head, as a pure function of its variables; implementations are frozen dataclasses."""
 
     def init(self, rng: PRNGKeyArray, pixels: Float[Array, "b height width 3"]) -> tuple[Params, Params]:
-        """(parameters, batch statistics; {} where there are none); reads only the shape of `pixels`."""
+        """(parameters, batch statistics; {} where there are none); uses only the shape of `pixels`."""
         ...
 
     def logits(
@@ -52,7 +52,7 @@ class Classifier(Protocol):
         """(float32 logits, statistics after this batch).
 
         train: with dropout, stochastic depth and the batch's own statistics; needs `rng`, the same on every device.
-        bn_groups: parts of the global batch that are normalised each by itself.
+        bn_groups: parts of the global batch that are normalised separately.
         axis_name: the mapped axis over which the batch is cut.
         """
         ...
@@ -60,8 +60,8 @@ class Classifier(Protocol):
 
 @dataclass(frozen=True)
 class LinenClassifier(abc.ABC):
-    """A `Classifier` around a module that is called as (pixels, train, bn_groups, axis_name) and gives {"logits"}; it
-    may have "batch_stats", and draws nothing at random."""
+    """A `Classifier` around a module that is called as (pixels, train, bn_groups, axis_name) and returns {"logits"}.
+    The module may have "batch_stats"; it uses no random numbers."""
 
     @property
     @abc.abstractmethod
@@ -87,8 +87,8 @@ class LinenClassifier(abc.ABC):
         result: Any = self.module.apply(
             variables, pixels, train, bn_groups, axis_name, mutable=["batch_stats"] if train else []
         )
-        told, new = result
-        return told["logits"], new.get("batch_stats", stats)
+        outputs, new = result
+        return outputs["logits"], new.get("batch_stats", stats)
 
 
 @dataclass(frozen=True)
@@ -98,18 +98,18 @@ class Classification(Method):
     A label outside [0, classes) makes the loss NaN, so that the step refuses the update; `check_labels` of
     mmjax.data.labels finds it before the run. With mixing, accuracy is of the larger share's label, on mixed images.
 
-    hparams: label_smoothing, and of what is on: mixup, cutmix (alphas), momentum (`weight_ema`).
+    hparams: label_smoothing and, where they are on, mixup, cutmix (alphas) and momentum (`weight_ema`).
 
     Attributes:
         classes: outputs of the classifier's head.
-        objective: of softmax over classes, or "sigmoid": each class a question of its own, summed over them
+        objective: cross-entropy of a softmax over classes, or "sigmoid": a binary one of each class, summed over them
             (big_vision's ImageNet recipes).
-        label_smoothing: share of each label that goes to all classes alike.
+        label_smoothing: share of each label that is spread evenly over all classes.
         mixing: mixup and CutMix, of normalised pixels.
         bn_groups: groups of batch normalisation.
-        mean, std: of the channels in [0, 1]: uint8 images are normalised by them on the device. Floats are taken as
+        mean, std: of the channels in [0, 1]: uint8 images are normalised by them on the device. Floats count as
             normalised already, as views of `mmjax.training.augment` are.
-        weight_ema: share of the averaged parameters that each step keeps; None: there are none. The average is
+        weight_ema: share of the averaged parameters that each step keeps; None: no averaging. The average is
             `state.ema`, that of the batch statistics `state.extra["averaged_stats"]`; see `variables`.
     """
 
@@ -141,7 +141,7 @@ class Classification(Method):
             raise MmjaxError("classification: " + "; ".join(wrong))
 
     def init(self, rng: PRNGKeyArray, batch: Batch) -> tuple[Params, Carry]:
-        """Raises MmjaxError: no "image" or "label" in the batch, or a head with another number of classes."""
+        """Raises MmjaxError for a batch without "image" or "label", or a head with another number of classes."""
         shape = jax.eval_shape(self.pixels, _column(batch, "image")).shape
         _column(batch, "label")
         pixels = jnp.zeros((1, *shape[1:]), jnp.float32)
@@ -199,15 +199,15 @@ class Classification(Method):
         return (images.astype(jnp.float32) / 255 - jnp.asarray(self.mean)) / jnp.asarray(self.std)
 
     def variables(self, state: Any) -> tuple[Params, Params]:
-        """(parameters, batch statistics) of a TrainState to evaluate with: the averaged ones where there are."""
+        """(parameters, batch statistics) of a TrainState to evaluate with: the averaged ones if there are any."""
         if self.weight_ema is None:
             return state.params, state.stats
         return state.ema, state.extra.get(AVERAGED, state.stats)
 
     def predict(self, params: Params, state: Any, images: Array) -> Float[Array, "b classes"]:
-        """Logits in evaluation, an `mmjax.evaluation.features.Encode`: of the averaged variables where there are.
+        """Logits in evaluation, an `mmjax.evaluation.features.Encode`: of the averaged variables if there are any.
 
-        params: those of `state`; given apart by the protocols.
+        params: those of `state`; the protocols pass them separately.
         """
         averaged, stats = self.variables(state)
         chosen = params if self.weight_ema is None else averaged
@@ -217,7 +217,9 @@ class Classification(Method):
 def _follow(average: Params, stats: Params, momentum: Float[Array, ""]) -> Params:
     """The average after a step; counts of batches are copied."""
     moved = update_ema(average, stats, momentum)
-    return jax.tree.map(lambda new, own: new if jnp.issubdtype(own.dtype, jnp.floating) else own, moved, dict(stats))
+    return jax.tree.map(
+        lambda new, current: new if jnp.issubdtype(current.dtype, jnp.floating) else current, moved, dict(stats)
+    )
 
 
 def _column(batch: Batch, name: str) -> Array:

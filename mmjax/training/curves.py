@@ -11,9 +11,9 @@ import numpy as np
 from mmjax.training.scores import DETAILS
 
 PANELS = 9
-"""At most so many on the page, in three columns."""
+"""The maximum of panels on the page, in three columns."""
 SMOOTH_FROM = 12
-"""Points from which on a smooth line is drawn over the raw one."""
+"""The number of points from which a smooth line is plotted over the raw one."""
 COLORS = ("#1f6feb", "#d1571f", "#2c8a4b", "#8250df")
 LOSS = "train/loss"
 
@@ -58,10 +58,10 @@ def points_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
 
 
 def choose_panels(series: Mapping[str, Points]) -> dict[str, list[str]]:
-    """Title of a panel -> the metrics in it, in the order of the page; of metrics with two different values at least.
+    """Title of a panel -> the metrics in it, in the order of the page; only metrics with two different values.
 
     Metrics whose names differ in a number at the end share a panel: R@1, R@5, R@10. A score's interval and chance are
-    drawn with it.
+    plotted with it.
     """
     detail = {name + end for name in series for end in DETAILS}
     scores, training = {}, {}
@@ -138,7 +138,7 @@ def _interval(axes: Any, name: str, series: Mapping[str, Points], color: str) ->
 
 
 def _label(name: str, title: str) -> str | None:
-    """The name of a line in its panel: "R@5", "top1"; none where the panel has the title of its only line."""
+    """The name of a line in its panel: "R@5", "top1"; None where the panel has the title of its only line."""
     rest = name.removeprefix(title)
     if not rest:
         return None
@@ -146,5 +146,5 @@ def _label(name: str, title: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib does not read as mathematics."""
+    """Text that matplotlib does not parse as mathematics."""
     return text.replace("$", r"\$")

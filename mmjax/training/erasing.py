@@ -1,4 +1,4 @@
-"""Random erasing (arXiv 1708.04896): now and then a rectangle of an image is blank, on the device."""
+"""Random erasing (arXiv 1708.04896): with some probability a rectangle of an image is blank; on the device."""
 
 from dataclasses import dataclass
 
@@ -15,15 +15,19 @@ def erased_box(
     scale: tuple[float, float] = (0.02, 0.33),
     ratio: tuple[float, float] = (0.3, 3.3),
 ) -> Bool[Array, "height width"]:
-    """A random rectangle, smaller than the image both ways, or nothing: torchvision's `RandomErasing.get_params`.
+    """The mask of a random rectangle, smaller than the image in both axes, or an empty mask.
+
+    It is torchvision's `RandomErasing.get_params`.
 
     size: (height, width) of the image. scale: share of its area. ratio: height / width, log-uniform.
     """
     height, width = size
-    wide = (1 / ratio[1], 1 / ratio[0])
-    (top, left, h, w), found = draw_box(key, size, scale, wide, lambda hs, ws: (hs < height) & (ws < width))
+    width_by_height = (1 / ratio[1], 1 / ratio[0])
+    (top, left, h, w), is_valid = draw_box(
+        key, size, scale, width_by_height, lambda hs, ws: (hs < height) & (ws < width)
+    )
     rows, columns = jnp.arange(height)[:, None], jnp.arange(width)
-    return (rows >= top) & (rows < top + h) & (columns >= left) & (columns < left + w) & found
+    return (rows >= top) & (rows < top + h) & (columns >= left) & (columns < left + w) & is_valid
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,9 @@ class RandomErasing:
 
     def __call__(self, keys: Array, batch: Batch) -> Batch:
         def one(key: PRNGKeyArray, image: Array) -> Array:
-            chance, place = jax.random.split(key)
+            apply_key, box_key = jax.random.split(key)
             pixels = (to_unit(image) - jnp.asarray(self.mean)) / jnp.asarray(self.std)
-            blank = erased_box(place, (image.shape[0], image.shape[1])) & jax.random.bernoulli(chance, self.p)
+            blank = erased_box(box_key, (image.shape[0], image.shape[1])) & jax.random.bernoulli(apply_key, self.p)
             return jnp.where(blank[..., None], 0.0, pixels)
 
         return {**batch, "image": jax.vmap(one)(keys, batch["image"])}

@@ -1,7 +1,7 @@
-"""Fine-tuning a loaded network as a classifier: which layers move, how fast, and how what is frozen is run.
+"""Fine-tuning a loaded network as a classifier: the trained layers, their rates, and the forward pass of frozen ones.
 
-Layers are lists of globs over parameter paths, by depth: what is before the blocks, each block, and all behind them
-with the head, as `mmjax.interface.image_classifier.ImageClassifier.layers` gives them.
+Layers are lists of globs over parameter paths, by depth: the layers before the blocks, each block, and the layers after
+them with the head, as `mmjax.interface.image_classifier.ImageClassifier.layers` returns them.
 """
 
 import dataclasses
@@ -20,30 +20,30 @@ from mmjax.types import Array, Float, Params, PRNGKeyArray
 
 Layers: TypeAlias = Sequence[Sequence[str]]
 Tune: TypeAlias = Literal["head", "all"] | int
-"""What is trained: the head alone; so many of the last blocks, what is behind them and the head; everything."""
+"""The trained part: "head", the head alone; n, the last n blocks with all layers after them; "all", everything."""
 
 HEAD = "head/**"
-"""Where every classifier has its head: one affine layer, kernel [d, classes] and bias."""
+"""The path of every classifier's head: one affine layer, kernel [d, classes] and bias."""
 UNDECAYED = tuple(f"**/{name}" for name in ("positions", "cls", "distillation", "registers", "mask_token"))
-"""Tokens and position tables, which weight decay leaves alone, as it does biases and norms (timm's no_weight_decay)."""
+"""Tokens and position tables without weight decay, like biases and norms (timm's no_weight_decay)."""
 
 
 def depths(paths: Iterable[str], layers: Layers) -> dict[str, int]:
-    """Slash path -> the number of its layer. Raises MmjaxError for a path in none."""
-    found: dict[str, int] = {}
+    """Slash path -> the index of its layer. Raises MmjaxError for a path in none."""
+    depth_by_path: dict[str, int] = {}
     for path in paths:
         inside = (i for i, globs in enumerate(layers) if any(tree.matches(path, glob) for glob in globs))
         depth = next(inside, None)
         if depth is None:
             raise MmjaxError(f"{path} is in no layer")
-        found[path] = depth
-    return found
+        depth_by_path[path] = depth
+    return depth_by_path
 
 
 def partition(params: Params, layers: Layers, tune: Tune) -> Partition:
-    """What `tune` freezes. params: without the head.
+    """The partition that trains the part `tune` and freezes the rest. params: without the head.
 
-    Raises MmjaxError: more blocks than the network has, or fewer than one.
+    Raises MmjaxError for more blocks than the network has, or fewer than one.
     """
     blocks = len(layers) - 2
     if tune == "all":
@@ -80,8 +80,8 @@ def tuning_optimizer(
 
 @dataclasses.dataclass(frozen=True)
 class StoredStatistics:
-    """A classifier that is always run as in evaluation: batch normalisation by the stored statistics, which stay as
-    they are, and nothing dropped. A frozen layer behind one that normalises by the batch would not be the same layer.
+    """A classifier that always runs in evaluation mode: batch normalisation uses the stored statistics, which do not
+    change, and there is no dropout. A frozen layer after one that normalises by the batch would not be the same layer.
     """
 
     classifier: Classifier
@@ -105,12 +105,12 @@ class StoredStatistics:
 
 @dataclasses.dataclass(frozen=True)
 class HeadOnFeatures:
-    """A classifier of which only the head is computed, from features in the place of images.
+    """A classifier that computes only its head, from features instead of images.
 
-    What is frozen gives the same features in every epoch: they are computed once.
+    Frozen layers give the same features in every epoch: they are computed once.
 
     Attributes:
-        classifier: the whole network, which the parameters are of.
+        classifier: the whole network, to which the parameters belong.
         size: (height, width) of its images.
     """
 

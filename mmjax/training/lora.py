@@ -2,16 +2,16 @@
 
     lora = LoRAConfig(("**/attention/q", "**/attention/v"), rank=8, alpha=16)
     method = LoRA(CLIP(config), lora)                        # any method
-    optimizer = Optimizer(adamw(1e-4), lora.partition())     # of which only the branches move
+    optimizer = Optimizer(adamw(1e-4), lora.partition())     # trains only the branches
     params = merge_lora(state.params)                        # the ordinary tree again: evaluate, save, export
 
-No module knows of it. An adapter lies beside its kernel in the one tree of parameters, as `lora_a` [in, r], `lora_b`
-[r, out] and `lora_scale` [], and while `adapted` runs, every layer that finds them among its own parameters adds its
-branch. A tree of their own would have to be looked up by path, which is another wherever a method applies a part of
-the network, and differentiated through closures, which rematerialised blocks refuse; and momentum copies, shardings,
-checkpoints and partitions would have to learn of it. The scale is a leaf that nobody trains, so that the tree alone
-says what is computed. The branch is a product of its own rather than a matrix added to W: only so can dropout act on
-its input (as PEFT's does), W keep any form (bfloat16, int8), and no gradient as large as W ever be made.
+No module is changed for it. An adapter lies beside its kernel in the one tree of parameters, as `lora_a` [in, r],
+`lora_b` [r, out] and `lora_scale` []. While `adapted` runs, every layer that has them among its parameters adds its
+branch. A separate tree would have to be looked up by path, which differs wherever a method applies a part of the
+network, and differentiated through closures, which rematerialised blocks refuse. Momentum copies, shardings,
+checkpoints and partitions would need a case for it too. The scale is an untrained leaf, so that the tree alone
+determines what is computed. The branch is a separate product rather than a matrix added to W: only so can dropout act
+on its input (as in PEFT), W keep any form (bfloat16, int8), and no gradient as large as W ever be computed.
 """
 
 import dataclasses
@@ -131,9 +131,9 @@ def adapted(
 
     Args:
         dropout: rate on the branches' inputs; none without `rng`. Masks come from the stream "dropout" where a module
-            is given one, else from `rng` and the layer's path; they depend on an example's place in the global batch.
+            is given one, else from `rng` and the layer's path; they depend on an example's index in the global batch.
         axis_name: the mapped axis that cuts the batch.
-        met: is filled with the paths, within what is applied, of the layers that added a branch.
+        met: filled with the paths of the layers that added a branch, relative to the applied module.
     """
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -169,7 +169,7 @@ class LoRA(Method):
     config: LoRAConfig
 
     def init(self, rng: PRNGKeyArray, batch: Batch) -> tuple[Params, Carry]:
-        """The method's, with adapters; a momentum copy of a layer has a copy of its adapter."""
+        """The method's initial state, with adapters; a momentum copy of a layer has a copy of its adapter."""
         params, carry = self.method.init(rng, batch)
         adapters = init_lora(named(rng, "lora"), params, self.config)
         return tree.merge(params, adapters), dataclasses.replace(carry, ema=_beside(carry.ema, adapters))
@@ -186,12 +186,12 @@ class LoRA(Method):
         """Raises MmjaxError for adapters whose layer did not run: they would never be trained."""
         met: set[str] = set()
         loss = adapted(self.method.loss, self.config.dropout, named(rng, "lora"), axis_name, met)
-        told = loss(params, carry, batch, rng, step, axis_name)
+        result = loss(params, carry, batch, rng, step, axis_name)
         layers = [path.removesuffix(f"/{A}") for path in tree.flatten(params) if path.endswith(f"/{A}")]
         idle = [layer for layer in layers if not any(f"/{layer}".endswith(f"/{path}") for path in met)]
         if idle:
             raise MmjaxError(f"lora: the loss runs no layer called {', '.join(idle)}")
-        return told
+        return result
 
     def momentum(self, hparams: dict[str, Float[Array, ""]], step: Int[Array, ""]) -> Float[Array, ""]:
         return self.method.momentum(hparams, step)
@@ -201,7 +201,11 @@ class LoRA(Method):
 
 
 def _beside(params: Params, adapters: Params) -> dict[str, Any]:
-    """`params` with those of the adapters whose kernel it holds."""
-    held = tree.flatten(params)
-    own = {path: leaf for path, leaf in tree.flatten(adapters).items() if f"{path.rpartition('/')[0]}/kernel" in held}
-    return tree.merge(params, tree.unflatten(own))
+    """`params` with the adapters whose kernel it has."""
+    flat_params = tree.flatten(params)
+    matching = {
+        path: leaf
+        for path, leaf in tree.flatten(adapters).items()
+        if f"{path.rpartition('/')[0]}/kernel" in flat_params
+    }
+    return tree.merge(params, tree.unflatten(matching))

@@ -14,11 +14,11 @@ from mmjax.types import Array, Bool, Float, Int, PRNGKeyArray
 class Queue:
     """`keys[cursor]` is the oldest key and the next to be replaced.
 
-    The originals store the transpose, [d, q]; `models/*/checkpoint.py` turns it.
+    The originals store the transpose, [d, q]; `models/*/checkpoint.py` transposes it.
 
     Attributes:
-        incoming: keys of this batch, which the step writes once it has accepted the update. Until then `keys` are as
-            before the batch: for every micro-batch of it, and without a second copy of them.
+        incoming: keys of this batch, which the step writes once it has accepted the update. Until then `keys` are
+            those from before the batch: for every micro-batch of it, and without a second copy.
     """
 
     keys: Float[Array, "q d"]
@@ -53,9 +53,9 @@ def enqueue(queue: Queue, keys: Float[Array, "b d"]) -> Queue:
 
 
 def write(queue: Queue, accepted: Bool[Array, ""] | bool = True) -> Queue:
-    """Replaces the oldest keys by the incoming ones and moves the cursor, wrapping at the end; nothing if not accepted.
+    """Replaces the oldest keys by the incoming ones and advances the cursor, wrapping at the end, if accepted.
 
-    In place where the queue is donated: what is selected is as large as the batch, not as the queue.
+    A donated queue is updated in place: the selected array is as large as the batch, not as the queue.
 
     Raises:
         MmjaxError: the queue's length is not a multiple of the batch (an odd last batch, say).

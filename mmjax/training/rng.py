@@ -1,4 +1,4 @@
-"""Counter-based randomness: a key is a function of (seed, step, name, example), never of what was drawn before."""
+"""Counter-based randomness: a key is a function of (seed, step, name, example), not of earlier random numbers."""
 
 import zlib
 
@@ -9,12 +9,12 @@ from mmjax.types import Array, PRNGKeyArray
 
 
 def named(rng: PRNGKeyArray, name: str) -> PRNGKeyArray:
-    """The key of one purpose: `named(rng, "augment")`. Adding a purpose leaves the draws of the others as they were."""
+    """The key of one purpose: `named(rng, "augment")`. Adding a purpose leaves the random numbers of the others."""
     return jax.random.fold_in(rng, zlib.crc32(name.encode()))
 
 
 def example_keys(rng: PRNGKeyArray, size: int, axis_name: str | None = None) -> Array:
-    """A key for each of this device's `size` examples, by their place in the global batch: [b] typed keys.
+    """A key for each of this device's `size` examples, by their index in the global batch: [b] typed keys.
 
     axis_name: the mapped axis over which the batch is cut; any cut gives an example the same key.
     """

@@ -1,4 +1,4 @@
-"""What a training run is made of between two steps: one pytree, donated, saved and hashed whole."""
+"""The state of a training run between two steps: one pytree, donated, saved and hashed whole."""
 
 from typing import Any
 
@@ -17,20 +17,21 @@ def _empty() -> Any:
 class Carry:
     """The part of the state, beside parameters, that a method reads and returns.
 
-    A refused update leaves all of it as it was. Where a batch is accumulated from micro-batches, the momentum
-    parameters move once, before the first one; what else differs is said of each field.
+    A refused update changes nothing of it. Where a batch is accumulated from micro-batches, the momentum
+    parameters move once, before the first one; each field documents what else differs.
 
     Attributes:
         ema: momentum parameters: a subtree of the parameters, with the same paths. A method only reads them.
-        queues: name -> `mmjax.training.queue.Queue`. Every micro-batch sees the keys from before the batch; those of
-            all are written behind the last one, in the batch's order: what the queue holds, and the gradient against
-            it, do not depend on the cut (MoCo, ALBEF: negatives are keys of earlier batches).
+        queues: name -> `mmjax.training.queue.Queue`. Every micro-batch uses the keys from before the batch. The keys
+            of all are written after the last one, in the batch's order: the content of the queue, and the gradient
+            against it, do not depend on the number of micro-batches (MoCo, ALBEF: negatives are keys of earlier
+            batches).
         stats: batch statistics (Flax's "batch_stats"), one subtree an encoder. They run through the micro-batches: each
             is a forward pass, as in PyTorch, and moves and counts by itself.
-        hparams: name -> float32 scalar: what people ablate; arrays, so that a change does not recompile. A method only
-            reads them.
-        extra: name -> any other state: averages of statistics, counters, images to be looked at again. Every
-            micro-batch sees what was there before the batch and the last one's stays, so a counter counts batches.
+        hparams: name -> float32 scalar, the hyper-parameters to ablate; arrays, so that a change does not recompile. A
+            method only reads them.
+        extra: name -> any other state: averages of statistics, counters, images to be encoded again. Every
+            micro-batch gets the value from before the batch and the last one's remains, so a counter counts batches.
     """
 
     ema: Params = _empty()
@@ -50,12 +51,12 @@ class Skipped:
 
 @struct.dataclass
 class TrainState:
-    """Named fields, one pytree. What a system does not use is an empty dict.
+    """Named fields, one pytree. A field that a system does not use is an empty dict.
 
     Attributes:
-        step: batches so far, those whose update was refused among them: the one clock of a run. The learning rate,
+        step: batches so far, including those whose update was refused: the one clock of a run. The learning rate,
             momentum and every other schedule are functions of it, as are the random numbers and the data's position, so
-            a schedule ends with the run. Adam's bias correction counts the updates that its moments have seen.
+            a schedule ends with the run. Adam's bias correction counts the updates of its moments.
     """
 
     step: Int[Array, ""]
