@@ -3,12 +3,12 @@
     mmjax train experiments/albef_openmoji.py --workdir workdirs/albef_openmoji
 
 The whole of pre-training from random weights: contrast with momentum keys and queues, matching with hard negatives,
-words under an image, momentum distillation. Beside it, on drawings whose names no training text has
-(`mmjax.data.openmoji`): retrieval by the features alone, and with the matching head on the nearest of them.
+masked words under an image, momentum distillation. During training, on drawings whose names no training text has
+(`mmjax.data.openmoji`): retrieval by the features alone, and with the ITM head on the nearest of them.
 
 On two cores (Python 3.11, 400 steps in 5 minutes) the features find the right one of 370 names among their first ten
 for 15.7 % of the drawings (95 % interval 11.9 to 19.5), and of the drawings for 15.4 % of the names; chance is 2.7 %.
-The matching head needs more than so short a run: with it 10.5 and 10.0 %.
+The ITM head needs a longer run: with it 10.5 and 10.0 %.
 """
 
 import dataclasses
@@ -43,19 +43,19 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 @dataclasses.dataclass(frozen=True)
 class Config(ExperimentConfig):
-    """Of minutes on two cores.
+    """A run of minutes on two cores.
 
     Attributes:
         hold_out: the rule of the split, see `mmjax.data.openmoji`.
-        image_size, patch: sides in pixels, of the drawings and of what becomes a token.
-        vocab_size: pieces that are learned from the training names.
+        image_size, patch: sides in pixels, of the drawings and of a patch.
+        vocab_size: pieces of the tokenizer, trained on the training names.
         length: tokens of a text, [CLS] included.
-        width, vision_depth, text_depth: of both encoders; the second half of the text's layers looks at the image.
-        queue: keys of earlier batches, a multiple of the batch. Of so few drawings a longer one holds most of them, and
-            with them the negatives of a drawing: itself, as of the epoch before.
-        momentum: of the momentum encoders; they are to follow within a shorter run than the paper's.
+        width, vision_depth, text_depth: of both encoders; the second half of the text's layers has cross-attention.
+        queue: keys of earlier batches, a multiple of the batch. With so few drawings a longer queue holds most of them,
+            and one of a drawing's negatives is then itself, from the epoch before.
+        momentum: of the momentum encoders, for a shorter run than the paper's.
         alpha: the momentum encoders' share of the targets; it rises over `alpha_steps` batches.
-        k: drawings or names that the matching head sees for each query.
+        k: drawings or names that the ITM head scores for each query.
     """
 
     ramps: ClassVar[tuple[str, ...]] = ("warmup", "alpha_steps")
@@ -95,13 +95,13 @@ class Config(ExperimentConfig):
     @property
     def network(self) -> AlbefConfig:
         side, heads, hidden = (self.image_size, self.image_size), self.width // 64, 4 * self.width
-        # Both begin wider spread than the published sizes, whose 0.02 is for 768 channels.
+        # Both have a wider initial spread than the published sizes, whose 0.02 is for 768 channels.
         vision = ViTConfig(self.width, self.vision_depth, heads, hidden, self.patch, side, init="vit")
         text = BertConfig(self.tokenizer.vocab_size, self.width, self.text_depth, heads, hidden, self.length)
-        own = {"pooler": False, "mlm": True, "cross_from": self.text_depth // 2, "init_std": self.width**-0.5}
-        text = dataclasses.replace(text, **own)
-        own = {"embed_dim": self.embed_dim, "queue": self.queue, "momentum": self.momentum, "alpha": self.alpha}
-        return AlbefConfig(vision, text, **own)
+        fields = {"pooler": False, "mlm": True, "cross_from": self.text_depth // 2, "init_std": self.width**-0.5}
+        text = dataclasses.replace(text, **fields)
+        fields = {"embed_dim": self.embed_dim, "queue": self.queue, "momentum": self.momentum, "alpha": self.alpha}
+        return AlbefConfig(vision, text, **fields)
 
     def method(self) -> AlbefPretraining:
         tokenizer = self.tokenizer
@@ -140,7 +140,7 @@ class Config(ExperimentConfig):
         method, held_out = self.method(), self.pairs.held_out.columns
         images, names = np.asarray(held_out["image"]), list(held_out["text"])
         texts = caption_columns(self.tokenizer, [albef_caption(name) for name in names], self.length, sep=False)
-        first = RetrievalEvaluation(
+        features = RetrievalEvaluation(
             name="features",
             encode_image=method.encode_image,
             encode_text=method.encode_text,
@@ -149,7 +149,7 @@ class Config(ExperimentConfig):
             final_step=self.steps,
         )
         stages = TwoStages(method, images, texts, self.k)
-        both = RerankEvaluation(
+        reranking = RerankEvaluation(
             reranker=stages.reranker,
             first=stages.first,
             captions=names,
@@ -157,13 +157,13 @@ class Config(ExperimentConfig):
             attribution=ATTRIBUTION,
             final_step=self.steps,
         )
-        return first, both
+        return features, reranking
 
     def model(self) -> tuple[str, AlbefConfig]:
         return "albef", self.network
 
     def save_assets(self, workdir: pathlib.Path) -> dict[str, Any]:
-        """The tokenizer, and how images are made ready."""
+        """The tokenizer, and the image preprocessing."""
         size = (self.image_size, self.image_size)
         preprocess = ImagePreprocessing(size, None, resample="bilinear", mean=MEAN, std=STD)
         return save_tokenizer(self.tokenizer, workdir) | {"preprocess": dataclasses.asdict(preprocess)}

@@ -48,9 +48,9 @@ class Config(ExperimentConfig):
 
     Attributes:
         data: a folder of images in a folder a class, or of train and val (or test) folders of that form.
-        held_out: share of each class that is judged and not trained on, where there is no val folder.
-        tune: "head", "all", or how many of the last blocks. Unless all is trained, batch normalisation goes by the
-            stored statistics, which stay as they are.
+        held_out: share of each class that is evaluated on and not trained on, where there is no val folder.
+        tune: "head", "all", or the number of last blocks. Unless all is trained, batch normalisation uses the stored
+            statistics, which do not change.
         image_size: side of the images, pixels; None: that of the model's preprocessing.
         augment: random crops of at least `crop` of the area, and flips; None: unless only the head is trained.
         learning_rate: of the head, peak; warmup over a tenth of the steps and half a cosine. None: 1e-2 for the head
@@ -118,7 +118,7 @@ class Config(ExperimentConfig):
 
     @property
     def by_features(self) -> bool:
-        """Whether the features of all images are computed once and only the head is run."""
+        """Whether the features of all images are computed once and only the head is trained on them."""
         return self.tune == "head" and not self.augmented
 
     # ----------------------------------------------------------------------------------------------------------- recipe
@@ -151,7 +151,7 @@ class Config(ExperimentConfig):
         )
 
     def initial_weights(self, load: LoadWeights) -> Mapping[str, Any]:
-        """Those of the encoder; the head is fresh."""
+        """The weights of the encoder; the head is initialised."""
         return {"params": self.start.params, "stats": self.start.stats}
 
     def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:

@@ -33,10 +33,10 @@ class Panel:
 
 
 def panels() -> list[Panel]:
-    """One a mask, in the order in which the lineage needed them; the last token of a padded text is padding."""
+    """One panel a mask, in the order of the systems that introduced them; the last token of padded texts is padding."""
     words = [f"t{i}" for i in range(1, TEXT + 1)]
     padded = [*words[:-PADDING], *["pad"] * PADDING]
-    both = [f"q{i}" for i in range(1, QUERIES + 1)] + words
+    queries_and_words = [f"q{i}" for i in range(1, QUERIES + 1)] + words
     images = [f"{name}{i}" for name in "ab"[:IMAGES] for i in range(1, TOKENS + 1)]
     story = ["t1", "<a>", "t2", "<b>", "t3"]
     valid = masks.padding_mask(jnp.arange(TEXT)[None] < TEXT - PADDING)
@@ -48,9 +48,27 @@ def panels() -> list[Panel]:
         ("encoder-decoder cross", "padding_mask", valid, ["y1", "y2", "y3"], padded),
         ("decoder over padding", "causal_mask & padding_mask", causal & valid, padded, padded),
         ("prefix of 2", "prefix_mask", masks.prefix_mask(2, TEXT), words, words),
-        ("Q-Former: matching", "matching_mask", masks.matching_mask(QUERIES, TEXT), both, both),
-        ("Q-Former: grounded generation", "grounded_mask", masks.grounded_mask(QUERIES, TEXT), both, both),
-        ("Q-Former: contrast", "contrastive_mask", masks.contrastive_mask(QUERIES, TEXT), both, both),
+        (
+            "Q-Former: matching",
+            "matching_mask",
+            masks.matching_mask(QUERIES, TEXT),
+            queries_and_words,
+            queries_and_words,
+        ),
+        (
+            "Q-Former: grounded generation",
+            "grounded_mask",
+            masks.grounded_mask(QUERIES, TEXT),
+            queries_and_words,
+            queries_and_words,
+        ),
+        (
+            "Q-Former: contrast",
+            "contrastive_mask",
+            masks.contrastive_mask(QUERIES, TEXT),
+            queries_and_words,
+            queries_and_words,
+        ),
         ("Flamingo: the last image", "media_mask", masks.media_mask(starts, IMAGES, TOKENS), story, images),
     ]
     return [
@@ -60,7 +78,7 @@ def panels() -> list[Panel]:
 
 
 def _whole(mask: Any, queries: Sequence[str], keys: Sequence[str]) -> np.ndarray:
-    """Of the first example, every query written out."""
+    """The mask of the first example, broadcast to every query."""
     return np.broadcast_to(np.asarray(mask)[0, 0], (len(queries), len(keys)))
 
 

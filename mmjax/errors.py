@@ -2,4 +2,4 @@
 
 
 class MmjaxError(ValueError):
-    """Bad input, told in one message that names the file, key or argument; nothing was changed."""
+    """Bad input. One message names the file, key or argument; nothing was changed."""

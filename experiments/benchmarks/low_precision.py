@@ -3,9 +3,9 @@
     python -m experiments.benchmarks.low_precision [--model FILE.gguf] [--tokens 2048] [--rounds 3]
 
 Perplexity: of documentation strings of this Python's standard library, the same tokens for all, in windows of 512 that
-overlap by half. Greedy ids: 64 after a prompt of 5, how many are float32's before the first that is not. Weights: bytes
-held; the loop's temporaries: what the compiled program that decodes needs beside them. Tokens a second: batch 1, the
-three in turns, the median over rounds; on this process's device. A CPU has no fast path for bfloat16.
+overlap by half. Greedy ids: 64 after a prompt of 5, the number before the first that differs from float32's. Weights:
+their bytes. Temporaries: the memory of the compiled decoding loop beside them. Tokens a second: batch 1, alternating
+between the models, the median over rounds; on this process's device. A CPU has no fast path for bfloat16.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from mmjax.evaluation.perplexity import perplexity
 
 NEW = 64
 HELD_OUT = 10
-"""One document in so many is read."""
+"""One document in this many is used."""
 FORMS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"dtype": "bfloat16"},
@@ -47,7 +47,7 @@ def main() -> None:
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = flags.model or download(pathlib.Path(folder))
-        models: dict[str, Any] = {name: mmjax.load(source, **how) for name, how in FORMS.items()}
+        models: dict[str, Any] = {name: mmjax.load(source, **options) for name, options in FORMS.items()}
     text = held_out(models["float32"].tokenizer, flags.tokens)
     scores = {}
     for name, model in models.items():
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def held_out(tokenizer: Any, tokens: int) -> np.ndarray:
-    """So many ids of documents far apart."""
+    """The first `tokens` ids of documents far apart."""
     documents = list(stdlib_documents().values())[::HELD_OUT]
     ids, _ = tokenizer("\n\n".join(" ".join(sentences) for sentences in documents))
     return np.asarray(ids)[0, :tokens]
@@ -83,7 +83,7 @@ def judged(model: Any) -> Any:
 
 
 def agreeing(ids: np.ndarray, reference: np.ndarray) -> int:
-    """Ids before the first that differs."""
+    """The number of ids before the first that differs."""
     return int(np.argmin(np.append(ids == reference, False)))
 
 

@@ -1,4 +1,4 @@
-"""How sides are timed against each other: in turns, in one process."""
+"""Timing of several functions against each other: alternating, in one process."""
 
 import statistics
 import time
@@ -12,8 +12,8 @@ Timed = Callable[[], Any]
 def alternate(sides: Mapping[str, Timed], rounds: int, warm: bool = False) -> dict[str, list[float]]:
     """Seconds of each side in each round, after one call of each that is not counted.
 
-    warm: in every round a side's timed call follows one that is not: where memory that one side leaves alone is cold
-    when it comes back to it.
+    warm: in every round an untimed call precedes each timed one. Without it, memory that one side leaves alone may be
+    cold when its turn comes again.
     """
     for side in sides.values():
         side()

@@ -84,7 +84,7 @@ def retrieve(source: str, image: str | None, text: str | None, folder: str | Non
         query_image = read_image(image or "")
         query_features = image_features(model, [query_image])
     nearest = np.asarray(top_candidates(query_features, features, min(k, len(images))))[0]
-    cosines = _unit(features[nearest]) @ _unit(query_features)[0]
+    cosines = _l2_normalize(features[nearest]) @ _l2_normalize(query_features)[0]
     title = f"nearest to {text or image}"
     table = Table("", Column("image", overflow="fold"), "cosine", title=title, title_justify="left")
     for rank, (i, cosine) in enumerate(zip(nearest, cosines), 1):
@@ -94,7 +94,7 @@ def retrieve(source: str, image: str | None, text: str | None, folder: str | Non
     print(picture)
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
+def _l2_normalize(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 

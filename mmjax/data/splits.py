@@ -1,4 +1,4 @@
-"""Which records are held out: by name, independent of the other records."""
+"""The held-out split: by a record's name, independent of the other records."""
 
 import hashlib
 

@@ -1,7 +1,7 @@
-"""Position tables of image tokens: fixed ones, and how learned ones are brought to another grid.
+"""Position tables of image tokens: fixed ones, and the interpolation of learned ones to another grid.
 
-Every library has its own rule for the second, and they differ by more than rounding; `Rule` names them. All are linear
-and separable: a matrix for the rows, one for the columns, computed on the host.
+Every library has its own rule for the interpolation, and they differ by more than rounding; `Rule` names them. All are
+linear and separable: a matrix for the rows, one for the columns, computed on the host.
 """
 
 from typing import Literal, TypeAlias
@@ -27,9 +27,9 @@ Table: TypeAlias = Literal["moco_v3", "big_vision"]
 def interpolate(
     table: Float[Array, "*one n d"], old: tuple[int, int], new: tuple[int, int], rule: Rule, prefix: int = 0
 ) -> Float[Array, "*one m d"]:
-    """A table of a grid `old` (rows, columns), in row-major order, brought to the grid `new`; float32 arithmetic.
+    """A table of a grid `old` (rows, columns), in row-major order, interpolated to the grid `new`; float32 arithmetic.
 
-    prefix: leading entries that belong to class tokens and stay as they are.
+    prefix: leading rows of class tokens, which do not change.
     Raises MmjaxError if the table's length is not prefix + rows * columns.
     """
     if table.shape[-2] != prefix + old[0] * old[1]:

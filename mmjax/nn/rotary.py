@@ -30,8 +30,8 @@ class Llama3Scaling:
 class YarnScaling:
     """Longer contexts by channel (Peng et al. 2023; transformers' rope_type "yarn").
 
-    Channels that make more than `fast` turns within `length` positions stay, those with fewer than `slow` turn
-    `factor` times as slowly; linear by the channel's number between, `truncate`d to whole ones.
+    Channels with more than `fast` rotations within `length` positions are unchanged. Those with fewer than `slow`
+    rotate `factor` times as slowly. Between them it is linear in the channel's index, `truncate`d to whole ones.
     attention: cosines and sines are multiplied by it.
     """
 
@@ -47,12 +47,12 @@ class YarnScaling:
 class LongRope:
     """Longer contexts by a factor a channel (Ding et al. 2024; transformers' rope_type "longrope", Phi-3 128k).
 
-    Wavelengths are `short` times as long in sequences of up to `length` tokens, and `long` times in longer ones, which
-    have all their positions so: keys turned the one way and queries turned the other do not go together. transformers
-    chooses at every forward pass, by the largest position of the batch; a generation that grows past `length` reads
-    its whole text again there, once, and so goes on with other keys than it began with. Here a generation keeps what
-    it began with: `long` where its longest prompt and all but the last of `max_new_tokens` are more than `length`.
-    It differs from transformers where it crosses `length`, and nowhere else.
+    Wavelengths are `short` times as long in sequences of up to `length` tokens, and `long` times in longer ones, at all
+    their positions: keys rotated one way and queries rotated the other do not match. transformers chooses at every
+    forward pass, by the largest position of the batch. A generation that grows past `length` recomputes its whole text
+    there, once, and continues with other keys than before. Here a generation keeps its first choice: `long` where its
+    longest prompt and all but the last of `max_new_tokens` are more than `length`. It differs from transformers where a
+    generation crosses `length`, and nowhere else.
 
     attention: cosines and sines are multiplied by it.
     """
@@ -69,9 +69,9 @@ class Rotary:
 
     Attributes:
         theta: base of the wavelengths.
-        share: of a head's channels that turn; the rest pass (GPT-NeoX: 0.25).
+        share: of a head's channels that are rotated; the rest pass unchanged (GPT-NeoX: 0.25).
         factor: positions are divided by it (linear scaling; Vicuna 16k: 4).
-        llama3, yarn, longrope: other scalings, of which there is one at most.
+        llama3, yarn, longrope: other scalings, at most one of them.
     """
 
     theta: float = 10_000.0

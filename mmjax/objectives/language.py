@@ -32,7 +32,7 @@ BLOCK = 2**25
 
 
 class TokenLoss(NamedTuple):
-    """Float32 means over tokens; each `.count` is how many were counted, or the sum of their weights.
+    """Float32 means over tokens; each `.count` is the number of counted tokens, or the sum of their weights.
 
     Attributes:
         loss: to be minimised, with smoothing and z-loss. Its value is NaN, which a train step refuses, if no token is
@@ -127,7 +127,7 @@ def distilled_text_cross_entropy(
 
 
 def answer_loss(losses: Float[Array, "answers"], weights: Float[Array, "answers"], questions: int) -> Float[Array, ""]:
-    """sum(weights * losses) / questions: a question may have several answers, weighted by how many people gave them.
+    """sum(weights * losses) / questions: a question may have several answers, weighted by how common they are.
 
     An answer of weight 0 is padding and does not count, whatever its loss. If all devices have the same number of
     questions, the mean of their values is that of the global batch (ALBEF models/model_vqa.py, BLIP
@@ -202,14 +202,14 @@ def linear_cross_entropy(
 def _with_added(
     states: Array, tied: bool, added: tuple[Array, Array | None], index: Array, normaliser: Array, label_logit: Array
 ) -> tuple[Array, Array, int]:
-    """The normaliser and the label's logit with the added entries, and how many those are. index: of labels in them."""
+    """The normaliser and the label's logit with the added tokens, and their number. index: of the labels among them."""
     kernel, bias = added
     logits = _product("td,vd->tv" if tied else "td,dv->tv", states, kernel.astype(states.dtype))
     logits = logits if bias is None else logits + bias.astype(jnp.float32)
     n = logits.shape[1]
-    own = jnp.take_along_axis(logits, jnp.clip(index, 0, n - 1)[:, None], axis=1)[:, 0]
+    added_label_logit = jnp.take_along_axis(logits, jnp.clip(index, 0, n - 1)[:, None], axis=1)[:, 0]
     normaliser = jnp.logaddexp(normaliser, jax.nn.logsumexp(logits, axis=1))
-    return normaliser, jnp.where((index >= 0) & (index < n), own, label_logit), n
+    return normaliser, jnp.where((index >= 0) & (index < n), added_label_logit, label_logit), n
 
 
 def _valid_labels(labels: Array, v: int) -> Array:
@@ -218,7 +218,7 @@ def _valid_labels(labels: Array, v: int) -> Array:
 
 
 def _counted(values: Array, labels: Array) -> Array:
-    """`values` [.., d], 0 for ignored tokens: an infinity or NaN there would reach every gradient."""
+    """`values` [.., d], 0 for ignored tokens: an infinity or NaN there would spread to every gradient."""
     return jnp.where((labels != IGNORED)[..., None], values, 0)
 
 
@@ -291,7 +291,7 @@ class _Layer(NamedTuple):
         def cut(x: Array) -> Array:
             return jax.lax.dynamic_slice_in_dim(x, start, size, 0 if self.tied else 1)
 
-        # Of int8 the two arrays are cut: their channels are the vocabulary's entries.
+        # An int8 kernel is two arrays, both cut: their channels are the ids of the vocabulary.
         return int8.dequantize(jax.tree.map(cut, kernel)).astype(dtype)
 
     def logits(self, states: Array, block: Array, bias: Array, start: Array | int) -> Array:
@@ -300,7 +300,7 @@ class _Layer(NamedTuple):
         return _product("td,vd->tv" if self.tied else "td,dv->tv", states, block) + offsets.astype(jnp.float32)
 
     def loop(self, run: Callable[[Any, Array | int, int], Any], carry: Any, v: int) -> Any:
-        """carry = run(carry, first entry, entries) over the vocabulary: whole blocks in a loop, then the remainder."""
+        """carry = run(carry, first id, size) over the vocabulary: whole blocks in a loop, then the remainder."""
         whole, rest = divmod(v, self.size)
         carry = jax.lax.fori_loop(0, whole, lambda i, carry: run(carry, i * self.size, self.size), carry)
         return run(carry, whole * self.size, rest) if rest else carry

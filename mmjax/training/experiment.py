@@ -1,4 +1,4 @@
-"""What an experiment file defines: one frozen dataclass `Config`, its recipe as methods; how one is loaded."""
+"""An experiment file: one frozen dataclass `Config` with the recipe as methods; and its loading."""
 
 import dataclasses
 import importlib.util
@@ -18,11 +18,11 @@ from mmjax.types import Batch, Params
 
 
 class Evaluation(Protocol):
-    """A protocol run beside training."""
+    """An evaluation that runs during training."""
 
     @property
     def name(self) -> str:
-        """A word for the log."""
+        """The name in the log."""
         ...
 
     @property
@@ -44,7 +44,7 @@ optional."""
 
 
 class DataIterator(Protocol):
-    """Batches of this process's rows. The state between two batches can be taken and set again.
+    """Batches of this process's examples. The state between two batches can be read and restored.
 
     May have `skipped`: a string for each bad record so far, reported at the end of a run.
     """

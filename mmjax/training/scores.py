@@ -1,4 +1,4 @@
-"""The numbers that an evaluation returns: how many items they are of, their interval, and what a guess gets."""
+"""The scores that an evaluation returns: value, number of items, interval, and the score of a guess."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import numpy as np
 from rich.table import Table
 
 DETAILS = ("_low", "_high", "_chance")
-"""Ends of the names under which a score's interval and chance are logged beside its value."""
+"""Suffixes of the names under which a score's interval and chance are logged beside its value."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +17,9 @@ class Score:
 
     Attributes:
         value: in `unit`; accuracies and recalls are percentages, 0 to 100, as in the papers.
-        n: items that it is the mean of: images, captions, questions; 0 where that is not known.
+        n: the number of items in the mean: images, captions, questions; 0 where it is unknown.
         low, high: ends of the 95 % interval over test items; None where it is not computed.
-        chance: what a guess gets.
+        chance: the score of a guess.
         unit: "%", "rank", "nats" ...
     """
 
@@ -39,7 +39,7 @@ class Score:
 def metrics(outputs: Mapping[str, Any], details: bool = True) -> dict[str, Any]:
     """An evaluation's outputs for a log: a score is its value, with `details` also NAME_low, NAME_high, NAME_chance.
 
-    What is not a score stays as it is.
+    An output that is no score does not change.
     """
     flat = {name: value.value if isinstance(value, Score) else value for name, value in outputs.items()}
     if details:

@@ -1,4 +1,4 @@
-"""Tables of systems that are made of others: the table of a part, moved to where the part stands."""
+"""Tables of systems with parts: the table of a part, moved to the path of the part."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ from mmjax.weights.table import Entry
 
 
 def moved(entry: Entry, prefix: str, part: str, params: str = "params", stats: str = "stats") -> Entry:
-    """An entry with `prefix` before its keys, and its targets under `part` of other collections.
+    """The entry with `prefix` before its keys, and with its targets under `part` of other collections.
 
     params, stats: the names of these collections: "stats/momentum" where parameters are a momentum encoder's.
     """

@@ -88,9 +88,9 @@ class TextClassification(FineTuning):
 
 @dataclasses.dataclass(frozen=True)
 class TokenClassification(FineTuning):
-    """ "labels" [b, l]: a class of each token, -100 for what has none: pieces that go on with a word, padding.
+    """ "labels" [b, l]: a class of each token, -100 for tokens without one: padding, and pieces that continue a word.
 
-    The mean is over the labelled tokens of the global batch (BERT paper, section 5.3; a row of none counts nothing).
+    The mean is over labelled tokens of the global batch (BERT paper, section 5.3). Texts without labels do not count.
     Metric: accuracy over them, in [0, 1].
     """
 
@@ -109,10 +109,10 @@ class TokenClassification(FineTuning):
 
 @dataclasses.dataclass(frozen=True)
 class SpanExtraction(FineTuning):
-    """ "start", "end" [b]: an answer's first and last token; 0, [CLS], where the row has none.
+    """ "start", "end" [b]: an answer's first and last token; 0, [CLS], where there is no answer.
 
-    The mean of both cross-entropies over all l places, padding included (google-research/bert run_squad.py). Metric:
-    accuracy in [0, 1]: rows with both ends right.
+    The mean of both cross-entropies over all l positions, padding included (google-research/bert run_squad.py). Metric:
+    accuracy in [0, 1]: examples with both ends right.
     """
 
     def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ class SpanExtraction(FineTuning):
         return out["span_logits"]
 
     def judge(self, logits: Float[Array, "b l 2"], batch: Batch) -> tuple[Loss, Means]:
-        ends = [(logits[..., place], batch[name]) for place, name in enumerate(("start", "end"))]
+        ends = [(logits[..., index], batch[name]) for index, name in enumerate(("start", "end"))]
         losses = [jnp.mean(softmax_cross_entropy(scores, labels)) for scores, labels in ends]
         right = [hits(scores, labels) for scores, labels in ends]
         return (losses[0] + losses[1]) / 2, {"accuracy": jnp.mean(right[0] * right[1])}

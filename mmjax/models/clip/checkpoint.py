@@ -125,7 +125,7 @@ def _resnet(vision: ResNetConfig) -> list[Entry]:
 
 
 def openai_config(shapes: Shapes, config_json: ConfigJson, text: str = "", act: str = "quick_gelu") -> CLIPConfig:
-    """From shapes, as `build_model` does (model.py:399-422); open_clip_config.json goes before, if it is there."""
+    """From shapes, as in `build_model` (model.py:399-422); open_clip_config.json has precedence, if it exists."""
     model = (config_json or {}).get("model_cfg", config_json) or {}
     length, width = shapes[f"{text}positional_embedding"]
     vocabulary, embed_dim = shapes[f"{text}token_embedding.weight"][0], shapes[f"{text}text_projection"][1]
@@ -268,12 +268,12 @@ def hf_config(config: CLIPConfig) -> dict[str, Any]:
         }
     text, vision = config.text, config.vision
     assert isinstance(vision, ViTConfig)
-    # Where the largest id is pooled, 2 tells transformers to do so.
+    # For transformers eos_token_id=2 means to pool at the largest id.
     towers["text_config"] |= {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length}
     towers["text_config"] |= {"eos_token_id": 2 if text.eos is None else text.eos, "bos_token_id": None}
     towers["vision_config"] |= {"image_size": config.image_size, "patch_size": vision.patch, "num_channels": 3}
-    told = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embed_dim}
-    return told | {"logit_scale_init_value": 2.6592} | towers
+    hf_config = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embed_dim}
+    return hf_config | {"logit_scale_init_value": 2.6592} | towers
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts

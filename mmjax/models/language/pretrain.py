@@ -1,4 +1,4 @@
-"""Training a language model to tell the next token: pretraining, and instruction tuning where only answers count."""
+"""Training a language model on the next token: pretraining, and instruction tuning where only answers count."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +14,11 @@ from mmjax.types import Array, Batch, Float, Int, Mean, Means, Params, PRNGKeyAr
 
 @dataclass(frozen=True)
 class CausalLM(Method):
-    """Batches {"input_ids" [b, l], "labels" [b, l]}, int32: labels are the ids, -100 where nothing is learned.
+    """Batches {"input_ids" [b, l], "labels" [b, l]}, int32: labels are the ids, -100 for ignored tokens.
 
-    "inputs_embeds" [b, l, d] may stand for the ids: a spliced prompt. "attention_mask" [b, l]: 1 = a token.
+    "inputs_embeds" [b, l, d] may replace the ids: a prompt with images in it. "attention_mask" [b, l]: 1 = a token.
 
-    The loss is the mean over all labels but each text's first, taken without ever holding the logits of a whole batch.
+    The loss is the mean over all labels but each text's first, computed without the logits of a whole batch in memory.
     A batch without any label has the loss NaN, which the step refuses and counts.
 
     Attributes:
@@ -29,7 +29,7 @@ class CausalLM(Method):
     z_loss: float = 0.0
 
     def init(self, rng: PRNGKeyArray, batch: Batch) -> tuple[Params, Carry]:
-        """Reads the shapes alone of `batch`."""
+        """Uses only the shapes of `batch`."""
         variables: Any = Decoder(self.config).init(rng, jnp.zeros((1, batch["input_ids"].shape[1]), jnp.int32))
         return variables["params"], Carry()
 
@@ -42,14 +42,14 @@ class CausalLM(Method):
         step: Int[Array, ""],
         axis_name: str | None = None,
     ) -> tuple[Loss, tuple[Carry, Means]]:
-        """The loss; metrics: nll, in nats a token, and tokens_per_text, how many were counted."""
+        """The loss; metrics: nll, in nats a token, and tokens_per_text, the number of counted tokens."""
         labels, layer = next_tokens(batch["labels"]), output_layer(params, self.config)
         outputs = linear_cross_entropy(self._hidden(params, batch), labels=labels, z_loss=self.z_loss, **layer)
         texts = jnp.float32(len(labels))
         return outputs.loss, (carry, {"nll": outputs.nll, "tokens_per_text": Mean(outputs.loss.count, texts)})
 
     def _hidden(self, params: Params, batch: Batch) -> Float[Array, "b l d"]:
-        """Normed states as the head takes them."""
+        """The normalised hidden states, the input of the head."""
 
         def last(decoder: Decoder) -> Array:
             embeds = batch["inputs_embeds"] if "inputs_embeds" in batch else decoder.embed(batch["input_ids"])
@@ -60,12 +60,12 @@ class CausalLM(Method):
 
     def logits(self, params: Params, ids: Array, mask: Array) -> Float[Array, "b l v"]:
         """For evaluations; see `mmjax.evaluation.perplexity`."""
-        told: Any = Decoder(self.config).apply({"params": params}, ids, mask)
-        return told["logits"]
+        outputs: Any = Decoder(self.config).apply({"params": params}, ids, mask)
+        return outputs["logits"]
 
 
 def output_layer(params: Params, config: DecoderConfig) -> dict[str, Any]:
-    """The arguments of `linear_cross_entropy` by which the states of `Decoder.hidden` become logits."""
+    """The arguments of `linear_cross_entropy` that turn the states of `Decoder.hidden` into logits."""
     if config.tied:
         added = (params["added_embedding"], None) if config.added_tokens else None
         return {"kernel": params["token_embedding"], "tied": True, "added": added}

@@ -30,7 +30,7 @@ class T5Seq2Seq(Method):
     config: T5Config
 
     def init(self, rng: PRNGKeyArray, batch: Batch) -> tuple[Params, Carry]:
-        """Reads the shapes alone of `batch`."""
+        """Uses only the shapes of `batch`."""
         ids, labels = (jnp.zeros((1, batch[name].shape[1]), jnp.int32) for name in ("input_ids", "labels"))
         variables: Any = T5(self.config).init(rng, ids, labels)
         return variables["params"], Carry()
@@ -46,7 +46,7 @@ class T5Seq2Seq(Method):
     ) -> tuple[Loss, tuple[Carry, Means]]:
         """The loss; metrics: accuracy of the next token, in [0, 1]."""
         c, labels = self.config, batch["labels"]
-        out: Any = T5(c, axis_name).apply(
+        outputs: Any = T5(c, axis_name).apply(
             {"params": params},
             batch["input_ids"],
             shift_right(labels, c.start, c.pad),
@@ -55,6 +55,6 @@ class T5Seq2Seq(Method):
             rngs={"dropout": named(rng, "dropout")},
         )
         counted = labels != IGNORED
-        found = hits(out["logits"].reshape(-1, c.vocab_size), jnp.where(counted, labels, 0).reshape(-1))
-        accuracy = Mean.of(found, counted.reshape(-1))
-        return token_cross_entropy(out["logits"], labels).loss, (carry, {"accuracy": accuracy})
+        correct = hits(outputs["logits"].reshape(-1, c.vocab_size), jnp.where(counted, labels, 0).reshape(-1))
+        accuracy = Mean.of(correct, counted.reshape(-1))
+        return token_cross_entropy(outputs["logits"], labels).loss, (carry, {"accuracy": accuracy})

@@ -15,11 +15,11 @@ from mmjax.training.state import Carry
 from mmjax.types import Array, Batch, Float, Int, Mean, Means, Params, PRNGKeyArray
 
 IGNORED = -100
-"""A label that is not counted, as torch and transformers have it."""
+"""The label of an ignored token, as in torch and transformers."""
 
 
 def shifted_right(labels: Int[Array, "b l"], config: TransformerConfig) -> Int[Array, "b l"]:
-    """What the decoder reads to be asked for the labels: its start, then each label but the last; -100 becomes pad."""
+    """The decoder's inputs for these labels: its start token, then each label but the last; -100 becomes pad."""
     start = jnp.full((labels.shape[0], 1), config.start, labels.dtype)
     shifted = jnp.concatenate([start, labels[:, :-1]], 1)
     return jnp.where(shifted == IGNORED, config.pad, shifted)
@@ -30,7 +30,7 @@ def translation_loss(
     labels: Int[Array, "b l"],
     smoothing: float = 0.0,
 ) -> tuple[Mean, Means]:
-    """The mean over all counted labels of a batch, in torch's form of smoothing (over all classes, the label's too).
+    """The mean over all counted labels of a batch, with torch's label smoothing (over all classes, the label's too).
 
     Metrics: nll (without smoothing) and accuracy of the next token.
     """
@@ -45,7 +45,7 @@ def translation_loss(
 class Translation(Method):
     """Batches {"input_ids": int32 [b, s], padded with the config's pad, "labels": int32 [b, l], padded with -100}.
 
-    Labels end with the end of sentence; the decoder reads them shifted right, behind its start.
+    Labels end with the end of sentence; the decoder takes them shifted right, after its start token.
     """
 
     config: TransformerConfig
@@ -57,7 +57,7 @@ class Translation(Method):
             raise MmjaxError(f"transformer: label_smoothing={self.label_smoothing} (from 0 to below 1)")
 
     def init(self, rng: PRNGKeyArray, batch: Batch) -> tuple[Params, Carry]:
-        """Reads the shapes alone of `batch`."""
+        """Uses only the shapes of `batch`."""
         ids, labels = (jnp.zeros((1, *batch[name].shape[1:]), jnp.int32) for name in ("input_ids", "labels"))
         variables: Any = Transformer(self.config).init(rng, ids, labels)
         return variables["params"], Carry()

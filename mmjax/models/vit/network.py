@@ -25,28 +25,28 @@ TORCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Everything that shapes the network; `ViTConfig.b16(num_classes=1000)`.
+    """The config of a ViT; `ViTConfig.b16(num_classes=1000)`.
 
-    width, depth, heads, hidden: of the encoder; hidden: of its feed-forward network.
+    width, depth, heads: of the encoder. hidden: width of its feed-forward network.
     patch: side of a patch, in pixels or, in a hybrid, in cells of the root's feature map.
-    image_size: (height, width) of the images that the position table is made for; others are interpolated by `rule`.
+    image_size: (height, width) of the images of the position table; for other sizes it is interpolated by `rule`.
     num_classes: 0: no head.
-    positions: "learned", "moco_v3": begins as sines and cosines (a partition freezes it), or "big_vision": fixed ones
-        that are no parameter.
-    class_token, class_position: whether there is one, and whether it has a row of its own in the position table.
+    positions: "learned", "moco_v3": initialised with sines and cosines (a partition freezes it), or "big_vision":
+        fixed ones that are no parameter.
+    class_token, class_position: whether there is a class token, and whether the position table has a row for it.
     distilled, distilled_head: DeiT's second token, and a head on it; the logits are then the mean of both heads'.
     patch_bias: whether the patch projection has one. norm_before: a norm before the first block (CLIP).
-    registers: tokens without positions after the class token. mask_token: what hidden patches are replaced by.
-    pool: what the head sees: the class token, the mean of the patches, both side by side (DINOv2's linear head), or
+    registers: tokens without positions after the class token. mask_token: whether a token replaces hidden patches.
+    pool: the input of the head: the class token, the mean of the patches, both side by side (DINOv2's linear head), or
         attention by a learned query ("map").
     norm_after_pool: the final norm acts on the pooled vector, not on the tokens (timm's `fc_norm`, MAE fine-tuned).
     representation: width of the tanh layer before the head (`pre_logits`; Hugging Face: `pooler`); None: there is none.
     act, gated, epsilon, layer_scale: of the blocks. gelu_tanh with Google's own numbers, gelu in every torch port.
     dropout, attention_dropout, drop_path: rates in training; drop_path is the last block's.
-    remat: blocks are computed again in the backward pass.
+    remat: recomputes blocks in the backward pass.
     init: "vit": Xavier as Google's code, "moco_v3": the same with the patch projection Xavier too, "normal": N(0, 0.02)
         as DeiT and DINOv2, "clip": torch's defaults, tokens and positions N(0, 1 / width). head_bias: initial bias of
-        the head (AugReg: -10); its kernel begins at zero.
+        the head (AugReg: -10); its kernel is initialised with zeros.
     dtype: of the computation.
     """
 
@@ -250,7 +250,7 @@ class ViT(nn.Module):
     ) -> ViTOutput:
         """hidden_patches: True where a patch, in row-major order, is replaced by the mask token.
 
-        axis_name: the mapped axis that cuts the batch; dropout asks for it, so that every cut draws the same.
+        axis_name: the mapped axis that cuts the batch. Dropout needs it, so that its masks do not depend on the cut.
         """
         c = self.config
         x = self._embed(images, hidden_patches)

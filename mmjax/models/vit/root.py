@@ -13,14 +13,14 @@ from mmjax.types import Array, Float
 
 @dataclasses.dataclass(frozen=True)
 class RootConfig:
-    """layers: units of each block; none: the stem alone (R+Ti/16). width: channels of the stem."""
+    """The config of a root. layers: units of each block; (): the stem alone (R+Ti/16). width: channels of the stem."""
 
     layers: tuple[int, ...] = (3, 4, 9)
     width: int = 64
 
     @property
     def stride(self) -> int:
-        """By how much the root shrinks an image; without blocks 4 as well."""
+        """The factor by which the root shrinks an image; also 4 without blocks."""
         return 4 * 2 ** max(len(self.layers) - 1, 0)
 
 
@@ -46,7 +46,7 @@ class StdConv(nn.Module):
 
 
 def same_padding(shape: tuple[int, ...], size: int, stride: int) -> list[tuple[int, int]]:
-    """Of [b, height, width, c], so that a window of `size` gives ceil(side / stride) places."""
+    """The padding of [b, height, width, c] with which a window of `size` has ceil(side / stride) positions."""
     totals = [max((-(-side // stride) - 1) * stride + size - side, 0) for side in shape[1:3]]
     return [(0, 0), *((total // 2, total - total // 2) for total in totals), (0, 0)]
 

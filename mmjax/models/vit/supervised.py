@@ -29,5 +29,5 @@ class ViTClassifier:
         axis_name: str | None = None,
     ) -> tuple[Float[Array, "b classes"], Params]:
         rngs = {} if rng is None else {"dropout": rng}
-        told = ViT(self.config).apply({"params": params}, pixels, train=train, axis_name=axis_name, rngs=rngs)
-        return told.logits, stats  # type: ignore[union-attr]
+        outputs = ViT(self.config).apply({"params": params}, pixels, train=train, axis_name=axis_name, rngs=rngs)
+        return outputs.logits, stats  # type: ignore[union-attr]
