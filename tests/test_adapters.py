@@ -62,7 +62,7 @@ def test_several_ranks_and_alphas(tmp_path):
     assert abs(float(scale) - 7 / 2**0.5) < 1e-6
 
 
-def test_what_does_not_fit_is_told(tmp_path):
+def test_adapters_that_do_not_fit_are_refused(tmp_path):
     model = with_adapters(clip(), "text/**/q")
     with pytest.raises(MmjaxError, match=r"text/encoder/block_0/attention/q, .*fused with others in the layout 'open"):
         export_lora(model, tmp_path, layout="openai")

@@ -260,7 +260,7 @@ def test_an_unknown_architecture_names_file_keys_and_what_is_known(tmp_path, toy
         assert piece in str(caught.value)
 
 
-def test_two_layouts_that_fit_ask_for_a_choice(tmp_path, toy, monkeypatch):
+def test_two_layouts_that_fit_need_a_choice(tmp_path, toy, monkeypatch):
     twin = dataclasses.replace(LAYOUTS[0], name="twin")
     monkeypatch.setattr(sys.modules["toy.checkpoint"], "LAYOUTS", (*LAYOUTS, twin))
     mmjax.export(toy, tmp_path)

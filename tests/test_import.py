@@ -111,7 +111,7 @@ PIECES = FILE + "from mmjax.text.tokenizer import Tokenizer; Tokenizer.from_sent
         ("sentencepiece", "sentencepiece", PIECES),
     ],
 )
-def test_a_missing_extra_is_one_error_that_says_what_to_install(package, extra, call, tmp_path):
+def test_a_missing_extra_is_one_error_that_names_what_to_install(package, extra, call, tmp_path):
     (tmp_path / "toy.py").write_text(TOY)
     call = call.format(folder=str(tmp_path))
     output = python(

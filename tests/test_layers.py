@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mmjax"
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 
-FLOORS = (
+LAYERS = (
     {"channels", "errors", "tree", "types"},
     {"nn", "weights"},
     {"objectives"},
@@ -34,9 +34,9 @@ APART = ({"nn", "weights"},)
 """Neighbours that must not import each other."""
 ABOVE_WEIGHTS = {"models", "hub", "adapters"}
 """Only these packages import weights/: training, evaluation and data know no public layout."""
-LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 
-BESIDE_NETWORKS = {"training", "evaluation", "interface"}
+OUTSIDE_NETWORKS = {"training", "evaluation", "interface"}
 """Packages that a system's training and task code imports and its networks do not: this distinguishes the two."""
 COMPILERS = {
     "jit",
@@ -82,7 +82,7 @@ def imports(path: pathlib.Path) -> set[str]:
     return names_imported
 
 
-def room(module: str) -> str:
+def package_of(module: str) -> str:
     """mmjax.training.loop -> training; mmjax itself -> __init__."""
     return module.split(".")[1] if "." in module else "__init__"
 
@@ -114,13 +114,13 @@ def imported(module: str) -> set[str]:
     return visited
 
 
-def test_every_room_has_a_floor():
-    rooms = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
-    assert rooms <= LEVEL.keys(), f"not in FLOORS: {sorted(rooms - LEVEL.keys())}"
-    assert {"training", "models", "data", "nn", "evaluation"} <= rooms
+def test_every_package_has_a_level():
+    packages = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert packages <= LEVEL.keys(), f"not in LAYERS: {sorted(packages - LEVEL.keys())}"
+    assert {"training", "models", "data", "nn", "evaluation"} <= packages
 
 
-def test_the_reader_sees_late_and_nested_imports(tmp_path):
+def test_late_and_nested_imports_are_read(tmp_path):
     file = tmp_path / "example.py"
     file.write_text(
         "import jax.numpy\ndef f():\n    from mmjax import hub, load\n    from mmjax.training import loop\n"
@@ -132,10 +132,10 @@ def test_the_reader_sees_late_and_nested_imports(tmp_path):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_arrows_point_down(module):
-    here = room(module)
+    here = package_of(module)
     wrong = []
     for target in sorted(own_imports(module)):
-        there = room(target)
+        there = package_of(target)
         walled = any({here, there} == wall for wall in APART)
         weights = there == "weights" and here != "weights" and here not in ABOVE_WEIGHTS
         if LEVEL[there] > LEVEL[here] or walled or weights:
@@ -158,21 +158,21 @@ def test_no_module_imports_itself_through_others():
     assert not cyclic, f"they import each other: {', '.join(cyclic)}"
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if room(name) in ("data", "text")])
-def test_data_and_text_reach_no_jax(module):
+@pytest.mark.parametrize("module", [name for name in MODULES if package_of(name) in ("data", "text")])
+def test_data_and_text_import_no_jax(module):
     for name in reached(module):
         outside = {target.split(".")[0] for target in imports(MODULES[name])}
         wrong = outside & {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
         assert not wrong, f"{module} reaches {name}, which imports {', '.join(wrong)}"
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if room(name) == "models"])
+@pytest.mark.parametrize("module", [name for name in MODULES if package_of(name) == "models"])
 def test_systems_share_networks_but_no_training_and_no_tasks(module):
     system = module.split(".")[2] if module.count(".") >= 2 and MODULES[module].parent.name != "models" else None
     for target in own_imports(module):
         parts = target.split(".")
         if len(parts) == 4 and parts[1] == "models" and parts[2] != system:
-            wrong = sorted(name for name in imported(target) if room(name) in BESIDE_NETWORKS)
+            wrong = sorted(name for name in imported(target) if package_of(name) in OUTSIDE_NETWORKS)
             assert not wrong, f"{module} imports {target}, which is no network alone: it imports {', '.join(wrong)}"
 
 
@@ -211,14 +211,14 @@ def runs_in_a_lift(tree: ast.AST) -> bool:
 
 def training_path() -> list[str]:
     """Training, objectives and nn; of models what runs in a lift, and the models' modules that it imports."""
-    inside = {name for name in MODULES if room(name) in ("training", "objectives", "nn")}
+    inside = {name for name in MODULES if package_of(name) in ("training", "objectives", "nn")}
     for name in MODULES:
-        if room(name) == "models" and runs_in_a_lift(tree_of(MODULES[name])):
-            inside |= {name, *(other for other in imported(name) if room(other) == "models")}
+        if package_of(name) == "models" and runs_in_a_lift(tree_of(MODULES[name])):
+            inside |= {name, *(other for other in imported(name) if package_of(other) == "models")}
     return sorted(inside)
 
 
-def test_the_training_path_is_found_by_content():
+def test_the_training_path_is_determined_by_content():
     path = training_path()
     for name in (
         "albef.pretrain",

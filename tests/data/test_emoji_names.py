@@ -25,6 +25,6 @@ def test_the_split_does_not_depend_on_the_language():
     assert german == french
 
 
-def test_an_unknown_language_is_told():
+def test_an_unknown_language_is_refused():
     with pytest.raises(MmjaxError, match="language='tlh': the names of emoji are there in ar, de"):
         load_emoji_names("tlh")

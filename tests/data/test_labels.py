@@ -20,7 +20,7 @@ def test_labels_outside_the_classes_are_named(labels, message):
         check_labels(arrays(labels), 5)
 
 
-def test_good_labels_pass_and_others_are_told():
+def test_good_labels_pass_and_others_are_refused():
     check_labels(arrays([0, 4, 2]), 5)
     with pytest.raises(MmjaxError, match="whole numbers"):
         check_labels(arrays([0.0, 1.5]), 5)
@@ -39,7 +39,7 @@ def test_folders(tmp_path):
         check_labels(ImageFolder(tmp_path / "three" / "a"), 3)
 
 
-def test_a_source_that_knows_no_labels_is_asked_for_its_first_record():
+def test_the_first_record_is_checked_where_a_source_lists_no_labels():
     items = [{"image": b"", "label": 7}, {"image": b""}]
     with pytest.raises(MmjaxError, match=r"things\[0\] has 7"):
         check_labels(RandomAccess(items, dict, "things"), 7)

@@ -84,7 +84,7 @@ def test_the_cache_is_read_and_a_damaged_one_is_made_anew(data, cache, monkeypat
     assert file.stat().st_size == size and not list(cache.glob("*.tmp"))
 
 
-def test_missing_packages_are_told(monkeypatch):
+def test_missing_packages_are_named(monkeypatch):
     real = builtins.__import__
 
     def without(name, *rest):

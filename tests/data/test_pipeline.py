@@ -114,7 +114,7 @@ def test_workers_change_nothing(workers, straight):
     assert alone.get_state() == {**state, "step": 17}
 
 
-def test_a_killed_worker_is_replaced_and_the_order_goes_on(straight):
+def test_a_killed_worker_is_replaced_and_the_order_continues(straight):
     iterator = iter(pipeline(workers=2, prefetch=1))
     actual = take(iterator, 2)
     for child in multiprocessing.active_children():
@@ -258,7 +258,7 @@ def test_the_state_of_another_order_is_refused():
             iter(other).set_state(state)
 
 
-def test_what_cannot_be_cut_or_stacked_is_told():
+def test_batches_that_cannot_be_cut_or_stacked_are_refused():
     with pytest.raises(MmjaxError, match="37 records do not fill a batch of 64"):
         pipeline(batch_size=64)
     with pytest.raises(MmjaxError, match="cannot be cut for process 1 of 2"):

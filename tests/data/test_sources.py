@@ -26,7 +26,7 @@ def images(tmp_path):
     return tmp_path / "images"
 
 
-def test_an_array_source_gives_rows_and_knows_itself():
+def test_an_array_source_returns_rows_and_has_an_identity():
     source = ArraySource(name="digits", image=np.arange(24, dtype=np.uint8).reshape(6, 2, 2), label=np.arange(6) % 3)
     record = source[4]
     assert record["label"] == 1 and type(record["label"]) is int

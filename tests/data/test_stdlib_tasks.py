@@ -36,7 +36,7 @@ def test_what_is_documented(tmp_path):
     assert stdlib_documents(tmp_path, least=1)["farm/hens.py"][:2] == ["All about hens.", "They lay eggs."]
 
 
-def test_labels_are_what_the_files_say(tmp_path):
+def test_labels_are_those_of_the_files(tmp_path):
     documented = stdlib_documented(modules(tmp_path))
     assert {text.label for text in package_texts(documented, least=3)} == {"farm"}
     assert len(package_texts([*documented, *documented], least=1)) == len(documented)  # each text once
@@ -49,7 +49,7 @@ def test_labels_are_what_the_files_say(tmp_path):
     assert text == "the number of eggs that are\nwhole" and lay.context[start : start + len(text)] == text
 
 
-def test_what_is_held_out_is_a_matter_of_names():
+def test_the_held_out_split_depends_on_names_alone():
     held_out = [is_held_out(f"name {i}", 0.2) for i in range(2000)]
     assert 0.17 < sum(held_out) / 2000 < 0.23
     assert not any(is_held_out(f"name {i}", 0.1) and not wide for i, wide in enumerate(held_out))

@@ -89,7 +89,7 @@ def test_questions_of_vqa_and_visual_genome(tmp_path, root):
     assert set(QuestionList(write(tmp_path, "vqa_test.json", [test]), folders)[0]) == {"image", "text", "question_id"}
 
 
-def test_questions_reach_a_batch(tmp_path, root, tokenizer):
+def test_questions_are_batched(tmp_path, root, tokenizer):
     files = [write(tmp_path, "vqa_train.json", TRAIN), write(tmp_path, "vg_qa.json", GENOME)]
     source = QuestionList(files, {"vqa": root / "coco", "vg": root / "genome"})
     transforms = (
@@ -180,7 +180,7 @@ def test_entailment(tmp_path, root):
         (["x"], "list: not an object"),
     ],
 )
-def test_a_bad_question_says_where_and_why(tmp_path, root, row, reason):
+def test_errors_name_the_bad_question(tmp_path, root, row, reason):
     source = QuestionList(write(tmp_path, "vqa.json", [TRAIN[1], row]), {"vqa": root / "coco"})
     assert source[0]["text"] == "Two?"
     with pytest.raises(BadRecord) as caught:
@@ -203,7 +203,7 @@ def test_a_bad_question_says_where_and_why(tmp_path, root, row, reason):
         (EntailmentList, {"sentence": "x", "label": "neutral"}, "list: no image"),
     ],
 )
-def test_a_bad_row_of_the_others_says_why(tmp_path, root, kind, row, reason):
+def test_errors_name_the_bad_row_of_other_tasks(tmp_path, root, kind, row, reason):
     with pytest.raises(BadRecord) as caught:
         kind(write(tmp_path, "list.json", [row]), root / "coco")[0]
     assert caught.value.reason == reason and caught.value.name

@@ -56,7 +56,7 @@ def test_the_fall_back_after_ten_tries(size, box):
     assert random_box(size, (0.08, 1.0), (3 / 4, 4 / 3), misses) == box  # type: ignore[arg-type]
 
 
-def test_boxes_are_distributed_as_asked():
+def test_boxes_have_the_configured_distribution():
     boxes = np.array([random_box((640, 480), (0.25, 0.6), (3 / 4, 4 / 3), generator(i)) for i in range(4000)])
     left, top, width, height = boxes.T
     assert (left >= 0).all() and (left + width <= 640).all() and (top >= 0).all() and (top + height <= 480).all()

@@ -122,7 +122,7 @@ def slow_warp(image, matrix):
     return expected
 
 
-def test_warping_is_bilinear_up_to_the_rounding_of_places():
+def test_warping_is_bilinear_up_to_the_rounding_of_coordinates():
     matrix = np.array([[0.9, 0.3, -4.7], [-0.2, 1.1, 3.3]])
     off = warp(NOISE, matrix) - slow_warp(NOISE, matrix)
     # Places are off by at most 1/64 of a pixel, and 1/1024 more, along either axis, of slope 255 at most.

@@ -42,7 +42,7 @@ class Judged(TOY):
 
 
 @pytest.mark.parametrize("lift", ["jit", "pmap", "mesh"])
-def test_numbers_of_every_evaluation_reach_the_log(tmp_path, lift):
+def test_metrics_of_every_evaluation_are_logged(tmp_path, lift):
     TRACED.clear()
     last = train(Judged(lift=lift), tmp_path)
     assert last["val/image_to_text_R@1"] == last["val/text_to_image_R@10"] == 100

@@ -50,6 +50,6 @@ def test_a_config_comes_back_equal(config):
         ({"vision": {"width": 3, "patch": 5}, "parts": [{"width": 3}]}, r"model\.parts\[0\] does not fit Patches"),
     ],
 )
-def test_slips_are_named_with_their_place(told, message):
+def test_errors_name_the_field(told, message):
     with pytest.raises(MmjaxError, match=message):
         config_from_json(Whole, told, "model")

@@ -66,7 +66,7 @@ def test_a_stop_string_ends_the_text_before_it(model):
     assert stop in model.tokenizer.decode(ids[0].tolist()) and ids.shape[1] < 20
 
 
-def test_a_chat_is_the_template_gone_on_from(model):
+def test_a_chat_continues_the_template(model):
     messages = [{"role": "user", "content": "name three fruits"}]
     text = "<s>user\nname three fruits</s><s>assistant\n"
     row = ids_of(model, text, 6, special=False)[0].tolist()
@@ -76,7 +76,7 @@ def test_a_chat_is_the_template_gone_on_from(model):
     assert "".join(model.stream_chat(messages, max_new_tokens=6)) == expected
 
 
-def test_a_conversation_reads_only_what_is_new(model):
+def test_a_conversation_processes_only_new_tokens(model):
     talk = Conversation(model, "be brief", max_new_tokens=6)
     lengths = []
     for question in ("name three fruits", "which of them is yellow?", "the sea"):
@@ -91,7 +91,7 @@ def test_a_conversation_reads_only_what_is_new(model):
     assert all(length >= 0 for length in lengths)
 
 
-def test_a_conversation_goes_on_from_what_it_keeps(model, monkeypatch):
+def test_a_conversation_resumes_from_its_cache(model, monkeypatch):
     """The answers encode to their own ids, as those of a trained model mostly do."""
     talk = Conversation(model, max_new_tokens=4)
     answer = model.tokenizer("the sea", add_special_tokens=False)[0][0].tolist()
@@ -110,7 +110,7 @@ def test_a_conversation_goes_on_from_what_it_keeps(model, monkeypatch):
     assert reply == model.chat(talk.messages[:-1], max_new_tokens=4)
 
 
-def test_a_saved_model_says_the_same(model, tmp_path, capsys):
+def test_a_saved_model_generates_the_same(model, tmp_path, capsys):
     save_tiny_decoder(tmp_path)
     again = mmjax.load(tmp_path)
     expected = model.generate("once upon", max_new_tokens=6)
@@ -122,7 +122,7 @@ def test_a_saved_model_says_the_same(model, tmp_path, capsys):
     assert f"once upon{expected}" in capsys.readouterr().out
 
 
-def test_the_command_line_talks(tmp_path, capsys, monkeypatch):
+def test_the_command_line_chats(tmp_path, capsys, monkeypatch):
     import io
 
     save_tiny_decoder(tmp_path)
@@ -134,7 +134,7 @@ def test_the_command_line_talks(tmp_path, capsys, monkeypatch):
     assert "temperature" in capsys.readouterr().err
 
 
-def test_what_cannot_talk_says_so(model):
+def test_models_that_cannot_chat_are_refused(model):
     bare = model.replace(tokenizer=None)
     with pytest.raises(MmjaxError, match="without a tokenizer"):
         bare.generate("once")
@@ -207,7 +207,7 @@ def test_an_encoder_needs_a_prompt():
         T5Model(config, {}).generate()
 
 
-def test_images_go_with_prompts_and_without(model):
+def test_images_with_and_without_prompts(model):
     seeing = SeeingModel(model.config, model.params, tokenizer=model.tokenizer)
     pixels = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32) * 3
     both = seeing.generate(["once upon", "sea"], pixel_values=pixels, max_new_tokens=5)
@@ -224,7 +224,7 @@ def test_images_go_with_prompts_and_without(model):
         seeing.generate("sea", pixel_values=pixels[0])
 
 
-def test_a_model_that_sees_nothing_refuses_images(model):
+def test_a_text_model_refuses_images(model):
     for images in ({"images": np.zeros((4, 4, 3), np.uint8)}, {"pixel_values": np.zeros((1, 4, 4, 3), np.float32)}):
         with pytest.raises(MmjaxError, match="language sees no images: it takes input_ids, attention_mask"):
             model.generate("sea", **images)

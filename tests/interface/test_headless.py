@@ -132,7 +132,7 @@ def test_clip_at_another_size_interpolates_in_the_call(name, side, stride):
 
 
 @pytest.mark.parametrize("name, layout", [("clip_vit", "hf"), ("clip_vit", "timm"), ("clip_resnet", "torchvision")])
-def test_no_layout_of_its_system_takes_a_clip_tower_in_silence(name, layout, tmp_path):
+def test_no_layout_of_its_system_exports_a_clip_tower_silently(name, layout, tmp_path):
     whole = with_head(backbone(name).headless(CLASSES), 12 if name == "clip_vit" else 5)
     with pytest.raises(MmjaxError):
         mmjax.export(whole, tmp_path, layout)
@@ -172,7 +172,7 @@ def test_a_dinov2_with_a_head_is_hugging_faces(tmp_path):
     )
 
 
-def test_what_has_no_image_encoder_says_so():
+def test_a_model_without_an_image_encoder_is_refused():
     class Texts(Model):
         system = "texts"
         build = example = inputs = outputs = None  # type: ignore[assignment]

@@ -39,7 +39,7 @@ def stepped(method: Method, optimizer: Optimizer) -> Any:
 # --------------------------------------------------------------------------------------------------------------- draws
 
 
-def test_masks_are_drawn_as_said():
+def test_masks_have_the_documented_distribution():
     """Over 40,000 texts: the rate, 80/10/10 and the random words by chi-square, at p = 0.001."""
     method, (ids, mask) = tiny.pretraining(), tiny.texts(np.random.default_rng(0), 40_000)
     masked, labels = jax.jit(lambda ids: method.masks({"input_ids": ids}, RNG, None))(ids)
@@ -236,7 +236,7 @@ def test_what_pairs_share_is_one_array_with_the_sum_of_both_gradients():
             np.testing.assert_allclose(grads[f"{second}/{name}"], one + other, atol=1e-5 * scale, rtol=0)
 
 
-def test_places_without_an_answer_have_no_say():
+def test_slots_without_an_answer_have_no_weight():
     method, rows = AlbefAnswering(tiny.still(tiny.ANSWERS)), tiny.batch()
     state, empty = started(method, STILL), tiny.batch()["answer_weights"] == 0
     assert 5 < empty.sum() < 60

@@ -32,7 +32,7 @@ def embeds(size: int, seed: int = 0) -> Any:
     return jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True))
 
 
-def test_two_others_or_one_are_drawn_by_likeness():
+def test_one_or_two_other_images_are_sampled_by_similarity():
     """By chi-square at p = 0.001: labels a third each, the first other image by softmax(f f / 0.07)
     without its diagonal, the second one by the same without the first."""
     method, x = TextAssignment(tiny.ASSIGNMENT), embeds(5)
@@ -70,7 +70,7 @@ def test_two_others_or_one_are_drawn_by_likeness():
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-def test_any_cut_draws_the_same(groups: int):
+def test_any_cut_samples_the_same(groups: int):
     method, x = TextAssignment(tiny.ASSIGNMENT, groups=groups), embeds(24)
     whole = jax.jit(lambda x: method.draw(x, RNG, None))(x)
     cut = jax.jit(jax.vmap(lambda x: method.draw(x, RNG, "data"), axis_name="data"))(x.reshape(4, 6, 7))
@@ -79,7 +79,7 @@ def test_any_cut_draws_the_same(groups: int):
     assert max(int(positions.max()) for positions in whole[:2]) < 24 // groups
 
 
-def test_the_loss_by_hand_trains_all_that_reads_and_leaves_the_rest():
+def test_the_loss_by_hand_and_which_parameters_are_trained():
     """Texts and images are encoded alone; the others come from the same half of the batch; then one step."""
     config = tiny.still(tiny.ASSIGNMENT)
     method, rows = TextAssignment(config, groups=2), tiny.batch(size=12)

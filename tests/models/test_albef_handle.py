@@ -159,7 +159,9 @@ def test_files_of_the_original_scripts(wrapped: bool, tmp_path: pathlib.Path):
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "retrieval", "ve", "nlvr", "vqa"])
-def test_the_files_of_the_vaults_tell_their_own_config(kind: str, golden_dir: pathlib.Path, tmp_path: pathlib.Path):
+def test_the_config_is_inferred_from_the_files_of_the_vaults(
+    kind: str, golden_dir: pathlib.Path, tmp_path: pathlib.Path
+):
     """The keys are those of the original code. Fields that no file contains are left out of the comparison."""
     vault_config = json.loads((golden_dir / f"albef_{kind}.json").read_text())["config"]
     tensors = read_weights(golden_dir / f"albef_{kind}.safetensors").arrays
@@ -344,7 +346,7 @@ def test_answers_out_of_a_list_word_by_word():
         model.answer(pictures, QUESTIONS, [])
 
 
-def test_what_a_network_or_a_folder_lacks_is_told():
+def test_missing_heads_and_files_are_named():
     vqa, retrieval = model_of("vqa"), model_of("retrieval")
     for call, message in (
         (lambda: vqa.encode_image(images(1)), "embed_dim=0"),
@@ -424,7 +426,7 @@ def fresh(config: AlbefConfig, form: str, rows: int = 8) -> Any:
 
 
 @pytest.mark.parametrize("holds_state", [True, False])
-def test_pretraining_goes_on_from_a_file(holds_state: bool):
+def test_pretraining_starts_from_a_file(holds_state: bool):
     """The momentum encoders and queues are loaded; without them they are copies and fresh queues."""
     model, before = model_of("pretraining", holds_state), fresh(FORMS["pretraining"], "pretraining")
     state, message = initialize_from(before, model.weights(), "ALBEF.pth")
@@ -466,7 +468,7 @@ def test_fine_tuning_starts_from_a_pretrained_file(form: str, holds_state: bool)
     assert ("vision_proj" in state.params) == (form == "retrieval") and "mlm_bias" not in state.params["text"]
 
 
-def test_retrieval_knows_no_image_of_a_pretrained_queue():
+def test_image_ids_of_a_pretrained_queue_are_unknown_to_retrieval():
     """Ids and keys of a batch are written to the same rows: the queues share one cursor."""
     model, config = model_of("pretraining", True), target("retrieval")
     state, _ = initialize_from(fresh(config, "retrieval"), starting_weights(model.weights(), config), "ALBEF.pth")
@@ -487,7 +489,7 @@ def test_retrieval_knows_no_image_of_a_pretrained_queue():
 
 
 @pytest.mark.parametrize("form", ["nlvr", "vqa"])
-def test_fine_tuning_goes_on_from_its_own_kind(form: str):
+def test_fine_tuning_starts_from_its_own_task(form: str):
     model = model_of(form, True)
     weights = starting_weights(model.weights(), model.config)
     same(weights, {"params": model.params, "ema": model.stats["momentum"]})
@@ -496,7 +498,7 @@ def test_fine_tuning_goes_on_from_its_own_kind(form: str):
     assert left.keys() == {"vision", "text"}  # a head of other classes
 
 
-def test_pairs_of_images_go_on_from_text_assignment():
+def test_pairs_of_images_start_from_text_assignment():
     """NLVR2's fine-tuning starts from pretrain_model_nlvr.pth: all but the heads and the projections."""
     model = model_of("assignment")
     weights = starting_weights(model.weights(), FORMS["nlvr"])

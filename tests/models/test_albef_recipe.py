@@ -49,7 +49,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch, quick_compilation) -> Any:
     return config
 
 
-def test_a_run_that_was_cut_goes_on_to_the_same_bits_and_is_loaded(recipe: Any, tmp_path: pathlib.Path):
+def test_an_interrupted_run_resumes_bit_exactly_and_is_loaded(recipe: Any, tmp_path: pathlib.Path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     config = recipe(**SMALL, steps=6, checkpoint_every=3)
     last = train(config, whole, experiment_file=str(FILE))

@@ -53,8 +53,8 @@ def test_the_second_is_the_head_on_the_nearest(case):
     stages, params, outputs = case
     similarities, known = stages.first(params, None)
     results = stages.reranker(params, known, similarities, TEXT_IMAGE)
-    wanted = outputs["itm_logits"][:, 1].reshape(N, M)
-    for scores, logits, near in zip(results.matrices(), (wanted, wanted.T), (similarities, np.asarray(similarities).T)):
+    itm = outputs["itm_logits"][:, 1].reshape(N, M)
+    for scores, logits, near in zip(results.matrices(), (itm, itm.T), (similarities, np.asarray(similarities).T)):
         listed = np.argsort(-np.asarray(near), 1)[:, :3]
         expected = np.full(logits.shape, FILL, np.float32)
         np.put_along_axis(expected, listed, np.take_along_axis(logits, listed, 1), 1)

@@ -81,7 +81,7 @@ def test_heads_that_cannot_be_are_refused(fields, told):
 # ------------------------------------------------------------------------------------------------------------- network
 
 
-def test_padding_says_nothing_and_order_does():
+def test_padding_has_no_effect_and_order_has():
     bert, inputs = model(TINY), batch()
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
     out = bert.forward(**inputs)
@@ -101,7 +101,7 @@ def test_padding_says_nothing_and_order_does():
         bert.forward(input_ids=np.ones((1, 2), np.int32), decoder_input_ids=np.ones((1, 2), np.int32))
 
 
-def test_words_at_places_are_those_of_all_places():
+def test_mlm_logits_at_positions_are_those_of_all_positions():
     bert, examples = model(TINY), batch()
     inputs = [examples[name] for name in ("input_ids", "attention_mask", "token_type_ids", "masked_positions")]
     few: Any = jax.jit(bert.module.apply)(bert.variables, *inputs)
@@ -317,7 +317,7 @@ def test_best_answers_are_those_of_trying_all():
         assert best_answers(context, parts, starts, ends, 20, 4, threshold)[0].text == first
 
 
-def test_an_answer_is_found_in_any_window(tokenizer):
+def test_an_answer_is_extracted_from_any_window(tokenizer):
     """The network's scores depend on the word alone: a word has the same score in every window."""
     config = BertConfig(53, 35, 1, 5, 41, 64, pooler=False, spans=True)
     bert = model(config, tokenizer=tokenizer)

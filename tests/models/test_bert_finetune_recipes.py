@@ -145,7 +145,7 @@ def test_answers_in_texts(repository, pretrained, files, tmp_path):
     reads_the_same(bert, tmp_path / "hf", "BertForQuestionAnswering", **bert.tokenizer(["what?"], ["red dog"]))
 
 
-def test_how_many_steps_there_are(repository, pretrained, files):
+def test_number_of_steps(repository, pretrained, files):
     made = recipe(repository, "classification")
     data = str(files / "texts.tsv")
     config = made(data=data, batch_size=8)
@@ -158,7 +158,7 @@ def test_how_many_steps_there_are(repository, pretrained, files):
     assert {row.text for row in train_on}.isdisjoint(row.text for row in held_out)
 
 
-def test_what_is_wrong_is_told(repository, pretrained, files, tmp_path):
+def test_errors_are_reported(repository, pretrained, files, tmp_path):
     made = recipe(repository, "classification")
     with pytest.raises(MmjaxError, match="--init_from MODEL"):
         made(data=str(files / "texts.tsv")).method()

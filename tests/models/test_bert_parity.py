@@ -168,7 +168,7 @@ class TestTransformers:
 TINY = BertConfig(53, 35, 2, 5, 41, 19, mlm=True, nsp=True)
 
 
-def drawn(config: BertConfig) -> BertModel:
+def random_model(config: BertConfig) -> BertModel:
     rng = np.random.default_rng(3)
     shapes = flatten(BertModel.shapes(config)["params"])
     return BertModel(config, unflatten({path: rng.normal(size=x.shape).astype("f") for path, x in shapes.items()}))
@@ -177,7 +177,7 @@ def drawn(config: BertConfig) -> BertModel:
 @pytest.mark.parametrize("heads", [{"mlm": True, "nsp": True}, {"classes": 3}, {"spans": True, "pooler": False}])
 def test_googles_variables_both_ways(tmp_path, heads):
     config = BertConfig(53, 35, 2, 5, 41, 19, act="gelu_tanh", **heads)
-    model = drawn(config)
+    model = random_model(config)
     mmjax.export(model, tmp_path, layout="google")
     stored = np.load(tmp_path / "bert_model.npz")
     kernel = stored["bert/encoder/layer_1/intermediate/dense/kernel"]
@@ -210,7 +210,9 @@ def test_googles_names_are_those_of_its_code():
 
 
 def test_what_is_no_bert_encoder_is_refused():
-    shapes = {key: array.shape for key, array in save_table(HF.table(TINY), {"params": drawn(TINY).params}).items()}
+    shapes = {
+        key: array.shape for key, array in save_table(HF.table(TINY), {"params": random_model(TINY).params}).items()
+    }
     assert HF.config(shapes, {"num_attention_heads": 5}) == TINY
     for hf_config in ({"is_decoder": True}, {"hidden_act": "swish"}, {"position_embedding_type": "relative_key"}):
         with pytest.raises(MmjaxError, match="not a BERT encoder"):

@@ -31,7 +31,7 @@ def small(recipe, tmp_path_factory):
     return recipe(steps=4, batch_size=6, warmup=1, log_every=1, eval_every=2, checkpoint_every=2, **sizes)
 
 
-def test_batches_have_the_shapes_that_are_told(small):
+def test_batches_have_the_declared_shapes(small):
     static = dataclasses.replace(small, masking="static", whole_words=True)
     for config in (small, static):
         batch = next(iter(config.train_data()))
@@ -48,7 +48,7 @@ def test_held_out_documents_are_not_trained_on(small):
     assert set(small.train_columns["document"]) == set(range(4))
 
 
-def test_a_run_that_was_cut_goes_on_to_the_same_bits(small, tmp_path):
+def test_an_interrupted_run_resumes_bit_exactly(small, tmp_path):
     metrics = train(small, tmp_path)
     assert {"val/mlm_loss", "val/mlm_unigram_loss", "val/nsp_accuracy", "train/mlm_accuracy"} <= metrics.keys()
     bert = mmjax.load(tmp_path)
@@ -58,7 +58,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(small, tmp_path):
     assert tree.tree_hash(mmjax.load(tmp_path).params) == tree.tree_hash(bert.params)
 
 
-def test_too_few_documents_are_told(recipe, tmp_path):
+def test_too_few_documents_are_refused(recipe, tmp_path):
     (tmp_path / "one.txt").write_text("a hen\n\na puppy\n")
     with pytest.raises(MmjaxError, match="2 documents; at least 4"):
         recipe(data=str(tmp_path)).train_data()

@@ -95,7 +95,7 @@ def test_configs_survive_json(name):
 # ------------------------------------------------------------------------------------------------------------- network
 
 
-def test_a_text_is_told_by_what_stands_before_its_end():
+def test_text_features_depend_on_tokens_up_to_the_end_alone():
     vlm, ids = model(VIT), batch(VIT)["text"]
     ids[:, 5] = 540
     ids[:, 1:5] = np.minimum(ids[:, 1:5], 500)
@@ -108,7 +108,7 @@ def test_a_text_is_told_by_what_stands_before_its_end():
     assert np.abs(np.asarray(vlm.encode_text(changed)) - first).max() > 1e-2
 
 
-def test_the_end_is_the_largest_id_or_the_one_that_is_told():
+def test_the_end_is_the_largest_id_or_the_configured_one():
     vlm, ids = model(VIT), batch(VIT)["text"]
     ids[:, 1:] = np.minimum(ids[:, 1:], 500)
     ids[:, 0] = 1
@@ -150,7 +150,7 @@ def test_initial_spread_is_openais():
     assert not np.any(blocks["bn3"]["scale"]) and np.all(blocks["bn2"]["scale"] == 1)
 
 
-def test_bad_inputs_are_told():
+def test_bad_inputs_are_refused():
     vlm = model(VIT)
     with pytest.raises(MmjaxError, match="22 x 22"):
         vlm.forward(pixel_values=np.zeros((1, 33, 33, 3), np.float32))
@@ -246,7 +246,7 @@ def test_loss_and_metrics_by_hand():
         assert abs(float(metrics[name]) - np.mean(nearest == np.arange(12))) < 1e-6
 
 
-def test_siglip_starts_where_its_bias_says():
+def test_siglip_starts_at_its_bias():
     config = dataclasses.replace(VIT, init_bias=-10.0, init_temperature=0.1)
     method, images = CLIP(config), batch(config)
     params, carry = method.init(jax.random.key(0), images)
@@ -357,7 +357,7 @@ def test_retrieve_ranks_by_cosine(vlm):
     assert [row[0][0] for row in vlm.retrieve(texts, vlm.tokenizer(texts))] == [0, 1, 2, 3, 4]
 
 
-def test_saved_and_loaded_it_says_the_same(vlm, tmp_path):
+def test_a_saved_model_has_the_same_outputs(vlm, tmp_path):
     hub.save(vlm, tmp_path)
     again = mmjax.load(tmp_path)
     assert again.config == vlm.config
@@ -365,7 +365,7 @@ def test_saved_and_loaded_it_says_the_same(vlm, tmp_path):
     np.testing.assert_array_equal(again.encode_text(["a red icon"]), vlm.encode_text(["a red icon"]))
 
 
-def test_a_tokenizer_that_does_not_fit_is_told(vlm):
+def test_a_tokenizer_that_does_not_fit_is_refused(vlm):
     with pytest.raises(MmjaxError, match="does not fit the model"):
         vlm.replace(tokenizer=train_clip_tokenizer([], 514, 17)).encode_text("a")
 

@@ -177,7 +177,7 @@ def near_gradients(got: dict[str, Any], want: dict[str, Any]) -> None:
     near(*({path: leaf for path, leaf in grads.items() if not is_blind(path)} for grads in (got, want)))
 
 
-def kept_bytes(method: CLIP) -> int:
+def stored_bytes(method: CLIP) -> int:
     """Bytes of the forward pass that are stored for the backward pass, parameters included; from shapes alone."""
     rows = batch(method.config)
     params, carry = begun(method)
@@ -188,14 +188,14 @@ def kept_bytes(method: CLIP) -> int:
 
 
 @pytest.mark.parametrize("name", ["vit", "modified"])
-def test_remat_changes_what_is_kept_and_no_number(name: str):
+def test_remat_changes_stored_bytes_and_no_value(name: str):
     plain = METHODS[name]
     remat = dataclasses.replace(plain, config=dataclasses.replace(plain.config, remat=True))
     (value, _), grads = gradient(plain)
     (again, _), same = gradient(remat)
     np.testing.assert_allclose(again, value, rtol=1e-6)
     near_gradients(same, grads)
-    assert kept_bytes(remat) < 0.7 * kept_bytes(plain)
+    assert stored_bytes(remat) < 0.7 * stored_bytes(plain)
 
 
 @pytest.mark.parametrize("remat", [False, True])

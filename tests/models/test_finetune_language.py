@@ -43,7 +43,7 @@ def run(start, workdir, **changes):
     return last, [line["train/loss"] for line in lines if "train/loss" in line]
 
 
-def test_adapters_learn_what_is_said_and_nothing_else_moves(start, tmp_path):
+def test_adapters_learn_the_dialogues_and_nothing_else_changes(start, tmp_path):
     lora = LoRAConfig(("block_*/**",), 8)
     last, losses = run(start, tmp_path, steps=60, learning_rate=5e-2, lora=lora)
     assert losses[-1] < 0.88 * losses[0]

@@ -52,7 +52,7 @@ def test_the_whole_step_traces_at_full_size(config: Any, parameters: int):
     assert bool(before.ema) == (config.batch_size == 1024)
 
 
-def test_the_newer_recipe_is_what_its_command_line_says():
+def test_the_newer_recipe_is_its_command_line():
     """The command line is in the experiment's docstring."""
     docstring = (EXPERIMENTS / "resnet_50_imagenet.py").read_text().split('"""')[1]
     assert NEWER.split() == docstring[docstring.index("--steps") : docstring.index("Batch norm")].split()

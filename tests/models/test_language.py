@@ -202,7 +202,7 @@ def random_model(config, seed=0):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_steps_over_kept_keys_are_the_whole_pass(name):
+def test_cached_steps_equal_the_full_pass(name):
     """Two rows an item, with different tokens, after ragged prompts padded on either side."""
     model = random_model(CONFIGS[name])
     steps, variables = model.decodable(), model.variables
@@ -230,7 +230,7 @@ def test_steps_over_kept_keys_are_the_whole_pass(name):
 
 
 @pytest.mark.parametrize("name", ["rotary", "learned", "alibi", "window"])
-def test_what_was_read_serves_the_next_turn(name):
+def test_a_cache_is_reused_in_the_next_turn(name):
     """Prompt, answer, next prompt: the cached state gives the same answer as the whole text."""
     model = random_model(CONFIGS[name])
     rng = np.random.default_rng(2)
@@ -248,7 +248,7 @@ def test_what_was_read_serves_the_next_turn(name):
     np.testing.assert_allclose(cached.scores, afresh.scores, rtol=1e-4)
 
 
-def test_embeddings_in_the_place_of_ids():
+def test_embeddings_instead_of_ids():
     model = random_model(CONFIGS["rotary"])
     ids = jnp.asarray(PROMPTS)
     embeds = model.module.apply(model.variables, ids, method="embed")
@@ -477,7 +477,7 @@ def test_a_head_that_is_not_the_embedding_is_refused_where_it_should_be(tmp_path
         (np.array([[1, 2]]), {"stop": "x"}, "tokenizer"),
     ],
 )
-def test_prompts_that_cannot_be_gone_on_from(prompts, options, message):
+def test_prompts_that_cannot_be_continued(prompts, options, message):
     with pytest.raises(MmjaxError, match=message):
         random_model(CONFIGS["rotary"]).generate(prompts, **options)
 

@@ -51,7 +51,7 @@ def inputs(model):
     return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :4]} if model.system == "t5" else {})
 
 
-def test_matrices_are_held_in_a_byte_a_weight(pair):
+def test_matrices_are_stored_in_one_byte_per_weight(pair):
     model, narrow = pair
     leaves = flatten(narrow.params)
     matrices = {path for path, leaf in leaves.items() if is_int8(leaf)}
@@ -76,7 +76,7 @@ def test_logits_are_those_of_the_dequantised_copy(pair):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_it_writes_what_its_dequantised_copy_writes(pair, beams):
+def test_it_generates_the_same_as_its_dequantised_copy(pair, beams):
     model, narrow = pair
     if model.system == "t5" and beams > 1:
         pytest.skip("one system's is enough")

@@ -214,7 +214,7 @@ ZERO = {"v2": set(), "v3": {"stats/query/predictor/bn_0/mean"}, "v3_vit": {"stat
 
 @pytest.mark.parametrize("version", LIFTED)
 @pytest.mark.parametrize("lift", ["pmap", "mesh"])
-def test_one_device_and_eight_end_in_the_same_place(lifted: dict[str, Any], version: str, lift: str):
+def test_one_device_and_eight_have_the_same_result(lifted: dict[str, Any], version: str, lift: str):
     one, many = (dict(lifted[f"{version}/{name}"]["leaves"]) for name in ("jit", lift))
     for path in ZERO[version]:
         assert max(np.abs(one.pop(path)).max(), np.abs(many.pop(path)).max()) < 1e-6, path
@@ -329,7 +329,7 @@ LAYOUT_CONFIGS = {
 }
 
 
-def drawn(config: MoCoConfig) -> dict[str, Any]:
+def random_variables(config: MoCoConfig) -> dict[str, Any]:
     rng = np.random.default_rng(2)
 
     def draw(path: str, leaf: Any) -> np.ndarray:
@@ -343,7 +343,7 @@ def drawn(config: MoCoConfig) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", LAYOUT_CONFIGS)
 def test_released_files_load_export_and_start_a_run(name: str, tmp_path: pathlib.Path):
-    config, variables = LAYOUT_CONFIGS[name], drawn(LAYOUT_CONFIGS[name])
+    config, variables = LAYOUT_CONFIGS[name], random_variables(LAYOUT_CONFIGS[name])
     layout = next(layout for layout in LAYOUTS if layout.name == name[:2])
     public = save_table(layout.table(config), variables)
     public = {f"module.{key}": array for key, array in public.items()}
@@ -377,7 +377,7 @@ def test_released_files_load_export_and_start_a_run(name: str, tmp_path: pathlib
 @pytest.mark.torch
 def test_a_torch_file_as_released_loads(tmp_path: pathlib.Path):
     torch = pytest.importorskip("torch")
-    config, variables = LAYOUT_CONFIGS["v2"], drawn(LAYOUT_CONFIGS["v2"])
+    config, variables = LAYOUT_CONFIGS["v2"], random_variables(LAYOUT_CONFIGS["v2"])
     public = save_table(next(layout for layout in LAYOUTS if layout.name == "v2").table(config), variables)
     state_dict = {f"module.{key}": torch.tensor(np.asarray(array)) for key, array in public.items()}
     file = tmp_path / "moco_v2_200ep_pretrain.pth.tar"
@@ -387,7 +387,7 @@ def test_a_torch_file_as_released_loads(tmp_path: pathlib.Path):
 
 
 def test_the_query_encoder_alone_loads(tmp_path: pathlib.Path):
-    config, variables = LAYOUT_CONFIGS["v2"], drawn(LAYOUT_CONFIGS["v2"])
+    config, variables = LAYOUT_CONFIGS["v2"], random_variables(LAYOUT_CONFIGS["v2"])
     public = save_table(next(layout for layout in LAYOUTS if layout.name == "v2").table(config), variables)
     write_safetensors(tmp_path / "q.safetensors", {k: v for k, v in public.items() if k.startswith("encoder_q.")})
     model = mmjax.load(tmp_path / "q.safetensors")
@@ -402,11 +402,11 @@ def test_the_query_encoder_alone_loads(tmp_path: pathlib.Path):
 
 
 @pytest.mark.parametrize("length", [24, 36])
-def test_training_goes_on_from_a_released_checkpoint(length: int):
+def test_training_starts_from_a_released_checkpoint(length: int):
     """Both encoders, the statistics, and the queue if it has the same length."""
     config = dataclasses.replace(V2, queue=24, holds_state=True)
     method = MoCoMethod(dataclasses.replace(config, queue=length, holds_state=False))
-    model = MoCoModel(config, **drawn(config))
+    model = MoCoModel(config, **random_variables(config))
     fresh = started(method, SGD, batch(12))
     state, message = initialize_from(fresh, model.weights(), "moco.pth")
     queues = "keys" if length == 24 else "none (fresh, as they do not fit: keys)"

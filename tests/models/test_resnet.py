@@ -104,7 +104,7 @@ def test_v1_and_v1_5_have_the_same_parameters_and_different_numbers():
     assert float(jnp.abs(new_maps["C3"] - old_maps["C3"]).max()) > 0.1
 
 
-def test_dilation_keeps_the_size_and_sees_what_the_stride_sees():
+def test_dilation_keeps_the_size_and_the_strided_values():
     """At the pixels that the strided net computes, the first dilated block has the same values."""
     config = ResNetConfig(layers=(1, 1), stem_width=8, stage_widths=(4, 6), num_classes=0)
     dilated = dataclasses.replace(config, dilate=(True, False, False))
@@ -208,7 +208,7 @@ def test_encoders_of_other_systems_are_not_taken_for_a_resnet():
             assert not layout.recognise(layout.unwrap([prefix + key for key in keys]).keys(), None)
 
 
-def test_what_a_layout_or_block_cannot_hold_is_told():
+def test_unsupported_layouts_and_blocks_are_refused():
     model = ResNetModel(ResNetConfig.cifar(8), {}, {})
     for layout in ("torchvision", "hf"):
         with pytest.raises(MmjaxError, match="stem='cifar'"):
@@ -221,7 +221,7 @@ def test_what_a_layout_or_block_cannot_hold_is_told():
         ResNetConfig(layers=(1, 2))
 
 
-def test_the_handle_encodes_and_classifies():
+def test_the_model_encodes_and_classifies():
     model = ResNetModel(SMALL, **randomised(SMALL))
     x = np.asarray(images(3))
     features = model.encode_image(x)

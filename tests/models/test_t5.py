@@ -184,7 +184,7 @@ def write(folder: Any, config: T5Config, hf_config: dict[str, Any] | None, **mor
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_way_there_and_back_is_exact(tmp_path, name):
+def test_the_round_trip_is_exact(tmp_path, name):
     first = model(CONFIGS[name])
     mmjax.export(first, tmp_path / "hf")
     second = mmjax.load(tmp_path / "hf")
@@ -196,7 +196,7 @@ def test_the_way_there_and_back_is_exact(tmp_path, name):
     jax.tree.map(np.testing.assert_array_equal, third.params, dict(first.params))
 
 
-def test_old_files_hold_the_embedding_four_times_and_a_bias_too_many(tmp_path):
+def test_old_files_have_the_embedding_four_times_and_an_extra_bias(tmp_path):
     embedding = np.asarray(model(PLAIN).params["embedding"])
     copies = {f"{prefix}.weight": embedding for prefix in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")}
     bias = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": np.ones((12, 3), np.float32)}
@@ -218,7 +218,7 @@ def test_old_files_hold_the_embedding_four_times_and_a_bias_too_many(tmp_path):
         mmjax.load(tmp_path / "torn")
 
 
-def test_flans_head_is_its_own_beside_copies_of_the_embedding(tmp_path):
+def test_flans_head_is_untied_beside_copies_of_the_embedding(tmp_path):
     embedding = np.asarray(model(GATED).params["embedding"])
     copies = {f"{prefix}.weight": embedding for prefix in ("encoder.embed_tokens", "decoder.embed_tokens")}
     write(tmp_path / "flan", GATED, UNTIED | {"feed_forward_proj": "gelu", "is_gated_act": True}, **copies)
@@ -258,7 +258,7 @@ def test_blip2_takes_the_erf_gelu(tmp_path):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_cached_decoding_is_the_whole_decoder(name):
+def test_cached_decoding_equals_the_full_decoder(name):
     """Rows of one item with different tokens equal separate runs; a prompt of several tokens; ragged inputs."""
     vlm, batch = model(CONFIGS[name]), inputs()
     rows, begun, new = 2, 4, 23
@@ -405,7 +405,7 @@ def test_rematerialisation_changes_no_gradient():
     jax.tree.map(lambda a, b: close(b, a, 1e-5), grads(False), grads(True))
 
 
-def test_whatever_drops_knows_the_axis_that_cuts_the_batch():
+def test_every_dropout_has_the_axis_of_the_batch():
     """Otherwise devices would sample the same masks (`mmjax.nn.dropout`)."""
     results = []
 

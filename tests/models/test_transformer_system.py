@@ -180,7 +180,7 @@ def test_foreign_configs_are_refused(tmp_path, told, wrong):
 
 
 @pytest.mark.parametrize("name", ["marian", "torch"])
-def test_steps_are_the_whole_at_once(name):
+def test_cached_steps_equal_the_full_pass(name):
     """Two rows an item with different tokens, after a start of two tokens, on padded sources."""
     config = CONFIGS[name]
     params, ids = model(config).params, jnp.asarray(batch(config, 3)["input_ids"])
@@ -202,7 +202,7 @@ def test_steps_are_the_whole_at_once(name):
         np.testing.assert_allclose(got, expected[:, 1:], atol=1e-5 * np.abs(expected).max())
 
 
-def test_padding_of_the_source_is_not_seen():
+def test_padding_of_the_source_is_masked():
     vlm = model(dataclasses.replace(PAPER, decoder_depth=1))
     ids, decoder_ids = np.array([[7, 8, 9, 0, 0], [7, 8, 9, 10, 11]]), np.array([[1, 11], [1, 11]])
     mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 0, 0]])
@@ -214,7 +214,7 @@ def test_padding_of_the_source_is_not_seen():
     np.testing.assert_allclose(without, masked, atol=1e-5)
 
 
-def test_bad_inputs_are_told():
+def test_bad_inputs_are_refused():
     marian = model(MARIAN)
     ids = np.zeros((1, 18), np.int32)
     with pytest.raises(MmjaxError, match="18 tokens are more than max_length=17"):

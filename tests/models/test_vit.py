@@ -181,7 +181,7 @@ def test_a_dinov2_training_checkpoint_is_read_in_chunks(tmp_path):
     equal(mmjax.load(tmp_path).params, model.params)
 
 
-def test_old_big_vision_positions_may_lie_elsewhere(tmp_path):
+def test_old_big_vision_positions_have_another_key(tmp_path):
     model = randomised(dataclasses.replace(NPZ, class_position=False))
     mmjax.export(model, tmp_path, layout="npz_linen")
     arrays = {f"params/{key}": value for key, value in np.load(tmp_path / "model.npz").items()}
@@ -201,7 +201,7 @@ def test_a_class_position_is_the_same_as_one_added_to_the_token():
     near(other.forward(images)["logits"], model.forward(images)["logits"], 1e-6)
 
 
-def test_what_hugging_face_cannot_hold_is_said(tmp_path):
+def test_configs_that_hugging_face_cannot_represent_are_refused(tmp_path):
     gap = randomised(dataclasses.replace(NPZ, class_token=False, class_position=False, pool="mean"))
     with pytest.raises(MmjaxError, match=r"ViT cannot hold this ViTConfig's class_token, pool"):
         mmjax.export(gap, tmp_path, layout="hf")
@@ -270,13 +270,13 @@ def test_positions_of_moco_v3_are_a_parameter_and_big_visions_are_not():
     assert randomised(fixed).forward(pixels(fixed, size=(35, 14)))["last_hidden_state"].shape == (2, 11, 20)
 
 
-def test_the_head_begins_at_its_bias():
+def test_the_head_is_initialised_to_its_bias():
     config = dataclasses.replace(SMALL, head_bias=-10.0)
     variables = ViT(config).init(jax.random.key(0), pixels(config))
     np.testing.assert_array_equal(ViT(config).apply(variables, pixels(config)).logits, np.full((2, 11), -10.0))
 
 
-def test_other_sizes_see_interpolated_positions():
+def test_other_sizes_have_interpolated_positions():
     """For an image of another size the table is interpolated to its grid, by the config's rule."""
     outputs = {}
     for rule in ("dinov2", "bicubic"):
@@ -286,7 +286,7 @@ def test_other_sizes_see_interpolated_positions():
     assert np.abs(outputs["dinov2"] - outputs["bicubic"]).max() > 1e-3  # the offset of 0.1
 
 
-def test_training_draws_and_evaluation_does_not():
+def test_training_is_random_and_evaluation_is_not():
     config = dataclasses.replace(SMALL, dropout=0.2, attention_dropout=0.1, drop_path=0.3)
     model, images = randomised(config), pixels(config)
     near(model.forward(images)["logits"], randomised(SMALL).forward(images)["logits"], 1e-6)
@@ -341,7 +341,7 @@ def test_configs_that_make_no_sense_are_refused(fields, message):
 # ---------------------------------------------------------------------------------------------------------- the handle
 
 
-def test_the_handle_asks_the_network():
+def test_the_model_classifies_and_encodes():
     model = randomised(SMALL)
     images = pixels(SMALL)
     out = model.forward(images)

@@ -133,7 +133,7 @@ def test_bfloat16_keeps_its_statistics_in_float32():
     np.testing.assert_allclose(y.astype(jnp.float32), wide, rtol=2**-7, atol=2**-7)
 
 
-def test_groups_that_do_not_fit_are_told():
+def test_groups_that_do_not_fit_are_refused():
     for groups in (0, 4):
         with pytest.raises(MmjaxError, match=f"groups={groups}"):
             run(BatchNorm(groups=groups), draw(6, 5))

@@ -117,7 +117,7 @@ def test_bfloat16_is_computed_in_float32_and_rounded():
     close(actual.astype(jnp.float32), reference(*rounded, padding=1), 2**-8)
 
 
-def test_what_does_not_fit_is_told():
+def test_unsupported_arguments_are_refused():
     x, kernel = draw(6, (2, 7, 5, 3), (3, 3, 3, 5))
     with pytest.raises(MmjaxError, match="groups=3 does not fit"):
         conv(x, kernel, groups=3)

@@ -50,7 +50,7 @@ def test_by_hand():
     np.testing.assert_array_equal(take_in_group(x, jnp.array([5, 0, 0, 1, 2, 3])), [50, 0, 0, 10, 20, 30])
 
 
-def test_groups_that_do_not_fit_are_told():
+def test_groups_that_do_not_fit_are_refused():
     for groups in (0, 4, 12):
         with pytest.raises(MmjaxError, match=f"groups={groups} does not cut a global batch of 6 on 1 devices"):
             cut(6, groups)

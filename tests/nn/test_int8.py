@@ -91,7 +91,7 @@ def test_a_loop_never_holds_the_float_matrix(run):
     assert memory.temp_size_in_bytes < 2 * 4 * int8.BLOCK < 4 * 512 * 512
 
 
-def test_without_its_library_it_says_what_to_install(monkeypatch):
+def test_without_its_library_the_error_names_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "qwix", None)
     with pytest.raises(MmjaxError, match=r"mmjax\[int8\]"):
         int8.quantize(jnp.ones((2, 3)), 1)

@@ -97,8 +97,8 @@ def test_masks_join():
 
 
 def test_the_table_is_drawn(repository, tmp_path, monkeypatch):
-    place = repository / "experiments" / "mask_table.py"
-    spec = importlib.util.spec_from_file_location("mask_table", place)
+    path = repository / "experiments" / "mask_table.py"
+    spec = importlib.util.spec_from_file_location("mask_table", path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     panels = script.panels()

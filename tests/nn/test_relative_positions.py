@@ -41,14 +41,14 @@ def test_every_distance_as_transformers(bidirectional, buckets, max_distance):
     np.testing.assert_array_equal(actual, reference)
 
 
-def test_too_few_buckets_or_too_short_a_reach():
+def test_too_few_buckets_or_too_small_a_distance():
     with pytest.raises(MmjaxError, match="3 buckets"):
         bucket_table(True, 3)
     with pytest.raises(MmjaxError, match="distances up to 8"):
         bucket_table(True, 32, 8)
 
 
-def test_bias_of_a_place_in_the_middle():
+def test_bias_of_a_position_in_the_middle():
     module = RelativeBias(3, False, buckets=8, max_distance=11)
     positions = jnp.arange(29)
     variables = module.init(jax.random.key(0), positions, positions)

@@ -36,7 +36,7 @@ def test_angles_are_exact_at_large_positions():
     np.testing.assert_allclose(sinusoids(4001, 4)[4000, :2], [np.sin(4000.0), np.cos(4000.0)], atol=1e-7)
 
 
-def test_bad_tables_are_told():
+def test_bad_tables_are_refused():
     with pytest.raises(MmjaxError, match="'halves': choose interleaved"):
         sinusoids(3, 4, "halves")  # type: ignore[arg-type]
     with pytest.raises(MmjaxError, match="width 2: should be at least 4"):

@@ -37,21 +37,21 @@ def randomised(module, *inputs):
     return treedef.unflatten([jnp.asarray(0.5 * rng.normal(size=leaf.shape), jnp.float32) for leaf in leaves])
 
 
-def drawn(seed, *shape):
+def random_array(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
 @pytest.fixture
 def inputs():
     mask = jnp.arange(S) < jnp.array([[7], [4], [6]])
-    return drawn(1, B, L, D), drawn(2, B, S, E), mask
+    return random_array(1, B, L, D), random_array(2, B, S, E), mask
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_a_step_is_a_column_of_the_full_pass(inputs, norm_first):
     """A prompt of two tokens, then three steps with r = 2 rows of different tokens, each against its own full pass."""
     x, context, mask = inputs
-    prompt, rows = x[:, :2], drawn(3, B, R, 3, D)
+    prompt, rows = x[:, :2], random_array(3, B, R, 3, D)
     fields = {key: value for key, value in FIELDS.items() if key != "cross"}
     stack = standard_stack(2, fields | {"norm_first": norm_first, "act": "silu"}, cross_from=0)
     variables = randomised(stack, x, None, context)
@@ -77,11 +77,11 @@ def test_a_step_is_a_column_of_the_full_pass(inputs, norm_first):
             np.testing.assert_allclose(outputs[t][:, row], states[-1][:, 2 + t], atol=2e-5)
 
 
-def test_a_prompts_padding_is_not_seen(inputs):
+def test_a_prompts_padding_is_masked(inputs):
     x, context, _ = inputs
     block, short = standard_block(**FIELDS), x[:, 2:]
     variables = randomised(block, x, None, context)
-    valid, y = jnp.broadcast_to(jnp.arange(L) >= 2, (B, L)), drawn(5, B, 1, D)
+    valid, y = jnp.broadcast_to(jnp.arange(L) >= 2, (B, L)), random_array(5, B, 1, D)
 
     @jax.jit
     def after(prompt, valid):
@@ -118,7 +118,7 @@ def test_names_do_not_depend_on_the_cross_attention(inputs):
     assert {path.split("/")[0] for path in shapes[1] - shapes[0]} == {"cross_attention", "cross_norm"}
 
 
-def test_weights_are_kept_on_request(inputs):
+def test_attention_weights_are_stored_on_request(inputs):
     x, context, mask = inputs
     block = standard_block(**FIELDS)
     variables = randomised(block, x, None, context)
@@ -134,7 +134,7 @@ def test_weights_are_kept_on_request(inputs):
     assert not np.any(np.asarray(cross)[:, :, :, 4:][1])
 
 
-def test_each_dropout_has_its_place(inputs):
+def test_each_dropout_has_its_position(inputs):
     x, context, _ = inputs
     still = standard_block(**FIELDS)
     variables = randomised(still, x, None, context)
@@ -155,7 +155,7 @@ def test_each_dropout_has_its_place(inputs):
     assert all(np.abs(one - other).max() > 1e-2 for one, other in itertools.combinations(outs, 2))
 
 
-def test_bad_blocks_are_told(inputs):
+def test_bad_blocks_are_refused(inputs):
     x, context, _ = inputs
     with pytest.raises(MmjaxError, match="cross=False was given a context"):
         standard_block(**{**FIELDS, "cross": False}).init(jax.random.key(0), x, None, context)
@@ -167,7 +167,7 @@ def test_decoder_block_is_torchs(inputs, norm_first):
     import torch
 
     x, mask = inputs[0], inputs[2]
-    context = drawn(4, B, S, D)
+    context = random_array(4, B, S, D)
     block = standard_block(**{**FIELDS, "act": "relu", "norm_first": norm_first})
     variables = randomised(block, x, None, context)
     params = jax.tree.map(np.array, variables["params"])

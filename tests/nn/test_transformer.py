@@ -160,7 +160,7 @@ def test_causal_blocks_do_not_see_the_future(x):
     assert np.abs(first[:, 3:] - second[:, 3:]).max() > 0.1
 
 
-def test_attention_weights_are_shown_when_asked_for(x):
+def test_attention_weights_are_returned_on_request(x):
     encoder = standard_stack(2, {"width": D, "heads": H, "hidden": HIDDEN})
     variables = initialised(encoder, x)
     _, visible = encoder.apply(variables, x, mutable=["intermediates"])
@@ -234,7 +234,7 @@ def test_remat_keeps_the_inputs_of_blocks_alone(x):
     assert stored_size(True) <= 4 * x.size < stored_size(False) / 3
 
 
-def test_remat_finishes_a_block_before_it_begins_with_the_one_before(x):
+def test_remat_finishes_a_block_before_the_previous_one(x):
     """The gradient of a block's input passes a barrier together with the gradients of all its weights."""
     encoder = standard_stack(2, {"width": D, "heads": H, "hidden": HIDDEN}, remat=True)
     variables = initialised(encoder, x)

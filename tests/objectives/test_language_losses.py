@@ -67,7 +67,7 @@ def test_no_counted_token_or_a_wrong_label_gives_nan(labels):
     assert math.isnan(jax.jit(linear_cross_entropy)(HIDDEN, KERNEL, labels).loss.value)
 
 
-def test_ignored_tokens_do_not_count():
+def test_ignored_tokens_are_not_counted():
     """Not even if it is infinite, in value or in gradient."""
     ignored = (LABELS == IGNORED)[..., None]
     for loss, arguments in (

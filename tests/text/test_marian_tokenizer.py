@@ -72,7 +72,7 @@ def write_tokenizer(folder: pathlib.Path, separate: bool, kind: str = "unigram",
     return folder
 
 
-def drawn_texts(count: int) -> list[str]:
+def random_texts(count: int) -> list[str]:
     """Words of both languages, marks, spaces and characters of everywhere, in any order."""
     rng = np.random.default_rng(7)
     words = " ".join(ENGLISH + GERMAN).split()
@@ -122,7 +122,7 @@ def test_ids_and_texts_are_those_of_transformers(case: str, tmp_path: pathlib.Pa
         reference.unk_token_id,
     )
     assert tokenizer.vocab_size == len(reference)
-    texts = [*TEXTS, *drawn_texts(200), "<sep> a<begin>b"]
+    texts = [*TEXTS, *random_texts(200), "<sep> a<begin>b"]
     for tokenizer_of_side, expected in (
         (tokenizer, reference(texts)),
         (tokenizer.of_target, reference(text_target=texts)),
@@ -135,7 +135,7 @@ def test_ids_and_texts_are_those_of_transformers(case: str, tmp_path: pathlib.Pa
     assert [
         row[: sum(mask)] for row, mask in zip(*(x.tolist() for x in tokenizer(texts, length=5, truncate=True)))
     ] == cut
-    rows = tokenizer.of_target.encode(drawn_texts(50)) + np.random.default_rng(0).integers(0, 50, (50, 9)).tolist()
+    rows = tokenizer.of_target.encode(random_texts(50)) + np.random.default_rng(0).integers(0, 50, (50, 9)).tolist()
     if tokenizer.target_vocab is not None:
         # transformers takes the source's <pad> for the target's, which has another id.
         others = {tokenizer.pad, tokenizer.target_vocab["<pad>"]}

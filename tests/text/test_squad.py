@@ -17,7 +17,7 @@ def squad(*entries, context=CONTEXT):
     return {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": context, "qas": list(entries)}]}]}
 
 
-def entry(text, start=None, **fields):
+def qa(text, start=None, **fields):
     at = CONTEXT.index(text) if start is None else start
     return {"id": "a1", "question": "who?", "answers": [{"text": text, "answer_start": at}]} | fields
 
@@ -30,10 +30,10 @@ def write(tmp_path, value):
 
 def test_both_versions_are_read(tmp_path):
     none = {"id": "a2", "question": "when?", "answers": [], "is_impossible": True, "plausible_answers": []}
-    one, two = read_squad(write(tmp_path, squad(entry("red hen", is_impossible=False), none)))
+    one, two = read_squad(write(tmp_path, squad(qa("red hen", is_impossible=False), none)))
     assert one == Question("a1", "who?", CONTEXT, (("red hen", 4),), "data[0].paragraphs[0]")
     assert two.answers == () and two.id == "a2"
-    assert read_squad(write(tmp_path, squad(entry("puppy"))))[0].answers == (("puppy", 37),)
+    assert read_squad(write(tmp_path, squad(qa("puppy"))))[0].answers == (("puppy", 37),)
 
 
 @pytest.mark.parametrize(
@@ -42,11 +42,11 @@ def test_both_versions_are_read(tmp_path):
         ('{"data": [\n{]}', "dev.json, line 2: not JSON"),
         ([], "dev.json: expected 'data', a list"),
         (squad(), "it has no questions"),
-        (squad(entry("red hen", 5)), r"qas\[0\] \(id a1\): the answer 'red hen' is not at 5, .*'ed hen '"),
-        (squad(entry("red hen", -4)), "is not at -4"),
-        (squad(entry("red", answers=[])), "no answer, and is_impossible is not true"),
-        (squad(entry("red", question=None)), r"paragraphs\[0\].qas\[0\]: expected 'question', a str, not NoneType"),
-        (squad(entry("red"), context=3), r"data\[0\].paragraphs\[0\]: expected 'context', a str, not int"),
+        (squad(qa("red hen", 5)), r"qas\[0\] \(id a1\): the answer 'red hen' is not at 5, .*'ed hen '"),
+        (squad(qa("red hen", -4)), "is not at -4"),
+        (squad(qa("red", answers=[])), "no answer, and is_impossible is not true"),
+        (squad(qa("red", question=None)), r"paragraphs\[0\].qas\[0\]: expected 'question', a str, not NoneType"),
+        (squad(qa("red"), context=3), r"data\[0\].paragraphs\[0\]: expected 'context', a str, not int"),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path, value, message):

@@ -160,7 +160,7 @@ def test_again_only_evaluates_and_another_grid_is_refused(kind, together, capsys
         ablate(kind, {"momentum": ["0", "0.5", "0.99"]}, workdir, arguments=SHORT, seeds=[0, 1])
 
 
-def test_a_signal_stops_it_and_it_goes_on(kind, together, tmp_path, monkeypatch):
+def test_a_signal_stops_it_and_it_resumes(kind, together, tmp_path, monkeypatch):
     rows = type(kind().train_data())
     plain, count = rows.__next__, iter(range(100))
 
@@ -231,7 +231,7 @@ def test_published_figures_stand_beside_ours():
     assert row["metrics"]["train/loss"] == {"mean": None, "std": None, "n": 0} and row["published"] is None
 
 
-def test_a_course_is_told_by_its_mean_over_the_run():
+def test_a_curve_is_summarised_by_its_mean_over_the_run():
     lines = [{"step": 1, "train/key_drift": 0.3}, {"step": 1, "val/top1": 5.0}, {"step": 2, "train/key_drift": 0.1}]
     broken = [{"step": 3, "train/key_drift": None}, {"step": 4, "train/key_drift": float("nan")}]
     means = ablation_report.course_means(lines + broken, ("key_drift", "not_there"))

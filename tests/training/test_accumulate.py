@@ -136,13 +136,13 @@ def test_counts_cost_no_pass_through_the_network():
     assert products[0] == products[1] > 4
 
 
-def test_queues_are_written_in_place():
+def test_queues_are_updated_in_place():
     for parts in (1, 4):
         text = compiled(Toy(61, 16, 4096), parts).as_text()
         assert "f32[4096,61]" in text and not re.findall(r"= f32\[4096,61\]\S* copy\(", text)
 
 
-def test_momentum_parameters_are_not_held_twice():
+def test_momentum_parameters_are_stored_once():
     """Beside much larger activations the step's peak is that of a step whose teacher does not move, to less than half
     of the momentum parameters."""
 

@@ -74,7 +74,7 @@ def test_brightness_contrast_and_saturation(factor):
 
 
 @pytest.mark.parametrize("shift", [-0.4, -0.1, 0.0, 0.1, 0.5])
-def test_hue_turns_as_colorsys(shift):
+def test_hue_shifts_as_in_colorsys(shift):
     x = unit_image(2)
     x[0, :4] = [[0.5, 0.5, 0.5], [0, 0, 0], [1, 1, 1], [0.7, 0.7, 0.2]]
 
@@ -111,7 +111,7 @@ def test_blur_is_a_gaussian_convolution(sigma):
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
 @pytest.mark.parametrize("hue_at", [0, 1, 2, 3])
-def test_jitter_does_its_four_operations_in_the_order_told(order, hue_at):
+def test_jitter_applies_its_four_operations_in_the_given_order(order, hue_at):
     x, factors, shift = jnp.asarray(unit_image(5)), (1.3, 0.6, 1.4), 0.1
     blends = (color.brightness, color.contrast, color.saturation)
     operations: list[Any] = [functools.partial(blends[i], factor=factors[i]) for i in order]
@@ -221,7 +221,7 @@ def test_jitter_draws_evenly_in_the_ranges_of_torchvision(jitters):
         assert within(int(upper[first_is_brightness, i].sum()), int(first_is_brightness.sum()), 0.5), i
 
 
-def test_a_views_hue_turns_evenly_and_as_often_as_told():
+def test_hue_shifts_are_uniform_and_have_the_configured_probability():
     """The shift of a flat image whose hue is a third of the circle, in a jitter of hue alone. The shift is independent
     of whether it happens: with one sample for both, shifts of the rarer side would be missing."""
     flat = jnp.broadcast_to(jnp.asarray([0.2, 0.8, 0.2]), (5, 5, 3))
@@ -253,7 +253,7 @@ PUBLISHED = [View.moco_v1(11), View.moco_v2(11), View.moco_v3_2(11), View.clip(1
 
 
 @pytest.mark.parametrize("view", PUBLISHED, ids=["moco_v1", "moco_v2", "moco_v3_2", "clip", "supervised"])
-def test_a_view_is_a_function_of_its_own_key_and_image(view):
+def test_a_view_depends_on_its_key_and_image_alone(view):
     images, keys = jnp.stack([jnp.asarray(pixels(i)) for i in range(4)]), jax.random.split(jax.random.key(1), 4)
     many = jax.jit(jax.vmap(view))
     actual = np.asarray(many(keys, images))
@@ -321,7 +321,7 @@ def test_leaving_an_operation_out_changes_no_other(happened, everything, name):
     assert changed.sum() > 0.9 * happened[name].sum()
 
 
-def test_how_strong_a_blur_is_does_not_follow_from_its_being_there(happened):
+def test_the_strength_of_a_blur_is_independent_of_its_presence(happened):
     image = pixels(6, 13, 13) / 255
     strength = np.abs(views(**OPERATIONS["blur"] | {"blur_p": 1.0}) - image).mean((1, 2, 3))
     stronger = strength > np.median(strength)

@@ -241,7 +241,7 @@ def test_unwritable_workdir_is_an_error(tmp_path):
         Lock(tmp_path / "file" / "run")
 
 
-def test_fewer_than_two_kept_is_refused(tmp_path):
+def test_keep_below_two_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="keep=1"):
         CheckpointWriter(tmp_path, keep=1)
 

@@ -147,7 +147,7 @@ def test_averaged_weights_follow_and_are_used():
     )
 
 
-def test_bad_settings_are_told_together():
+def test_bad_settings_are_reported_together():
     with pytest.raises(MmjaxError, match=r"classes=0.*label_smoothing=1\.0.*weight_ema=1\.0"):
         Classification(Linear(), 0, label_smoothing=1.0, weight_ema=1.0)
     with pytest.raises(MmjaxError, match="mean and std"):

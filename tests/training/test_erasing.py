@@ -10,7 +10,7 @@ H, W = 40, 60
 MEAN, STD = (0.2, 0.4, 0.6), (0.5, 0.25, 2.0)
 
 
-def test_rectangles_are_of_the_asked_area_and_ratio():
+def test_rectangles_have_the_configured_area_and_ratio():
     boxes = np.asarray(jax.jit(jax.vmap(lambda key: erased_box(key, (H, W))))(jax.random.split(jax.random.key(0), 500)))
     share, ratio = boxes.mean((1, 2)), []
     for box in boxes:

@@ -116,7 +116,7 @@ def test_fewer_steps_alone_shorten_warmup_and_intervals_in_one_line(tmp_path):
         assert (same.warmup, same.eval_every, same.log_every, len(lines)) == (30, 105, 10, 1)
 
 
-def test_an_explicit_warmup_is_kept_and_one_that_leaves_nothing_names_both_flags(tmp_path):
+def test_an_explicit_warmup_is_used_and_one_that_leaves_no_steps_names_both_flags(tmp_path):
     kind = load_experiment(write(tmp_path, LONG))
     for flags in (["--warmup", "12"], ["--warmup=12", "--eval-every=5"], ["--warmup", "12", "--log_every", "10"]):
         config = parse_overrides(kind, ["--steps", "12", *flags])

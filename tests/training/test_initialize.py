@@ -38,7 +38,7 @@ def own_weights(workdir, state):
     return checkpoint.load_params(workdir)
 
 
-def test_a_run_hands_on_its_model_and_queues_and_nothing_of_its_course(tmp_path):
+def test_a_run_provides_its_model_and_queues_and_no_training_state(tmp_path):
     source, fresh = state_of(1), state_of(2)
     state, message = initialize_from(fresh, own_weights(tmp_path, source), "the run")
     for field in ("params", "stats", "ema", "queues"):
@@ -79,8 +79,8 @@ def test_leaves_that_are_unknown_or_misshapen_raise_in_one_message():
     assert "`initial_weights`" in message
     with pytest.raises(MmjaxError, match="not in this experiment's state: variance"):
         initialize_from(state_of(2), {"params": source, "stats": {"variance": np.zeros(5)}}, "a file")
-    state, said = initialize_from(state_of(2), {"params": {"stem": source["stem"]}}, "a file")
-    assert "2 arrays; fresh: head/kernel" in said
+    state, summary = initialize_from(state_of(2), {"params": {"stem": source["stem"]}}, "a file")
+    assert "2 arrays; fresh: head/kernel" in summary
     assert tree.tree_hash(state.params["head"]) == tree.tree_hash(state_of(2).params["head"])
 
 

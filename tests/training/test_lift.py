@@ -133,7 +133,7 @@ def test_fsdp_cuts_the_largest_divisible_axis():
         lift.spec("params/out/kernel", shape(20))
 
 
-def test_bad_arguments_are_told():
+def test_bad_arguments_are_refused():
     with pytest.raises(MmjaxError, match="lift='tpu'"):
         create_lift("tpu", toy.step)  # type: ignore[arg-type]
     with pytest.raises(MmjaxError, match="does not use"):

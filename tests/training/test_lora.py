@@ -71,7 +71,7 @@ def test_at_the_start_nothing_has_changed():
     np.testing.assert_array_equal(run(both), run(params))  # without `adapted` they are not looked at
 
 
-def test_an_adapter_is_drawn_as_pefts_and_by_its_own_name():
+def test_an_adapter_is_initialised_as_pefts_and_depends_on_its_name():
     params = {"one": {"kernel": jnp.zeros((400, 50))}, "two": {"kernel": jnp.zeros((9, 400), jnp.bfloat16)}}
     adapters = tree.flatten(init_lora(jax.random.key(0), params, LoRAConfig(("*",), rank=100, alpha=25.0)))
     a = adapters["one/lora_a"]
@@ -245,7 +245,7 @@ def test_a_cut_batch_loses_the_same_and_gives_the_same_gradient(stream):
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
-def test_what_cannot_be_is_told():
+def test_invalid_adapters_are_refused():
     params, carry = jax.eval_shape(LoRA(Momentum(), BOTH).init, jax.random.key(0), ROWS)
     with pytest.raises(MmjaxError, match=r"\['\*\*/query'\] name no layer"):
         init_lora(jax.random.key(0), params, LoRAConfig(("**/query", "**/up")))

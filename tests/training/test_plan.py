@@ -171,7 +171,7 @@ def test_loops_count_by_their_length():
 
 
 @needs_libtpu
-def test_what_is_too_large_says_by_how_much():
+def test_a_plan_that_is_too_large_reports_the_excess():
     result = plan(EXPERIMENT, "v5e:2x4", ["--width", "2000000"])
     memory = result["memory"]
     assert not result["fits"]

@@ -104,7 +104,7 @@ def test_an_unknown_scheme_is_refused():
         Lock("nowhere://run")
 
 
-def test_frozen_leaves_lie_once_in_an_object_store(bucket):
+def test_frozen_leaves_are_stored_once_in_an_object_store(bucket):
     params = {"tower": {"kernel": np.arange(6, dtype=np.int8)}, "head": {"kernel": np.ones(3, np.float32)}}
     writer = checkpoint.CheckpointWriter(WORKDIR)
     for step in (1, 2):

@@ -155,7 +155,7 @@ def test_nan_is_refused_unless_allowed(tmp_path):
     assert np.isnan(read_weights(tmp_path / "w.safetensors", allow_nan=True).arrays["bad"][1])
 
 
-def test_unknown_files_are_told(tmp_path):
+def test_unknown_files_are_refused(tmp_path):
     with pytest.raises(WeightsError, match=r"nowhere\.npz: there is no such file"):
         read_weights(tmp_path / "nowhere.npz")
     (tmp_path / "weights.h5").write_bytes(b"x")

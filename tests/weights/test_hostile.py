@@ -190,7 +190,7 @@ def test_a_tensor_stays_inside_its_storage(tmp_path, count, offset, shape, strid
     assert message in str(caught.value)
 
 
-def test_the_hand_made_pickle_is_one_that_would_be_read(tmp_path):
+def test_the_hand_made_pickle_is_readable(tmp_path):
     torch_zip(tmp_path / "m.pt", tensor_pickle(2, 1, (1,), (1,)), np.array([3, 5], np.float32).tobytes())
     np.testing.assert_array_equal(read_weights(tmp_path / "m.pt").arrays["w"], [5])
 
