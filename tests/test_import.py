@@ -49,8 +49,8 @@ import importlib, pkgutil
 import numpy as np
 import mmjax.data, mmjax.text
 for package in (mmjax.data, mmjax.text):
-    for found in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        importlib.import_module(found.name)
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
 from mmjax.data.pipeline import Pipeline
 from mmjax.data.sources import ArraySource
 from mmjax.data.transforms import EncodeText, RandomResizedCrop
@@ -73,7 +73,7 @@ def test_every_module_imports_without_what_is_optional():
         """
 import importlib, pkgutil
 import mmjax
-names = [found.name for found in pkgutil.walk_packages(mmjax.__path__, "mmjax.") if found.name != "mmjax.__main__"]
+names = [module.name for module in pkgutil.walk_packages(mmjax.__path__, "mmjax.") if module.name != "mmjax.__main__"]
 for name in names:
     importlib.import_module(name)
 from mmjax.models import SYSTEMS

@@ -38,10 +38,10 @@ def test_a_share_of_each_class_is_held_out(tmp_path):
 
 def test_the_same_are_held_out_elsewhere_and_when_images_join(tmp_path):
     _, here = labelled_split(folder(tmp_path / "a", cat=20, ant=30), 0.2)
-    _, there = labelled_split(folder(tmp_path / "b", cat=20, ant=30), 0.2)
+    _, elsewhere = labelled_split(folder(tmp_path / "b", cat=20, ant=30), 0.2)
     _, more = labelled_split(folder(tmp_path / "c", cat=20, ant=31), 0.2)
-    assert here is not None and there is not None and more is not None
-    assert names(here) == names(there)
+    assert here is not None and elsewhere is not None and more is not None
+    assert names(here) == names(elsewhere)
     assert len(set(names(here)) - set(names(more))) <= 1
 
 

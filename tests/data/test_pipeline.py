@@ -209,7 +209,7 @@ def test_counts_survive_resume_and_the_log_is_not_doubled(tmp_path):
     file.write_text(text[:-7])  # a kill cut the last line
     resumed = iter(pipeline(**fields))
     resumed.set_state(states[3])
-    assert resumed.bad_counts == {reason: len(rows) for reason, rows in states[3]["bad"].items()}
+    assert resumed.bad_counts == {reason: len(records) for reason, records in states[3]["bad"].items()}
     take(resumed, 6)
     assert resumed.get_state() == states[9]
     assert sorted(map(str, map(json.loads, file.read_text().splitlines()))) == sorted(

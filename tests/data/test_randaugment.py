@@ -109,8 +109,8 @@ def test_magnitudes_are_those_of_the_table():
     np.testing.assert_array_equal(space[10]["Cutout"](PICTURE, up), cutout(PICTURE, 40, (41, 30), GREY))
     # Brightness at 0, 10 and 15 multiplies by 0.1, 1.9 and 2.8.
     for level, factor in ((0, 0.1), (10, 1.9), (15, 2.8)):
-        want = np.clip(NOISE.astype(np.float64) * factor, 0, 255)
-        assert np.abs(np.asarray(space[level]["Brightness"](PICTURE, up)) - want).max() <= 1
+        expected = np.clip(NOISE.astype(np.float64) * factor, 0, 255)
+        assert np.abs(np.asarray(space[level]["Brightness"](PICTURE, up)) - expected).max() <= 1
     assert not np.any(applied(0, "Posterize"))
     np.testing.assert_array_equal(applied(0, "Solarize"), 255 - NOISE)
     np.testing.assert_array_equal(applied(10, "Invert"), 255 - NOISE)
@@ -121,10 +121,10 @@ def test_contrast_and_colour_blend_with_the_mean_and_the_grey():
     grey, picture = np.asarray(PICTURE.convert("L"), np.float64), NOISE.astype(np.float64)
     mean = int(grey.mean() + 0.5)
     assert np.abs(applied(5, "Contrast") - (mean + 1.0 * (picture - mean))).max() <= 1  # level 5: factor 1
-    want = np.clip(mean + 1.9 * (picture - mean), 0, 255)
-    assert np.abs(applied(10, "Contrast") - want).max() <= 1
-    want = np.clip(grey[..., None] + 0.1 * (picture - grey[..., None]), 0, 255)
-    assert np.abs(applied(0, "Color") - want).max() <= 1
+    expected = np.clip(mean + 1.9 * (picture - mean), 0, 255)
+    assert np.abs(applied(10, "Contrast") - expected).max() <= 1
+    expected = np.clip(grey[..., None] + 0.1 * (picture - grey[..., None]), 0, 255)
+    assert np.abs(applied(0, "Color") - expected).max() <= 1
 
 
 @pytest.mark.parametrize("name", NAMES)

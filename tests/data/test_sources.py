@@ -118,7 +118,7 @@ def test_csv_and_tsv(tmp_path, images):
 
 
 def test_each_bad_row_has_its_reason(tmp_path, images):
-    rows = [
+    records = [
         b'{"image": "a.jpg", "caption": "good"}',
         b'{"image": "../secret.jpg", "caption": "x"}',
         json.dumps({"image": str(tmp_path / "secret.jpg"), "caption": "x"}).encode(),
@@ -135,7 +135,7 @@ def test_each_bad_row_has_its_reason(tmp_path, images):
         b"",
         b'{"image": "b.jpg", "caption": "last"}',
     ]
-    (tmp_path / "l.jsonl").write_bytes(b"\n".join(rows))
+    (tmp_path / "l.jsonl").write_bytes(b"\n".join(records))
     source = ImageTextList(tmp_path / "l.jsonl", images)
     assert len(source) == 14  # the empty line is none
     assert source[0]["text"] == "good" and source[13]["text"] == "last"
@@ -185,9 +185,9 @@ def test_several_pathsare_one_list(tmp_path, images):
 
 def test_images_are_numbered_in_the_order_of_their_first_coming(tmp_path, images):
     entries = [("a.jpg", "x9"), ("b.jpg", 7), ("a.jpg", "x9"), ("d.png", 7)]
-    rows = [{"image": name, "image_id": id, "caption": "c"} for name, id in entries]
+    records = [{"image": name, "image_id": id, "caption": "c"} for name, id in entries]
     expressions = [{"image": name, "text": "t", "ref_id": 5} for name in ("d.png", "val/c.jpg", "d.png")]
-    (tmp_path / "train.json").write_text(json.dumps([*rows, *expressions]))
+    (tmp_path / "train.json").write_text(json.dumps([*records, *expressions]))
     source = ImageTextList(tmp_path / "train.json", images, numbered=True)
     assert [source[i]["image_id"] for i in range(7)] == [0, 1, 0, 1, 2, 3, 2]
     assert source[4]["ref_id"] == 5 and source[4]["text"] == "t"
@@ -196,13 +196,13 @@ def test_images_are_numbered_in_the_order_of_their_first_coming(tmp_path, images
 
 
 def test_the_texts_to_retrieve_and_whose_they_are(tmp_path, images):
-    rows = [{"image": "a.jpg", "caption": ["A!", "B"]}, {"image": "gone.jpg", "caption": ["C", "D", "E"]}]
-    (tmp_path / "test.json").write_text(json.dumps([*rows, {"image": "b.jpg", "caption": "F"}]))
+    records = [{"image": "a.jpg", "caption": ["A!", "B"]}, {"image": "gone.jpg", "caption": ["C", "D", "E"]}]
+    (tmp_path / "test.json").write_text(json.dumps([*records, {"image": "b.jpg", "caption": "F"}]))
     texts, text_image = retrieval_texts(ImageTextList(tmp_path / "test.json", images))
     assert texts == ("A!", "B", "C", "D", "E", "F")
     assert text_image.tolist() == [0, 0, 1, 1, 1, 2] and text_image.dtype == np.int32
     for row, word in (({"image": "a.jpg"}, "no text"), ({"image": "a.jpg", "caption": ["x", 3]}, "not text")):
-        (tmp_path / "test.json").write_text(json.dumps([rows[0], row]))
+        (tmp_path / "test.json").write_text(json.dumps([records[0], row]))
         with pytest.raises(MmjaxError, match=r"test\.json\[1\]: .*" + word):
             retrieval_texts(ImageTextList(tmp_path / "test.json", images))
 

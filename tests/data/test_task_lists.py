@@ -49,8 +49,8 @@ def tokenizer():
     return train_wordpiece(["the red hen is left of a blue box , what colour ? yes no two"] * 3, 90)
 
 
-def write(tmp_path, name, rows):
-    (tmp_path / name).write_text(json.dumps(rows))
+def write(tmp_path, name, records):
+    (tmp_path / name).write_text(json.dumps(records))
     return tmp_path / name
 
 
@@ -159,8 +159,8 @@ def test_pairs_are_augmented_apart_and_swapped_half_the_time(tmp_path, root, tok
 
 def test_entailment(tmp_path, root):
     labels = ("contradiction", "neutral", "entailment")
-    rows = [{"image": 9, "sentence": "A hen.", "label": label} for label in labels]
-    source = EntailmentList(write(tmp_path, "ve.json", [*rows, rows[0] | {"image": "9"}]), root / "coco")
+    records = [{"image": 9, "sentence": "A hen.", "label": label} for label in labels]
+    source = EntailmentList(write(tmp_path, "ve.json", [*records, records[0] | {"image": "9"}]), root / "coco")
     assert [source[i]["label"] for i in range(4)] == [0, 1, 2, 0]
     assert source[3] == {"image": picture(90), "text": "A hen.", "label": 0}
 

@@ -179,8 +179,8 @@ def test_37_bad_images_of_eight_kinds_among_500(tmp_path, folder, workers):
     for kind, count in EIGHT.items():
         expected[CASES[kind][1]] = expected.get(CASES[kind][1], 0) + count
     assert iterator.bad_counts == expected and sum(expected.values()) == 37
-    rows = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
-    assert {row["name"]: row["reason"] for row in rows} == {
+    records = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert {row["name"]: row["reason"] for row in records} == {
         str(root / f"{i:03}.jpg"): CASES[kind][1] for i, kind in kinds.items()
     }
     values = np.concatenate([batch["image"][:, 6, 6, 0] for batch in got])

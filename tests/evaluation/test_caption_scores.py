@@ -79,8 +79,12 @@ def test_words_of_other_lines_are_stanfords_where_it_is_installed():
         pytest.skip("no Java")
     rng, pool = random.Random(0), sorted({word for text in WORDS for word in text.split() if word.isascii()})
     made = [" ".join([*rng.choices(["dog", "on", "the", "man's", "street."], k=9), word]) + "." for word in pool]
-    rows = tokenizer.tokenize({index: [{"caption": text}] for index, text in enumerate(made)})
-    wrong = {text: rows[index][0] for index, text in enumerate(made) if rows[index][0].split() != caption_words(text)}
+    tokenized = tokenizer.tokenize({index: [{"caption": text}] for index, text in enumerate(made)})
+    wrong = {
+        text: tokenized[index][0]
+        for index, text in enumerate(made)
+        if tokenized[index][0].split() != caption_words(text)
+    }
     assert not wrong
 
 

@@ -27,9 +27,9 @@ def loop(length, stride):
         ids = TEXT[start:end]
         logits = np.cumsum(np.asarray(TABLE, np.float64)[ids], axis=0) / 3
         log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-        judged = range(max(before - start - 1, 0), len(ids) - 1)
-        sums.append(-sum(log_p[i, ids[i + 1]] for i in judged))
-        counts.append(len(judged))
+        evaluated = range(max(before - start - 1, 0), len(ids) - 1)
+        sums.append(-sum(log_p[i, ids[i + 1]] for i in evaluated))
+        counts.append(len(evaluated))
         if end == N:
             return sums, counts
     raise AssertionError

@@ -185,8 +185,8 @@ def test_evaluation_in_the_loop():
     )
     early = metrics(made.run(np.float32(1), State))
     lists = made.shortlists(np.float32(1))
-    there = np.mean([(OWNER[row] == image).any() for image, row in enumerate(lists.texts)])
-    assert early["image_to_text_R@1"] == pytest.approx(100 * there) and early["retrieval_n_texts"] == M
+    expected = np.mean([(OWNER[row] == image).any() for image, row in enumerate(lists.texts)])
+    assert early["image_to_text_R@1"] == pytest.approx(100 * expected) and early["retrieval_n_texts"] == M
     assert early["R_mean"] > 95 and "retrieval_picture" not in early
     worse = metrics(made.run(np.float32(-1), State))
     assert worse["R_mean"] < 5

@@ -68,8 +68,8 @@ def test_each_beam_of_each_group_has_its_cache():
     prompts = np.array([[5], [4], [2], [6]], np.int32)
     variables, inputs = {"table": jnp.asarray(table, jnp.float32)}, {"input_ids": jnp.asarray(prompts)}
     result = generate(Remembering(), variables, inputs, options)
-    for last, rows, scores in zip(prompts[:, 0], np.asarray(result.ids), np.asarray(result.scores)):
-        for row, score in zip(rows.tolist(), scores):
+    for last, beams, scores in zip(prompts[:, 0], np.asarray(result.ids), np.asarray(result.scores)):
+        for row, score in zip(beams.tolist(), scores):
             text = row[: row.index(0) + 1] if 0 in row else row
             total, read = 0.0, 0
             for i, (one, id) in enumerate(zip([last, *text], text)):

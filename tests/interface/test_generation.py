@@ -208,20 +208,20 @@ def test_an_encoder_needs_a_prompt():
 
 
 def test_images_with_and_without_prompts(model):
-    seeing = SeeingModel(model.config, model.params, tokenizer=model.tokenizer)
+    vlm = SeeingModel(model.config, model.params, tokenizer=model.tokenizer)
     pixels = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32) * 3
-    both = seeing.generate(["once upon", "sea"], pixel_values=pixels, max_new_tokens=5)
-    assert both[1] == seeing.generate("sea", images=pixels[1:], max_new_tokens=5)
-    assert both != seeing.generate(["once upon", "sea"], pixel_values=pixels[::-1], max_new_tokens=5)
-    captions = seeing.generate(images=pixels, max_new_tokens=5)
+    texts = vlm.generate(["once upon", "sea"], pixel_values=pixels, max_new_tokens=5)
+    assert texts[1] == vlm.generate("sea", images=pixels[1:], max_new_tokens=5)
+    assert texts != vlm.generate(["once upon", "sea"], pixel_values=pixels[::-1], max_new_tokens=5)
+    captions = vlm.generate(images=pixels, max_new_tokens=5)
     bos = np.full((2, 1), model.tokenizer.bos)
-    ids = np.asarray(seeing.generate(bos, pixel_values=seeing.image_inputs(pixels), max_new_tokens=5))
+    ids = np.asarray(vlm.generate(bos, pixel_values=vlm.image_inputs(pixels), max_new_tokens=5))
     assert captions == [model.tokenizer.decode([i for i in row if i not in model.eos]) for row in ids.tolist()]
     assert len(captions) == 2 and captions[0] != captions[1]
     with pytest.raises(MmjaxError, match="give one of the two"):
-        seeing.generate("sea", images=pixels, pixel_values=pixels)
+        vlm.generate("sea", images=pixels, pixel_values=pixels)
     with pytest.raises(MmjaxError, match=r"pixel_values should be floats \[images, height, width, 3\]"):
-        seeing.generate("sea", pixel_values=pixels[0])
+        vlm.generate("sea", pixel_values=pixels[0])
 
 
 def test_a_text_model_refuses_images(model):

@@ -67,8 +67,8 @@ def in_eight_devices(function: Callable[[], dict[str, Any]], folder: pathlib.Pat
     }
     module = function.__module__.rpartition(".")[2]
     code = f"""
-import json, pathlib, sys, {module} as told
-pathlib.Path(sys.argv[1]).write_text(json.dumps(told.{function.__name__}()))
+import json, pathlib, sys, {module} as tests
+pathlib.Path(sys.argv[1]).write_text(json.dumps(tests.{function.__name__}()))
 """
     command = [sys.executable, "-W", "error", "-c", code, os.fspath(out)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

@@ -52,18 +52,18 @@ def test_masks_have_the_documented_distribution():
         count, n = hidden[:, position].sum(), words[:, position].sum()
         assert abs(count - 0.15 * n) < 3.3 * np.sqrt(n * 0.15 * 0.85), position
     # Neighbouring tokens are masked independently.
-    both, n = (hidden[:, 1] & hidden[:, 2]).sum(), len(ids)
-    assert abs(both - 0.0225 * n) < 3.3 * np.sqrt(n * 0.0225 * 0.9775)
+    pairs, n = (hidden[:, 1] & hidden[:, 2]).sum(), len(ids)
+    assert abs(pairs - 0.0225 * n) < 3.3 * np.sqrt(n * 0.0225 * 0.9775)
 
-    put, was, n = masked[hidden], labels[hidden], hidden.sum()
-    kinds = np.array([(put == tiny.MASK).sum(), (put == was).sum()])
+    inputs, targets, n = masked[hidden], labels[hidden], hidden.sum()
+    kinds = np.array([(inputs == tiny.MASK).sum(), (inputs == targets).sum()])
     shares = np.array([0.8 + 0.1 / tiny.VOCAB, 0.1 + 0.1 / tiny.VOCAB])  # a random word may be either
     counts, expected = np.append(kinds, n - kinds.sum()), n * np.append(shares, 1 - shares.sum())
     assert ((counts - expected) ** 2 / expected).sum() < 13.8  # two degrees of freedom
-    others = np.bincount(put[(put != tiny.MASK) & (put != was)], minlength=tiny.VOCAB)
+    others = np.bincount(inputs[(inputs != tiny.MASK) & (inputs != targets)], minlength=tiny.VOCAB)
     assert others[tiny.MASK] == 0
     # Words that are never masked are sampled a little more often: none of their samples is a label.
-    count = np.bincount(was, minlength=tiny.VOCAB)
+    count = np.bincount(targets, minlength=tiny.VOCAB)
     expected = np.delete(0.1 / tiny.VOCAB * (n - count), tiny.MASK)
     assert ((np.delete(others, tiny.MASK) - expected) ** 2 / expected).sum() < 88  # of 52
 
@@ -71,9 +71,9 @@ def test_masks_have_the_documented_distribution():
 @pytest.mark.parametrize("groups", [1, 4])
 def test_any_cut_draws_the_same_masks_and_negatives(groups: int):
     """In retrieval no negative has the image's own id; -1 marks a row without a negative."""
-    method, rows = tiny.pretraining(groups=groups), tiny.batch()
-    rows["image_id"] = np.repeat(np.arange(4), 6)[np.random.default_rng(0).permutation(24)].astype(np.int32)
-    rows["image_id"][:6] = 7
+    method, batch = tiny.pretraining(groups=groups), tiny.batch()
+    batch["image_id"] = np.repeat(np.arange(4), 6)[np.random.default_rng(0).permutation(24)].astype(np.int32)
+    batch["image_id"][:6] = 7
     retrieval = AlbefRetrieval(tiny.RETRIEVAL, groups=groups)
     state = started(method, STILL)
 
@@ -83,19 +83,19 @@ def test_any_cut_draws_the_same_masks_and_negatives(groups: int):
         arguments = (part, encoded, RNG, axis_name)
         return masks, method.negatives(state.params, *arguments), retrieval.negatives(state.params, *arguments)
 
-    whole = jax.jit(draws)(rows)
-    parts = {name: leaf.reshape(4, 6, *leaf.shape[1:]) for name, leaf in rows.items()}
+    whole = jax.jit(draws)(batch)
+    parts = {name: leaf.reshape(4, 6, *leaf.shape[1:]) for name, leaf in batch.items()}
     cut = jax.jit(jax.vmap(lambda part: draws(part, "data"), axis_name="data"))(parts)
     jax.tree.map(lambda one, many: np.testing.assert_array_equal(many.reshape(one.shape), one), whole, cut)
     size = 24 // groups
-    ids, positions = rows["image_id"].reshape(groups, size), np.arange(24) % size
+    ids, positions = batch["image_id"].reshape(groups, size), np.arange(24) % size
     for negatives in whole[1]:
         assert (np.asarray(negatives) != positions).all() and np.asarray(negatives).max() < size
     assert len(set(np.asarray(whole[1][0]).tolist())) > size // 2
     for negatives in map(np.asarray, whole[2]):
         negative_ids = np.take_along_axis(ids, np.maximum(negatives, 0).reshape(groups, size), 1).reshape(-1)
         assert ((negatives == -1) == (groups == 4) * (np.arange(24) < 6)).all()
-        assert (negative_ids != rows["image_id"])[negatives >= 0].all()
+        assert (negative_ids != batch["image_id"])[negatives >= 0].all()
 
 
 # ------------------------------------------------------------------------------------------------- momentum and queues
@@ -110,8 +110,8 @@ def test_two_steps_of_momentum_alpha_and_queues_by_hand():
     step, leaf = stepped(method, optimizer), "text/encoder/block_1/cross_attention/v/kernel"
     batches = [tiny.batch(seed) for seed in range(3)]
     states = [first]
-    for rows in batches:
-        states.append(step(states[-1], rows)[0])
+    for batch in batches:
+        states.append(step(states[-1], batch)[0])
     student, average = (
         [np.asarray(tree.flatten(getattr(s, name))[leaf]) for s in states] for name in ("params", "ema")
     )
@@ -128,10 +128,10 @@ def test_two_steps_of_momentum_alpha_and_queues_by_hand():
     ids = np.asarray(states[3].queues["ids"].keys)[:, 0]
     np.testing.assert_array_equal(ids, np.concatenate([batches[2]["image_id"], batches[1]["image_id"]]))
     assert (np.asarray(first.queues["ids"].keys) == IGNORED).all()
-    for before, end, rows in zip(states[1:], states[2:], batches[1:]):
+    for before, end, batch in zip(states[1:], states[2:], batches[1:]):
         params = {**before.params, **update_ema(before.ema, before.params, 0.9)}
         outputs = jax.jit(Albef(config).apply)(
-            {"params": params}, rows["image"], rows["input_ids"], rows["attention_mask"]
+            {"params": params}, batch["image"], batch["input_ids"], batch["attention_mask"]
         )
         at = int(before.queues["image"].cursor)
         for name in ("image", "text"):
@@ -174,12 +174,12 @@ def is_blind(path: str) -> bool:
 
 
 def test_every_parameter_has_a_gradient_and_no_momentum_part_has():
-    method, rows = tiny.pretraining(), tiny.batch()
+    method, batch = tiny.pretraining(), tiny.batch()
     state = started(method, STILL)
     moved = jax.tree.map(lambda leaf: leaf + 0.05, state.ema)
 
     def loss(params: Any, ema: Any) -> Any:
-        return loss_value(method.loss(params, dataclasses.replace(state.carry, ema=ema), rows, RNG, STEP)[0])
+        return loss_value(method.loss(params, dataclasses.replace(state.carry, ema=ema), batch, RNG, STEP)[0])
 
     student, teacher = (tree.flatten(grads) for grads in jax.jit(jax.grad(loss, (0, 1)))(state.params, moved))
     assert all((np.abs(np.asarray(leaf)).max() > 1e-7) != is_blind(path) for path, leaf in student.items())
@@ -187,16 +187,18 @@ def test_every_parameter_has_a_gradient_and_no_momentum_part_has():
 
 
 def test_the_encoders_of_negatives_learn():
-    method, rows = tiny.pretraining(tiny.still(tiny.PRETRAINING)), tiny.batch(size=6)
+    method, batch = tiny.pretraining(tiny.still(tiny.PRETRAINING)), tiny.batch(size=6)
     state = started(method, STILL)
     images, texts = jnp.array([4, 2, 4, 2, 2, 4]), jnp.array([1, 3, 1, 1, 1, 3])
 
     def scores(image: Any, text: Any, run: int) -> Any:
-        encoded = dataclasses.replace(method.encode(state.params, state.carry, rows, RNG, None), image=image, text=text)
-        logits = method.itm_loss(state.params, rows, encoded, (images, texts), RNG, None)[2]
+        encoded = dataclasses.replace(
+            method.encode(state.params, state.carry, batch, RNG, None), image=image, text=text
+        )
+        logits = method.itm_loss(state.params, batch, encoded, (images, texts), RNG, None)[2]
         return jnp.sum(logits[6 * run : 6 * (run + 1), 1])
 
-    encoded = method.encode(state.params, state.carry, rows, RNG, None)
+    encoded = method.encode(state.params, state.carry, batch, RNG, None)
     slopes = [
         jax.jit(jax.grad(functools.partial(scores, run=run), (0, 1)))(encoded.image, encoded.text) for run in (1, 2)
     ]
@@ -206,7 +208,7 @@ def test_the_encoders_of_negatives_learn():
 
 
 def test_what_pairs_share_is_one_array_with_the_sum_of_both_gradients():
-    still, rows = tiny.still(tiny.PAIRS), tiny.batch()
+    still, batch = tiny.still(tiny.PAIRS), tiny.batch()
     config = dataclasses.replace(still, text=dataclasses.replace(still.text, depth=6, cross_from=2), alpha=0.0)
     method = AlbefClassification(config)
     state = started(method, STILL)
@@ -218,35 +220,37 @@ def test_what_pairs_share_is_one_array_with_the_sum_of_both_gradients():
 
     def apart(params: Any) -> Any:
         logits = Albef(config).apply(
-            {"params": params}, rows["image_0"], rows["input_ids"], rows["attention_mask"], None, rows["image_1"]
+            {"params": params}, batch["image_0"], batch["input_ids"], batch["attention_mask"], None, batch["image_1"]
         )["logits"]  # type: ignore[index]
-        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), rows["label"][:, None], 1))
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), batch["label"][:, None], 1))
 
-    value, both = jax.jit(jax.value_and_grad(apart))(config.module_params(state.params))
-    loss, grads = jax.jit(jax.value_and_grad(lambda p: loss_value(method.loss(p, state.carry, rows, RNG, STEP)[0])))(
+    value, whole = jax.jit(jax.value_and_grad(apart))(config.module_params(state.params))
+    loss, grads = jax.jit(jax.value_and_grad(lambda p: loss_value(method.loss(p, state.carry, batch, RNG, STEP)[0])))(
         state.params
     )
     np.testing.assert_allclose(loss, value, rtol=1e-6)
-    both, grads = ({path: np.asarray(leaf) for path, leaf in tree.flatten(x).items()} for x in (both, grads))
+    whole, grads = ({path: np.asarray(leaf) for path, leaf in tree.flatten(x).items()} for x in (whole, grads))
     for first, second in (layers[:2], layers[2:]):
         for name in ("k/kernel", "v/kernel", "v/bias"):
-            one, other = both[f"{first}/{name}"], both[f"{second}/{name}"]
+            one, other = whole[f"{first}/{name}"], whole[f"{second}/{name}"]
             assert min(np.abs(one).max(), np.abs(other).max()) > 1e-7
             scale = np.abs(one + other).max()
             np.testing.assert_allclose(grads[f"{second}/{name}"], one + other, atol=1e-5 * scale, rtol=0)
 
 
 def test_slots_without_an_answer_have_no_weight():
-    method, rows = AlbefAnswering(tiny.still(tiny.ANSWERS)), tiny.batch()
+    method, batch = AlbefAnswering(tiny.still(tiny.ANSWERS)), tiny.batch()
     state, empty = started(method, STILL), tiny.batch()["answer_weights"] == 0
     assert 5 < empty.sum() < 60
-    gradient = jax.jit(jax.value_and_grad(lambda p, rows: loss_value(method.loss(p, state.carry, rows, RNG, STEP)[0])))
-    value, grads = gradient(state.params, rows)
+    gradient = jax.jit(
+        jax.value_and_grad(lambda p, batch: loss_value(method.loss(p, state.carry, batch, RNG, STEP)[0]))
+    )
+    value, grads = gradient(state.params, batch)
     other = tiny.texts(np.random.default_rng(9), 24, 3, longest=5)
     written = {
-        name: np.where(empty[..., None], new, rows[name]) for name, new in zip(("answer_ids", "answer_mask"), other)
+        name: np.where(empty[..., None], new, batch[name]) for name, new in zip(("answer_ids", "answer_mask"), other)
     }
-    again, same = gradient(state.params, rows | written)
+    again, same = gradient(state.params, batch | written)
     np.testing.assert_allclose(again, value, rtol=1e-6)
     for path, leaf in tree.flatten(grads).items():
         scale = np.abs(leaf).max()
@@ -261,7 +265,7 @@ def test_pretraining_learns_which_pairs_belong_together_beside_a_frozen_vision_t
     """The tower stays bit-identical, without optimizer state, and all else changes. Always answering "no" gives
     two thirds of the matches right."""
     config = dataclasses.replace(tiny.still(tiny.PRETRAINING), queue=64, temperature=0.1)
-    method, rows = tiny.pretraining(config, alpha_steps=1000), tiny.batch(size=64)
+    method, batch = tiny.pretraining(config, alpha_steps=1000), tiny.batch(size=64)
     optimizer = Optimizer(adamw(1e-2, 0.02, mask=all_but_vectors), Partition({"vision/**": "frozen"}))
     state, rng = started(method, optimizer, 64), np.random.default_rng(5)
 
@@ -273,7 +277,7 @@ def test_pretraining_learns_which_pairs_belong_together_beside_a_frozen_vision_t
     state = first = state.replace(params=params, ema={part: params[part] for part in state.ema})
     step, history = stepped(method, optimizer), []
     for _ in range(280):
-        state, metrics = step(state, rows)
+        state, metrics = step(state, batch)
         history.append({name: float(value) for name, value in metrics.items()})
     begin, soon, end = (
         {n: np.mean([m[n] for m in part]) for n in history[0]} for part in (history[:5], history[50:60], history[-9:])

@@ -82,18 +82,18 @@ def test_any_cut_samples_the_same(groups: int):
 def test_the_loss_by_hand_and_which_parameters_are_trained():
     """Texts and images are encoded alone; the others come from the same half of the batch; then one step."""
     config = tiny.still(tiny.ASSIGNMENT)
-    method, rows = TextAssignment(config, groups=2), tiny.batch(size=12)
+    method, batch = TextAssignment(config, groups=2), tiny.batch(size=12)
     optimizer = Optimizer(adamw(1e-3, 0.02, mask=all_but_vectors), Partition(UNTRAINED))
-    state = jax.jit(lambda: create_state(method, optimizer, jax.random.key(0), rows))()
+    state = jax.jit(lambda: create_state(method, optimizer, jax.random.key(0), batch))()
     assert not (state.ema or state.queues or state.stats or state.hparams)
-    new, metrics = jax.jit(lambda state: train_step(method, optimizer, state, rows))(state)
+    new, metrics = jax.jit(lambda state: train_step(method, optimizer, state, batch))(state)
 
     apply = jax.jit(Albef(config).apply)
-    params, texts = config.module_params(state.params), (rows["input_ids"], rows["attention_mask"])
-    embeds = apply({"params": params}, rows["image"], *texts, None, rows["image"])["image_embeds"]
+    params, texts = config.module_params(state.params), (batch["input_ids"], batch["attention_mask"])
+    embeds = apply({"params": params}, batch["image"], *texts, None, batch["image"])["image_embeds"]
     first, second, labels = method.draw(embeds, jax.random.fold_in(state.rng, 0), None)
     half = np.repeat([0, 6], 6)
-    images = rows["image"][half + first], rows["image"][half + second]
+    images = batch["image"][half + first], batch["image"][half + second]
     logits = np.asarray(apply({"params": params}, images[0], *texts, None, images[1])["assignment_logits"], np.float64)
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     np.testing.assert_allclose(metrics["loss"], -log_p[np.arange(12), labels].mean(), rtol=1e-5)
@@ -133,12 +133,12 @@ def test_the_published_size_and_file():
     )
     jax.tree.map(np.testing.assert_array_equal, variables, sampled)
 
-    rows = tiny.batch(size=4)
-    pixels = np.concatenate([rows["image_0"], rows["image_1"]])
+    batch = tiny.batch(size=4)
+    pixels = np.concatenate([batch["image_0"], batch["image_1"]])
     outputs = AlbefModel(loaded_config, jax.tree.map(jnp.asarray, variables["params"])).forward(
-        pixel_values=pixels, input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]
+        pixel_values=pixels, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
     )
     states = np.asarray(outputs["last_hidden_state"])[:, 0]
     head = sampled["params"]["ta_head"]
-    want = states @ head["kernel"] + head["bias"]
-    np.testing.assert_allclose(outputs["assignment_logits"], want, atol=1e-5 * np.abs(want).max(), rtol=0)
+    expected = states @ head["kernel"] + head["bias"]
+    np.testing.assert_allclose(outputs["assignment_logits"], expected, atol=1e-5 * np.abs(expected).max(), rtol=0)

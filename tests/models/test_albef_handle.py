@@ -97,11 +97,11 @@ def images(count: int, seed: int = 0) -> list[np.ndarray]:
     return [rng.integers(0, 256, (31, 27, 3)).astype(np.uint8) for _ in range(count)]
 
 
-def same(got: Any, want: Any) -> None:
-    got, want = tree.flatten(got), tree.flatten(want)
-    assert got.keys() == want.keys()
-    for path, leaf in want.items():
-        np.testing.assert_array_equal(got[path], leaf, err_msg=path)
+def same(actual: Any, expected: Any) -> None:
+    actual, expected = tree.flatten(actual), tree.flatten(expected)
+    assert actual.keys() == expected.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(actual[path], leaf, err_msg=path)
 
 
 # ---------------------------------------------------------------------------------------------------------- layouts
@@ -172,14 +172,16 @@ def test_the_config_is_inferred_from_the_files_of_the_vaults(
         "text_heads": vault_config["bert_config"]["num_attention_heads"],
     }
     (tmp_path / "config.json").write_text(json.dumps(heads))
-    model, want = mmjax.load(tmp_path), config_of(f"albef_{kind}", vault_config)
+    model, expected = mmjax.load(tmp_path), config_of(f"albef_{kind}", vault_config)
     bare = {"dropout": 0.1, "attention_dropout": 0.1, "epsilon": 1e-12}
     parts = {
-        part: dataclasses.replace(getattr(want, part), **bare) for part in ("text", "decoder") if getattr(want, part)
+        part: dataclasses.replace(getattr(expected, part), **bare)
+        for part in ("text", "decoder")
+        if getattr(expected, part)
     }
-    parts["vision"] = dataclasses.replace(want.vision, epsilon=model.config.vision.epsilon)
+    parts["vision"] = dataclasses.replace(expected.vision, epsilon=model.config.vision.epsilon)
     free = {name: getattr(model.config, name) for name in ("temperature", "momentum", "alpha")}
-    assert model.config == dataclasses.replace(want, **parts, **free)
+    assert model.config == dataclasses.replace(expected, **parts, **free)
     mmjax.export(model, tmp_path / "out", layout="albef")
     again = read_weights(tmp_path / "out" / "model.safetensors").arrays
     assert all(np.array_equal(again[key], weights[key]) for key in again) and len(again) > 50
@@ -282,9 +284,9 @@ def test_features_are_those_of_single_texts_and_images_whatever_the_batch():
 def test_matching_is_a_probability_of_each_pair():
     model, pictures = model_of("pretraining"), images(3)
     logits = [plain(model, image, ids)["itm_logits"][0] for image, ids in zip(pictures, ids_of(CAPTIONS))]
-    want = [1 / (1 + np.exp(float(row[0] - row[1]))) for row in logits]
-    np.testing.assert_allclose(model.match(pictures, CAPTIONS[:3], batch_size=2), want, rtol=1e-5)
-    assert np.ptp(want) > 0.01
+    expected = [1 / (1 + np.exp(float(row[0] - row[1]))) for row in logits]
+    np.testing.assert_allclose(model.match(pictures, CAPTIONS[:3], batch_size=2), expected, rtol=1e-5)
+    assert np.ptp(expected) > 0.01
     with pytest.raises(MmjaxError, match="3 images for 4 texts"):
         model.match(pictures, CAPTIONS)
 
@@ -325,11 +327,11 @@ def test_classes_of_texts_with_one_image_and_with_two(form: str):
 def test_answers_out_of_a_list_word_by_word():
     """log p(first word) + log p(all words), of the k answers with the most probable first word."""
     model, pictures = model_of("vqa"), images(2)
-    clean, rows = ["what colour is the hen", "how many boats  are there"], ids_of(ANSWERS, end=True)
+    clean, sequences = ["what colour is the hen", "how many boats  are there"], ids_of(ANSWERS, end=True)
     predictions = model.answer(pictures, QUESTIONS, ANSWERS, top=2, k=4, batch_size=1)
     for image, ids, ranked in zip(pictures, ids_of(clean), predictions):
         firsts, scores = [], []
-        for row in rows:
+        for row in sequences:
             logits = plain(model, image, ids, decoder_ids=jnp.asarray([row]))["answer_logits"][0]
             logs = np.asarray(jax.nn.log_softmax(logits), np.float64)
             words = [logs[position, word] for position, word in enumerate(row[1:])]
@@ -406,11 +408,11 @@ def target(form: str) -> AlbefConfig:
     return dataclasses.replace(FORMS[form], vision=WIDE)
 
 
-def fresh(config: AlbefConfig, form: str, rows: int = 8) -> Any:
+def fresh(config: AlbefConfig, form: str, batch_size: int = 8) -> Any:
     """A run's state before its first step: momentum encoders are copies, the numbers come from this test's seed."""
-    row = jnp.zeros((rows, 5), jnp.int32)
+    row = jnp.zeros((batch_size, 5), jnp.int32)
     side = config.vision.image_size
-    pixels = jnp.zeros((rows, *side, 3), jnp.uint8)
+    pixels = jnp.zeros((batch_size, *side, 3), jnp.uint8)
     batch = {"image": pixels, "image_0": pixels, "image_1": pixels, "input_ids": row, "attention_mask": row + 1}
     batch |= {"answer_ids": row[:, None], "answer_mask": row[:, None], "label": row[:, 0], "image_id": row[:, 0]}
     method, optimizer = METHODS[form](config), Optimizer(adamw(1e-3))
@@ -451,19 +453,19 @@ def test_fine_tuning_starts_from_a_pretrained_file(form: str, holds_state: bool)
         source, begun = tree.flatten(sources[kind]), tree.flatten(config.module_params(getattr(before, kind)))
         for path, leaf in tree.flatten(got).items():
             if path == "vision/positions":
-                want: Any = interpolate(source[path], (2, 2), (3, 3), "bicubic", 1)
+                expected: Any = interpolate(source[path], (2, 2), (3, 3), "bicubic", 1)
             elif path.startswith("decoder/encoder/block_0/"):
-                want = source[path.replace("decoder/encoder/block_0", "text/encoder/block_1")]
+                expected = source[path.replace("decoder/encoder/block_0", "text/encoder/block_1")]
             elif path.startswith("decoder/"):
-                want = source[path.replace("decoder/", "text/")]
+                expected = source[path.replace("decoder/", "text/")]
             elif path.startswith("text/encoder/block_2/"):
-                want = source[path.replace("block_2", "block_1")]
+                expected = source[path.replace("block_2", "block_1")]
             elif path.startswith("cls_"):
-                want = begun[path]
-                np.testing.assert_array_equal(want, tree.flatten(before.params)[path])
+                expected = begun[path]
+                np.testing.assert_array_equal(expected, tree.flatten(before.params)[path])
             else:
-                want = source[path]
-            np.testing.assert_array_equal(leaf, want, err_msg=f"{kind}/{path}")
+                expected = source[path]
+            np.testing.assert_array_equal(leaf, expected, err_msg=f"{kind}/{path}")
     # The only MLM head is the decoder's, and only retrieval has projections.
     assert ("vision_proj" in state.params) == (form == "retrieval") and "mlm_bias" not in state.params["text"]
 
@@ -475,7 +477,7 @@ def test_image_ids_of_a_pretrained_queue_are_unknown_to_retrieval():
     np.testing.assert_array_equal(state.queues["image"].keys, model.stats["queue"]["image"])
     np.testing.assert_array_equal(state.queues["ids"].keys, np.full((24, 1), -100))
     batch = {"image": jnp.full((8, 7), 0.5), "ids": jnp.arange(8)[:, None] + 5}
-    after = {name: write(enqueue(state.queues[name], rows)) for name, rows in batch.items()}
+    after = {name: write(enqueue(state.queues[name], keys)) for name, keys in batch.items()}
     np.testing.assert_array_equal(after["image"].keys[8:16], batch["image"])
     np.testing.assert_array_equal(after["ids"].keys[:, 0], [-100] * 8 + list(range(5, 13)) + [-100] * 8)
     # A queue of another length is fresh, and so are its ids.

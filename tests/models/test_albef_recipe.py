@@ -38,9 +38,9 @@ def recipe(monkeypatch: pytest.MonkeyPatch, quick_compilation) -> Any:
     images = np.random.default_rng(0).integers(0, 256, (16, 12, 12, 3)).astype(np.uint8)
 
     def pairs(_: Any) -> OpenMoji:
-        def part(name: str, rows: list[int]) -> ArraySource:
-            texts = [NAMES[i] for i in rows]
-            return ArraySource(name=name, image=images[rows], text=texts, texts=[(text,) for text in texts])
+        def part(name: str, indices: list[int]) -> ArraySource:
+            texts = [NAMES[i] for i in indices]
+            return ArraySource(name=name, image=images[indices], text=texts, texts=[(text,) for text in texts])
 
         held_out = list(range(0, 16, 4))
         return OpenMoji(part("train", [i for i in range(16) if i not in held_out]), part("held out", held_out), (), {})

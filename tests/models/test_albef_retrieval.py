@@ -36,8 +36,8 @@ def case(quick_compilation):
     params = treedef.unflatten([jnp.asarray(0.4 * rng.normal(size=leaf.shape), jnp.float32) for leaf in leaves])
     stages = TwoStages(AlbefRetrieval(CONFIG), images, {"input_ids": ids, "attention_mask": mask}, k=3, batch_size=2)
     whole = jax.jit(lambda *inputs: Albef(CONFIG).apply({"params": params}, *inputs))
-    rows, columns = np.divmod(np.arange(N * M), M)
-    outputs = whole(images[rows], ids[columns], mask[columns])
+    image_index, text_index = np.divmod(np.arange(N * M), M)
+    outputs = whole(images[image_index], ids[text_index], mask[text_index])
     return stages, params, {name: np.asarray(value) for name, value in outputs.items()}
 
 

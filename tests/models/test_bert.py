@@ -162,10 +162,10 @@ def test_the_loss_is_that_of_the_original():
     assert 0 < weights.mean() < 1
     values = [terms["mlm_loss"].value, terms["nsp_loss"], loss_value(terms)]
     np.testing.assert_allclose(values, [mlm, nsp, mlm + nsp], rtol=1e-5)
-    judged = jax.jit(method.judge)(bert.params, None, inputs)
-    np.testing.assert_allclose(judged["mlm_loss"], nll, rtol=1e-4)
+    evaluated = jax.jit(method.judge)(bert.params, None, inputs)
+    np.testing.assert_allclose(evaluated["mlm_loss"], nll, rtol=1e-4)
     right = words[np.arange(6)[:, None], positions].argmax(-1) == ids
-    np.testing.assert_array_equal(judged["mlm_accuracy"], right)
+    np.testing.assert_array_equal(evaluated["mlm_accuracy"], right)
 
 
 def test_devices_together_have_the_loss_and_gradient_of_one():

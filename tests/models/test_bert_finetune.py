@@ -83,10 +83,10 @@ def test_losses_of_tags_and_of_spans():
     method = TokenClassification(BertConfig(**SIZES, pooler=False, token_classes=5))
     params = tree.unflatten(shapes(method.config))
     value, (_, metrics) = jax.jit(method.loss)(params, EMPTY, examples | {"labels": labels}, jax.random.key(0), 0)
-    logits, there = np.asarray(jax.jit(method.predict)(params, None, examples)), labels >= 0
+    logits, labelled = np.asarray(jax.jit(method.predict)(params, None, examples)), labels >= 0
     log_probs = np.take_along_axis(logs(logits), np.maximum(labels, 0)[..., None], -1)[..., 0]
-    assert float(value.value) == pytest.approx(-log_probs[there].mean(), rel=1e-5)
-    assert float(metrics["accuracy"].value) == pytest.approx((logits.argmax(-1) == labels)[there].mean())
+    assert float(value.value) == pytest.approx(-log_probs[labelled].mean(), rel=1e-5)
+    assert float(metrics["accuracy"].value) == pytest.approx((logits.argmax(-1) == labels)[labelled].mean())
 
     spans = {name: rng.integers(0, 11, 14).astype(np.int32) for name in ("start", "end")}
     method = SpanExtraction(BertConfig(**SIZES, pooler=False, spans=True))

@@ -91,8 +91,8 @@ def digits() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(1,500 training, 297 test) scans of 8 x 8 pixels, written by different people."""
     dataset: Any = pytest.importorskip("sklearn.datasets").load_digits()
     image = np.repeat((dataset.images[..., None] / 16 - 0.3053) / 0.3762, 3, -1).astype(np.float32)
-    rows = {"image": image, "label": dataset.target.astype(np.int32)}
-    return {k: v[:1500] for k, v in rows.items()}, {k: v[1500:] for k, v in rows.items()}
+    columns = {"image": image, "label": dataset.target.astype(np.int32)}
+    return {k: v[:1500] for k, v in columns.items()}, {k: v[1500:] for k, v in columns.items()}
 
 
 @pytest.mark.parametrize(
@@ -122,8 +122,8 @@ def test_real_digits_are_learned(classifier: Any, transform: Any, loss: float, r
     first = {name: column[:50] for name, column in train.items()}
     state = jax.jit(lambda: create_state(method, optimizer, jax.random.key(0), first))()
     for _ in range(12):
-        for rows in rng.permutation(1500).reshape(30, 50):
-            state, metrics = step(state, {name: column[rows] for name, column in train.items()})
+        for indices in rng.permutation(1500).reshape(30, 50):
+            state, metrics = step(state, {name: column[indices] for name, column in train.items()})
             losses.append(float(metrics["loss"]))
     assert losses[0] > 2 and np.mean(losses[-30:]) < loss
     logits = jax.jit(method.predict)(state.params, state, test["image"])
@@ -137,14 +137,14 @@ def test_evaluation_is_the_network_itself():
     params, stats = jax.jit(classifier.init)(jax.random.key(2), pixels)
 
     @jax.jit
-    def both(params: Any, stats: Any) -> Any:
+    def both_logits(params: Any, stats: Any) -> Any:
         actual, same = classifier.logits(params, stats, pixels, train=False)
         assert same is stats
         expected: Any = ResNet(RESNET).apply({"params": params, "batch_stats": stats}, pixels)
         _, moved = classifier.logits(params, stats, pixels, train=True)
         return actual, expected["logits"], moved["stem_bn"]["mean"]
 
-    actual, expected, mean = both(params, stats)
+    actual, expected, mean = both_logits(params, stats)
     np.testing.assert_array_equal(actual, expected)
     assert np.abs(mean - stats["stem_bn"]["mean"]).max() > 1e-3
 

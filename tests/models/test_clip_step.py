@@ -53,11 +53,11 @@ def is_blind(path: str) -> bool:
     return path.endswith(("attention/k/bias", "attention_pool/k/bias"))
 
 
-def near(got: dict[str, Any], want: dict[str, Any], tolerance: float = 1e-5) -> None:
+def near(actual: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
     """By path: within `tolerance` of each array's own largest value."""
-    assert got.keys() == want.keys()
-    for path in want:
-        one, other = np.asarray(got[path], np.float64), np.asarray(want[path], np.float64)
+    assert actual.keys() == expected.keys()
+    for path in expected:
+        one, other = np.asarray(actual[path], np.float64), np.asarray(expected[path], np.float64)
         assert np.abs(one - other).max() <= tolerance * np.abs(other).max(), path
 
 
@@ -153,11 +153,11 @@ def begun(method: CLIP) -> tuple[Any, Any]:
 @functools.cache
 def gradient(method: CLIP) -> tuple[Any, dict[str, np.ndarray]]:
     """((loss, metrics), gradients by path) of one batch."""
-    rows = batch(method.config)
+    examples = batch(method.config)
     params, carry = begun(method)
 
     def loss(params: Any) -> Any:
-        value, (_, metrics) = method.loss(params, carry, rows, jax.random.key(1), 0)
+        value, (_, metrics) = method.loss(params, carry, examples, jax.random.key(1), 0)
         return value, metrics
 
     outputs, grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
@@ -171,18 +171,18 @@ def loss_of_a_quarter(method: CLIP) -> float:
     return float(jax.jit(lambda p: method.loss(p, carry, quarter, jax.random.key(1), 0)[0])(params))
 
 
-def near_gradients(got: dict[str, Any], want: dict[str, Any]) -> None:
-    for grads in (got, want):
-        assert max(np.abs(grads[path]).max() for path in want if is_blind(path)) < 1e-6
-    near(*({path: leaf for path, leaf in grads.items() if not is_blind(path)} for grads in (got, want)))
+def near_gradients(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    for grads in (actual, expected):
+        assert max(np.abs(grads[path]).max() for path in expected if is_blind(path)) < 1e-6
+    near(*({path: leaf for path, leaf in grads.items() if not is_blind(path)} for grads in (actual, expected)))
 
 
 def stored_bytes(method: CLIP) -> int:
     """Bytes of the forward pass that are stored for the backward pass, parameters included; from shapes alone."""
-    rows = batch(method.config)
+    examples = batch(method.config)
     params, carry = begun(method)
     residuals = jax.eval_shape(
-        lambda p: jax.vjp(lambda q: method.loss(q, carry, rows, jax.random.key(1), 0)[0], p)[1], params
+        lambda p: jax.vjp(lambda q: method.loss(q, carry, examples, jax.random.key(1), 0)[0], p)[1], params
     )
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
 

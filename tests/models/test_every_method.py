@@ -105,8 +105,8 @@ def batch_of(name: str, seed: int = 0) -> dict[str, np.ndarray]:
     return tiny.batch(seed) if name.startswith("albef") else batch(seed)
 
 
-def started(method: Method, rows: Any, optimizer: Any) -> Any:
-    state = jax.jit(functools.partial(create_state, method, optimizer))(jax.random.key(0), rows)
+def started(method: Method, examples: Any, optimizer: Any) -> Any:
+    state = jax.jit(functools.partial(create_state, method, optimizer))(jax.random.key(0), examples)
     rng = np.random.default_rng(1)
     noisy = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), state.params)
     return state.replace(params=noisy)
@@ -115,28 +115,30 @@ def started(method: Method, rows: Any, optimizer: Any) -> Any:
 @pytest.mark.parametrize("name", METHODS)
 def test_any_cut_of_a_batch_has_the_whole_ones_gradient(name: str):
     """Micro-batches, devices and both; a mapped axis is one whether devices or `vmap` run it."""
-    method, rows = METHODS[name]("float32"), batch_of(name)
-    state = started(method, rows, Optimizer(adamw(1e-3)))
+    method, examples = METHODS[name]("float32"), batch_of(name)
+    state = started(method, examples, Optimizer(adamw(1e-3)))
 
-    def gradient(rows: Any, axis_name: str | None = None, micro_batches: int = 1) -> Any:
+    def gradient(examples: Any, axis_name: str | None = None, micro_batches: int = 1) -> Any:
         def loss(*arguments: Any) -> Any:
             return method.loss(*arguments, jnp.int32(0), axis_name)
 
-        return batch_gradient(loss, state.params, state.carry, rows, jax.random.key(2), axis_name, micro_batches)[:2]
+        return batch_gradient(loss, state.params, state.carry, examples, jax.random.key(2), axis_name, micro_batches)[
+            :2
+        ]
 
-    def over_devices(rows: Any, micro_batches: int) -> Any:
-        halves = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), rows)
+    def over_devices(examples: Any, micro_batches: int) -> Any:
+        halves = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), examples)
         cut = jax.vmap(lambda part: gradient(part, "data", micro_batches), axis_name="data")(halves)
         return jax.tree.map(lambda leaf: leaf[0], cut)
 
-    grads, metrics = jax.jit(gradient)(rows)
+    grads, metrics = jax.jit(gradient)(examples)
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
     assert largest > 1e-3 and np.isfinite(metrics["loss"])
     cuts = [functools.partial(gradient, micro_batches=4), functools.partial(over_devices, micro_batches=2)]
     if not name.startswith("albef"):  # which compiles for long
         cuts += [functools.partial(gradient, micro_batches=2), functools.partial(over_devices, micro_batches=1)]
     for cut in cuts:
-        parts, cut_metrics = jax.jit(cut)(rows)
+        parts, cut_metrics = jax.jit(cut)(examples)
         assert cut_metrics.keys() == metrics.keys()
         for metric, value in metrics.items():
             np.testing.assert_allclose(cut_metrics[metric], value, rtol=1e-5, atol=1e-6, err_msg=metric)
@@ -147,13 +149,13 @@ def test_any_cut_of_a_batch_has_the_whole_ones_gradient(name: str):
 
 @pytest.mark.parametrize("name", METHODS | WITHIN_A_BATCH)
 def test_bfloat16_trains(name: str):
-    method, rows = (METHODS | WITHIN_A_BATCH)[name]("bfloat16"), batch_of(name)
+    method, examples = (METHODS | WITHIN_A_BATCH)[name]("bfloat16"), batch_of(name)
     optimizer = Optimizer(adamw(1e-2))
-    state = started(method, rows, optimizer)
+    state = started(method, examples, optimizer)
     step = jax.jit(functools.partial(train_step, method, optimizer))
     losses = []
     for _ in range(40 if name == "moco" else 12):
-        state, metrics = step(state, rows)
+        state, metrics = step(state, examples)
         losses.append(float(metrics["loss"]))
     assert np.isfinite(losses).all() and int(state.skipped.total) == 0
     # MoCo's queue starts with random keys, which are easy negatives: after 2 steps it is full of real ones.

@@ -143,8 +143,8 @@ def test_features_once_are_the_same_as_images_each_time(models, digits, name):
     one = method.loss(params, carry, batch, jax.random.key(1), 0)
     two = whole.loss(params, carry, {**batch, "image": jnp.asarray(images)}, jax.random.key(1), 0)
     np.testing.assert_allclose(one[0], two[0], rtol=1e-5)
-    for got, want in zip(jax.tree.leaves(one[1][0].stats), jax.tree.leaves(config.start.stats)):
-        np.testing.assert_array_equal(got, want)
+    for actual, expected in zip(jax.tree.leaves(one[1][0].stats), jax.tree.leaves(config.start.stats)):
+        np.testing.assert_array_equal(actual, expected)
 
 
 def test_the_rate_falls_a_layer_at_a_time(models, digits):
@@ -204,8 +204,8 @@ def test_a_moco_run_is_fine_tuned(digits, tmp_path):
     model = mmjax.load(tmp_path / "tuned")
     assert model.system == "resnet" and model.config.num_classes == CLASSES
     np.testing.assert_array_equal(model.params["stem_conv"]["kernel"], state.params["backbone"]["stem_conv"]["kernel"])
-    for got, want in zip(jax.tree.leaves(model.stats), jax.tree.leaves(stats["query"]["backbone"])):
-        np.testing.assert_array_equal(got, want)
+    for actual, expected in zip(jax.tree.leaves(model.stats), jax.tree.leaves(stats["query"]["backbone"])):
+        np.testing.assert_array_equal(actual, expected)
 
 
 def test_a_tuned_model_can_be_tuned_again(models, digits, tmp_path):

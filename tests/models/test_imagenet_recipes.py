@@ -157,9 +157,9 @@ def test_batches_and_evaluation_come_from_a_folder(tmp_path: pathlib.Path):
         batch["image"].shape == (5, 28, 28, 3) and batch["image"].dtype == np.uint8 and train_data.steps_per_epoch == 2
     )
     (evaluation,) = config.evaluations()
-    judged = next(iter(evaluation.images))
-    np.testing.assert_array_equal(judged["label"], [0, 0, 1, 1])
+    evaluated = next(iter(evaluation.images))
+    np.testing.assert_array_equal(evaluated["label"], [0, 0, 1, 1])
     picture = tmp_path / "data" / "val" / "n02" / "1.png"
-    np.testing.assert_array_equal(judged["image"][3], config.preprocess.to_uint8(Image.open(picture)))
+    np.testing.assert_array_equal(evaluated["image"][3], config.preprocess.to_uint8(Image.open(picture)))
     assert config.save_assets(tmp_path)["preprocess"]["resize"] == 32
     assert json.loads((tmp_path / "labels.json").read_text()) == ["n01", "n02"]

@@ -168,9 +168,9 @@ def test_an_export_is_read_by_transformers_and_bit_exact(pair, tmp_path):
     with torch.no_grad():
         ids = torch.tensor(PROMPTS).long()
         torch.testing.assert_close(back(ids).logits, reference(ids).logits, rtol=0, atol=0)
-    ours_file, theirs_file = load_file(tmp_path / "model.safetensors"), load_file(folder / "model.safetensors")
-    for key in ours_file.keys() & theirs_file.keys():
-        np.testing.assert_array_equal(ours_file[key], theirs_file[key])
+    exported, original = load_file(tmp_path / "model.safetensors"), load_file(folder / "model.safetensors")
+    for key in exported.keys() & original.keys():
+        np.testing.assert_array_equal(exported[key], original[key])
     again = mmjax.load(tmp_path)
     assert again.config == loaded.config
     jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)

@@ -60,12 +60,12 @@ def stepped(method: MoCoMethod, optimizer: Optimizer = SGD) -> Any:
     return jax.jit(lambda state, batch: train_step(method, optimizer, state, batch))
 
 
-def near(got: Any, want: Any, tolerance: float = 1e-5) -> None:
-    want = {path: np.asarray(leaf) for path, leaf in tree.flatten(want).items()}
-    assert want.keys() == tree.flatten(got).keys()
-    for path, leaf in tree.flatten(got).items():
-        scale = np.abs(want[path]).max() or 1.0
-        np.testing.assert_allclose(np.asarray(leaf), want[path], atol=tolerance * scale, rtol=0, err_msg=path)
+def near(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    expected = {path: np.asarray(leaf) for path, leaf in tree.flatten(expected).items()}
+    assert expected.keys() == tree.flatten(actual).keys()
+    for path, leaf in tree.flatten(actual).items():
+        scale = np.abs(expected[path]).max() or 1.0
+        np.testing.assert_allclose(np.asarray(leaf), expected[path], atol=tolerance * scale, rtol=0, err_msg=path)
 
 
 # ---------------------------------------------------------------------------------------------------- queue, momentum
@@ -180,8 +180,8 @@ def run_lifts() -> dict[str, Any]:
             lift = create_lift(name, step)  # type: ignore[arg-type]
             placed, losses = lift.place(state), []
             for seed in range(3):
-                rows = {key: np.asarray(leaf) for key, leaf in batch(side=side, seed=seed).items()}
-                placed, metrics = lift.step(placed, lift.place_batch(rows))
+                examples = {key: np.asarray(leaf) for key, leaf in batch(side=side, seed=seed).items()}
+                placed, metrics = lift.step(placed, lift.place_batch(examples))
                 losses.append(lift.fetch_metrics(metrics))
             end = lift.fetch(placed)
             parts = {"params": end.params, "ema": end.ema, "stats": end.stats}

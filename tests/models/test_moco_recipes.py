@@ -108,8 +108,8 @@ def test_adamw_at_an_epoch(epoch: int, rate: float):
     # Moments of zero, corrected for `step` updates before.
     step, g = epoch * 312, 0.5
     mean, square = 0.1 * g / (1 - 0.9 ** (step + 1)), 0.001 * g * g / (1 - 0.999 ** (step + 1))
-    want = -rate * (mean / (math.sqrt(square) + 1e-8) + 0.1 * 2.0)
-    np.testing.assert_allclose([moved(config, step, 2.0, g, n) for n in (1, 2)], [want] * 2, rtol=1e-4)
+    expected = -rate * (mean / (math.sqrt(square) + 1e-8) + 0.1 * 2.0)
+    np.testing.assert_allclose([moved(config, step, 2.0, g, n) for n in (1, 2)], [expected] * 2, rtol=1e-4)
 
 
 def test_constants():
@@ -167,6 +167,6 @@ def test_the_device_leaves_crops_where_they_are():
     mean, std = np.asarray(plain.mean), np.asarray(plain.std)
     np.testing.assert_allclose(outputs["view_1"], (views["view_1"] / 255 - mean) / std, atol=1e-5)
     np.testing.assert_allclose(outputs["view_2"], (views["view_2"][:, :, ::-1] / 255 - mean) / std, atol=1e-5)
-    both = {"view_1": views["view_1"], "view_2": views["view_1"]}
-    random = on_device(View.moco_v2(11), View.moco_v2(11))(jax.random.split(jax.random.key(1), 2), both)
-    assert tree.flatten(random).keys() == both.keys() and np.abs(random["view_1"] - random["view_2"]).max() > 0.1
+    same = {"view_1": views["view_1"], "view_2": views["view_1"]}
+    random = on_device(View.moco_v2(11), View.moco_v2(11))(jax.random.split(jax.random.key(1), 2), same)
+    assert tree.flatten(random).keys() == same.keys() and np.abs(random["view_1"] - random["view_2"]).max() > 0.1

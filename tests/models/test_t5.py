@@ -261,21 +261,21 @@ def test_blip2_takes_the_erf_gelu(tmp_path):
 def test_cached_decoding_equals_the_full_decoder(name):
     """Rows of one item with different tokens equal separate runs; a prompt of several tokens; ragged inputs."""
     vlm, batch = model(CONFIGS[name]), inputs()
-    rows, begun, new = 2, 4, 23
+    samples, begun, new = 2, 4, 23
     prompt = batch["decoder_input_ids"][:, :begun]
-    tokens = np.random.default_rng(11).integers(0, 53, (3, rows, new))
+    tokens = np.random.default_rng(11).integers(0, 53, (3, samples, new))
     decodable = vlm.decodable()
     encoder = {name: batch[name] for name in ("input_ids", "attention_mask")}
     logits, state = jax.jit(decodable.prefill, static_argnums=(2, 3))(
-        vlm.variables, encoder | {"decoder_input_ids": prompt}, rows, new + 2
+        vlm.variables, encoder | {"decoder_input_ids": prompt}, samples, new + 2
     )
     step = jax.jit(decodable.step)
-    outputs = [jnp.repeat(logits[:, None], rows, 1)]
+    outputs = [jnp.repeat(logits[:, None], samples, 1)]
     for i in range(new):
         after, state = step(vlm.variables, tokens[:, :, i], state)
         outputs.append(after)
     assert int(state.index) == new
-    for row in range(rows):
+    for row in range(samples):
         whole = vlm.forward(**encoder, decoder_input_ids=np.concatenate([prompt, tokens[:, row]], 1))["logits"]
         close(jnp.stack([step[:, row] for step in outputs], 1), whole[:, begun - 1 :], 1e-5)
 
@@ -295,9 +295,9 @@ def test_it_begins_with_the_start_token_and_takes_embeddings():
     unmasked = vlm.forward(input_ids=ids, decoder_input_ids=start)["logits"][:, 0]
     close(prefill({"input_ids": ids})[0], unmasked, 1e-6)
     assert np.abs(unmasked - whole).max() > 1e-3
-    for both in ({}, {"input_ids": ids, "inputs_embeds": embeds}):
+    for inputs_ in ({}, {"input_ids": ids, "inputs_embeds": embeds}):
         with pytest.raises(MmjaxError, match="one of the two"):
-            prefill(both)
+            prefill(inputs_)
 
 
 def test_padding_changes_nothing():
@@ -334,7 +334,7 @@ def test_generated_ids_as_transformers(tmp_path, name, eos, asked):
         )
         # The cache of transformers has as many layers as the encoder, which are too few here.
         expected = hf_model.generate(**tensors, max_new_tokens=14, use_cache=False, **options).numpy()[:, 1:]
-        outputs, expected = ([_until(row, eos) for row in np.asarray(rows)] for rows in (outputs, expected))
+        outputs, expected = ([_until(row, eos) for row in np.asarray(sequences)] for sequences in (outputs, expected))
         assert outputs == expected, options
         assert len({len(row) for row in expected}) > 2, options
 
@@ -362,9 +362,9 @@ def test_strings_are_read_with_their_end_and_written_without(tmp_path):
     vlm = mmjax.load(tmp_path)
     texts = vlm.generate(["red fox", "fox fox red"], max_new_tokens=5, suppress=(0, 2, 3))
     ids, mask = np.array([[4, 5, 1, 0], [5, 5, 4, 1]]), np.array([[1, 1, 1, 0], [1, 1, 1, 1]])
-    rows = vlm.generate(ids, attention_mask=mask, max_new_tokens=5, suppress=(0, 2, 3))
+    sequences = vlm.generate(ids, attention_mask=mask, max_new_tokens=5, suppress=(0, 2, 3))
     words = {0: "", 1: "", 4: "red", 5: "fox"}
-    assert texts == [" ".join(filter(None, (words[token] for token in row))) for row in rows.tolist()]
+    assert texts == [" ".join(filter(None, (words[token] for token in row))) for row in sequences.tolist()]
     assert any(texts)
 
 

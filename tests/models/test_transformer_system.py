@@ -186,17 +186,17 @@ def test_cached_steps_equal_the_full_pass(name):
     params, ids = model(config).params, jnp.asarray(batch(config, 3)["input_ids"])
     decodable, variables, mask = TransformerDecodable(config), {"params": params}, ids != config.pad
     start = jnp.asarray([[config.start, 7], [config.start, 9], [config.start, 11]])
-    rows = jnp.asarray(np.random.default_rng(1).integers(6, 40, (3, 2, 4)))
+    samples = jnp.asarray(np.random.default_rng(1).integers(6, 40, (3, 2, 4)))
     inputs = {"input_ids": ids, "attention_mask": mask.astype(jnp.int32), "decoder_input_ids": start}
     first, state = jax.jit(decodable.prefill, static_argnums=(2, 3))(variables, inputs, 2, 5)
     step, outputs = jax.jit(decodable.step), []
     for t in range(4):
-        logits, state = step(variables, rows[:, :, t], state)
+        logits, state = step(variables, samples[:, :, t], state)
         outputs.append(logits)
     assert int(state.index) == 4 and first.dtype == outputs[0].dtype == jnp.float32
     apply = jax.jit(Transformer(config).apply)
     for row in range(2):
-        whole = jnp.concatenate([start, rows[:, row]], 1)
+        whole = jnp.concatenate([start, samples[:, row]], 1)
         expected = np.asarray(apply(variables, ids, whole, mask)["logits"])
         got = np.stack([first, *(logits[:, row] for logits in outputs)], 1)
         np.testing.assert_allclose(got, expected[:, 1:], atol=1e-5 * np.abs(expected).max())
@@ -297,12 +297,12 @@ def test_devices_with_unequal_shares_of_tokens_give_the_mean_of_them_all():
 
 def test_training_lowers_the_loss():
     config = dataclasses.replace(PAPER, dropout=0.1, decoder_depth=1)
-    method, optimizer, rows = Translation(config), Optimizer(adam(noam(14, 20))), batch(config)
-    state = create_state(method, optimizer, jax.random.key(0), rows)
+    method, optimizer, examples = Translation(config), Optimizer(adam(noam(14, 20))), batch(config)
+    state = create_state(method, optimizer, jax.random.key(0), examples)
     step = jax.jit(functools.partial(train_step, method, optimizer))
     losses = []
     for _ in range(60):
-        state, metrics = step(state, rows)
+        state, metrics = step(state, examples)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.7 * losses[0]
 

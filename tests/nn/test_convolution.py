@@ -149,11 +149,11 @@ def test_max_pool_is_torch_s_ties_included(shape, size, strides, padding):
         return lax.reduce_window(x, init, lax.max, (1, size, size, 1), (1, strides, strides, 1), pads)
 
     y, pull = jax.vjp(reference, x)
-    actual, our_pull = jax.vjp(lambda x: max_pool(x, size, strides, padding), x)
+    actual, actual_pull = jax.vjp(lambda x: max_pool(x, size, strides, padding), x)
     dy = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
     np.testing.assert_array_equal(actual, y)
     np.testing.assert_array_equal(max_pool(x, size, strides, padding), y)
-    np.testing.assert_allclose(our_pull(dy)[0], pull(dy)[0], atol=1e-6)
+    np.testing.assert_allclose(actual_pull(dy)[0], pull(dy)[0], atol=1e-6)
 
 
 def test_average_pool_by_hand_and_its_gradient():

@@ -22,20 +22,20 @@ x, weight = (jnp.asarray(rng.normal(size=(16, 3, 5)), jnp.float32) for _ in rang
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
 for groups in (1, 2, 4, 8, 16):
-    places = jnp.asarray(rng.integers(0, 16 // groups, 16))
+    positions = jnp.asarray(rng.integers(0, 16 // groups, 16))
 
-    def run(x, weight, places, axis_name=None, groups=groups):
-        value, pull = jax.vjp(lambda x: take_in_group(x, places, groups, axis_name), x)
+    def run(x, weight, positions, axis_name=None, groups=groups):
+        value, pull = jax.vjp(lambda x: take_in_group(x, positions, groups, axis_name), x)
         return value, pull(weight)[0], group_positions(len(x), groups, axis_name)
 
     first = np.arange(16) // (16 // groups) * (16 // groups)
     slopes = np.zeros_like(x)
-    np.add.at(slopes, first + np.asarray(places), np.asarray(weight))
-    expected = np.asarray(x)[first + np.asarray(places)], slopes, np.arange(16) - first
+    np.add.at(slopes, first + np.asarray(positions), np.asarray(weight))
+    expected = np.asarray(x)[first + np.asarray(positions)], slopes, np.arange(16) - first
     share = lambda a: a.reshape(8, 2, *a.shape[1:])
-    mapped = jax.pmap(functools.partial(run, axis_name="data"), "data")(share(x), share(weight), share(places))
-    placed = jax.jit(run)(*(jax.device_put(a, rows) for a in (x, weight, places)))
-    for got in (jax.jit(run)(x, weight, places), placed, mapped):
+    mapped = jax.pmap(functools.partial(run, axis_name="data"), "data")(share(x), share(weight), share(positions))
+    placed = jax.jit(run)(*(jax.device_put(a, rows) for a in (x, weight, positions)))
+    for got in (jax.jit(run)(x, weight, positions), placed, mapped):
         for one, other in zip(got, expected):
             np.testing.assert_allclose(np.reshape(one, other.shape), other, rtol=1e-6)
 print("same")

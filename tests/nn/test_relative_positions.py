@@ -17,14 +17,14 @@ DECODER |= {87: 29, 99: 30, 113: 31}
 
 
 def test_buckets_begin_where_torch_begins_them():
-    both, past = bucket_table(True), bucket_table(False)
-    for table, bounds in ((both, ENCODER), (past, DECODER)):
+    bidirectional, causal = bucket_table(True), bucket_table(False)
+    for table, bounds in ((bidirectional, ENCODER), (causal, DECODER)):
         before = table[128::-1]
         firsts = {n: int(before[n]) for n in range(1, 129) if before[n] != before[n - 1] and n >= min(bounds)}
         assert firsts == bounds
         np.testing.assert_array_equal(before[: min(bounds)], range(min(bounds)))
-    np.testing.assert_array_equal(both[129:], both[127::-1] + 16)
-    np.testing.assert_array_equal(past[129:], 0)
+    np.testing.assert_array_equal(bidirectional[129:], bidirectional[127::-1] + 16)
+    np.testing.assert_array_equal(causal[129:], 0)
 
 
 @pytest.mark.torch

@@ -51,7 +51,7 @@ def inputs():
 def test_a_step_is_a_column_of_the_full_pass(inputs, norm_first):
     """A prompt of two tokens, then three steps with r = 2 rows of different tokens, each against its own full pass."""
     x, context, mask = inputs
-    prompt, rows = x[:, :2], random_array(3, B, R, 3, D)
+    prompt, samples = x[:, :2], random_array(3, B, R, 3, D)
     fields = {key: value for key, value in FIELDS.items() if key != "cross"}
     stack = standard_stack(2, fields | {"norm_first": norm_first, "act": "silu"}, cross_from=0)
     variables = randomised(stack, x, None, context)
@@ -68,10 +68,10 @@ def test_a_step_is_a_column_of_the_full_pass(inputs, norm_first):
     new = [kv_cache.empty(B, R, HEADS, 4, D // HEADS, jnp.float32) for _ in range(2)]
     outputs = []
     for t in range(3):
-        y, new = step(rows[:, :, t], new, jnp.asarray(t))
+        y, new = step(samples[:, :, t], new, jnp.asarray(t))
         outputs.append(y)
     for row in range(R):
-        whole = jnp.concatenate([prompt, rows[:, row]], 1)
+        whole = jnp.concatenate([prompt, samples[:, row]], 1)
         states = full(variables, whole, None, context, key_mask)
         for t in range(3):
             np.testing.assert_allclose(outputs[t][:, row], states[-1][:, 2 + t], atol=2e-5)
@@ -144,12 +144,12 @@ def test_each_dropout_has_its_position(inputs):
         block = standard_block(**FIELDS, **{name: 0.4})
 
         @jax.jit
-        def both(variables, block=block):
+        def train_and_eval(variables, block=block):
             rngs = {"dropout": jax.random.key(7)}
             trained = block.apply(variables, x, None, context, train=True, rngs=rngs)
             return trained, block.apply(variables, x, None, context)
 
-        trained, options = both(variables)
+        trained, options = train_and_eval(variables)
         np.testing.assert_allclose(options, expected, atol=1e-6)
         outs.append(trained)
     assert all(np.abs(one - other).max() > 1e-2 for one, other in itertools.combinations(outs, 2))
@@ -183,9 +183,9 @@ def test_decoder_block_is_torchs(inputs, norm_first):
     for i, native in enumerate(("norm_1", "cross_norm", "norm_2"), 1):
         state |= {f"norm{i}.weight": params[native]["scale"], f"norm{i}.bias": params[native]["bias"]}
     reference.load_state_dict({key: torch.tensor(value) for key, value in state.items()})
-    inputs_of_theirs = (torch.tensor(np.array(value)) for value in (x, context))
+    torch_inputs = (torch.tensor(np.array(value)) for value in (x, context))
     results = reference(
-        *inputs_of_theirs,
+        *torch_inputs,
         tgt_mask=torch.nn.Transformer.generate_square_subsequent_mask(L),
         memory_key_padding_mask=torch.tensor(~np.array(mask)),
         tgt_is_causal=True,

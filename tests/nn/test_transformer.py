@@ -95,12 +95,12 @@ def test_torch_has_the_same_layer(x, norm_first, act):
     mask = jnp.arange(N) < jnp.array([[3], [5]])
     variables = initialised(block, x)
     p = variables["params"]
-    both = p["attention"]
+    attention = p["attention"]
     state = {
-        "self_attn.in_proj_weight": jnp.concatenate([both[n]["kernel"].T for n in "qkv"]),
-        "self_attn.in_proj_bias": jnp.concatenate([both[n]["bias"] for n in "qkv"]),
-        "self_attn.out_proj.weight": both["out"]["kernel"].T,
-        "self_attn.out_proj.bias": both["out"]["bias"],
+        "self_attn.in_proj_weight": jnp.concatenate([attention[n]["kernel"].T for n in "qkv"]),
+        "self_attn.in_proj_bias": jnp.concatenate([attention[n]["bias"] for n in "qkv"]),
+        "self_attn.out_proj.weight": attention["out"]["kernel"].T,
+        "self_attn.out_proj.bias": attention["out"]["bias"],
     }
     for native, reference in (("up", "linear1"), ("down", "linear2")):
         state[f"{reference}.weight"], state[f"{reference}.bias"] = (

@@ -105,8 +105,8 @@ def test_mining_is_the_triplet_by_triplet_rule(name):
 def test_gradients_match_finite_differences(name):
     """Where no hinge and no choice changes nearby: distances differ, and every triplet violates the margin."""
     points = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0], [2.5, 3.0], [-4.0, 1.0], [-4.0, -2.0]])
-    mine = MINERS[name] if name == "soft margin" else functools.partial(MINERS[name], margin=80.0)
-    loss = jax.jit(lambda x: triplet_mean(mine(x, jnp.array([0, 0, 1, 1, 2, 2]))))
+    miner = MINERS[name] if name == "soft margin" else functools.partial(MINERS[name], margin=80.0)
+    loss = jax.jit(lambda x: triplet_mean(miner(x, jnp.array([0, 0, 1, 1, 2, 2]))))
     check_grads(loss, (points,), order=1, modes=["rev"], eps=1e-2, atol=1e-2, rtol=1e-2)
 
 

@@ -243,28 +243,28 @@ def over_devices() -> dict[str, float]:
     weight = units(9, D, D)
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    rows = {"ids": IDS["ids"], **dict(zip(NAMES[:4], FEATURES))}
+    examples = {"ids": IDS["ids"], **dict(zip(NAMES[:4], FEATURES))}
     queues = {"queue_ids": IDS["queue_ids"], **dict(zip(NAMES[4:], FEATURES[4:]))}
 
-    def loss(weight, t, rows, axis_name=None, groups=1, blocks=1):
-        rows = rows | {name: rows[name] @ weight for name in ("image", "text")}
+    def loss(weight, t, examples, axis_name=None, groups=1, blocks=1):
+        examples = examples | {name: examples[name] @ weight for name in ("image", "text")}
         options = {"groups": groups, "axis_name": axis_name, "blocks": blocks}
-        return momentum_contrast(temperature=t, alpha=ALPHA, **rows, **queues, **options)
+        return momentum_contrast(temperature=t, alpha=ALPHA, **examples, **queues, **options)
 
     for groups, blocks in ((1, 3), (4, 2), (8, 6), (16, 1)):
         slopes = jax.value_and_grad(functools.partial(loss, groups=groups, blocks=blocks), (0, 1))
-        share = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), rows)
+        share = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), examples)
 
-        def mapped(rows, slopes=slopes):
-            return jax.lax.pmean(slopes(weight, T, rows, "data"), "data")
+        def mapped(examples, slopes=slopes):
+            return jax.lax.pmean(slopes(weight, T, examples, "data"), "data")
 
-        sharded = jax.tree.map(lambda x: jax.device_put(x, spread), rows)
+        sharded = jax.tree.map(lambda x: jax.device_put(x, spread), examples)
         results = {
             "pmap": jax.tree.map(lambda x: x[0], jax.pmap(mapped, axis_name="data")(share)),
             "mesh": jax.jit(slopes)(weight, T, sharded),
         }
         whole = jax.jit(jax.value_and_grad(functools.partial(loss, groups=groups), (0, 1)))
-        expected = jax.tree.leaves(whole(weight, T, rows))
+        expected = jax.tree.leaves(whole(weight, T, examples))
         for lift, result in results.items():
             worst = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(jax.tree.leaves(result), expected))
             errors[f"{groups} {blocks} {lift}"] = worst

@@ -25,8 +25,10 @@ def test_columns_by_name_and_by_number(tmp_path):
         ("Sleeps one.", "0"),
     ]
     table = written(tmp_path / "c.csv", 'a,b,score\n"x, ""y""\nz",w,2.5\nu,v,0\n')
-    rows = read_labelled(table, "a", "score", "b")
-    assert rows[0] == LabelledText('x, "y"\nz', "2.5", "w", f"{table}, line 3") and rows[1].location.endswith("line 4")
+    texts = read_labelled(table, "a", "score", "b")
+    assert texts[0] == LabelledText('x, "y"\nz', "2.5", "w", f"{table}, line 3") and texts[1].location.endswith(
+        "line 4"
+    )
     lines = written(tmp_path / "d.jsonl", json.dumps({"text": "a\u2028b", "stars": 4}, ensure_ascii=False) + "\n\n")
     assert read_labelled(lines, "text", "stars") == [LabelledText("a\u2028b", "4", "", f"{lines}, line 1")]
 
@@ -61,17 +63,17 @@ def test_not_utf_8_and_missing_files(tmp_path):
 
 
 def test_classes_and_columns():
-    rows = [LabelledText("the red hen", label, "a hen", f"line {i}") for i, label in enumerate(("10", "9", "10"))]
-    assert class_names(rows) == ("9", "10")
+    texts = [LabelledText("the red hen", label, "a hen", f"line {i}") for i, label in enumerate(("10", "9", "10"))]
+    assert class_names(texts) == ("9", "10")
     tokenizer = train_wordpiece(["the red hen and a hen"] * 3, 60)
-    columns = classified_columns(rows, tokenizer, 9, ("9", "10"))
+    columns = classified_columns(texts, tokenizer, 9, ("9", "10"))
     assert columns["label"].tolist() == [1, 0, 1] and columns["label"].dtype == np.int32
     expected = tokenizer("the red hen", "a hen", 9)["input_ids"][0]
     np.testing.assert_array_equal(columns["input_ids"], np.stack([expected] * 3))
-    assert classified_columns(rows, tokenizer, 9, ())["label"].dtype == np.float32
+    assert classified_columns(texts, tokenizer, 9, ())["label"].dtype == np.float32
     with pytest.raises(MmjaxError, match="line 1: the label '9' is not among 10, 11"):
-        classified_columns(rows, tokenizer, 9, ("10", "11"))
+        classified_columns(texts, tokenizer, 9, ("10", "11"))
     with pytest.raises(MmjaxError, match="line 0: the label 'nan' is not a number"):
         classified_columns([LabelledText("x", "nan", location="line 0")], tokenizer, 9, ())
     with pytest.raises(MmjaxError, match="all 1 texts are of one class, '10'"):
-        class_names(rows[:1])
+        class_names(texts[:1])

@@ -135,16 +135,18 @@ def test_ids_and_texts_are_those_of_transformers(case: str, tmp_path: pathlib.Pa
     assert [
         row[: sum(mask)] for row, mask in zip(*(x.tolist() for x in tokenizer(texts, length=5, truncate=True)))
     ] == cut
-    rows = tokenizer.of_target.encode(random_texts(50)) + np.random.default_rng(0).integers(0, 50, (50, 9)).tolist()
+    sequences = (
+        tokenizer.of_target.encode(random_texts(50)) + np.random.default_rng(0).integers(0, 50, (50, 9)).tolist()
+    )
     if tokenizer.target_vocab is not None:
         # transformers takes the source's <pad> for the target's, which has another id.
         others = {tokenizer.pad, tokenizer.target_vocab["<pad>"]}
-        rows = [[id for id in row if id not in others] for row in rows]
+        sequences = [[id for id in row if id not in others] for row in sequences]
     for skip in (True, False):
-        expected = reference.batch_decode(rows, skip_special_tokens=skip, use_source_tokenizer=False)
-        assert [tokenizer.decode(row, skip) for row in rows] == expected
+        expected = reference.batch_decode(sequences, skip_special_tokens=skip, use_source_tokenizer=False)
+        assert [tokenizer.decode(row, skip) for row in sequences] == expected
     # By default transformers decodes with the source's model where the vocabulary is one: the same text.
-    assert [tokenizer.decode(row) for row in rows] == reference.batch_decode(rows, skip_special_tokens=True)
+    assert [tokenizer.decode(row) for row in sequences] == reference.batch_decode(sequences, skip_special_tokens=True)
 
 
 def marian_folder(folder: pathlib.Path, separate: bool) -> pathlib.Path:

@@ -31,13 +31,13 @@ def main() -> None:
     results = {}
     for name in lifts.split(","):
         lift = create_lift("mesh" if name in meshes else name, toy.step, meshes.get(name))
-        state, rows, losses = lift.place(toy.init()), toy.Data(16), []
+        state, data, losses = lift.place(toy.init()), toy.Data(16), []
         for _ in range(5):
-            batch = next(rows)
+            batch = next(data)
             share = 16 // jax.process_count()
             begin = jax.process_index() * share
-            mine = {key: leaf[begin : begin + share] for key, leaf in batch.items()}
-            state, metrics = lift.step(state, lift.place_batch(mine))
+            shard = {key: leaf[begin : begin + share] for key, leaf in batch.items()}
+            state, metrics = lift.step(state, lift.place_batch(shard))
             losses.append(lift.fetch_metrics(metrics)["loss"])
         cut = sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(state.params))
         host = lift.fetch(state)

@@ -49,11 +49,11 @@ def make_state(config: Any, seed: int, momentum: float) -> Any:
     )
 
 
-def assert_close(got: Any, want: Any, tolerance: float = 1e-6) -> None:
+def assert_close(actual: Any, want: Any, tolerance: float = 1e-6) -> None:
     for key, leaf in state_leaves(want).items():
         if key == "rng":
             continue
-        value, expected = np.asarray(state_leaves(got)[key]), np.asarray(leaf)
+        value, expected = np.asarray(state_leaves(actual)[key]), np.asarray(leaf)
         assert np.abs(value - expected).max() <= tolerance * max(np.abs(expected).max(), 1e-6), key
 
 

@@ -69,29 +69,29 @@ def batch(size: int = SIZE, width: int = WIDTH, counted: Any = None) -> dict[str
     return {"x": x, "counted": np.broadcast_to(np.asarray(counted, np.float32), (size,))}
 
 
-def started(method: Method, optimizer: Optimizer, rows: Any) -> Any:
-    return jax.jit(functools.partial(create_state, method, optimizer))(jax.random.key(0), rows)
+def started(method: Method, optimizer: Optimizer, examples: Any) -> Any:
+    return jax.jit(functools.partial(create_state, method, optimizer))(jax.random.key(0), examples)
 
 
 def test_any_cut_is_the_same_step():
     """Parameters, metrics, queue, momentum parameters and counters of batches; statistics count passes."""
-    optimizer, rows = Optimizer(optax.sgd(0.5)), batch()
-    state = started(Toy(), optimizer, rows)
-    one, metrics = jax.jit(functools.partial(train_step, Toy(), optimizer))(state, rows)
+    optimizer, examples = Optimizer(optax.sgd(0.5)), batch()
+    state = started(Toy(), optimizer, examples)
+    one, metrics = jax.jit(functools.partial(train_step, Toy(), optimizer))(state, examples)
     assert metrics.keys() == {"loss", "contrast", "tokens", "mean_x", "gradient_norm", "skipped_updates"}
     np.testing.assert_allclose(metrics["loss"], metrics["contrast"] + metrics["tokens"], rtol=1e-6)
-    counted = rows["counted"]
-    np.testing.assert_allclose(metrics["mean_x"], np.sum(counted * rows["x"][:, 0]) / counted.sum(), rtol=1e-5)
+    counted = examples["counted"]
+    np.testing.assert_allclose(metrics["mean_x"], np.sum(counted * examples["x"][:, 0]) / counted.sum(), rtol=1e-5)
     assert int(one.queues["keys"].cursor) == SIZE and one.queues["keys"].incoming is None
 
-    def over_devices(state: Any, rows: Any) -> Any:
-        halves = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), rows)
+    def over_devices(state: Any, examples: Any) -> Any:
+        halves = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), examples)
         step = functools.partial(train_step, Toy(), optimizer, axis_name="data", accumulate=2)
         return jax.tree.map(lambda leaf: leaf[0], jax.vmap(step, (None, 0), axis_name="data")(state, halves))
 
     steps = {n: functools.partial(train_step, Toy(), optimizer, accumulate=n) for n in (2, 4)} | {-2: over_devices}
     for parts, step in steps.items():
-        other, other_metrics = jax.jit(step)(state, rows)
+        other, other_metrics = jax.jit(step)(state, examples)
         for name, value in metrics.items():
             np.testing.assert_allclose(other_metrics[name], value, rtol=1e-5, err_msg=name)
         for field in ("params", "ema", "queues", "extra"):
@@ -103,9 +103,9 @@ def test_any_cut_is_the_same_step():
 def test_a_batch_of_which_nothing_is_counted_is_refused():
     optimizer = Optimizer(optax.sgd(0.5))
     for parts in (1, 2):
-        rows = batch(counted=0)
-        state = started(Toy(), optimizer, rows)
-        new, metrics = jax.jit(functools.partial(train_step, Toy(), optimizer, accumulate=parts))(state, rows)
+        examples = batch(counted=0)
+        state = started(Toy(), optimizer, examples)
+        new, metrics = jax.jit(functools.partial(train_step, Toy(), optimizer, accumulate=parts))(state, examples)
         assert np.isnan(metrics["loss"]) and int(new.skipped.total) == 1
         assert int(new.extra["batches"]) == 0 and int(new.queues["keys"].cursor) == 0
         np.testing.assert_array_equal(new.queues["keys"].keys, state.queues["keys"].keys)
@@ -124,10 +124,10 @@ def test_a_loss_is_a_scalar_a_mean_or_named_ones():
 
 
 def compiled(method: Toy, parts: int) -> Any:
-    optimizer, rows = Optimizer(optax.sgd(0.5)), batch(method.size, method.width, counted=1)
-    state = jax.eval_shape(functools.partial(create_state, method, optimizer), jax.random.key(0), rows)
+    optimizer, examples = Optimizer(optax.sgd(0.5)), batch(method.size, method.width, counted=1)
+    state = jax.eval_shape(functools.partial(create_state, method, optimizer), jax.random.key(0), examples)
     step = functools.partial(train_step, method, optimizer, accumulate=parts)
-    return jax.jit(step, donate_argnums=0).lower(state, rows).compile()
+    return jax.jit(step, donate_argnums=0).lower(state, examples).compile()
 
 
 def test_counts_cost_no_pass_through_the_network():
@@ -171,8 +171,8 @@ def test_one_clock_for_every_schedule():
     optimizer = Optimizer(optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(lambda step: 0.1 * step)))
     state = started(Ramp(), optimizer, batch())
     step = jax.jit(functools.partial(train_step, Ramp(), optimizer))
-    for rows in (batch(), batch(counted=0), batch()):
-        before, (state, _) = state, step(state, rows)
+    for examples in (batch(), batch(counted=0), batch()):
+        before, (state, _) = state, step(state, examples)
         rates.append(float(jnp.abs(state.params["up"] - before.params["up"]).max()))
     # Adam's first update is of rate * sign(gradient), the second one nearly so.
     assert rates[:2] == [0, 0] and abs(rates[2] - 0.2) < 0.01

@@ -173,9 +173,9 @@ def test_boxes_have_the_area_and_the_ratio_of_torchvision():
         w, h = round(math.sqrt(target_area * aspect)), round(math.sqrt(target_area / aspect))
         if 0 < w <= 101 and 0 < h <= 97:
             expected.append((w * h / (97 * 101), w / h))
-    for mine, reference in zip((area, ratio), np.array(expected).T):
+    for actual, reference in zip((area, ratio), np.array(expected).T):
         for quartile in (0.25, 0.5, 0.75):
-            assert within(int((mine < np.quantile(reference, quartile)).sum()), N, quartile)
+            assert within(int((actual < np.quantile(reference, quartile)).sum()), N, quartile)
 
 
 def test_a_box_that_never_fits_is_the_largest_central_one():

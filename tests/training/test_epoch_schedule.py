@@ -50,11 +50,11 @@ def as_the_scripts_do(
 def test_every_steps_rate_is_the_originals(recipe: str, steps_per_epoch: int):
     """Also where the first epoch is over before the warm-up is."""
     peak, start, end, epochs, warmup = RECIPES[recipe]
-    want = as_the_scripts_do(peak, start, end, epochs, warmup, steps_per_epoch)
+    expected = as_the_scripts_do(peak, start, end, epochs, warmup, steps_per_epoch)
     schedule = blockwise_warmup_cosine(peak, epochs, steps_per_epoch, warmup, start, end)
-    got = jax.jit(jax.vmap(schedule))(jnp.arange(len(want)))
-    np.testing.assert_allclose(got, want, rtol=2e-6)
-    np.testing.assert_allclose(schedule(len(want)), end, rtol=2e-6)
+    actual = jax.jit(jax.vmap(schedule))(jnp.arange(len(expected)))
+    np.testing.assert_allclose(actual, expected, rtol=2e-6)
+    np.testing.assert_allclose(schedule(len(expected)), end, rtol=2e-6)
 
 
 def test_stairs_by_hand():
@@ -62,8 +62,8 @@ def test_stairs_by_hand():
     schedule = blockwise_warmup_cosine(1e-4, 30, 2300, 20, 1e-5, 1e-5)
     rates = [float(schedule(step)) for step in (0, 100, 101, 200, 201, 2000, 2001, 2299, 15 * 2300, 29 * 2300)]
     last = 1e-5 + 4.5e-5 * (1 - math.cos(math.pi / 30))
-    want = [1e-5, 1e-5, 1.45e-5, 1.45e-5, 1.9e-5, 9.55e-5, 1e-4, 1e-4, 5.5e-5, last]
-    np.testing.assert_allclose(rates, want, rtol=1e-5)
+    expected = [1e-5, 1e-5, 1.45e-5, 1.45e-5, 1.9e-5, 9.55e-5, 1e-4, 1e-4, 5.5e-5, last]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
     assert last > 1.02e-5
 
 

@@ -47,10 +47,10 @@ def children(repository, tmp_path, lifts, devices, processes=1):
 @pytest.fixture(scope="module")
 def one_device():
     """Losses and leaves after 5 steps of the plain function, without any lift."""
-    state, rows, losses = toy.init(), toy.Data(16), []
+    state, data, losses = toy.init(), toy.Data(16), []
     step = jax.jit(toy.step)
     for _ in range(5):
-        batch = next(rows)
+        batch = next(data)
         state, metrics = step(state, {"x": batch["x"], "y": batch["y"]})
         losses.append(float(metrics["loss"]))
     return losses, state
@@ -93,8 +93,8 @@ def test_lifts_agree_on_two_processes(repository, tmp_path, one_device):
 
 def test_one_compile_a_shape():
     lift = JitLift(toy.step)
-    state, rows, fewer = lift.place(toy.init()), toy.Data(8), toy.Data(4)
-    for source in (rows, rows, fewer, rows, fewer):
+    state, data, fewer = lift.place(toy.init()), toy.Data(8), toy.Data(4)
+    for source in (data, data, fewer, data, fewer):
         state, _ = lift.step(state, lift.place_batch(next(source)))
     assert lift.compiles == 2
 

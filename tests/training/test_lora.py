@@ -59,16 +59,16 @@ def trained() -> tuple[Any, Any]:
 
 def test_at_the_start_nothing_has_changed():
     params = network()
-    both = tree.merge(params, init_lora(jax.random.key(1), params, LORA))
-    assert tree.tree_hash(merge_lora(both)) == tree.tree_hash(tree.merge(params))
+    adapted_params = tree.merge(params, init_lora(jax.random.key(1), params, LORA))
+    assert tree.tree_hash(merge_lora(adapted_params)) == tree.tree_hash(tree.merge(params))
     # Bit for bit, operation by operation; a compiler may fuse a sum of which one part is 0 in another way.
     layers, x = Mlp(HIDDEN), jax.random.normal(jax.random.key(3), (2, 5, D))
 
     def run(params: Any) -> Any:
         return layers.apply({"params": params["encoder"]["block_0"]["mlp"]}, x)
 
-    np.testing.assert_array_equal(adapted(run)(both), run(params))
-    np.testing.assert_array_equal(run(both), run(params))  # without `adapted` they are not looked at
+    np.testing.assert_array_equal(adapted(run)(adapted_params), run(params))
+    np.testing.assert_array_equal(run(adapted_params), run(params))  # without `adapted` they are not looked at
 
 
 def test_an_adapter_is_initialised_as_pefts_and_depends_on_its_name():
@@ -145,10 +145,13 @@ def test_a_frozen_base_in_bfloat16():
 
 def test_integers_are_frozen_but_not_merged():
     params = {"layer": {"kernel": jnp.zeros((4, 3), jnp.int8)}}
-    both = tree.merge(params, init_lora(jax.random.key(0), params, LoRAConfig(("layer",))))
-    assert set(tree.flatten(LoRAConfig(("layer",)).partition().split(both)[1])) == {"layer/kernel", "layer/lora_scale"}
+    adapted_params = tree.merge(params, init_lora(jax.random.key(0), params, LoRAConfig(("layer",))))
+    assert set(tree.flatten(LoRAConfig(("layer",)).partition().split(adapted_params)[1])) == {
+        "layer/kernel",
+        "layer/lora_scale",
+    }
     with pytest.raises(MmjaxError, match="layer/kernel is int8"):
-        merge_lora(both)
+        merge_lora(adapted_params)
 
 
 # ------------------------------------------------------------------------------------------------------------- dropout
