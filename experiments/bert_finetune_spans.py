@@ -37,7 +37,7 @@ class Config(FineTuningRecipe[Question]):
         stride: pieces from the beginning of a window to that of the next.
         query: pieces of a question at most.
         longest: pieces of an answer at most.
-        null_threshold: by how much the score of no answer has to be larger than the best one's (SQuAD 2.0).
+        null_threshold: the margin by which the score of no answer must exceed the best answer's (SQuAD 2.0).
     """
 
     steps: int = 260

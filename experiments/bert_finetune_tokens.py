@@ -3,8 +3,8 @@
     mmjax train experiments/bert_finetune_tokens.py --init_from bert-base-cased --data eng.train --test eng.testa
     mmjax evaluate workdirs/bert_finetune_tokens --task tags
 
-Files have a word a line and its tag in the last column (CoNLL). Each word is cut by itself; its first piece carries the
-tag, the others are not looked at (BERT paper, section 5.3). Without --data: the documentation of functions in Python's
+Files have a word a line and its tag in the last column (CoNLL). Each word is tokenized separately; its first piece has
+the tag, the others are ignored (BERT paper, section 5.3). Without --data: the documentation of functions in Python's
 own standard library, with the words tagged that are parameters in the function's signature. The chance level is a
 lexicon's: each word with the tag that it most often had in training. There BERT-tiny (2 layers, 128 wide) with
 --learning_rate 3e-4 and --length 64 gets an F1 of 56.8 (95 % interval 48.6 to 67.0) on held-out modules, and the

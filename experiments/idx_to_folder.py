@@ -3,7 +3,7 @@
     python experiments/idx_to_folder.py /usr/share/datasets/fashion-mnist fashion --train 10000
     mmjax train experiments/finetune_classifier.py --data fashion --init_from MODEL
 
-Reads the four IDX files of a folder, gzipped or not (Debian's dataset-fashion-mnist, say), and writes
+Reads the four IDX files of a folder, gzipped or not (for example Debian's dataset-fashion-mnist), and writes
 fashion/train/<class>/<number>.png and fashion/test/<class>/<number>.png.
 """
 

@@ -141,7 +141,7 @@ class Config(ExperimentConfig):
         return "moco", self.network
 
     def save_assets(self, workdir: pathlib.Path) -> dict[str, Any]:
-        """Only how images are brought to the network; it writes nothing."""
+        """The image preprocessing; it writes nothing."""
         size = (self.image_size, self.image_size)
         preprocess = ImagePreprocessing(size, None, resample="bilinear", mean=MEAN, std=STD)
         return {"preprocess": dataclasses.asdict(preprocess)}

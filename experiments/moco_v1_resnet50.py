@@ -20,7 +20,7 @@ from mmjax.training.optimizer import Optimizer, per_epoch, sgd, staircase
 
 @dataclasses.dataclass(frozen=True)
 class Config(MoCoRecipe):
-    """The published recipe. The rate is not scaled with the batch: half the batch wants half the rate.
+    """The published recipe. The rate is not scaled with the batch: half the batch needs half the rate.
 
     Attributes:
         learning_rate: of the first epoch. milestones: epochs at which it falls to a tenth.

@@ -21,7 +21,7 @@ from mmjax.training.optimizer import Optimizer, per_epoch, sgd, warmup_cosine
 
 @dataclasses.dataclass(frozen=True)
 class Config(MoCoRecipe):
-    """The published recipe. The rate is not scaled with the batch: half the batch wants half the rate.
+    """The published recipe. The rate is not scaled with the batch: half the batch needs half the rate.
 
     Attributes:
         learning_rate: of the first epoch; falls by a half cosine over the epochs, constant within each.

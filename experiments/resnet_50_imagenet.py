@@ -41,14 +41,14 @@ class Config(ImageNetRecipe):
     """The classic recipe (pytorch/vision references/classification). The rate is 0.1 for 256 images; it does not scale.
 
     Attributes:
-        resize: short side of the images that are judged, before their central crop of 224 pixels.
+        resize: short side of the evaluated images, before their central crop of 224 pixels.
         learning_rate: peak, constant within each epoch.
         schedule: a tenth every 30 epochs ("steps"), or half a cosine to 0.
         warmup_epochs: from a hundredth of the rate upwards.
         weight_decay: of every parameter; decay_norms=False leaves out those of the norms.
         mixup, cutmix: alphas; with both a coin picks one for each batch.
         trivial_augment: TrivialAugmentWide after the crop.
-        random_erasing: how often a rectangle of an image is blank.
+        random_erasing: the probability of a blank rectangle in an image.
         bn_groups: parts of the batch, each normalised separately.
         weight_ema: share of the averaged weights that each step keeps; None: there are none.
         zero_init_residual: every block begins as the identity.

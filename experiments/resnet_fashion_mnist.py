@@ -6,7 +6,7 @@
     mmjax classify runs/fashion shoe.png
 
 Sized for minutes on a laptop's CPU. Seed 0 names 92.1 % of the 10,000 test pictures rightly (95 % interval 91.6 to
-92.6) after six epochs, for nine minutes of one core's time. The weights that are judged, and loaded, are the average
+92.6) after six epochs, for nine minutes of one core's time. The weights that are evaluated, and loaded, are the average
 over the last hundred steps or so.
 """
 

@@ -208,7 +208,7 @@ def _layout(model: Model, name: str) -> Layout:
 def _losses(
     model: Model, layout: Layout, arrays: Mapping[str, np.ndarray], config_json: Mapping[str, Any] | None
 ) -> tuple[str, ...]:
-    """What a program that reads these files would get wrong: the model is compared with what `load` makes of them."""
+    """The differences between the model and what a program loads from these files, determined with `load`."""
     try:
         config = layout.config({key: array.shape for key, array in arrays.items()}, config_json)
     except MmjaxError as error:  # nothing that other programs would assume
@@ -449,7 +449,7 @@ def _load_own_arrays(
 def _load_checkpoint(workdir: pathlib.Path, checkpoint: pathlib.Path | epath.Path) -> _Parts:
     """A run's trained parameters, adapters merged: of one step, or if `checkpoint` is the workdir of the newest.
 
-    Not their momentum copy, unless config.json says "averaged": the run's weights are the average over its steps.
+    Not their momentum copy, unless config.json has "averaged": the run's weights are the average over its steps.
     """
     from mmjax.training.checkpoint import load_params
     from mmjax.training.lora import merge_lora

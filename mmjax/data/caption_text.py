@@ -41,10 +41,10 @@ class CleanText(transforms.Map):
 @dataclass(frozen=True)
 class EncodeCaption(transforms.RandomMap):
     """`text` (or one of `texts`, sampled, where a record has several) -> `input_ids`, `attention_mask`: int32
-    [length], as `mmjax.text.captions.caption_columns` makes them.
+    [length], as from `mmjax.text.captions.caption_columns`.
 
     sep: whether [SEP] ends the text: BLIP has it, ALBEF does not.
-    several: draw from `texts`; False always takes `text`.
+    several: samples from `texts`; False: always takes `text`.
     template: with "{}" for the text; captioning with BLIP has "a picture of {}".
     """
 
@@ -63,10 +63,10 @@ class EncodeCaption(transforms.RandomMap):
 @dataclass(frozen=True)
 class EncodeAnswers(transforms.Map):
     """`answers` and `answer_weights` of a question -> `answer_ids`, `answer_mask`: int32 [slots, length], and
-    `answer_weights`: float32 [slots], as `mmjax.text.captions.vqa_answer_columns` makes them.
+    `answer_weights`: float32 [slots], as from `mmjax.text.captions.vqa_answer_columns`.
 
-    slots: of answers that differ; ten people answered each question of VQA.
-    length: of an answer, [CLS] and [SEP] included; the originals cut none.
+    slots: the maximum of different answers; ten people answered each question of VQA.
+    length: of an answer, [CLS] and [SEP] included; the originals truncate none.
     """
 
     tokenizer: WordPieceTokenizer

@@ -39,9 +39,9 @@ Transform: TypeAlias = grain.transforms.Map | grain.transforms.RandomMap | Calla
 
 ENDLESS = 2**62
 FEW = 10_000
-"""The share of bad records is judged among at least so many (or all, of a smaller source)."""
+"""The minimum of records over which the share of bad ones is computed (all, of a smaller source)."""
 RESTARTS = 3
-"""Lost worker processes are restarted so many times in succession."""
+"""The maximum of successive restarts of lost worker processes."""
 
 
 class TooManyBadRecords(MmjaxError):

@@ -146,17 +146,17 @@ def trivial_augment_space(share: float, sign: float) -> dict[str, Callable[[Imag
 
     sign: 1 or -1, for those that go both ways.
     """
-    both = share * sign
-    factor = 1 + 0.99 * both
+    signed = share * sign
+    factor = 1 + 0.99 * signed
     bits = 8 - round(6 * share)
-    shift = int(32 * both)
+    shift = int(32 * signed)
     return {
         "Identity": lambda image: image,
-        "ShearX": lambda image: shear(image, 0.99 * both, 0, BLACK),
-        "ShearY": lambda image: shear(image, 0, 0.99 * both, BLACK),
+        "ShearX": lambda image: shear(image, 0.99 * signed, 0, BLACK),
+        "ShearY": lambda image: shear(image, 0, 0.99 * signed, BLACK),
         "TranslateX": lambda image: translate(image, -shift, 0, BLACK),
         "TranslateY": lambda image: translate(image, 0, -shift, BLACK),
-        "Rotate": lambda image: rotate(image, 135 * both, BLACK),
+        "Rotate": lambda image: rotate(image, 135 * signed, BLACK),
         "Brightness": lambda image: enhance(ImageEnhance.Brightness, image, factor),
         "Color": lambda image: enhance(ImageEnhance.Color, image, factor),
         "Contrast": lambda image: enhance(ImageEnhance.Contrast, image, factor),

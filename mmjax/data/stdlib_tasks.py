@@ -1,11 +1,11 @@
-"""Three things to fine-tune on that every Python brings: labels that its standard library gives, and nobody invented.
+"""Three things to fine-tune on that every Python brings: labels from its standard library that nobody invented.
 
     package_texts()       documentation strings, by the package that they are from
     parameter_words()     their words, tagged where one is a parameter in the function's own signature
     return_questions()    "What does NAME return?", answered by the clause behind the word "return", or by nothing
 
-What is labelled depends on the version of Python. The first two are as the files have it; a parameter called `file` is
-tagged also where the word is plain English, and no reader could know. The third is found by a rule (`RETURNS`), so it
+The labels depend on the version of Python. Those of the first two are in the files; a parameter called `file` is tagged
+also where the word is plain English, which no reader could know. The third comes from a rule (`RETURNS`), so it
 tests whether a network learns to mark spans, not whether it understands questions.
 """
 
@@ -24,7 +24,7 @@ LEAST = 100
 """Texts of a package."""
 WORD = re.compile(r"\w+|[^\w\s]")
 RETURNS = re.compile(r"\b[Rr]eturns?:?\s+(?P<answer>[^.;\n]+(?:\n[ \t]*\S[^.;\n]*)?)")
-"""Up to the end of the sentence, two lines at most."""
+"""Up to the end of the sentence, at most two lines."""
 WIDEST = 60
 """The maximum of words of a text with a question."""
 

@@ -154,10 +154,10 @@ class EncodeText(transforms.RandomMap):
     """`text` (or one of `texts`, sampled, where a record has several) -> int32 [l].
 
     encode: strings -> ids [b, l] of a constant l, as the tokenizers of `mmjax.text` do.
-    several: draw from `texts`; False always takes `text`.
+    several: samples from `texts`; False: always takes `text`.
     template: with "{}" for the caption, "a drawing of a {}".
-    word_dropout: the chance of each word of the caption to be left out; one word always stays. Raises MmjaxError
-        where it is no chance.
+    word_dropout: the probability that a word of the caption is dropped; one word always stays. Raises MmjaxError
+        where it is no probability.
     """
 
     encode: Callable[[Sequence[str]], Any]

@@ -1,9 +1,9 @@
 """WebDataset tars by random access, through an index: nothing is extracted, and no loss is silent.
 
-Python's `tarfile` (and what is built on it) stops without a word at the first damaged header: of six ways to damage one
-member of a shard, five lose the rest of the shard unnoticed. Here every header's checksum is checked; behind a damaged
-one the next good header is searched; each lost member is a record that raises BadRecord, so that a pipeline
-counts it, names it with shard and offset, and stops if it is too much:
+Python's `tarfile` (and what is built on it) stops silently at the first damaged header: of six ways to damage one
+member of a shard, five lose the rest of the shard unnoticed. Here every header's checksum is checked; after a damaged
+one it searches for the next good header; each lost member is a record that raises BadRecord, so that a pipeline
+counts it, names it with shard and offset, and stops if there are too many:
 
     tar: damaged header      the checksum is wrong, or the header is zeroed while more follows
     tar: cut                 the shard ends inside a member, or without an end mark
@@ -12,7 +12,7 @@ counts it, names it with shard and offset, and stops if it is too much:
     tar: missing member      the index lists a member that is not there (only with an index)
 
 `write_index(shard)` writes SHARD.index.json while the shard is whole. With it a cut shard's losses are known exactly,
-and a single flipped bit anywhere is found.
+and a single flipped bit anywhere is detected.
 """
 
 import dataclasses

@@ -13,8 +13,8 @@ from mmjax.types import Array
 def relu(x: Array) -> Array:
     """max(x, 0), with gradient 0 at 0. Reverse mode only.
 
-    The backward pass finds the positive elements in the result, in its dtype: a mask of booleans, which `jax.nn.relu`
-    stores, is one array more in memory, and one that TPU v5e's compiler cannot place in MoCo v2's ResNet-50
+    The backward pass uses the sign of the result, in its dtype. A boolean mask, which `jax.nn.relu` stores, is one
+    more array in memory, and one that TPU v5e's compiler cannot place in MoCo v2's ResNet-50
     at 32 images a chip (RESOURCE_EXHAUSTED, CompileTimeScopedVmemOom).
     """
     return jnp.maximum(x, 0)
@@ -35,7 +35,7 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    # By erf itself: jax.nn.gelu goes by erfc, which takes three times as long on CPU.
+    # By erf itself: jax.nn.gelu uses erfc, which takes three times as long on CPU.
     "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5)),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),

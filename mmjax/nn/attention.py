@@ -24,13 +24,13 @@ def attention_weights(
     scale: float | None = None,
     zero_masked: bool = False,
 ) -> Float[Array, "b h l s"]:
-    """softmax(scale q k^T + bias) over the keys, float32. A query that may attend to nothing attends evenly to all,
+    """softmax(scale q k^T + bias) over the keys, float32. A query without an allowed key attends evenly to all,
     or, with `zero_masked`, has weights of zero (text before the first image in OpenFlamingo).
 
     g: heads of the keys, a divisor of h; each serves h / g heads of queries in a row. scale: None: 1 / sqrt(k).
     """
     length, groups = q.shape[1], k.shape[2]
-    # The queries of a group's heads are so many more rows of one product.
+    # The queries of all heads in a group are rows of one product.
     q, k = rearrange(q, "b l (g m) k -> b g (m l) k", g=groups), rearrange(k, "b s g k -> b g s k")
     scores = jnp.einsum("bgqk,bgsk->bgqs", q, k, preferred_element_type=jnp.float32)
     # Scaled in float32: a scaled q would be rounded to its dtype.

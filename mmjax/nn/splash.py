@@ -40,11 +40,11 @@ def splash_attention(
     scale: float | None,
     interpret: bool = False,
 ) -> Float[Array, "b l h k"]:
-    """`mmjax.nn.attention.dot_product_attention`, forward and backward, without ever holding the weights.
+    """`mmjax.nn.attention.dot_product_attention`, forward and backward, without the attention weights in memory.
 
-    mask: of keys. A query that may attend to nothing, as padding on the left is in a causal pass, gives any number.
-    interpret: run the kernel by XLA, on any backend. The kernel has no scale of its own: q is scaled in float32 and
-    rounded to its own dtype, as the kernel's product wants it.
+    mask: of keys. The result of a query without an allowed key, such as left padding in a causal pass, is arbitrary.
+    interpret: run the kernel by XLA, on any backend. The kernel has no scale: q is scaled in float32 and rounded
+    to its dtype, as the kernel's product requires.
     """
     from jax.experimental.pallas.ops.tpu import (
         splash_attention as splash,

@@ -50,7 +50,7 @@ class MoCoRecipe(FolderRecipe, abc.ABC):
         return self.shuffled(self.counted(ImageFolder(self.data)), (TwoCrops(crop),))
 
     def evaluations(self) -> tuple[Any, ...]:
-        """None beside training: `mmjax evaluate WORKDIR` takes any checkpoint."""
+        """None during training: `mmjax evaluate WORKDIR` takes any checkpoint."""
         return ()
 
     def model(self) -> tuple[str, MoCoConfig]:
@@ -58,14 +58,14 @@ class MoCoRecipe(FolderRecipe, abc.ABC):
 
 
 def on_device(first: View, second: View) -> Augment:
-    """What is left of two views once they are cropped: batch["view_1"], batch["view_2"] uint8 -> normalised float32."""
+    """The steps of two views after their crop: batch["view_1"], batch["view_2"] uint8 -> normalised float32."""
     uncropped = [dataclasses.replace(view, scale=(1.0, 1.0), ratio=(1.0, 1.0)) for view in (first, second)]
 
     def augment(keys: Array, batch: Batch) -> Batch:
         views = {}
         for i, view in enumerate(uncropped, 1):
-            own = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys)
-            views[f"view_{i}"] = jax.vmap(view)(own, batch[f"view_{i}"])
+            view_keys = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys)
+            views[f"view_{i}"] = jax.vmap(view)(view_keys, batch[f"view_{i}"])
         return {**batch, **views}
 
     return augment

@@ -158,7 +158,7 @@ class Tokenizer(Batches):
     def from_vocab(cls, vocab: File, merges: File) -> "Tokenizer":
         """Reads GPT-2's vocab.json and merges.txt, and the files beside vocab.json as in `from_file`.
 
-        Byte-level BPE without a prefix space; bos or eos are added around a text if tokenizer_config.json says so.
+        Byte-level BPE without a prefix space; bos or eos are added if tokenizer_config.json has that option.
         """
         return cls(*tokenizer_files.read_vocab(pathlib.Path(vocab), pathlib.Path(merges)))
 

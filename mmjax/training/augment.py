@@ -79,7 +79,7 @@ def _whole(height: int, width: int, ratio: tuple[float, float]) -> tuple[float, 
 def resample_matrix(
     start: Scalar, length: Scalar, old: int, new: int, filter: Literal["bilinear", "bicubic"]
 ) -> Float[Array, "new old"]:
-    """The matrix that brings the pixels [start, start + length) of `old` to `new`, by PIL's rule.
+    """The matrix that resizes the pixels [start, start + length) of `old` to `new`, by PIL's rule.
 
     The filter (triangle; Keys' cubic with a = -0.5) is widened by length / new where it shrinks, so that nothing
     aliases; pixels outside the box count nothing, and the weights of each new pixel sum to one.
@@ -105,7 +105,7 @@ def _both_axes(rows: Float[Array, "new_h h"], columns: Float[Array, "new_w w"], 
 def resized_crop(
     image: Image, box: Float[Array, "4"], size: int, filter: Literal["bilinear", "bicubic"] = "bilinear"
 ) -> Float[Array, "size size 3"]:
-    """The box (top, left, height, width) of an image, brought to `size` x `size`.
+    """The box (top, left, height, width) of an image, resized to `size` x `size`.
 
     The overshoot of bicubic is clipped once; PIL clips and rounds after each axis.
     """

@@ -74,12 +74,12 @@ def colour_jitter(
 ) -> Image:
     """Brightness, contrast, saturation and hue in any order.
 
-    Hue, the dear one, is computed once: the other three are blends, done before it or after it as `hue_at` says.
+    Hue, the expensive one, is computed once. The other three are blends, before or after it: see `hue_at`.
 
     Args:
         factors: of brightness, contrast, saturation.
-        order: a permutation of 0, 1, 2: in which order these three come.
-        hue_at: how many of them come before hue.
+        order: a permutation of 0, 1, 2: the order of these three.
+        hue_at: the number of them before hue.
     """
 
     def some(image: Image, chosen: Array, step: int) -> Image:

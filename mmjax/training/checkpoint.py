@@ -159,7 +159,7 @@ def _as_saved(template: Any, leaves: Mapping[str, Mapping[str, Any]], frozen: Co
 
 
 def _example_key(leaf: Any) -> Any:
-    """key_impl wants an array; a ShapeDtypeStruct of keys has only the dtype, whose name holds the implementation."""
+    """key_impl needs an array; a ShapeDtypeStruct of keys has only the dtype, whose name holds the implementation."""
     names = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
     return leaf if isinstance(leaf, jax.Array) else jax.random.key(0, impl=names[str(leaf.dtype)])
 

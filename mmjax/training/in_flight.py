@@ -11,10 +11,10 @@ from mmjax.training.lift import PackedMetrics, pack_metrics
 IN_FLIGHT = 2
 """Steps dispatched ahead of the device: enough to keep it busy, few enough to bound the memory of their batches."""
 GROUP = 32
-"""At most so many steps share a transfer: a refused update is noticed within them."""
+"""The maximum of steps that share a transfer: a refused update is noticed within them."""
 
 Received = list[tuple[int, list[dict[str, float]]]]
-"""(step, metrics of each arm) of the steps whose numbers are on the host now; a run has one arm."""
+"""(step, metrics of each arm) of the steps whose metrics are on the host now; a run has one arm."""
 
 
 class InFlight:

@@ -43,7 +43,7 @@ class MeshConfig:
         data, fsdp, tensor: devices along each axis; one of them may be -1: what is left.
         rules: glob over the slash paths of the state's leaves ("**/mlp/up/kernel") -> one axis name or None an axis of
             the leaf; the first match wins. Momentum and optimizer state have their parameter's path behind a prefix.
-        min_size: leaves that no rule names and that have at least so many elements are cut along their largest axis
+        min_size: leaves that match no rule and have at least this many elements are cut along their largest axis
             that `fsdp` divides; smaller ones are replicated.
     """
 
@@ -100,7 +100,7 @@ class Lift(abc.ABC):
 
     @abc.abstractmethod
     def lower(self, state: Any, batch: Any) -> Any:
-        """The lowered program for placed arguments (or ShapeDtypeStructs with shardings): what `plan` looks into."""
+        """The lowered program for placed arguments (or ShapeDtypeStructs with shardings): which `plan` inspects."""
 
     def compile(self, state: Any, batch: Any) -> Any:
         """The program for this batch's shapes, compiled if it is the first of them."""
@@ -111,7 +111,7 @@ class Lift(abc.ABC):
         return self._compiled[shape]
 
     def step(self, state: Any, batch: Any) -> tuple[Any, Any]:
-        """One step on placed arguments; the old state is gone. Returns at once, the device works on."""
+        """One step on placed arguments; the old state is donated. Returns before the device has finished."""
         return self.compile(state, batch)(state, batch)
 
     def _check_divides(self, batch: Batch, parts: int) -> None:

@@ -11,7 +11,7 @@ from mmjax.training.state import Carry
 from mmjax.types import Array, Batch, Float, Int, Mean, Means, Params, PRNGKeyArray
 
 Loss: TypeAlias = Mean | Float[Array, ""] | Means
-"""What is minimised: a mean, or the sum of several named ones, each of which is also a metric.
+"""The objective: a mean, or the sum of several named means, each of which is also a metric.
 
 A scalar is the mean of a loss over equal parts of the batch, as `jnp.mean` of a value an example is. A `Mean` is for
 counts that differ from part to part: tokens, masked words, pairs with a negative. The step adds totals and counts over
@@ -22,12 +22,12 @@ micro-batches and devices and divides once, so that any cut of a batch has the w
 class Method(Protocol):
     """A pretraining (or fine-tuning) method: what distinguishes the systems from each other.
 
-    Implementations are frozen dataclasses without state. `loss` sees the whole batch, or under `pmap` a device's share
+    Implementations are frozen dataclasses without state. `loss` gets the whole batch, or under `pmap` a device's share
     of it and the name of the axis over which to gather; with accumulation, a micro-batch of it.
     """
 
     def init(self, rng: PRNGKeyArray, batch: Batch) -> tuple[Params, Carry]:
-        """Fresh parameters and carry; reads only shapes and dtypes of `batch`, so it runs under `jax.eval_shape`."""
+        """Initial parameters and carry; uses only shapes and dtypes of `batch`, so it runs under `jax.eval_shape`."""
         ...
 
     def loss(
@@ -39,11 +39,11 @@ class Method(Protocol):
         step: Int[Array, ""],
         axis_name: str | None = None,
     ) -> tuple[Loss, tuple[Carry, Means]]:
-        """(what is minimised, (the carry after this batch, metrics)).
+        """(the objective, (the carry after this batch, metrics)).
 
         step: batches before this one, `TrainState.step`: the clock of every schedule.
         The counts of a loss are functions of `batch`, `rng` and `step` alone: the step needs them before the network
-        has run. Of the carry `stats`, `queues` and `extra` are taken over; see `Carry`.
+        has run. The step takes `stats`, `queues` and `extra` from the returned carry; see `Carry`.
         """
         ...
 
@@ -52,17 +52,17 @@ class Method(Protocol):
         return hparams["momentum"]
 
     def constrain(self, params: Params) -> Params:
-        """The parameters after an update, moved back to where they may be (a clamped temperature, say)."""
+        """The parameters after an update, projected back into their range (a clamped temperature, for example)."""
         return params
 
 
 Augment = Callable[[PRNGKeyArray, Batch], Batch]
-"""(keys [b], batch) -> batch: compiled, and a function of each example's own key alone."""
+"""(keys [b], batch) -> batch: compiled, and a function of each example's key alone."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmented(Method):
-    """A method that sees its batches through a device-side augmentation, compiled into the step.
+    """A method with a device-side augmentation of its batches, compiled into the step.
 
     Attributes:
         method: the method that receives the augmented batch.
@@ -98,17 +98,17 @@ class Augmented(Method):
 
 
 def loss_terms(loss: Loss) -> dict[str, Mean]:
-    """The named means whose sum is minimised; one alone is called "loss"."""
+    """The named means whose sum is the objective; a single one is called "loss"."""
     return means(loss if isinstance(loss, Mapping) else {"loss": loss})
 
 
 def loss_value(loss: Loss) -> Float[Array, ""]:
-    """The scalar that a `Loss` of a whole batch stands for."""
+    """The scalar value of a `Loss` of a whole batch."""
     return sum((term.value for term in loss_terms(loss).values()), jnp.zeros(()))
 
 
 def means(values: Mapping[str, Any]) -> dict[str, Mean]:
-    """Scalars as means of one count each. Raises TypeError for what is no scalar, which no mean over devices is of."""
+    """Scalars as means of one count each. Raises TypeError for arrays: a mean over devices is of scalars."""
     wrong = {name: value.shape for name, value in values.items() if not isinstance(value, Mean) and value.shape != ()}
     if wrong:
         raise TypeError(f"losses and metrics must be scalars or a Mean; these are not: {wrong}")

@@ -1,4 +1,4 @@
-"""Optimizers of the lineage's recipes, as optax chains, with the partition that says what they may touch."""
+"""Optimizers of the published recipes, as optax chains, with the partition of the parameters that they train."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ class Optimizer:
     Attributes:
         transforms: label -> transformation, or one transformation for everything trainable.
         partition: labels of the parameter tree; "frozen" leaves never reach optax.
-        clip_norm: the global norm, over all trainable leaves, that gradients are scaled down to before anything else.
+        clip_norm: the global norm, over all trainable leaves, to which gradients are clipped first.
     """
 
     transforms: optax.GradientTransformation | Mapping[str, optax.GradientTransformation]

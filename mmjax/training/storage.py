@@ -97,7 +97,7 @@ def remove_folder(folder: Any) -> None:
 
 
 class BestEffort:
-    """Writes without which a run goes on: curves, pictures, tables. The first failure of each file is reported.
+    """Optional writes of a run: curves, pictures, tables. A failure ends no run; each file's first is reported.
 
     attempt = BestEffort(warn)
     with attempt(path):

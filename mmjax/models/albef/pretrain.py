@@ -16,19 +16,19 @@ from mmjax.training.state import Carry
 from mmjax.types import Array, Batch, Float, Int, Mean, Means, Params, PRNGKeyArray
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.001, 0.5
-"""Where pre-training keeps the temperature (model_pretrain.py:90)."""
+"""The range to which pre-training clamps the temperature (model_pretrain.py:90)."""
 
 
 @dataclass(frozen=True)
 class AlbefPretraining(Alignment):
-    """The sum of contrast_loss, matching_loss and mlm_loss. Batches as `Alignment` says, without ids of images.
+    """The sum of contrast_loss, matching_loss and mlm_loss. Batches as for `Alignment`, without ids of images.
 
     Metrics: matching_accuracy, mlm_accuracy in [0, 1], temperature.
 
     Attributes:
         mask_id: the id of [MASK].
         special: ids that are never masked: [PAD] and [CLS].
-        mask_rate: each other token is masked with this probability, by itself.
+        mask_rate: each other token is masked with this probability, independently.
     """
 
     config: AlbefConfig
@@ -69,15 +69,16 @@ class AlbefPretraining(Alignment):
         return jax.vmap(self.masked)(keys, batch["input_ids"])
 
     def masked(self, key: PRNGKeyArray, ids: Int[Array, "l"]) -> tuple[Int[Array, "l"], Int[Array, "l"]]:
-        """(ids, labels) of one text: of the masked tokens 80 % are [MASK], 10 % any id of the vocabulary, 10 % stay;
-        labels are their ids, and IGNORED elsewhere (model_pretrain.py:253-276)."""
+        """(ids, labels) of one text: 80 % of the masked tokens are [MASK], 10 % a random id, 10 % unchanged.
+
+        Labels are the ids of masked tokens, and IGNORED elsewhere (model_pretrain.py:253-276)."""
         chosen, kind, other = jax.random.split(key, 3)
-        hidden = jax.random.bernoulli(chosen, self.mask_rate, ids.shape)
-        hidden &= ~jnp.isin(ids, jnp.asarray(self.special))
+        is_masked = jax.random.bernoulli(chosen, self.mask_rate, ids.shape)
+        is_masked &= ~jnp.isin(ids, jnp.asarray(self.special))
         kind = jax.random.uniform(kind, ids.shape)
-        others = jax.random.randint(other, ids.shape, 0, self.config.text.vocab_size)
-        behind = jnp.where(kind < 0.8, self.mask_id, jnp.where(kind < 0.9, others, ids))
-        return jnp.where(hidden, behind, ids), jnp.where(hidden, ids, IGNORED)
+        random_ids = jax.random.randint(other, ids.shape, 0, self.config.text.vocab_size)
+        replacement = jnp.where(kind < 0.8, self.mask_id, jnp.where(kind < 0.9, random_ids, ids))
+        return jnp.where(is_masked, replacement, ids), jnp.where(is_masked, ids, IGNORED)
 
     def mlm_loss(
         self,

@@ -1,8 +1,8 @@
 """Fine-tuning BERT (arXiv 1810.04805, section 4): classes of texts, tags of words, answers that are spans of a text.
 
-Everything trains, from the weights of a pretraining run or a public file as `init_from`; its other heads are left
-behind. The recipe (appendix A.3): `bert_adamw` at 2e-5 to 5e-5, a tenth of the steps warm-up, 3 epochs of batches
-of 32. Batches, int32: "input_ids", "attention_mask", "token_type_ids" [b, l], and what each method says.
+Everything trains, from the weights of a pretraining run or a public file as `init_from`; its other heads are
+dropped. The recipe (appendix A.3): `bert_adamw` at 2e-5 to 5e-5, a tenth of the steps warm-up, 3 epochs of batches
+of 32. Batches, int32: "input_ids", "attention_mask", "token_type_ids" [b, l], and the labels of each method.
 """
 
 import abc
@@ -25,12 +25,12 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 @dataclasses.dataclass(frozen=True)
 class FineTuning(Method, abc.ABC):
-    """What the three have in common."""
+    """Base of the three methods."""
 
     config: BertConfig
 
     def init(self, rng: PRNGKeyArray, batch: Batch) -> tuple[Params, Carry]:
-        """Reads the shapes alone of `batch`."""
+        """Uses only the shapes of `batch`."""
         inputs = (jnp.zeros((1, *batch[name].shape[1:]), jnp.int32) for name in INPUTS)
         variables: Any = Bert(self.config).init(rng, *inputs)
         return variables["params"], Carry()
@@ -44,7 +44,7 @@ class FineTuning(Method, abc.ABC):
         step: Int[Array, ""],
         axis_name: str | None = None,
     ) -> tuple[Loss, tuple[Carry, Means]]:
-        """The mean loss; metrics: what `judge` gives beside it."""
+        """The mean loss; metrics: those of `judge`."""
         inputs, rngs = (batch[name] for name in INPUTS), {"dropout": named(rng, "dropout")}
         out: Any = Bert(self.config, axis_name).apply({"params": params}, *inputs, train=True, rngs=rngs)
         value, metrics = self.judge(self.logits(out), batch)

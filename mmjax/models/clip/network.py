@@ -24,8 +24,8 @@ normal = nn.initializers.normal
 
 @dataclass(frozen=True)
 class CLIPTextConfig:
-    """A causal transformer. eos: the id whose first position is pooled; None: the position of the largest id, as OpenAI
-    does (Hugging Face too, where its config says eos_token_id=2)."""
+    """A causal transformer. eos: the id whose first position is pooled; None: the position of the largest id, as in
+    OpenAI's CLIP (and in Hugging Face's with eos_token_id=2)."""
 
     context_length: int = 77
     vocab_size: int = 49408

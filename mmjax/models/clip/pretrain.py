@@ -25,18 +25,18 @@ MAX_LOGIT_SCALE = math.log(100.0)
 
 @dataclasses.dataclass(frozen=True)
 class CLIP(Method):
-    """Batches {"image": uint8 or float [b, height, width, 3], "text": int32 [b, l]}; other entries are not looked at.
+    """Batches {"image": uint8 or float [b, height, width, 3], "text": int32 [b, l]}; other arrays are ignored.
 
-    uint8 images are normalised on the device; float images are taken as normalised already. A frozen tower (LiT) is
+    uint8 images are normalised on the device; float images count as normalised already. A frozen tower (LiT) is
     the optimizer's partition: {"vision/**": "frozen"}, and with its projection {"vision*/**": "frozen"}.
 
     Attributes:
-        bn_groups: parts of the global batch with batch statistics of their own, for towers that have them.
+        bn_groups: parts of the global batch with separate batch statistics, for towers that have them.
         mean, std: of the images' channels in [0, 1].
         label_smoothing: the share of a pair's label that is spread over the batch; against overfitting of small data.
             SigLIP's loss has none.
-        loss_blocks: see `mmjax.objectives.contrastive`: more than 1 never holds the whole matrix of logits.
-        chunks: micro-batches that the towers see one after another, under the loss of the whole batch: the same
+        loss_blocks: see `mmjax.objectives.contrastive`: with more than 1 the whole matrix of logits is never in memory.
+        chunks: micro-batches that the towers encode one after another, under the loss of the whole batch: the same
             gradient with a fraction of the activations, for one more forward pass (GradCache, arXiv 2101.06983;
             accum_freq in open_clip). Not with batch statistics, which would be of another batch.
     """
@@ -57,7 +57,7 @@ class CLIP(Method):
             raise MmjaxError(f"clip: label_smoothing={self.label_smoothing} with SigLIP's loss, which has none")
 
     def init(self, rng: PRNGKeyArray, batch: Batch) -> tuple[Params, Carry]:
-        """Reads the shapes alone of `batch`."""
+        """Uses only the shapes of `batch`."""
         image, text = (jnp.zeros((1, *batch[name].shape[1:]), batch[name].dtype) for name in ("image", "text"))
         variables: Any = Network(self.config).init(rng, self._pixels(image), text)
         return variables["params"], Carry({}, {}, variables.get("batch_stats", {}), {})

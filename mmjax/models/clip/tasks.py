@@ -79,7 +79,7 @@ class CLIPModel(ImageTextModel):
 
         vision_model_output, text_model_output: {"last_hidden_state", "pooler_output"}: the last states (before the norm
         of the images, after that of the texts; a ResNet's last feature map), and as in transformers 5 the projected
-        features before they are brought to unit length. hidden_states besides, where the tower is a transformer.
+        features before normalisation. Transformer towers also give hidden_states.
         """
         outputs: dict[str, Any] = {}
         if "pixel_values" in inputs:

@@ -33,27 +33,27 @@ class DecoderConfig:
     """One decoder-only model; class methods give the published sizes (counts: tests/models/test_language.py).
 
     Attributes:
-        family: whose public layout the weights have.
+        family: the public layout of the weights.
         vocab_size: rows of the embedding, which may be more than the tokenizer has.
         heads, kv_heads: of queries, and of keys and values; the second divides the first.
         head_width: channels of a head; heads * head_width need not be `width`.
         hidden: width of the feed-forward. gated: down(act(gate(x)) * up(x)), else down(act(up(x))).
         norm: "rms", "layer", or "layer_without_bias" (MPT).
-        positions: how order enters.
+        positions: the position encoding.
         context: the longest sequence; rows of a learned table.
         parallel: attention and feed-forward read the same state (GPT-NeoX) and are added to it together.
         norm_first, final_norm: False in OPT-350m alone.
-        qkv_bias, out_bias, mlp_bias: which products have one.
+        qkv_bias, out_bias, mlp_bias: which products have a bias.
         qk_norm: a LayerNorm over all heads of queries and keys (MPT-1B).
-        window: a token sees so many, itself included (Phi-3); None: all before it.
-        clip_qkv: queries, keys and values are clamped to it (MPT); None: they are not.
+        window: a token attends to this many, itself included (Phi-3); None: to all before it.
+        clip_qkv: queries, keys and values are clamped to +- this value (MPT); None: no clamping.
         embed_width: of the embeddings, where it is not `width` (OPT-350m): projected in, and out before the head.
-        tied: the head is the embedding's transpose. head_bias: of a head that is not.
-        added_tokens: ids from vocab_size on. Their rows of the embedding and the head are parameters apart, to be
-            trained beside frozen ones (Flamingo: 2, xGen-MM: 3).
+        tied: the head is the embedding's transpose. head_bias: the bias of an untied head.
+        added_tokens: ids from vocab_size on. Their rows of the embedding and the head are separate parameters, to
+            be trained beside frozen ones (Flamingo: 2, xGen-MM: 3).
         bos, eos, pad: ids of the checkpoint's config; any of `eos` ends a text.
         dtype: "float32" or "bfloat16", of the computation; norms, softmax and logits are float32.
-        remat: blocks are computed again in the backward pass.
+        remat: recomputes blocks in the backward pass.
     """
 
     family: Family

@@ -1,7 +1,7 @@
-"""The decoder of the language models: one stack, whose config says which model it is.
+"""The decoder of the language models: one stack for all families, see its config.
 
-Its blocks are those of `mmjax.nn.stack`. They run in two ways over the same parameters: over a whole prompt, which
-leaves its keys and values behind, and one token at a time over cached ones (`mmjax.nn.kv_cache`).
+Its blocks are those of `mmjax.nn.stack`. They run in two ways with the same parameters: over a whole prompt, which
+returns its keys and values, and one token at a time over cached ones (`mmjax.nn.kv_cache`).
 
 Parameter paths: token_embedding [v, d]; position_embedding [positions, d] if learned; project_in, project_out
 (OPT-350m); block_{i} as in `mmjax.nn.stack`; norm; head/{kernel [d, v], bias} unless it is tied; of added tokens
@@ -125,12 +125,12 @@ class Decoder(nn.Module):
         mask: Int[Array, "b l"] | None = None,
         before: Before | None = None,
     ) -> Float[Array, "b l e"]:
-        """What the head's matrix multiplies; see `__call__`."""
+        """The input of the head's matrix; see `__call__`."""
         last = self._states(embeds, mask, before)[-1]
         return last if self.config.embed_width is None else self.project_out(last)
 
     def embed(self, ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
-        """Rows of the embedding, brought to the model's width."""
+        """Rows of the embedding, projected to the model's width."""
         c = self.config
         if c.added_tokens:
             x = int8.rows(self.token_embedding, jnp.minimum(ids, c.vocab_size - 1))

@@ -41,10 +41,10 @@ class ResNetConfig:
         first_stage_stride: 2 halves the maps in the first stage too.
         dilate: for stages 2, 3, 4: dilation instead of the stride (torchvision's replace_stride_with_dilation).
         zero_init_residual: the last norm of every block starts with scale 0, the block as the identity.
-        attention_pool: of the last maps in place of their mean (CLIP); None: the mean.
+        attention_pool: pools the last maps instead of their mean (CLIP); None: the mean.
         num_classes: outputs of the linear head; 0 for none.
         bn_momentum: the share of the running statistics that is kept (1 - torch's).
-        remat: a block's activations are computed again in the backward pass.
+        remat: recomputes a block's activations in the backward pass.
         dtype: compute dtype; norms' statistics, pooled features and logits are float32.
     """
 

@@ -17,7 +17,7 @@ from mmjax.text.marian import SOURCE, MarianTokenizer
 from mmjax.types import Array
 
 LONGER = 50
-"""A translation has at most so many tokens more than its source (section 6.1)."""
+"""The maximum of tokens by which a translation exceeds its source (section 6.1)."""
 
 
 class TransformerModel(GeneratingModel):
