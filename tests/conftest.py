@@ -23,9 +23,9 @@ SHARED = ROOT.parent / "shared"
 
 @pytest.fixture(scope="module", autouse=True)
 def few_memory_maps() -> Iterator[None]:
-    """Compiled programs are let go before they are too many: Linux gives a process 65,530 maps, a program takes some.
+    """Compiled programs are released before there are too many: Linux limits a process to 65,530 memory maps.
 
-    XLA's answer to a map it does not get is a segmentation fault.
+    If XLA gets no memory map, it crashes with a segmentation fault.
     """
     yield
     maps = pathlib.Path("/proc/self/maps")
@@ -59,7 +59,7 @@ def golden_dir() -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
-    """Most of LLVM's work is left out: for modules whose programs compile for seconds and run for milliseconds.
+    """Skips most of LLVM's optimisations, for modules whose programs compile for seconds and run for milliseconds.
 
     XLA's own passes, and so the order of the sums, stay. Children take JAX_DISABLE_MOST_OPTIMIZATIONS=1.
     """

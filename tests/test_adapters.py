@@ -1,4 +1,4 @@
-"""Adapters in PEFT's form: files by hand, and through `peft` itself, both ways."""
+"""Adapters in PEFT's format: files written by hand, and `peft` itself, both ways."""
 
 import json
 from typing import Any

@@ -23,7 +23,7 @@ COLOURS = {"red": (230, 20, 30), "green": (10, 200, 40), "blue": (30, 20, 220)}
 
 
 class TwoTowers:
-    """Features are mean colours; a text's are those of the colour it names."""
+    """Image features are mean colours; text features are those of the named colour."""
 
     system, layout, classified, labels, notes = "toy", "hf", "image", (), ()
 

@@ -1,4 +1,4 @@
-"""mmjax evaluate --task classification --data DIR: a head judged on folders."""
+"""mmjax evaluate --task classification --data DIR: a classification head evaluated on folders."""
 
 import pathlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""load, save and export, on a system made for these tests: one folder of code and one line in SYSTEMS."""
+"""load, save and export, on a system defined for these tests: one folder of code and one line in SYSTEMS."""
 
 import dataclasses
 import json

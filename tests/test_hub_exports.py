@@ -1,4 +1,4 @@
-"""What a layout cannot hold is listed, mmjax reads it back from the files beside, and `convert` refuses to lose it."""
+"""Parts that a layout cannot represent are listed and read back from extra files; `convert` refuses to lose them."""
 
 import dataclasses
 import json

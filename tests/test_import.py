@@ -1,4 +1,4 @@
-"""What is loaded when: `import mmjax` is light, workers do without jax, and nothing optional is needed to import.
+"""Imports: `import mmjax` is light, workers do not import jax, and no optional package is needed.
 
 Each case is a fresh interpreter, in which a package is made missing by None in `sys.modules`.
 """
@@ -16,7 +16,7 @@ BLOCK = "import sys; sys.modules.update(dict.fromkeys({}))\n"
 
 
 def python(code: str, *, missing: tuple[str, ...] = ()) -> str:
-    """Runs code with warnings as errors; what it printed."""
+    """Runs code with warnings as errors; returns what it printed."""
     command = [sys.executable, "-W", "error", "-c", BLOCK.format(repr(missing)) + code]
     ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     assert ran.returncode == 0, ran.stderr

@@ -1,4 +1,4 @@
-"""Images as strangers send them: eighteen that are to be refused, each with the reason."""
+"""Hostile images: eighteen that must be refused, each with the reason."""
 
 import io
 import struct
@@ -22,7 +22,7 @@ def chunk(kind, data):
 
 
 def png(width, height, *chunks, depth=8, color=2):
-    """A PNG of a size that its header only claims."""
+    """A PNG whose header claims a size that its data does not have."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 

@@ -1,4 +1,4 @@
-"""Images and captions from strangers: each failure has its name, and what is good comes out right."""
+"""Untrusted images and captions: each failure has a reason, and valid ones are decoded correctly."""
 
 import io
 import resource

@@ -15,7 +15,7 @@ def test_no_held_out_name_is_trained_on(language, pair):
     assert len(held_out) == len(set(held_out)) and not trained & set(held_out)
     assert pair in names.train + names.held_out
     assert 0.15 < len(held_out) / (len(held_out) + len({other for _, other in names.train})) < 0.25
-    texts = [text for both in (*names.train, *names.held_out) for text in both]
+    texts = [text for names_of_pair in (*names.train, *names.held_out) for text in names_of_pair]
     assert all(text and text == text.lower() and not set(":_") & {text[0], text[-1]} for text in texts)
     assert not any("skin tone" in english for english in trained)
 

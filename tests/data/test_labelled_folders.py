@@ -9,7 +9,7 @@ from mmjax.errors import MmjaxError
 
 
 def folder(root: pathlib.Path, **counts: int) -> pathlib.Path:
-    """counts: images of each class; their bytes are their names."""
+    """counts: the number of images of each class; their bytes are their names."""
     for name, count in counts.items():
         (root / name).mkdir(parents=True)
         for index in range(count):

@@ -1,4 +1,4 @@
-"""OpenMoji: counts, the split's promises, and the cache."""
+"""OpenMoji: counts, properties of the split, and the cache."""
 
 import builtins
 

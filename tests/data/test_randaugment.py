@@ -38,7 +38,7 @@ def applied(level, name, seed=0, picture=PICTURE):
 
 
 class Always:
-    """A generator whose coin always falls on the same side, and whose integers are the middle."""
+    """A generator whose uniforms are constant and whose integers are the middle of the range."""
 
     def __init__(self, positive=True):
         self.positive = positive
@@ -174,7 +174,7 @@ def test_a_pipeline_repeats_its_draws():
     one, two = iter(pipeline), iter(pipeline)
     first = next(one)["image"]
     np.testing.assert_array_equal(first, next(two)["image"])
-    assert not np.array_equal(first[0], first[1])  # every record draws for itself
+    assert not np.array_equal(first[0], first[1])  # every record is sampled independently
 
 
 @pytest.mark.parametrize("arguments", [(0, 10), (2, -1), (2, 31)])

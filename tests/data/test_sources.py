@@ -1,4 +1,4 @@
-"""Folders, lists, arrays and IDX files: what they give, what they refuse."""
+"""Folders, lists, arrays and IDX files: their records and their errors."""
 
 import gzip
 import json
@@ -97,7 +97,7 @@ def test_published_json_formats(tmp_path, images, content, expected):
     source = ImageTextList(tmp_path / "list.json", images)
     assert [(source[i]["image"].decode(), source[i]["texts"]) for i in range(len(source))] == expected
     assert all(source[i]["text"] == expected[i][1][0] for i in range(len(source)))
-    again = pickle.loads(pickle.dumps(source))  # as a worker gets it
+    again = pickle.loads(pickle.dumps(source))  # pickled, as for a worker
     assert again.files[0]._parsed is None and again[0] == source[0] and again.fingerprint == source.fingerprint
 
 
@@ -137,7 +137,7 @@ def test_each_bad_row_has_its_reason(tmp_path, images):
     ]
     (tmp_path / "l.jsonl").write_bytes(b"\n".join(records))
     source = ImageTextList(tmp_path / "l.jsonl", images)
-    assert len(source) == 14  # the empty line is none
+    assert len(source) == 14  # the empty line is ignored
     assert source[0]["text"] == "good" and source[13]["text"] == "last"
     reasons = []
     for i in range(1, 13):

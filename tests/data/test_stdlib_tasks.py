@@ -1,4 +1,4 @@
-"""Fine-tuning data without a download: read from modules, labelled by their signatures and paths."""
+"""Fine-tuning data without a download: texts of Python modules, labelled by signatures and paths."""
 
 from mmjax.data.splits import is_held_out
 from mmjax.data.stdlib_docs import stdlib_documented, stdlib_documents

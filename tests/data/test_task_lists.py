@@ -262,7 +262,7 @@ def test_real_pictures_and_captions(shared_dir):
         CleanText(albef_caption),
         EncodeCaption(tokenizer, 25, sep=False),
     )
-    transforms = pickle.loads(pickle.dumps(transforms))  # as a worker gets them
+    transforms = pickle.loads(pickle.dumps(transforms))  # pickled, as for a worker
     texts_by_index = {}
     for batch in Pipeline(source, 257, epochs=1, transforms=transforms):
         assert batch["image"].shape == (257, 64, 64, 3) and batch["image"].dtype == np.uint8

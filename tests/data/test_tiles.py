@@ -1,4 +1,4 @@
-"""Padding to squares and tiles of any resolution, as LLaVA does, against transformers to the bit of the pixels."""
+"""Padding to squares and tiles of any resolution, as in LLaVA, bit-exact against transformers."""
 
 import dataclasses
 import json

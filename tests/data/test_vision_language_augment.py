@@ -1,4 +1,4 @@
-"""ALBEF's and BLIP's RandAugment: against OpenCV, which a developer may have, and against numbers that it once gave.
+"""ALBEF's and BLIP's RandAugment, against OpenCV where it is installed and against its recorded outputs.
 
 Largest differences, at six magnitudes both ways on three sizes of noise: from OpenCV 4.10.0 and 4.14.0 none in any
 operation, and none from the pixels recorded of 4.5.5. From 5.0.0 none in Sharpness and whole translations, 4 in others,
@@ -149,7 +149,7 @@ def test_shears_move_rows_by_their_height_and_rotation_turns_against_the_clock()
     turned = shear(np.ascontiguousarray(NOISE.transpose(1, 0, 2)), 0, 0.25)
     np.testing.assert_array_equal(turned, got.transpose(1, 0, 2))
     square = np.ascontiguousarray(NOISE[:60, :60])
-    # Turned about 30, 30 counted from the middle of the first pixel: a row comes in from outside.
+    # The centre of rotation is (30, 30) from the middle of the first pixel: one row is filled from outside.
     np.testing.assert_array_equal(rotate(square, 90)[1:], np.rot90(square)[:-1])
     assert (rotate(square, 90)[0] == 128).all()
     for operation in (lambda image: shear(image, 0, 0), lambda image: rotate(image, 0)):
@@ -259,7 +259,7 @@ def test_two_layers_draw_with_replacement_and_a_pipeline_repeats_them():
     pipeline = Pipeline(source, 6, seed=5, transforms=(two,))
     first, again = next(iter(pipeline)), next(iter(pipeline))
     np.testing.assert_array_equal(first["image"], again["image"])
-    assert len({row.tobytes() for row in first["image"]}) > 2  # every record draws for itself
+    assert len({row.tobytes() for row in first["image"]}) > 2  # every record is sampled independently
 
 
 @pytest.mark.parametrize("arguments", [(11,), (-1,), (7, 0)])

@@ -1,4 +1,4 @@
-"""Shards that are whole, damaged or hostile: what is read plus what is reported is what was written."""
+"""Shards that are intact, damaged or hostile: every written sample is either read or reported."""
 
 import io
 import json

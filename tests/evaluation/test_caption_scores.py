@@ -1,4 +1,4 @@
-"""Captions' words and scores: what Stanford's tokenizer and pycocoevalcap gave, and they themselves where installed."""
+"""Tokenised captions and scores, against Stanford's tokenizer and pycocoevalcap, recorded and live."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""Classification judged: scores by hand, of arrays and of pipelines, and pictures of what went wrong."""
+"""Evaluation of classification: scores by hand, from arrays and pipelines, and pictures of errors."""
 
 import math
 from typing import Any

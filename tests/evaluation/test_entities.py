@@ -1,4 +1,4 @@
-"""Entities out of tags by conlleval's rules, their scores, and the lexicon that they are compared with."""
+"""Entities from tags by conlleval's rules, their scores, and the lexicon baseline."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Features of arrays and pipelines: every row once, in order, compiled once, whatever does not divide."""
+"""Features of arrays and pipelines: every row once, in order, compiled once, for any number of rows."""
 
 import jax.numpy as jnp
 import numpy as np

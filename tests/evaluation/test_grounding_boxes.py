@@ -1,4 +1,4 @@
-"""Grounding by boxes: against torch's resize and the original's loop written once more, and by hand."""
+"""Grounding by boxes: against torch's resize, a transcription of the original's loop, and by hand."""
 
 import numpy as np
 import pytest

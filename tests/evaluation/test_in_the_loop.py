@@ -1,4 +1,4 @@
-"""Evaluations inside a training run: the real state goes through their compiled functions, traced once."""
+"""Evaluations inside a training run: their compiled functions take the training state and are traced once."""
 
 import dataclasses
 import pathlib

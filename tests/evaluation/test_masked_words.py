@@ -1,4 +1,4 @@
-"""The evaluation of masked words: means over what is masked, beside the unigram's, intervals by document."""
+"""The MLM evaluation: means over masked tokens, the unigram baseline, intervals by document."""
 
 from typing import NamedTuple
 

@@ -15,12 +15,12 @@ TABLE = jax.random.normal(jax.random.key(0), (V, V))
 
 
 def causal(table, ids, mask):
-    """Logits depend on all tokens so far and on none after the text."""
+    """Logits depend on all earlier tokens; masked ids have no effect."""
     return jnp.cumsum(jnp.where(mask[..., None], table[ids], 7.0), axis=1) / 3
 
 
 def loop(length, stride):
-    """As transformers' documentation of fixed-length models writes it: one window after another, unpadded."""
+    """The loop of transformers' documentation of fixed-length models: one window after another, unpadded."""
     sums, counts, end = [], [], 0
     for start in range(0, N, stride):
         before, end = end, min(start + length, N)

@@ -1,4 +1,4 @@
-"""Two-stage retrieval: against the originals' loop and evaluation written once more, compilations, the evaluation."""
+"""Two-stage retrieval, against a transcription of the originals' loop and evaluation; compilations; the evaluation."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Pictures: right answers are green, captions and attributions are there, and odd text does no harm."""
+"""Pictures: correct answers are green, captions and attributions are drawn, and unusual text is handled."""
 
 import io
 

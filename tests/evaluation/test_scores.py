@@ -1,4 +1,4 @@
-"""Intervals, paired tests, summaries and tables: by hand, against scipy, coverage of simulated truths."""
+"""Intervals, paired tests, summaries and tables: by hand, against scipy, coverage in simulations."""
 
 import io
 import math

@@ -1,4 +1,4 @@
-"""Scores of translations: sacrebleu's numbers, intervals around them, and the evaluation over batches."""
+"""Translation scores: sacrebleu's values, their intervals, and the evaluation over batches."""
 
 import jax
 import jax.numpy as jnp

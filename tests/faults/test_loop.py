@@ -1,7 +1,7 @@
-"""Runs that are killed, stopped, starved and misled, and what a resume makes of them.
+"""Runs that are killed, stopped or have bad data, and how they resume.
 
-The bar: the manifest of the last checkpoint (SHA-256 of every leaf, data position, counters) is byte for byte that of
-the run which nothing happened to.
+The requirement: the last checkpoint's manifest (SHA-256 of every leaf, data position, counters) equals that of
+an uninterrupted run.
 """
 
 import json
@@ -210,7 +210,7 @@ def finish(runs, code=0):
 
 
 def test_two_processes_stop_at_one_step_and_resume_in_the_same_bits(runner, tmp_path):
-    """Whichever process a signal reaches: SIGTERM the first, then in the resumed run Ctrl-C the second."""
+    """A signal to either process stops both: SIGTERM to the first, then Ctrl-C to the second in the resumed run."""
     flags = ("--lift", "mesh", "--checkpoint-every", 25)
     clean = cluster(runner, tmp_path / "clean", *flags)
     begun = 0

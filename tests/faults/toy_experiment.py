@@ -1,4 +1,4 @@
-"""A run of a second, with every kind of state, for the tests that kill it."""
+"""A run that takes a second, with every kind of state, for the tests that kill it."""
 
 import dataclasses
 import os
@@ -47,7 +47,7 @@ class Regression(Method):
 
 @dataclasses.dataclass
 class Rows:
-    """Endless rows that are a function of (seed, position) alone; `bad_from` stands for a data set gone bad."""
+    """Endless rows that are a function of (seed, position) alone; from position `bad_from` on they raise an error."""
 
     batch_size: int
     seed: int

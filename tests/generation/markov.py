@@ -1,4 +1,4 @@
-"""A model whose next token depends on the last one alone: everything that it generates can be counted by hand."""
+"""A model whose next token depends on the last one alone: all generations can be enumerated by hand."""
 
 import dataclasses
 

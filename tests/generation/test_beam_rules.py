@@ -22,7 +22,7 @@ COMPILED = (("4.15.0", 9), ("4.37.2", 16))
 
 
 def search(version, prompts, embeds=False, **options):
-    """Prompts padded on the right, on purpose: the original's were padded on the left."""
+    """Prompts are padded on the right, to test it: the original's were padded on the left."""
     kwargs = {"eos": tuple(options.pop("eos", RECORD["eos"])), "pad": RECORD["pad"], "max_new_tokens": 8}
     if version.startswith("4.") and embeds:
         kwargs["bos"] = RECORD["bos"]
@@ -50,7 +50,7 @@ def test_every_beam_is_that_of_the_version(version, i):
 
 
 class Remembering(Markov):
-    """The logits depend on all tokens processed before."""
+    """The logits depend on all earlier tokens."""
 
     def step(self, variables, ids, state):
         logits, state = super().step(variables, ids, state)

@@ -1,4 +1,4 @@
-"""Greedy decoding and sampling on a chain that can be counted by hand."""
+"""Greedy decoding and sampling on a Markov chain that can be enumerated by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +160,7 @@ def test_no_ngram_occurs_twice_in_prompt_and_sequence(size):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_not_part_of_a_prompt(side):
-    """Short prompts beside a long one are penalised as they would be alone."""
+    """Short prompts in a batch with a long one are penalised as if they were alone."""
     texts, pad, options = [[1], [3, 5, 3], [2, 6, 2, 6, 4]], 5, {"repetition_penalty": 1.6, "no_repeat_ngram_size": 2}
     sequences = [np.pad(t, (5 - len(t), 0) if side == "left" else (0, 5 - len(t)), constant_values=pad) for t in texts]
     mask = [np.pad(np.ones(len(t), int), (5 - len(t), 0) if side == "left" else (0, 5 - len(t))) for t in texts]

@@ -1,4 +1,4 @@
-"""Strings in, strings out; streams; conversations: on a tiny model whose ids are known."""
+"""Generation from strings, streams and conversations, on a tiny model with known ids."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Every image encoder as a classifier without its head: the same features, every leaf in one layer, other sizes."""
+"""Every image encoder, loaded without its head, as a classifier: same features, each leaf in one layer, other sizes."""
 
 import dataclasses
 from typing import Any

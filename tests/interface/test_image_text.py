@@ -1,4 +1,4 @@
-"""Similarities of features: float32 products, which a CPU's numbers alone cannot show."""
+"""Similarities of features use float32 products; this is tested on jaxprs, since CPU results do not show it."""
 
 import jax
 import jax.numpy as jnp

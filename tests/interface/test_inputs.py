@@ -1,4 +1,4 @@
-"""What `forward` takes: names, ranks, dtypes and lengths, each error in full."""
+"""The inputs of `forward`: names, ranks, dtypes and lengths, with each full error message."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""What `repr` says of a loaded model: five lines, whatever its size."""
+"""The `repr` of a loaded model: five lines, whatever its size."""
 
 import jax
 import jax.numpy as jnp

@@ -153,8 +153,8 @@ def test_number_of_steps(repository, pretrained, files):
     assert len(train_on) + len(held_out) == 80 and config.steps == int(len(train_on) / 8 * 3) and len(held_out) > 2
     assert made(data=data, batch_size=8, epochs=5.0).steps == int(len(train_on) / 8 * 5)
     assert made(data=data, steps=7).steps == 7
-    both = made(data=data, test=data, batch_size=8)
-    assert both.steps == 30 and both.examples[0] == both.examples[1]
+    two_files = made(data=data, test=data, batch_size=8)
+    assert two_files.steps == 30 and two_files.examples[0] == two_files.examples[1]
     assert {row.text for row in train_on}.isdisjoint(row.text for row in held_out)
 
 

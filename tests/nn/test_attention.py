@@ -48,9 +48,9 @@ def test_masked_attention_is_attention_over_the_rest(qkv):
     np.testing.assert_allclose(dot_product_attention(q, k, v, jnp.asarray(mask)), by_loop(q, k, v, mask), atol=2e-6)
     lengths = np.array([2, 5])
     valid = np.arange(S) < lengths[:, None]
-    both = np.asarray(padding_mask(valid)) & np.asarray(causal_mask(L, S))
+    both_masks = np.asarray(padding_mask(valid)) & np.asarray(causal_mask(L, S))
     actual = dot_product_attention(q, k, v, padding_mask(valid), causal=True)
-    np.testing.assert_allclose(actual, by_loop(q, k, v, np.broadcast_to(both, everything.shape)), atol=2e-6)
+    np.testing.assert_allclose(actual, by_loop(q, k, v, np.broadcast_to(both_masks, everything.shape)), atol=2e-6)
 
 
 def test_jax_agrees_and_so_does_jit(qkv):

@@ -1,4 +1,4 @@
-"""Precision of losses and metrics as it stands in the programs, which a CPU's numbers cannot show."""
+"""Precision of losses and metrics as written in the jaxprs, which CPU results do not show."""
 
 import ast
 import functools

@@ -1,4 +1,4 @@
-"""Which tokens are hidden and behind what: counts, shares, whole words, repeatability."""
+"""Which tokens are masked and how: counts, rates, whole words, reproducibility."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Rows of ids and labels: what is learned of texts and of conversations."""
+"""Rows of ids and labels: which tokens of texts and conversations have labels."""
 
 import json
 

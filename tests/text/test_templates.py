@@ -1,4 +1,4 @@
-"""The templates can be filled, and no two are the same."""
+"""The templates can be formatted, and no two are the same."""
 
 from mmjax.evaluation.zero_shot import prompts
 from mmjax.text.templates import PHOTOS, RENDITIONS

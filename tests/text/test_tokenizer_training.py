@@ -1,4 +1,4 @@
-"""Training tokenizers: what is learned, that it is a function of the texts alone, and the command line."""
+"""Training tokenizers: the learned vocabulary, that it depends on the texts alone, and the command line."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ print(hashlib.sha256(train_tokenizer(corpus(), sys.argv[1], 331).tokenizer.to_st
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_a_function_of_its_texts(kind, repository):
-    """In another process hash tables have another order, and here threads another number."""
+    """The result is the same in processes with another order of hash tables and another number of threads."""
     here = hashlib.sha256(learn(kind).tokenizer.to_str().encode()).hexdigest()
     paths = os.pathsep.join([os.fspath(repository), os.fspath(repository / "tests" / "text")])
     for seed in "12":

@@ -1,4 +1,4 @@
-"""An experiment of no size, for the tests of `plan`: a momentum tree, fsdp, and a width that can be made too large."""
+"""A tiny experiment for the tests of `plan`: a momentum tree, fsdp, and a configurable width."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""An experiment of a second, with a model that `mmjax.load` knows and everything that an evaluation may return."""
+"""An experiment that runs in a second, with a model that `mmjax.load` reads and every kind of evaluation result."""
 
 import dataclasses
 import pathlib

@@ -1,4 +1,4 @@
-"""Arms of an ablation: one program gives what one arm after another gives; what it writes; what it refuses."""
+"""Arms of an ablation: one program has the results of the arms run one by one; its files; its errors."""
 
 import dataclasses
 import functools
@@ -49,8 +49,8 @@ def make_state(config: Any, seed: int, momentum: float) -> Any:
     )
 
 
-def assert_close(actual: Any, want: Any, tolerance: float = 1e-6) -> None:
-    for key, leaf in state_leaves(want).items():
+def assert_close(actual: Any, reference: Any, tolerance: float = 1e-6) -> None:
+    for key, leaf in state_leaves(reference).items():
         if key == "rng":
             continue
         value, expected = np.asarray(state_leaves(actual)[key]), np.asarray(leaf)

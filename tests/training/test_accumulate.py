@@ -1,4 +1,4 @@
-"""Micro-batches and devices: one division, one enqueue, one count a batch; what it costs; and the one clock."""
+"""Micro-batches and devices: one division, one enqueue and one count a batch; the cost; and the schedules' step."""
 
 import dataclasses
 import functools
@@ -63,7 +63,7 @@ class Toy(Method):
 
 
 def batch(size: int = SIZE, width: int = WIDTH, counted: Any = None) -> dict[str, Any]:
-    """By default of the first micro-batch of four nothing is counted."""
+    """By default the first of four micro-batches has no counted tokens."""
     x = np.random.default_rng(0).normal(size=(size, width)).astype(np.float32)
     counted = [0, 1, 0, 3, 0, 0.5, 2, 1] if counted is None else counted
     return {"x": x, "counted": np.broadcast_to(np.asarray(counted, np.float32), (size,))}
@@ -131,7 +131,7 @@ def compiled(method: Toy, parts: int) -> Any:
 
 
 def test_counts_cost_no_pass_through_the_network():
-    """The products of matrices of a step: as many with micro-batches as without."""
+    """A step has as many matrix products with micro-batches as without."""
     products = [len(re.findall(r" dot\(", compiled(Toy(61, 16, 96), parts).as_text())) for parts in (1, 4)]
     assert products[0] == products[1] > 4
 

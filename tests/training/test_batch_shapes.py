@@ -1,4 +1,4 @@
-"""train() in this process: what it decodes and what it reports."""
+"""train() in this process: decoded batches and reported facts."""
 
 import dataclasses
 import json

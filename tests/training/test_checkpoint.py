@@ -1,4 +1,4 @@
-"""A checkpoint loads whole and right, or says what is wrong."""
+"""A checkpoint loads correctly or raises an error that names the cause."""
 
 import json
 import os

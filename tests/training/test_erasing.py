@@ -1,4 +1,4 @@
-"""Random erasing: the law of its rectangles, and what is left of the image."""
+"""Random erasing: the distribution of its rectangles, and the rest of the image."""
 
 import jax
 import jax.numpy as jnp

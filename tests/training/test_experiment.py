@@ -1,4 +1,4 @@
-"""Experiment files and command-line overrides: right values in, clear errors out."""
+"""Experiment files and command-line overrides: parsed values and error messages."""
 
 import dataclasses
 import pathlib

@@ -1,4 +1,4 @@
-"""What a fresh state takes from `init_from`: one rule, whatever the source."""
+"""The parts of a fresh state that `init_from` loads: one rule for every source."""
 
 import jax
 import jax.numpy as jnp

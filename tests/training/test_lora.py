@@ -1,4 +1,4 @@
-"""LoRA: nothing changes at the start, only adapters move, merged is unmerged, over devices and in every block."""
+"""LoRA: no change at initialisation, only adapters are trained, merging keeps the outputs, on devices and in blocks."""
 
 import dataclasses
 import functools
@@ -179,7 +179,7 @@ BOTH_DROPPED = dataclasses.replace(BOTH, dropout=0.3)
 
 
 def started(method: Method) -> tuple[Any, Any]:
-    """Parameters whose branches do something, and the carry."""
+    """Parameters with nonzero LoRA branches, and the carry."""
     params, carry = jax.jit(method.init)(jax.random.key(0), ROWS)
     return jax.tree.map(lambda x: x + 0.02, params), carry
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: what is written when, on a disk and on an object store, and what a rerun makes of it."""
+"""metrics.jsonl: when it is written, on a disk and on an object store, and how a rerun treats it."""
 
 import pytest
 from etils import epath

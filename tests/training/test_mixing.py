@@ -1,4 +1,4 @@
-"""Mixup and CutMix: values by hand, the law of the shares, and the same pairs for every cut of the batch."""
+"""Mixup and CutMix: values by hand, the distribution of the shares, and the same pairs for every cut of the batch."""
 
 import functools
 from typing import Any
@@ -27,7 +27,7 @@ def mixed(mixing: Mixing, seed: int = 1, **hparams: float) -> Any:
 
 
 def share_of(targets: Any) -> float:
-    """What row 1 keeps of its own label."""
+    """The share of its own label in the target of row 1."""
     return float(targets[1, 1])
 
 

@@ -1,4 +1,4 @@
-"""A step that is not finite leaves the state as it was, and one that is pays nothing for the check."""
+"""A non-finite step leaves the state unchanged, and the check costs a finite step nothing."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What a workdir holds beside checkpoints, and who may change it."""
+"""The files of a workdir besides checkpoints, and which runs may change them."""
 
 import json
 import os

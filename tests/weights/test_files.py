@@ -1,4 +1,4 @@
-"""Reading and writing weight files that are what they say; the hostile ones are in test_hostile.py."""
+"""Reading and writing valid weight files; the hostile ones are in test_hostile.py."""
 
 import json
 import os

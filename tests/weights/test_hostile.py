@@ -1,4 +1,4 @@
-"""Files that lie, are cut, or carry code: each is refused with the file named, and nothing ever runs."""
+"""Files with false headers, truncated files and files with code: each is refused by name, and no code runs."""
 
 import io
 import json

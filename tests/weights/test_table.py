@@ -1,4 +1,4 @@
-"""The key-table engine: every op is inverted by its other half, every misfit is listed."""
+"""The key-table engine: every op has an inverse, and every mismatch is listed."""
 
 import numpy as np
 import pytest
