@@ -247,7 +247,7 @@ def test_bfloat16_gives_nearly_the_same(tmp_path: pathlib.Path):
         np.testing.assert_allclose(getattr(narrow, name)(inputs), getattr(model, name)(inputs), atol=0.06)
 
 
-# ---------------------------------------------------------------------------------------------------- what it is asked
+# ----------------------------------------------------------------------------------------------- methods of AlbefModel
 
 
 def ids_of(texts: list[str], end: bool = False) -> list[list[int]]:

@@ -304,7 +304,7 @@ def test_a_frozen_tower_stays_to_the_bit():
     assert state_size <= 2 * tree.count({k: v for k, v in state.params.items() if k != "vision"})
 
 
-# ----------------------------------------------------------------------------------------------------------- the handle
+# ------------------------------------------------------------------------------------------------------------ CLIPModel
 
 
 @pytest.fixture(scope="module")

@@ -338,7 +338,7 @@ def test_configs_that_make_no_sense_are_refused(fields, message):
         dataclasses.replace(SMALL, **fields)
 
 
-# ---------------------------------------------------------------------------------------------------------- the handle
+# ------------------------------------------------------------------------------------------------------------ ViTModel
 
 
 def test_the_model_classifies_and_encodes():
