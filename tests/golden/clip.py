@@ -79,5 +79,5 @@ def outputs(out, scale, open_clip):
     results |= {"logits_per_image": logits, "logits_per_text": logits.T, "logit_scale_exp": scale}
     results["text_hidden"] = text["states"][-1]
     if "states" in vision:
-        return found | {"visual_pre": vision["states"][0], "visual_hidden": vision["states"][-1]}
-    return found | {f"visual_layer{i}": vision[f"C{i + 1}"].transpose(0, 3, 1, 2) for i in (1, 2, 3, 4)}
+        return results | {"visual_pre": vision["states"][0], "visual_hidden": vision["states"][-1]}
+    return results | {f"visual_layer{i}": vision[f"C{i + 1}"].transpose(0, 3, 1, 2) for i in (1, 2, 3, 4)}
