@@ -29,7 +29,7 @@ from mmjax.training.experiment import Evaluation
 
 @dataclasses.dataclass(frozen=True)
 class Config(FineTuningRecipe[TaggedWords]):
-    """Of the values that the paper names for all tasks.
+    """The values are among those that the paper lists for all tasks.
 
     Attributes:
         word, tag: numbers of columns, from 0, or from the end below 0.

@@ -37,7 +37,7 @@ from mmjax.training.optimizer import Optimizer, bert_adamw, warmup_linear
 
 @dataclasses.dataclass(frozen=True)
 class Config(ExperimentConfig):
-    """Of about 3 minutes on one core.
+    """A run of about 3 minutes on one core.
 
     Attributes:
         data: a folder of .txt files; None: Python's documentation strings.

@@ -39,7 +39,7 @@ TEMPLATES = ("{}", "a drawing of {}", "an icon of {}")
 
 @dataclasses.dataclass(frozen=True)
 class Config(ExperimentConfig):
-    """Of about 6 minutes on two cores.
+    """A run of about 6 minutes on two cores.
 
     Attributes:
         hold_out: the rule of the split, see `mmjax.data.openmoji`.

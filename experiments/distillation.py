@@ -36,7 +36,7 @@ from mmjax.types import Array
 
 CLASSES = 10
 EXAMPLES = (2, 4, 8, 16, 32)
-"""Of each class."""
+"""Training examples of each class."""
 ARMS = {
     "hard": (1.0, 0.0),
     "smoothed": (1.0, 1.0),

@@ -98,7 +98,7 @@ class Config(ImageNetRecipe):
         return (TrivialAugmentWide(), RandomFlip()) if self.trivial_augment else (RandomFlip(),)
 
     def rate(self) -> Schedule:
-        """Of the step."""
+        """The learning rate as a function of the step."""
         epochs, warmup = self.epochs, self.warmup_epochs
 
         def at(epoch: Any) -> Any:

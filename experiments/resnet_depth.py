@@ -37,7 +37,7 @@ from mmjax.training.optimizer import Optimizer, sgd
 TEST = 297
 """The last records, which other writers drew."""
 MEAN, STD = 0.3053, 0.3762
-"""Of all pixels in [0, 1]."""
+"""The mean and standard deviation of all pixels in [0, 1]."""
 
 
 def digits(size: int) -> tuple[ArraySource, ArraySource]:
@@ -88,7 +88,7 @@ class Config(ExperimentConfig):
         )
 
     def evaluations(self) -> tuple[Evaluation, ...]:
-        """By the running statistics, on all test digits at once."""
+        """Accuracy with the running statistics, on all test digits at once."""
         images, labels = (np.asarray(digits(self.size)[1].columns[name]) for name in ("image", "label"))
         evaluation = ClassificationEvaluation(
             logits=self.method().predict, images=images, labels=labels, batch_size=TEST

@@ -37,7 +37,7 @@ from mmjax.training.optimizer import Optimizer, matrices_only, sgd, warmup_cosin
 NAMES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 SIDE = 28
 MEAN, STD = (0.2860, 0.2860, 0.2860), (0.3530, 0.3530, 0.3530)
-"""Of all training pixels in [0, 1]."""
+"""The mean and standard deviation of all training pixels in [0, 1]."""
 
 
 def fashion(folder: str, split: str) -> ArraySource:

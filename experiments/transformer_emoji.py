@@ -37,7 +37,7 @@ PAD, START, EOS = "<pad>", "<s>", "</s>"
 
 @dataclasses.dataclass(frozen=True)
 class Config(ExperimentConfig):
-    """Of about three minutes on one core.
+    """A run of about three minutes on one core.
 
     Attributes:
         language: what is translated to: de, fr, es, ... (`emoji.LANGUAGES`).

@@ -34,7 +34,7 @@ PAD, START, EOS = "<pad>", "<s>", "</s>"
 
 @dataclasses.dataclass(frozen=True)
 class Config(ExperimentConfig):
-    """Of about a minute on one core.
+    """A run of about a minute on one core.
 
     Attributes:
         examples, held_out: strings to train on and to judge by, all different.

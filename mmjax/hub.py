@@ -339,7 +339,7 @@ def _infer_config(
 def _notes(
     file: str, layout: Layout, config: Any, config_json: Mapping[str, Any] | None, preprocess_json: Any
 ) -> tuple[str, ...]:
-    """What was assumed, if anything. A config.json of transformers leaves out the defaults of its class."""
+    """The assumptions made, if any. A config.json of transformers leaves out the defaults of its class."""
     if _holds_labels(config_json):
         return ()
     assumed = []

@@ -42,7 +42,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: Float[jax.Array, "*b"], weights: Any) -> Self:
-        """Of `values`, by `weights` of the same shape, numbers or booleans; one of weight 0 has no part, even NaN."""
+        """The mean of `values`, by `weights` of the same shape, numbers or booleans; weight 0 excludes even NaN."""
         weights = jax.lax.stop_gradient(jnp.asarray(weights, jnp.float32))
         return cls(jnp.sum(jnp.where(weights != 0, values * weights, 0.0)), jnp.sum(weights))
 
@@ -54,7 +54,7 @@ class Mean:
 
 
 Means: TypeAlias = dict[str, Mean | jax.Array]
-"""By name: means before their division, or scalars that stand for equal parts of a batch each."""
+"""name -> a mean before its division, or a scalar, the mean over an equal part of a batch."""
 
 __all__ = [
     "Array",

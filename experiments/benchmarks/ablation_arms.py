@@ -1,4 +1,4 @@
-"""What one program for many arms saves: against a process an arm, and a step of all arms against single steps.
+"""The time that one program for many arms saves: against a process an arm, and against single steps.
 
     python experiments/benchmarks/ablation_arms.py [EXPERIMENT.py] [--over NAME=A,B,C,D] [--steps N] [--field VALUE ...]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 PROBES = 4096
-"""So many numbers of each result are compared, spread evenly over it."""
+"""The number of values of each result that are compared, spread evenly over it."""
 
 
 def forget_peak() -> None:

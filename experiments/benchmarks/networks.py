@@ -47,7 +47,7 @@ from mmjax.training.step import train_step
 NAMES = {"resnet": "ResNet-50", "vit": "ViT-B/16", "clip": "CLIP B/32", "bert": "BERT-base"}
 CLASSES, SIDE, WORDS = 1000, 224, 77
 LENGTH, MASKED = 128, 20
-"""Of BERT's texts, in tokens."""
+"""The length of BERT's texts and the number of masked tokens."""
 SGD: dict[str, Any] = {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 ADAMW: dict[str, Any] = {"learning_rate": 1e-4, "weight_decay": 0.05}
 

@@ -30,7 +30,7 @@ BATCH = 64
 def load_run(workdir: str, experiment: str | None = None) -> tuple[Any, Any, int]:
     """(config, state on the device, step) of a run: its experiment with the fields it had, its newest checkpoint.
 
-    experiment: the experiment's file, if it is not where config.json says.
+    experiment: the experiment's file, if it is not at the path in config.json.
     """
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
@@ -166,7 +166,7 @@ def _zero_shot(model: Any, folder: ImageFolder) -> dict[str, Score]:
 
 
 def _classification(model: Any, folder: ImageFolder) -> dict[str, Score]:
-    """By the model's head: folders are its classes by name (`labels`), else by number, if there are as many."""
+    """The scores of the model's head. Folders are its classes by name (`labels`), else by number, if as many."""
     classes = getattr(model.config, "num_classes", 0)
     if not classes:
         raise MmjaxError(f"--task classification: this {model.system} has no head; knn and linear_probe need none")

@@ -12,12 +12,12 @@ from mmjax.errors import MmjaxError
 
 
 def workdir_of(experiment: str, suffix: str = "") -> str:
-    """Where runs of an experiment's file go by default."""
+    """The default workdir of an experiment's file."""
     return os.path.join("workdirs", pathlib.Path(experiment).stem + suffix)
 
 
 def load_weights(source: str) -> Mapping[str, Any]:
-    """What `init_from` names: a run of ours or one of its checkpoints, or whatever `mmjax.load` takes."""
+    """The weights of `init_from`: a run of ours or one of its checkpoints, or any source of `mmjax.load`."""
     from mmjax.training import checkpoint
 
     path = pathlib.Path(source)

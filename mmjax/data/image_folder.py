@@ -91,7 +91,7 @@ class ImageFolder:
 
     @property
     def fingerprint(self) -> str:
-        """Of the paths below the root: the same wherever the folder lies."""
+        """A hash of the paths below the root: independent of the folder's location."""
         return hashlib.sha256("\n".join(self.paths).encode(errors="surrogateescape")).hexdigest()
 
 

@@ -200,7 +200,7 @@ class PipelineIterator:
         return [f"{name(index)} ({reason})" for reason, indices in self.bad.items() for index in indices]
 
     def get_state(self) -> dict[str, Any]:
-        """What `set_state` needs, as JSON types; equal for equal histories, whatever the workers."""
+        """The state for `set_state`, as JSON types; equal for equal histories, whatever the workers."""
         return self._identity() | {
             "step": self.step,
             "bad": {reason: list(indices) for reason, indices in self.bad.items()},

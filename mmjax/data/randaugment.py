@@ -27,13 +27,13 @@ BLACK: Colour = (0, 0, 0)
 
 
 def shear(image: Image.Image, x: float, y: float, fill: Colour) -> Image.Image:
-    """What is at (column, row) comes from (column + x row, row + y column), both counted from the upper left corner."""
+    """The pixel at (column, row) comes from (column + x row, row + y column), counted from the upper left corner."""
     matrix = (1, x, 0, y, 1, 0)
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=fill)
 
 
 def translate(image: Image.Image, x: float, y: float, fill: Colour) -> Image.Image:
-    """What is at (column, row) comes from (column + x, row + y)."""
+    """The pixel at (column, row) comes from (column + x, row + y)."""
     matrix = (1, 0, x, 0, 1, y)
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=fill)
 

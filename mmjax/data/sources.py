@@ -23,7 +23,7 @@ Record: TypeAlias = dict[str, Any]
 
 
 class Source(Protocol):
-    """What a pipeline reads from.
+    """The source of a pipeline.
 
     name: for messages. fingerprint: hex; the same as long as the records and their order are the same.
     `source[i]` may raise BadRecord; `record_name(i)` names record i for the quarantine file, without reading it.

@@ -13,7 +13,7 @@ from mmjax.text.documents import split_sentences
 
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 TOPICS = "pydoc_data/topics.py"
-"""What `help()` shows of the language itself: one string a topic."""
+"""The topics of `help()` about the language itself: one string each."""
 
 
 def stdlib_documents(root: str | os.PathLike[str] | None = None, least: int = 4) -> dict[str, list[str]]:
@@ -34,11 +34,11 @@ def stdlib_documents(root: str | os.PathLike[str] | None = None, least: int = 4)
 
 @dataclass(frozen=True)
 class Documented:
-    """What has a documentation string.
+    """A function, class or module with its documentation string.
 
     Attributes:
         module: its file, "email/message.py".
-        name: of the function, class or module, without what it stands in.
+        name: of the function, class or module, without its parents.
         parameters: of a function, without self and cls; () of others.
         text: the string, its lines without indentation.
     """

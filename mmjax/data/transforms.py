@@ -1,4 +1,4 @@
-"""What happens to one record on the host, as Grain transforms: decoding, cropping to one size, text to ids.
+"""Transforms of one record on the host, for Grain: decoding, cropping to one size, text to ids.
 
 A pipeline calls `random_map(record, rng)` with a generator for the record, so that the result depends neither on
 workers nor on what was read before. Heavier augmentation (colour, blur) runs on the device.

@@ -24,7 +24,7 @@ from mmjax.errors import MmjaxError
 Pixels: TypeAlias = UInt8[np.ndarray, "h w 3"]
 
 GREY = 128
-"""Of what comes into view from outside."""
+"""The grey level of pixels from outside the image."""
 LEVELS = 10
 """The strongest magnitude."""
 
@@ -61,12 +61,12 @@ def sharpness(image: Pixels, factor: float) -> Pixels:
 
 
 def shear(image: Pixels, x: float, y: float) -> Pixels:
-    """What is at (column, row) goes to (column + x row, row + y column), both counted from the upper left corner."""
+    """The pixel at (column, row) goes to (column + x row, row + y column), both counted from the upper left corner."""
     return warp(image, _single([[1, x, 0], [y, 1, 0]]))
 
 
 def translate(image: Pixels, x: float, y: float) -> Pixels:
-    """What is at (column, row) goes to (column + x, row + y); parts of a pixel are blended."""
+    """The pixel at (column, row) goes to (column + x, row + y); parts of a pixel are blended."""
     return warp(image, _single([[1, 0, x], [0, 1, y]]))
 
 

@@ -33,7 +33,7 @@ BEFORE_NUMBERS = "art|ca|figs?|nos?|op|pp|prop"
 L, W = r"[^\W\d_]", r"[^\W_]"
 """A letter; a letter or a digit."""
 CLITIC = rf"(?:s|m|d|re|ve|ll)(?!{W})"
-"""What follows an apostrophe as a separate word; n't is another."""
+"""The endings after an apostrophe that are separate words; n't is another."""
 UNIT = rf"(?:\d+(?:[.,:]\d+)+|{W}+(?:[_!?]{W}+)*)"
 """A part of a compound: 3.5, 10:30, or a word."""
 

@@ -28,7 +28,7 @@ from mmjax.types import Float, MmjaxError, Params
 ORDERS = 4
 """N-grams of one to four words."""
 BETA = 1.2
-"""How much more recall weighs than precision in ROUGE-L."""
+"""The weight of recall relative to precision in ROUGE-L."""
 SIGMA = 6.0
 """The standard deviation, in words, of CIDEr-D's penalty on another length than the reference's."""
 SHOWN = 20

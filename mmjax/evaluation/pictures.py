@@ -104,7 +104,7 @@ def _images_of_texts(
 def confusion_picture(
     matrix: Int[np.ndarray, "c c"], classes: Sequence[str], attribution: str | None = None
 ) -> UInt8[np.ndarray, "pixels_high pixels_wide 3"]:
-    """How often each class (row) was predicted as each (column): percentages of a row, counts where they fit."""
+    """The confusion matrix, true classes in rows, predicted ones in columns: row percentages, counts if they fit."""
     if matrix.shape != (len(classes), len(classes)):
         raise MmjaxError(f"matrix: need [{len(classes)}, {len(classes)}] for the classes, not {list(matrix.shape)}")
     share = 100.0 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)

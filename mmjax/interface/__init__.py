@@ -1,1 +1,1 @@
-"""What a loaded model offers, whatever its system: forward, generate, classify, retrieve."""
+"""The interface of loaded models, the same for every system: forward, generate, classify, retrieve."""

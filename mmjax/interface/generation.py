@@ -1,4 +1,4 @@
-"""What every model that writes text offers: `generate` and `stream`, of strings or of ids."""
+"""GeneratingModel, the base of models that generate text: `generate` and `stream`, for strings or ids."""
 
 import abc
 import dataclasses
@@ -32,11 +32,11 @@ class GeneratingModel(Model):
     """A model with a `Decodable` in it; `tokenizer` is a `mmjax.text.tokenizer.Tokenizer`."""
 
     padding_side: ClassVar[Side] = "left"
-    """Where prompts are padded; the numbers are the same either way."""
+    """The side on which prompts are padded; the outputs are the same either way."""
 
     @abc.abstractmethod
     def decodable(self) -> Decodable:
-        """What the generation engine runs."""
+        """The `Decodable` for the generation engine."""
 
     @property
     def eos(self) -> tuple[int, ...]:
@@ -47,7 +47,7 @@ class GeneratingModel(Model):
 
     @property
     def pad(self) -> int:
-        """What is behind a text's end."""
+        """The id of the padding after a text's end."""
         if self.config.pad is not None:
             return self.config.pad
         return next(iter(self.eos), 0)
@@ -279,7 +279,7 @@ def _are_texts(prompts: Any) -> bool:
 
 
 def _length(row: np.ndarray, eos: tuple[int, ...], pad: int | None) -> int:
-    """Of a row with its closing id; where none is, up to the padding that a stop string left behind it."""
+    """The length of a row with its end id; without one, up to the padding after a stop string."""
     ends = np.flatnonzero(np.isin(row, eos))
     if len(ends):
         return int(ends[0]) + 1

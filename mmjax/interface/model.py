@@ -1,4 +1,4 @@
-"""What `mmjax.load` returns: a network with its weights, tokenizer and preprocessing."""
+"""Model, the base of what `mmjax.load` returns: a network with its weights, tokenizer and preprocessing."""
 
 import abc
 import dataclasses
@@ -27,7 +27,7 @@ ABILITIES = (
     *("classify", "match", "retrieve", "ground", "segment", "detect", "caption", "answer", "chat", "generate"),
     *("translate", "fill_mask", "tag", "entails", "encode_image", "encode_text"),
 )
-"""What a model may offer besides `forward`."""
+"""The methods that a model may have besides `forward`."""
 
 
 @dataclasses.dataclass(repr=False)
@@ -50,7 +50,7 @@ class Model(abc.ABC):
     system: ClassVar[str]
     config_class: ClassVar[type]
     classified: ClassVar[Literal["image", "text"]] = "image"
-    """What `classify` takes, where there is one."""
+    """The input of `classify`, if there is one."""
     int8_channels: ClassVar[Mapping[str, int]] = {}
     """Globs of the parameters that may be stored in int8 (see `mmjax.nn.int8`), and the axis of each one's channels."""
 
@@ -73,7 +73,7 @@ class Model(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def inputs(cls, config: Any) -> Mapping[str, Input]:
-        """What `forward` takes, by transformers' names."""
+        """The inputs of `forward`, by transformers' names."""
 
     @classmethod
     @abc.abstractmethod
@@ -131,7 +131,7 @@ class Model(abc.ABC):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What the module's `apply` takes."""
+        """The variables for the module's `apply`."""
         return {"params": self.params} | ({"batch_stats": self.stats} if self.stats else {})
 
     @classmethod

@@ -16,7 +16,7 @@ from mmjax.types import Array, Int
 
 
 class Cut(NamedTuple):
-    """How groups lie on devices; one of `local` and `together` is 1.
+    """The layout of groups on devices; one of `local` and `together` is 1.
 
     Attributes:
         local: groups that have rows on a device.

@@ -18,7 +18,9 @@ from mmjax.types import Array, Bool, Float, Int
 
 
 class KeyValues(NamedTuple):
-    """Of one layer: [b, g, s, k] of prompts or of an encoder; [b r g, t, k] of generated tokens, r rows an item.
+    """The keys and values of one layer: [b, g, s, k] of prompts or an encoder, or [b r g, t, k] of generated tokens.
+
+    r: sequences of a prompt.
 
     g: heads of keys and values, a divisor of the queries'.
     """
@@ -28,7 +30,7 @@ class KeyValues(NamedTuple):
 
 
 def from_tokens(k: Float[Array, "b s g k"], v: Float[Array, "b s g k"]) -> KeyValues:
-    """Of a prompt, from projections as attention makes them."""
+    """The keys and values of a prompt, from the projections of attention."""
     return KeyValues(rearrange(k, "b s g k -> b g s k"), rearrange(v, "b s g k -> b g s k"))
 
 

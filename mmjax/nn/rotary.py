@@ -82,7 +82,7 @@ class Rotary:
     longrope: LongRope | None = None
 
     def channels(self, head_width: int) -> int:
-        """How many channels of a head turn."""
+        """The number of rotated channels of a head."""
         return int(head_width * self.share)
 
     def frequencies(self, head_width: int, long: bool = False) -> np.ndarray:

@@ -12,7 +12,7 @@ from mmjax.types import Array, Bool, Float
 LANES = 128
 """A head's width and both lengths are multiples of it."""
 SHORTEST = 1024
-"""Of shorter sequences the sums written out are as fast, and their weights fit."""
+"""The minimum length. For shorter sequences plain attention is as fast, and its weights fit in memory."""
 
 
 def splash_takes(

@@ -1,4 +1,4 @@
-"""What transformers are made of: matrices, attention with its projections, feed-forward networks.
+"""The parts of transformers: matrices, attention with its projections, feed-forward networks.
 
 q, k and v have a matrix each: on CPU one fused matrix is slower (8 x 197 x 768: attention forward 39 against 44 ms,
 with backward 140 against 145), and a mesh, a freezing rule or an adapter can name one of them.
@@ -28,7 +28,7 @@ TINY: Initializer = nn.initializers.normal(1e-6)
 
 @dataclasses.dataclass(frozen=True)
 class Init:
-    """How a block's parameters begin. The defaults are the original ViT's (vit_jax/models_vit.py).
+    """The initializers of a block's parameters. The defaults are the original ViT's (vit_jax/models_vit.py).
 
     qkv, out, up, down: of the matrices (up also of a gate). mlp_bias: of the feed-forward's biases; others are zero.
     q: of the queries' matrix where it is not `qkv` (T5).
@@ -43,9 +43,9 @@ class Init:
 
 
 class PositionInputs(NamedTuple):
-    """How order enters self attention.
+    """The position inputs of self-attention.
 
-    rope: (cosines, sines) [b, l, p] of the positions of its input, as `mmjax.nn.rotary` makes them.
+    rope: (cosines, sines) [b, l, p] of the positions of its input, from `mmjax.nn.rotary`.
     bias: added to the scores, [#b, #h, #l, s] over all keys; in a step l is 1, and s is the prompt and all new slots.
     """
 

@@ -96,7 +96,7 @@ def distilled_token_cross_entropy(
 
 
 def token_accuracy(logits: Float[Array, "*b v"], labels: Int[Array, "*b"]) -> Mean:
-    """Of the labels that are not `IGNORED`, the share that has the largest logit, in [0, 1]."""
+    """The share of labels with the largest logit, in [0, 1], of those that are not `IGNORED`."""
     return Mean.of((jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32), labels != IGNORED)
 
 

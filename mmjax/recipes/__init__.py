@@ -1,1 +1,1 @@
-"""What experiments of one kind share: their fields, data and schedules."""
+"""The bases of experiments of one kind: their fields, data and schedules."""

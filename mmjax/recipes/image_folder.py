@@ -1,4 +1,4 @@
-"""What published recipes on a folder of images share: their fields, an epoch's length, the count that it rests on."""
+"""The base of published recipes on a folder of images: fields, an epoch's length, and the number of images for it."""
 
 import dataclasses
 from typing import Literal

@@ -1,4 +1,4 @@
-"""What the published recipes of MoCo v1, v2 and v3 share: ImageNet, two views, an epoch's length."""
+"""The base of the published recipes of MoCo v1, v2 and v3: ImageNet, two views, an epoch's length."""
 
 import abc
 import dataclasses

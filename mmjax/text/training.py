@@ -40,7 +40,7 @@ SPECIAL = {
 MAX_ALPHABET = 1000
 """Characters that WordPiece knows, the most frequent ones; a word with any other is unknown."""
 MIN_FREQUENCY = 2
-"""How often two pieces must be adjacent to be merged (WordPiece, BPE)."""
+"""The minimum frequency of a pair of pieces to be merged (WordPiece, BPE)."""
 THREADS = 16
 """Threads of sentencepiece: its sums depend on their number, so the number is the same on every machine."""
 

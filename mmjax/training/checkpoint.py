@@ -58,7 +58,7 @@ TEMPORARY = "tmp-"
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What a checkpoint holds beside arrays, and the state filled with them (NumPy leaves)."""
+    """A restored checkpoint: the state (NumPy leaves), and what it holds beside arrays."""
 
     state: Any
     step: int

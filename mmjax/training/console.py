@@ -1,4 +1,4 @@
-"""What a run prints: its facts at the start, progress, scores as they come, and at the end where everything is.
+"""The output of a run: its facts at the start, progress, scores during the run, and its files at the end.
 
 A terminal has a bar, and tables above it. A notebook has lines and tables. Elsewhere (a pipe, a log file) every event
 is one line.
@@ -114,7 +114,7 @@ class RunConsole:
 
     @contextmanager
     def activity(self, text: str) -> Iterator[None]:
-        """What a run does instead of steps, shown on a terminal while it lasts."""
+        """Shows on a terminal what a run does between steps, while it lasts."""
         if self._bar is not None:
             progress, task = self._bar
             progress.update(task, state=text)
@@ -196,7 +196,7 @@ def _dtypes(config: Any) -> Iterator[str]:
 
 
 def _data(data: Any, config: ExperimentConfig) -> str:
-    """Records of the training data, and how often the run sees each."""
+    """Records of the training data, and the number of epochs."""
     try:
         records = len(data.source)
     except (AttributeError, TypeError):

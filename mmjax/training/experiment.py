@@ -128,13 +128,13 @@ class ExperimentConfig:
         return {}
 
     def initial_weights(self, load: LoadWeights) -> Mapping[str, Any]:
-        """What a fresh state takes from `init_from`, which is set; by default what is there, under the same paths."""
+        """The weights that a new state takes from `init_from`, which is set; by default all of them, by path."""
         assert self.init_from is not None
         return load(self.init_from)
 
 
 def save_tokenizer(tokenizer: Any, workdir: pathlib.Path) -> dict[str, Any]:
-    """What `save_assets` does and returns for a model that reads text and needs nothing else."""
+    """Writes the tokenizer; returns what `save_assets` does for a model with text and nothing else."""
     workdir.mkdir(parents=True, exist_ok=True)
     tokenizer.save(workdir / "tokenizer.json")
     return {"tokenizer": "tokenizer.json"}
@@ -147,7 +147,7 @@ RECIPE = {
     "evaluations": "a tuple of Evaluation",
     "model": "(system name, model config)",
 }
-"""What a Config defines beside its fields."""
+"""The methods that a Config defines."""
 
 C = TypeVar("C", bound=ExperimentConfig)
 

@@ -124,7 +124,7 @@ class MomentumDistillation(ForwardPasses):
         return params, Carry(ema, self.queues(rng, batch), hparams=hparams)
 
     def queues(self, rng: PRNGKeyArray, batch: Batch) -> dict[str, Queue]:
-        """Those of the contrast: "image", "text" and, where pairs have image ids, "ids" [q, 1]; {} without one."""
+        """The queues of the contrast: "image", "text" and, where pairs have image ids, "ids" [q, 1]; {} without one."""
         c, size = self.config, len(batch["input_ids"])
         if not (c.queue and c.embed_dim):
             return {}

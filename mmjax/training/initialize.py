@@ -1,4 +1,4 @@
-"""Where a run starts that does not start from scratch: `init_from`.
+"""The initial state of a run with `init_from`.
 
 One rule for every system: a fresh state takes from its source, a run of ours or a loaded model,
 

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl, TensorBoard, artifacts, and at the end a plot."""
+"""Writes the metrics of a run: metrics.jsonl, TensorBoard, artifacts, and at the end a plot."""
 
 import json
 import math

@@ -18,7 +18,7 @@ class Pace:
         self._logged: tuple[int, float] | None = None
 
     def restart(self) -> None:
-        """What was before is not measured: the first step, which compiled. The next mark is where time starts."""
+        """Discards the time so far, with the first step's compilation. Time starts at the next mark."""
         self._steps.clear()
         self._logged = None
 
@@ -30,7 +30,7 @@ class Pace:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """What is done inside is no part of the steps' time."""
+        """Excludes the time inside from the time of the steps."""
         began = time.perf_counter()
         yield
         self._idle += time.perf_counter() - began

@@ -30,8 +30,8 @@ from mmjax.training.step import train_step
 MESSAGE = 2_000
 """Characters of a compiler's error that are reported: its reason may be lines below its kind."""
 SETTINGS = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-"""Of the child: no device of this machine is used, libtpu does not look for a TPU's metadata server, and takes no lock,
-so that several plans can be made at once."""
+"""The environment of the child process: it uses no device of this machine. libtpu does not look for a TPU's metadata
+server, and takes no lock, so that several plans can run at once."""
 
 
 def plan(experiment_file: str | os.PathLike[str], topology: str, arguments: Sequence[str] = ()) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 
 def _shard_bytes(tree: Any) -> int:
-    """What one chip holds of a tree of shapes with shardings."""
+    """The part of a tree of shapes with shardings on one chip."""
     leaves = jax.tree.leaves(tree)
     return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
 

@@ -106,7 +106,7 @@ def loops(text: str) -> list[int]:
 
 
 def _loop_length(line: str, computations: Mapping[str, Sequence[str]]) -> int:
-    """How often a loop runs: the one constant that its condition compares the counter with; 1 for other lines."""
+    """The iterations of a loop: the one constant that its condition compares the counter with; 1 for other lines."""
     condition = _CONDITION.search(line)
     if condition is None:
         return 1
@@ -129,7 +129,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _times(computations: Mapping[str, Sequence[str]], main: str) -> dict[str, int]:
-    """How often each computation runs in a step; a loop of unknown length counts once."""
+    """The number of runs of each computation in a step; a loop of unknown length counts once."""
     times: dict[str, int] = {}
 
     def visit(name: str, factor: int) -> None:
@@ -175,7 +175,7 @@ def _group(line: str) -> int:
 
 
 def loop_factor(jaxpr: Any) -> float:
-    """How many times the matrix work of a traced program is of what XLA counts, which takes a loop's body once.
+    """The ratio of a traced program's matrix work to XLA's count, which has a loop's body once.
 
     jaxpr: of `jax.make_jaxpr`. Loops are `scan`s, whose length is known; a `while` of unknown length counts once.
     """

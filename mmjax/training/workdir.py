@@ -1,4 +1,4 @@
-"""What a workdir holds beside checkpoints: the lock of its one writer, and config.json."""
+"""The files of a workdir beside checkpoints: the lock of its one writer, and config.json."""
 
 import dataclasses
 import fcntl

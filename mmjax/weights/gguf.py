@@ -23,7 +23,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4
 ALIGNMENT = 32
-"""Of tensors within the file, unless the key general.alignment has another value."""
+"""The alignment of tensors in the file, unless the key general.alignment has another value."""
 
 STRING, ARRAY = 8, 9
 NUMBERS = {
@@ -44,7 +44,7 @@ NUMBERS = {
 
 @dataclass(frozen=True)
 class GGUF:
-    """What a GGUF file holds.
+    """The content of a GGUF file.
 
     Attributes:
         metadata: key -> number, string, list of strings or array of numbers: `general.architecture`, `llama.*`,
@@ -242,13 +242,13 @@ PARTS = {
     "ffn_down": "mlp.down_proj",
 }
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-"""Those of one form: a LLaMA, with biases on q, k and v where it is a Qwen2."""
+"""The supported architectures, all of one form: a LLaMA; a Qwen2 has biases on q, k and v."""
 
 
 def unpermute(heads: int) -> Op:
     """Rows of q or k as GGUF and Meta store them <-> as Hugging Face does, for architecture "llama" alone.
 
-    Rotary embedding turns channels k and k + D/2 together in Hugging Face's form, k and k + 1 in the other:
+    The rotary embedding rotates channels k and k + D/2 together in Hugging Face's form, k and k + 1 in the other:
     [heads, D/2, 2] rows <-> [heads, 2, D/2]. heads: for k those of keys and values.
     """
 

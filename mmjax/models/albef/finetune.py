@@ -143,7 +143,7 @@ class AlbefAnswering(MomentumDistillation):
         step: Int[Array, ""],
         axis_name: str | None = None,
     ) -> tuple[Float[Array, "b a"], tuple[Float[Array, "b a t v"], Float[Array, "b a t v"]]]:
-        """Of each answer, summed over its tokens; and the logits of the network and of its momentum copy."""
+        """The loss of each answer, summed over its tokens; and the logits of student and teacher."""
         student = self.logits(params, batch, named(rng, "student"), axis_name)
         teacher = self.logits(self.teacher(params, carry), batch, named(rng, "teacher"), axis_name)
         labels = jnp.where(batch["answer_mask"] == 1, batch["answer_ids"], IGNORED)[..., 1:]

@@ -72,7 +72,7 @@ class AlbefConfig:
 
     @classmethod
     def base(cls, side: int = 256, **fields: Any) -> Self:
-        """As pre-trained: ViT-B/16 on images of 256 pixels, BERT-base of six and six layers; 209.9 M parameters."""
+        """The pre-trained size: ViT-B/16 on 256 x 256 pixels, BERT-base of six and six layers; 209.9 M parameters."""
         return cls(_vision(side), _text(mlm=True), **fields)
 
     @classmethod
@@ -253,7 +253,7 @@ class Albef(nn.Module):
         return text_states
 
     def image_embeds(self, image_tokens: Float[Array, "b n d"]) -> Float[Array, "b e"]:
-        """Of unit length, from the class token."""
+        """Unit-norm features, from the class token."""
         return l2_normalize(self.vision_proj(image_tokens[:, 0]))
 
     def text_embeds(self, text_states: Float[Array, "b l d"]) -> Float[Array, "b e"]:

@@ -57,7 +57,7 @@ class FineTuning(Method, abc.ABC):
 
     @abc.abstractmethod
     def logits(self, out: Any) -> Array:
-        """Those of the head, out of what the network gives."""
+        """The head's logits, from the network's outputs."""
 
     @abc.abstractmethod
     def judge(self, logits: Array, batch: Batch) -> tuple[Loss, Means]:

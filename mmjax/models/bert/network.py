@@ -81,7 +81,7 @@ class BertConfig:
 
     @property
     def initializer(self) -> Initializer:
-        """Of matrices and tables."""
+        """The initializer of matrices and tables."""
         return nn.initializers.truncated_normal(self.init_std)
 
     @classmethod
@@ -162,7 +162,7 @@ class Embeddings(nn.Module):
 
 
 def _mask(mask: Array | None) -> Array | None:
-    """As blocks take it."""
+    """The mask in the form that blocks take."""
     return mask if mask is None or mask.ndim == 4 else padding_mask(mask)
 
 

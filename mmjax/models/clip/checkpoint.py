@@ -30,7 +30,7 @@ def _norm(source: str, target: str) -> list[Entry]:
 
 
 def _tower(vision: ViTConfig, source: str, names: tuple[str, ...]) -> list[Entry]:
-    """What is around the blocks of the ViT. names: in a file, of class token, positions, patches, first, last norm."""
+    """The entries around the ViT's blocks. names: keys of class token, positions, patches, first, last norm."""
     tokens, positions, patches, before, after = (f"{source}.{name}" for name in names)
     kernel = chain(conv, reshape((vision.patch, vision.patch, 3, vision.width)))
     rows = vision.grid[0] * vision.grid[1] + 1
@@ -280,7 +280,7 @@ def hf_config(config: CLIPConfig) -> dict[str, Any]:
 
 
 def _recognise(needed: str, open_clip: bool | None) -> Callable[[Set[str], ConfigJson], bool]:
-    """By a key, and where two layouts share their keys by whether open_clip's config is beside them."""
+    """Recognises a layout by a key, and two layouts with the same keys by the presence of open_clip's config."""
 
     def recognise(keys: Set[str], config_json: ConfigJson) -> bool:
         if needed not in keys or not any(key.startswith(("visual.", "visual_projection")) for key in keys):

@@ -45,7 +45,7 @@ FIRST = {
 
 
 def _recognise(keys: Set[str], config_json: ConfigJson | None) -> bool:
-    """By the embedding, and by what only language models have: without another tower."""
+    """Whether there is a token embedding and no other tower, as in language models alone."""
     return bool(FIRST & keys) and not any(
         key.startswith(("visual", "vision", "encoder.", "model.encoder")) for key in keys
     )

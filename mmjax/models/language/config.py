@@ -1,4 +1,4 @@
-"""What a decoder-only language model is made of, and the published sizes."""
+"""The config of a decoder-only language model, and the published sizes."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeAlias

@@ -211,7 +211,7 @@ class Decoder(nn.Module):
     def _inputs(
         self, x: Array, mask: Array, position_ids: Int[Array, "b s"], total_length: Array | None
     ) -> tuple[Array, Array, PositionInputs]:
-        """What the first block takes, and who may attend to whom besides causality; mask, position_ids: of all keys."""
+        """The first block's input, the mask besides causality, the position inputs. mask, position_ids: of all keys."""
         length, size = x.shape[1], mask.shape[1]
         new = position_ids[:, size - length :]
         allowed = padding_mask(mask)

@@ -92,7 +92,7 @@ class ResNetConfig:
 
     @property
     def channels(self) -> int:
-        """Of the last feature map."""
+        """The channels of the last feature map."""
         return self.stage_widths[-1] * self.expansion
 
     def inner_width(self, stage: int) -> int:
@@ -182,7 +182,7 @@ class ResNetConfig:
 
 @dataclass(frozen=True)
 class Geometry:
-    """What one block does to its maps: channels in and out, stride of the block, dilation of its 3x3."""
+    """The shapes of one block: channels in and out, stride of the block, dilation of its 3x3."""
 
     inside: int
     out: int
@@ -326,7 +326,7 @@ class ResNet(nn.Module):
 
 
 def kernel_init(config: ResNetConfig) -> Any:
-    """Of the convolutions: He's law as in torchvision, or torch's default (CLIP)."""
+    """The initializer of the convolutions: He's as in torchvision, or torch's default (CLIP)."""
     uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
     return uniform if config.stem == "clip" else kaiming_fan_out
 

@@ -15,7 +15,7 @@ from mmjax.types import Array, Batch, Int, Mean, Means, Params, PRNGKeyArray
 
 
 def shift_right(labels: Int[Array, "b l"], start: int, pad: int) -> Int[Array, "b l"]:
-    """What the decoder reads to predict `labels`: the start token and the labels before; ignored ones are padding."""
+    """The decoder's inputs for `labels`: the start token and the labels before; ignored ones are padding."""
     before = jnp.where(labels == IGNORED, pad, labels)[:, :-1]
     return jnp.concatenate([jnp.full_like(labels[:, :1], start), before], axis=1)
 

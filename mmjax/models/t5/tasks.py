@@ -39,7 +39,7 @@ class T5Model(GeneratingModel):
         return {name: jax.ShapeDtypeStruct((1, 3), jnp.int32) for name in names}
 
     def decodable(self) -> T5Decodable:
-        """What generates. Raises MmjaxError for an encoder alone."""
+        """The `Decodable` for generation. Raises MmjaxError for an encoder alone."""
         return T5Decodable(self.config)
 
     def prompt_inputs(self, inputs: Mapping[str, Array]) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def torch_config(shapes: Shapes, config_json: ConfigJson) -> TransformerConfig:
 
 
 def torch_config_json(config: TransformerConfig) -> dict[str, Any]:
-    """What `torch_config` reads back."""
+    """The config.json that `torch_config` reads."""
     if config.encoder_heads != config.decoder_heads or config.encoder_hidden != config.decoder_hidden:
         raise MmjaxError("nn.Transformer has the same heads and feed-forward width in both stacks")
     return {

@@ -81,7 +81,7 @@ def _add_block(config: ViTConfig, numbering: Mapping[str, str], mlp: str, add: A
 
 
 def _channels(root: RootConfig) -> int:
-    """Of the root's feature map."""
+    """The channels of the root's feature map."""
     return root.width * 4 * 2 ** (len(root.layers) - 1) if root.layers else root.width
 
 

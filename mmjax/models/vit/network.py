@@ -201,7 +201,7 @@ def _sized(fields: dict[str, Any], **size: Any) -> ViTConfig:
 
 
 def _dinov2(registers: bool) -> dict[str, Any]:
-    """What the DINOv2 models share; those with registers are interpolated by another rule (hub/backbones.py)."""
+    """The common fields of DINOv2 models; those with registers interpolate by another rule (hub/backbones.py)."""
     fields: dict[str, Any] = {
         "patch": 14,
         "image_size": (518, 518),
@@ -214,10 +214,10 @@ def _dinov2(registers: bool) -> dict[str, Any]:
 
 @struct.dataclass
 class ViTOutput:
-    """What the network gives; under `jit` only what is used is computed.
+    """The outputs of the network; under `jit` unused ones are not computed.
 
     tokens: after the final norm: class token, distillation token, registers, patches in row-major order.
-    pooled: what the head sees. logits: float32, None without a head.
+    pooled: the input of the head. logits: float32, None without a head.
     both_logits: of DeiT's two heads, the class token's first; None where there is one.
     states: the encoder's input and the output of each block, before the final norm.
     normed_states: the same, each through the final norm (DINOv2's `get_intermediate_layers`).
