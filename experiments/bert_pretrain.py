@@ -44,7 +44,7 @@ class Config(ExperimentConfig):
         prose: whether those files are running text, each one document, and not a sentence a line.
         lower: whether letters lose case and accents.
         length: tokens of a pair of segments at most.
-        passes: how often the pairs of the documents are sampled again.
+        passes: the number of times that the pairs of the documents are sampled.
         masking: dynamic: other words are hidden in each epoch; static: the same in all, as the original's.
         whole_words: whether the pieces of a word are hidden together.
         width, depth: of the encoder; heads are 64 wide, or half the width of a narrower one.

@@ -40,7 +40,7 @@ class Config(ExperimentConfig):
     """A run of about three minutes on one core.
 
     Attributes:
-        language: what is translated to: de, fr, es, ... (`emoji.LANGUAGES`).
+        language: the target language: de, fr, es, ... (`emoji.LANGUAGES`).
         vocab_size: ids of the byte-pair encoding of both languages together, learned from the training names.
         length: ids of a name, its end included; longer ones are not trained on.
         width, depth, heads: see `TransformerConfig.small`.
@@ -101,7 +101,7 @@ class Config(ExperimentConfig):
 
     @functools.cached_property
     def pairs(self) -> ArraySource:
-        """The training names as ids, those that are too long left out."""
+        """The training names as ids, without those that are too long."""
         sides = [self.tokenizer(list(texts)) for texts in zip(*self.names.train)]
         fit = np.all([mask.sum(1) <= self.length for _, mask in sides], axis=0)
         (ids, _), (labels, counted) = ((ids[fit, : self.length], mask[fit, : self.length]) for ids, mask in sides)

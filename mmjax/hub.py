@@ -75,7 +75,7 @@ def load(
     weights: "int8": the matrices of a language model or T5, embeddings too, are stored in int8 with a float32 scale a
         channel, for a frozen model that is large for its device (extra int8); activations stay in `dtype`.
     Parameters are converted one at a time: the device never holds more than these and one unconverted array.
-    `notes` of the model lists what no file determines and was assumed.
+    `notes` of the model lists the assumptions about facts that no file determines.
     Raises MmjaxError: no such file, an architecture that no system knows, weights that do not fit, or int8 for a
     system that has none.
 

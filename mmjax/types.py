@@ -33,8 +33,8 @@ class Mean:
     """A mean before its division: totals and counts of micro-batches and of devices add up to those of the batch.
 
     Attributes:
-        total: the sum of what was counted.
-        count: how many, or the sum of their weights; it has no gradient.
+        total: the sum of the counted values.
+        count: their number, or the sum of their weights; it has no gradient.
     """
 
     total: Float[jax.Array, ""]

@@ -36,7 +36,7 @@ class BadRecord(MmjaxError):
     Attributes:
         reason: one of a few fixed phrases, to count by: "image: truncated", "caption: empty" ...
         name: the record: file, or shard and member. The pipeline fills it in where it is empty.
-        detail: what exactly was wrong.
+        detail: the exact problem.
     """
 
     def __init__(self, reason: str, name: str = "", detail: str = ""):

@@ -1,4 +1,4 @@
-"""Records of two images, `image_0` and `image_1`, in a pipeline: what is done to one image done to each; changed sides.
+"""Records of two images, `image_0` and `image_1`, in a pipeline: the transforms of one image on each; swapped sides.
 
 transforms=(OnEach(RandomResizedCrop(384, (0.5, 1.0), resample="bicubic")), OnEach(RandomFlip()),
             CleanText(functools.partial(blip_caption, words=40)), SwapImages(), EncodeCaption(tokenizer, 64))

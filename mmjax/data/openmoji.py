@@ -42,7 +42,7 @@ GENDER = re.compile(r"\b(man|woman|men|women|person|people|boy|girl|prince|princ
 
 @dataclass(frozen=True)
 class OpenMoji:
-    """The pairs, split; `groups[label]` names what `label` counts ("smileys and emotion", ...).
+    """The pairs, split; `groups[label]` is the name of the class `label` ("smileys and emotion", ...).
 
     A record: image uint8 [size, size, 3], text (the name), texts (name and aliases), group, subgroup, label.
     dropped: the number of drawings left out, by reason.
@@ -69,7 +69,7 @@ def load_openmoji(
     """Renders OpenMoji at `size` x `size` pixels on white, once: later calls read the cache.
 
     Args:
-        hold_out: what is never on both sides, see rule 3.
+        hold_out: the unit that is never on both sides, see rule 3.
         cache: folder; by default that of `mmjax.data.cache`.
 
     Raises MmjaxError when the packages of `pip install "mmjax[demo]"` are missing.

@@ -333,7 +333,7 @@ def transformed(transform: Transform, record: Record, rng: np.random.Generator) 
 
 
 def _collate(records: list[Record], source: Source) -> dict[str, np.ndarray]:
-    """Records -> arrays [b, ...]; fields that are no numbers or arrays of numbers are left out."""
+    """Records -> arrays [b, ...]; fields that are no numbers or arrays of numbers are dropped."""
     numbers = np.ndarray | np.generic | int | float
     keys = [key for key, value in sorted(records[0].items()) if isinstance(value, numbers)]
     batch = {}

@@ -159,7 +159,7 @@ class ImagePreprocessing:
         return self.crop or (self.resize if isinstance(self.resize, tuple) else None)
 
     def at_size(self, side: int) -> Self:
-        """The same for images of another size, `side` x `side`: what is cut off stays in proportion."""
+        """The same for images of another size, `side` x `side`, with the crop in proportion."""
         if self.crop is None:
             return dataclasses.replace(self, resize=(side, side))
         factor = side / self.crop[0]

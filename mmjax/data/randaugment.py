@@ -19,7 +19,7 @@ Operation: TypeAlias = Callable[[Image.Image, np.random.Generator], Image.Image]
 Colour: TypeAlias = tuple[int, int, int]
 
 GREY: Colour = (128, 128, 128)
-"""RandAugment fills what comes into view from outside with it; TrivialAugmentWide with black."""
+"""RandAugment fills pixels from outside the image with it; TrivialAugmentWide with black."""
 BLACK: Colour = (0, 0, 0)
 
 

@@ -20,7 +20,7 @@ def stdlib_documents(root: str | os.PathLike[str] | None = None, least: int = 4)
     """Name -> sentences: a document a module, of all its documentation strings, and one for each topic of `help()`.
 
     root: the folder of modules; None: this Python's library, which differs from one version to another.
-    least: sentences of a document; shorter ones are left out.
+    least: the minimum of sentences in a document; shorter ones are omitted.
     """
     texts: dict[str, list[str]] = {}
     for name, tree in _modules(root):
@@ -55,7 +55,7 @@ def stdlib_documented(root: str | os.PathLike[str] | None = None) -> list[Docume
 
 
 def _modules(root: str | os.PathLike[str] | None) -> Iterator[tuple[str, ast.Module]]:
-    """(file, what stands in it) of each module that can be read, by name."""
+    """(file, content) of each module that can be read, by name."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"] if root is None else root)
     for file in sorted(root.rglob("*.py")):
         name = file.relative_to(root)
@@ -70,7 +70,7 @@ def _modules(root: str | os.PathLike[str] | None) -> Iterator[tuple[str, ast.Mod
 
 
 def _documented(node: Any, module: str) -> Iterator[Documented]:
-    """A module, a class or a function, and those inside; not what stands under an `if`."""
+    """A module, a class or a function, and those inside; none under an `if`."""
     text = ast.get_docstring(node)
     if text:
         name = getattr(node, "name", pathlib.PurePath(module).stem)

@@ -1,4 +1,4 @@
-"""Two random crops of one image, each of the original pixels: what contrastive pretraining starts from."""
+"""Two random crops of one image, each of the original pixels, for contrastive pretraining."""
 
 from dataclasses import dataclass
 

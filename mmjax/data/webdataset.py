@@ -43,7 +43,7 @@ TEXT_SUFFIXES = ("txt", "caption", "text")
 
 @dataclass(frozen=True)
 class Member:
-    """A regular file of a shard: `size` bytes at `offset`; or, with a `problem`, what stands for a lost one."""
+    """A regular file of a shard: `size` bytes at `offset`; or, with a `problem`, a placeholder for a lost one."""
 
     name: str
     offset: int

@@ -1,7 +1,7 @@
 """Batch normalisation over groups of the global batch.
 
 A group is a number in the recipe, not a device: ShuffleBN or a published "32 images a device" mean the same thing on
-one chip and on 256. torch's rules: the biased variance normalises, the unbiased one goes into the running statistics.
+one chip and on 256. torch's rules: the biased variance normalises, the unbiased one updates the running statistics.
 """
 
 import functools

@@ -38,7 +38,7 @@ class Dropout(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training an example's residual branch is left out with probability `rate`, and scaled up
+    """Stochastic depth: in training an example's residual branch is dropped with probability `rate`, and scaled up
     by 1 / (1 - rate) where it stays (Huang et al. 2016; timm's `drop_path`)."""
 
     rate: float

@@ -25,7 +25,7 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, image: Float[Array, "b height width c"]) -> Float[Array, "b rows columns d"]:
-        """Pixels beyond the last whole patch are left out, as the convolution leaves them out.
+        """Pixels beyond the last whole patch are dropped, as by the convolution.
 
         Raises MmjaxError for an image smaller than a patch.
         """

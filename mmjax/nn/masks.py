@@ -23,12 +23,12 @@ def padding_mask(valid: Bool[Array, "b s"] | Int[Array, "b s"]) -> Bool[Array, "
 
 
 def causal_mask(l: int, s: int) -> Bool[Array, "1 1 l s"]:
-    """Queries see themselves and what is before them. The last query stands at the last key (l < s: a cache)."""
+    """Each query attends to itself and all keys before it. The last query is at the last key (l < s: a cache)."""
     return (jnp.arange(s) <= jnp.arange(l)[:, None] + (s - l))[None, None]
 
 
 def prefix_mask(prefix: Int[Array, " b"] | int, l: int) -> Bool[Array, "#b 1 l l"]:
-    """The first `prefix` tokens see each other; those after them see the prefix, themselves and what is before them.
+    """The first `prefix` tokens attend to each other; later ones to the prefix, themselves and all tokens before them.
 
     (UniLM's sequence-to-sequence mask, arXiv 1905.03197; T5's prefix LM, arXiv 1910.10683, section 3.2.1.)
     """
@@ -37,12 +37,12 @@ def prefix_mask(prefix: Int[Array, " b"] | int, l: int) -> Bool[Array, "#b 1 l l
 
 
 def matching_mask(n: int, l: int) -> Bool[Array, "1 1 n_l n_l"]:
-    """Image-text matching: n queries and the l text tokens after them all see each other (BLIP-2, figure 2)."""
+    """Image-text matching: n queries and the l text tokens after them all attend to each other (BLIP-2, figure 2)."""
     return jnp.ones((1, 1, n + l, n + l), bool)
 
 
 def grounded_mask(n: int, l: int) -> Bool[Array, "1 1 n_l n_l"]:
-    """Image-grounded generation: queries see queries, text sees the queries and the text so far.
+    """Image-grounded generation: queries attend to queries, text to the queries and the text so far.
 
     The text gets the image through the queries, so they are a prefix that does not attend to the text.
     """
@@ -50,7 +50,7 @@ def grounded_mask(n: int, l: int) -> Bool[Array, "1 1 n_l n_l"]:
 
 
 def contrastive_mask(n: int, l: int) -> Bool[Array, "1 1 n_l n_l"]:
-    """Image-text contrast: queries see queries, text sees text, so that neither leaks into the other's features."""
+    """Image-text contrast: queries attend to queries, text to text, so that neither leaks into the other's features."""
     of_text = jnp.arange(n + l) >= n
     return (of_text[:, None] == of_text)[None, None]
 
@@ -58,9 +58,9 @@ def contrastive_mask(n: int, l: int) -> Bool[Array, "1 1 n_l n_l"]:
 def media_mask(
     starts: Bool[Array, "b l"] | Int[Array, "b l"], images: int, tokens: int, only_last: bool = True
 ) -> Bool[Array, "b 1 l images_tokens"]:
-    """Which of the `images` before it, `tokens` keys each, a text token sees (OpenFlamingo, helpers.py:160-235).
+    """The `images`, `tokens` keys each, to which a text token attends (OpenFlamingo, helpers.py:160-235).
 
-    starts: True at the tokens that stand for an image; such a token attends to its own image already.
+    starts: True at the placeholder tokens of images; such a token attends to its own image already.
     only_last: the last image alone, as in all of OpenFlamingo's weights; else every image so far.
     """
     images_so_far = jnp.cumsum(starts.astype(jnp.int32), axis=1)[:, None, :, None]

@@ -44,7 +44,7 @@ def interpolate(
 
 
 def resize_matrix(old: int, new: int, rule: Rule) -> np.ndarray:
-    """float32 [new, old]: what each old point of an axis gives to each new one."""
+    """The weight of each old point of an axis in each new one, float32 [new, old]."""
     if rule == "bicubic_antialias":
         return _antialiased(old, new)
     points = np.arange(new, dtype=np.float64)

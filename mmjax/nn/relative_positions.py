@@ -50,7 +50,7 @@ class RelativeBias(nn.Module):
 
     @nn.compact
     def __call__(self, queries: Int[Array, " l"], keys: Int[Array, " s"]) -> Float[Array, "1 h l s"]:
-        """queries, keys: their positions; in cached decoding a query stands behind what was generated so far."""
+        """queries, keys: their positions; in cached decoding a query comes after the generated tokens."""
         table = self.param("table", self.table_init, (self.buckets, self.heads)).astype(jnp.float32)
         limit = self.max_distance
         distance = jnp.clip(keys - queries[:, None], -limit, limit) + limit

@@ -38,7 +38,7 @@ class LayerCache(NamedTuple):
 class Block(nn.Module):
     """Self attention, with `cross` attention to a context, and feed-forward, each around a residual with a norm.
 
-    What it is made of comes as functions that make the parts; `standard_block` has those of most systems.
+    Its parts come from factory functions; `standard_block` has those of most systems.
 
     Attributes:
         make_norm, make_mlp: of each norm and feed-forward. make_attention: of the self attention, and with
@@ -50,7 +50,7 @@ class Block(nn.Module):
         parallel: x + attention(norm_1(x)) + mlp(norm_2(x)) (GPT-NeoX).
         layer_scale: the initial value of a learned factor on each branch [d] (DINOv2); None: there is none.
         dropout: of each branch before it is added. drop_path: rate of stochastic depth.
-        axis_name: the mapped axis that cuts the batch: what an example loses depends on its index in the whole.
+        axis_name: the mapped axis that cuts the batch: an example's dropout depends on its index in the whole.
     """
 
     make_norm: Callable[[], nn.Module]
@@ -102,7 +102,7 @@ class Block(nn.Module):
         positions: PositionInputs = NO_POSITIONS,
         past: LayerCache | None = None,
     ) -> tuple[Float[Array, "b l d"], LayerCache]:
-        """The whole sequence. mask: of the self attention, besides causality. queries: their number at the start.
+        """The whole sequence. mask: of the self-attention, besides causality. queries: their number at the start.
 
         context: for cross attention; a block that has one skips it without a context (BLIP's text mode).
         past: of the tokens before x; see `MultiHeadAttention.prefill`.

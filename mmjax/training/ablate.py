@@ -87,7 +87,7 @@ def ablate(
 
 
 class _Ablation:
-    """One call of `ablate`: what its groups share."""
+    """One call of `ablate`: the state that its groups share."""
 
     def __init__(self, workdir: epath.Path, arm_loop: ArmLoop, interrupts: Interrupts, load_weights: LoadWeights):
         self.workdir, self.interrupts, self.load_weights = workdir, interrupts, load_weights
@@ -161,7 +161,7 @@ class _Ablation:
                 checkpoint.check_fits(folder, stacked_shapes(shapes, len(group.arms)), frozen)
 
     def _write_description(self, experiment_file: str | None) -> None:
-        """Writes config.json: what this workdir is for."""
+        """Writes config.json, which describes this workdir."""
         contents = {"ablation": {"over": self.over, "arms": self._arm_names()}}
         contents |= {"experiment": dataclasses.asdict(self.base), "experiment_file": experiment_file}
         write_changed(self.workdir / "config.json", (json.dumps(contents, indent=2, default=str) + "\n").encode())
@@ -220,7 +220,7 @@ class _Ablation:
                 metrics.close()
 
     def _save_arms(self, group: Group, states: Any, data: Any) -> None:
-        """Makes each arm's folder what `mmjax train` would have left."""
+        """Writes each arm's folder in the form of a workdir of `mmjax train`."""
         for index, arm in enumerate(group.arms):
             folder = self._arm(arm)
             if checkpoint.latest(folder) != group.config.steps:

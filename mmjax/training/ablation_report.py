@@ -40,7 +40,7 @@ def summary(
 def course_means(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float]:
     """The means of training metrics over all logged steps of a run: "key_drift" -> "mean/key_drift".
 
-    lines: of its metrics.jsonl. A metric that is nowhere finite is left out.
+    lines: of its metrics.jsonl. A metric without a finite value is omitted.
     """
     means = {}
     for name in names:

@@ -60,8 +60,8 @@ def _one_by_one(
     axis_name: str | None,
     micro_batches: int,
 ) -> Any:
-    """A first pass over the micro-batches returns the counts alone. They depend on no parameter, so what is compiled of
-    it is what makes them: of the network nothing."""
+    """A first pass over the micro-batches returns the counts alone. They depend on no parameter, so that the compiled
+    program computes only them, and nothing of the network."""
     parts = jnp.arange(micro_batches), _cut(batch, micro_batches)
 
     def count(part: tuple[Array, Batch]) -> Counts:

@@ -4,7 +4,7 @@ Orbax writes and reads the arrays; the commit is ours. A step is a folder `check
 
     arrays/            every leaf of the state, unreplicated, under its path in the tree (Orbax)
     files.json         SHA-256 of every file of `arrays/`, checked before they are parsed: damage names its file
-    environment.json   what wrote it: devices, lift, versions
+    environment.json   the environment of its writer: devices, lift, versions
     manifest.json      written last: key, shape, dtype and SHA-256 of every leaf, the data iterator's state, counters
 
 Frozen parameters are not in it: they lie once in `frozen/` (`mmjax.training.frozen`), and the manifest names the files.
@@ -85,7 +85,7 @@ def latest(workdir: Any) -> int | None:
 
 
 def _discard(folder: epath.Path) -> None:
-    """Removes a step, its manifest first: what is half removed is no checkpoint."""
+    """Removes a step, its manifest first: a half-removed step is then no checkpoint."""
     if folder.exists():
         (folder / MANIFEST).unlink(missing_ok=True)
         remove_folder(folder)
@@ -264,7 +264,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, workdir: Any, keep: int = 2, environment: Mapping[str, Any] | None = None):
-        """Sweeps what an interrupted save left. keep: newest steps to hold, at least 2."""
+        """Removes the files of an interrupted save. keep: newest steps to hold, at least 2."""
         if keep < 2:
             raise CheckpointError(
                 f"keep={keep}: at least 2 checkpoints are kept, so that a damaged one can be passed over"

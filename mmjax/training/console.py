@@ -57,7 +57,7 @@ class RunConsole:
         """The facts of a run before its first step.
 
         Args:
-            data: what `train_data()` returned.
+            data: the result of `train_data()`.
             model: the network's config.
             params: host arrays; labels: slash path -> label of the partition.
         """
@@ -149,7 +149,7 @@ class RunConsole:
         self.print(f"step {step}/{self._config.steps}  {'  '.join(parts)}")
 
     def written(self, workdir: Any) -> None:
-        """The paths of what a run left, those that are there."""
+        """The paths of a run's files that exist."""
         workdir = epath.Path(workdir)
         folder = workdir / FOLDER
         saved = [path for path in folder.iterdir() if path.name.isdecimal()] if folder.exists() else []

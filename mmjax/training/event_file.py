@@ -16,14 +16,14 @@ UPLOAD_SECONDS = 60
 
 
 class EventFile:
-    """One event file, which holds what one process wrote of one run.
+    """One event file, with the records of one process in one run.
 
     tensorboardX's own writer hands events to a thread that dies of a full disk; the queue before it then fills and
-    blocks the run. Here a failed write raises OSError, and the next one writes what is missing.
+    blocks the run. Here a failed write raises OSError, and the next one writes the missing records.
     """
 
     def __init__(self, folder: Any, first_step: int):
-        """first_step: TensorBoard drops what earlier files of the folder have for this step and later ones."""
+        """first_step: TensorBoard drops the records of earlier files in the folder for this step and later ones."""
         self._folder = epath.Path(folder)
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._path, self._records, self._written, self._uploaded = self._folder / name, b"", 0, 0.0
@@ -37,11 +37,11 @@ class EventFile:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was not written yet."""
+        """Writes the records that are not written yet."""
         self._folder.mkdir(parents=True, exist_ok=True)
         if is_local(self._path):
             with open(self._path, "ab") as file:
-                file.truncate(self._written)  # what a failed write left
+                file.truncate(self._written)  # the rest of a failed write
                 file.write(self._records)
             self._written, self._records = self._written + len(self._records), b""
         else:

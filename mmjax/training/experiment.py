@@ -78,11 +78,11 @@ class ExperimentConfig:
         tensorboard: whether curves are also written for TensorBoard.
 
     Of the class:
-        unit: what a step's examples are called, in `perf/images_per_second` and on the bar.
+        unit: the name of a step's examples, in `perf/images_per_second` and on the bar.
         ramps: fields with the length of a ramp, in steps or epochs, which a run shortened by `--steps` shortens too.
 
     Of the class, for `mmjax ablate`:
-        published: name -> {value: a paper's figure or a word}, to stand beside ours.
+        published: name -> {value: a paper's figure or a word}, to be shown beside ours.
         courses: training metrics that are reported as their mean over the run.
     """
 

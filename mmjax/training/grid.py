@@ -62,7 +62,7 @@ def _number(name: str, text: str) -> float:
 
 
 def _hparam(config: ExperimentConfig, hparams: Sequence[str], name: str, text: str) -> tuple[str, float] | None:
-    """The hyper-parameter that a name stands for and its value; None if it is a field of the config."""
+    """The hyper-parameter of a name and its value; None if it is a field of the config."""
     if name in hparams:
         return name, _number(name, text)
     field = find_field(config, name)

@@ -20,7 +20,7 @@ Received = list[tuple[int, list[dict[str, float]]]]
 class InFlight:
     """Bounds the dispatched steps, and brings their metrics to the host with one transfer for a group of steps.
 
-    A group ends where a step is logged. It is packed on the device right behind its last step, and fetched when the
+    A group ends where a step is logged. It is packed on the device right after its last step, and fetched when the
     step after that is dispatched: the device has work while the host waits for the numbers.
     """
 
@@ -31,7 +31,7 @@ class InFlight:
         self._packed: list[tuple[list[int], PackedMetrics]] = []
 
     def add(self, step: int, metrics: Mapping[str, jax.Array]) -> Received:
-        """Takes the metrics of a step that was just dispatched; returns what has arrived, oldest first."""
+        """Takes the metrics of a step that was just dispatched; returns the metrics that have arrived, oldest first."""
         self._dispatched.append(metrics)
         if len(self._dispatched) > IN_FLIGHT:
             jax.block_until_ready(self._dispatched[0])
@@ -42,7 +42,7 @@ class InFlight:
         return received
 
     def flush(self) -> Received:
-        """Waits for every step; returns what was not returned before."""
+        """Waits for every step; returns the metrics not returned before."""
         self._pack()
         return self._fetch()
 

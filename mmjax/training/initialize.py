@@ -9,7 +9,7 @@ One rule for every system: a fresh state takes from its source, a run of ours or
     ema       The source's momentum parameters; where it has none, a copy of the parameters.
     averages  Of batch statistics, beside averaged parameters: the source's, else a copy of the statistics.
     queues    Those whose names and shapes fit, keys with their cursor. The others start afresh; both are reported.
-    the rest  Step, optimizer, random key, hyper-parameters, counters and what else a method keeps: always fresh.
+    the rest  Step, optimizer, random key, hyper-parameters, counters and other state of a method: always new.
 
 An experiment that starts from another network's weights selects and converts them in `initial_weights`.
 """
@@ -40,7 +40,7 @@ def initialize_from(
     Args:
         state: as `create_state` makes it, on the host.
         weights: see `LoadWeights`.
-        source: what `init_from` names, for messages.
+        source: the value of `init_from`, for messages.
         partition: labels the frozen parameters; None: none.
 
     Raises:
@@ -66,7 +66,7 @@ def initialize_from(
 
 
 def _queues(target: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The state's queues, filled by the source's where they fit, and what to report of them."""
+    """The state's queues, filled by the source's where they fit, and a report of them."""
     queues, fresh = dict(target), []
     for name, queue in target.items():
         leaves = {field: np.asarray(leaf) for field, leaf in dict(source.get(name) or {}).items()}

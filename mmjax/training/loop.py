@@ -60,7 +60,7 @@ def train(
 
 
 class _Run:
-    """One call of `train`: what its phases share."""
+    """One call of `train`: the state that its phases share."""
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class _Run:
         return state, config.steps
 
     def _step(self, state: Any, batch: Any, first: bool) -> tuple[Any, Any]:
-        """One step; the first is waited for, so that what compiled does not count as speed."""
+        """One step; it waits for the first, so that its compilation does not count as speed."""
         if not first:
             return self.lift.step(state, self.lift.place_batch(batch))
         with self.console.compiling():
@@ -209,7 +209,7 @@ class _Run:
         due = self._due(step)
         if not save and not due:
             return
-        self._drain()  # these steps are measured, what follows is not
+        self._drain()  # these steps are measured, the save and evaluation are not
         with self.pace.pause():
             if save:
                 self._save(state, step)

@@ -20,7 +20,7 @@ micro-batches and devices and divides once, so that any cut of a batch has the w
 
 
 class Method(Protocol):
-    """A pretraining (or fine-tuning) method: what distinguishes the systems from each other.
+    """A pretraining (or fine-tuning) method: the difference between systems.
 
     Implementations are frozen dataclasses without state. `loss` gets the whole batch, or under `pmap` a device's share
     of it and the name of the axis over which to gather; with accumulation, a micro-batch of it.

@@ -98,7 +98,7 @@ class MetricsWriter:
         with self._attempt(self._path):
             if is_local(self._path):
                 with open(self._path, "ab") as file:
-                    file.truncate(self._size)  # what a failed write left
+                    file.truncate(self._size)  # the rest of a failed write
                     file.write(self._pending)
             else:  # object stores have no append
                 self._uploaded = time.monotonic()
@@ -134,7 +134,7 @@ class MetricsWriter:
                 write_file(self._workdir / CURVES, page)
 
     def close(self) -> None:
-        """Writes what is still missing."""
+        """Writes the lines that are still missing."""
         self.flush()
         if self._board is not None:
             with self._attempt(self._workdir / "tensorboard"):

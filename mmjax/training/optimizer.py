@@ -234,7 +234,7 @@ def bert_adamw(
 ) -> optax.GradientTransformation:
     """AdamW without bias correction, as BERT was trained (google-research/bert optimization.py:87-174).
 
-    mask: what decays. The original leaves out norms and biases by name: all of BERT's leaves of one axis, no others.
+    mask: the decayed parameters. The original excludes norms and biases by name: BERT's leaves of one axis, no others.
     The first thousand steps are larger than `adamw`'s, the twelfth 6.6 times. The recipe clips the global norm at 1
     before: `Optimizer(bert_adamw(...), clip_norm=1.0)`.
     """

@@ -14,7 +14,7 @@ TRAINABLE = "trainable"
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """A label for every parameter, by glob over slash paths; what no rule names is "trainable".
+    """A label for every parameter, by glob over slash paths; parameters without a rule are "trainable".
 
     Attributes:
         rules: glob -> label, the first match wins (`{"vision/norm/**": "trainable", "vision/**": "frozen"}`). The label

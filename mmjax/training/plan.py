@@ -1,4 +1,4 @@
-"""plan(EXPERIMENT.py, "v5e:8x8"): what a training step costs on a TPU slice that is not attached.
+"""plan(EXPERIMENT.py, "v5e:8x8"): the cost of a training step on a TPU slice that is not attached.
 
 The real step is compiled ahead of time for the described slice, on this machine's CPU: memory of a chip, operations,
 bytes moved, collectives, and the least time of a step. Nothing runs; only the experiment's shapes are needed.

@@ -1,4 +1,4 @@
-"""ALBEF's public layout: what the scripts of salesforce/ALBEF save, before and after fine-tuning.
+"""ALBEF's public layout: the files that the scripts of salesforce/ALBEF save, before and after fine-tuning.
 
 Before fine-tuning the text encoder's keys begin with `text_encoder.bert.`, after it with `text_encoder.`. Names of
 momentum encoders end in `_m`; some published files have neither them nor queues. No weight file has the number of

@@ -22,7 +22,7 @@ MOMENTUM = ("vision", "text", "vision_proj", "text_proj", "cls_hidden", "cls_hea
 
 @dataclass(frozen=True)
 class AlbefConfig:
-    """Sizes, and which heads stand on the encoders; class methods give what is published.
+    """The sizes, and the heads on the encoders; class methods give the published configs.
 
     Attributes:
         vision: the image encoder; its class token represents the image, cross attention reads all its tokens.

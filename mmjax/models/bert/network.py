@@ -136,9 +136,9 @@ class Embeddings(nn.Module):
         queries: Float[Array, "b n d"] | None = None,
         start: int | Int[Array, ""] = 0,
     ) -> Float[Array, "b n_l d"]:
-        """Padding takes up positions as tokens do. types: None stands for zeros. start: the first token's position.
+        """Padding takes positions like tokens. types: None means zeros. start: the first token's position.
 
-        inputs_embeds: in place of the rows of `words`. queries: stand before the tokens, without position or type; then
+        inputs_embeds: instead of the rows of `words`. queries: come before the tokens, without position or type; then
         there may be no token. Raises MmjaxError for more tokens than positions.
         """
         x = self.words[ids] if ids is not None else inputs_embeds
@@ -234,7 +234,7 @@ class Bert(nn.Module):
     ) -> dict[str, Any]:
         """All outputs of the network and its heads; logits are float32.
 
-        attention_mask: 1 = a token, 0 = padding; None: all are tokens. token_types: None stands for zeros.
+        attention_mask: 1 = a token, 0 = padding; None: all are tokens. token_types: None means zeros.
         masked_positions: the positions that "mlm_logits" are of; None: all of them.
         train: with dropout, which needs the rng "dropout".
 
@@ -265,7 +265,7 @@ class Bert(nn.Module):
 
         attention_mask: 1 = a token, or who may attend to whom [b, 1, l, l], True = may (`mmjax.nn.masks`).
         context: of cross attention, which is skipped without one; context_mask: of its tokens, 1 = a token.
-        queries: how many of the first tokens are queries.
+        queries: the number of first tokens that are queries.
         """
         masks = (_mask(attention_mask), _mask(context_mask))
         return self.encoder(x, masks[0], context, masks[1], train, first, last, queries)

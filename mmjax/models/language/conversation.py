@@ -28,7 +28,7 @@ class Conversation:
 
     Attributes:
         messages: the conversation so far, as the chat template takes it.
-        reused: how many ids of the last turn came from the cache.
+        reused: the number of ids of the last turn that came from the cache.
     """
 
     def __init__(self, model: LanguageModel, system: str | None = None, **options: Any):

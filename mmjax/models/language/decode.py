@@ -29,7 +29,7 @@ class DecoderSteps:
     """A `mmjax.generation.decodable.Decodable` over the parameters of a `Decoder`.
 
     Its inputs: `input_ids` [b, l] or `inputs_embeds` [b, l, d] (a prefix that is no text, and whatever text is around
-    it, embedded by the caller), `attention_mask` [b, l], and `past`, what `remember` made of an earlier generation.
+    it, embedded by the caller), `attention_mask` [b, l], and `past`, from `remember` after an earlier generation.
     """
 
     module: Decoder

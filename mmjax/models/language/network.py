@@ -92,7 +92,7 @@ class Decoder(nn.Module):
             self.project_in = Dense(c.width, False, dtype, INIT)
             self.project_out = Dense(c.embed_width, False, dtype, INIT)
         self.stack = _stack(c)
-        nn.share_scope(self, self.stack)  # block_{i} stand beside the embedding
+        nn.share_scope(self, self.stack)  # block_{i} are beside the embedding
         if c.final_norm:
             self.norm = _norm(c)
         if not c.tied:
@@ -238,7 +238,7 @@ class Decoder(nn.Module):
         if isinstance(positions, Rotary):
             return PositionInputs(rope=positions.rope(jnp.maximum(queries, 0), self.config.head_width, length))
         if isinstance(positions, Alibi):
-            # The same for every query: softmax takes no notice of what all keys' scores share.
+            # The same for every query: softmax does not depend on a term common to all keys' scores.
             slopes = jnp.asarray(alibi_slopes(self.config.heads))
             return PositionInputs(bias=slopes[None, :, None, None] * keys[:, None, None, :].astype(jnp.float32))
         return PositionInputs()

@@ -284,11 +284,11 @@ class ResNet(nn.Module):
         bn_groups: int = 1,
         axis_name: str | None = None,
     ) -> dict[str, Array]:
-        """A dict, of which `jit` drops what is not used.
+        """A dict of outputs; `jit` drops unused ones.
 
         Args:
             train: normalise by the batch (and move the running statistics, if "batch_stats" is mutable).
-            bn_groups: parts of the global batch with statistics of their own; see `mmjax.nn.batch_norm`.
+            bn_groups: parts of the global batch with separate statistics; see `mmjax.nn.batch_norm`.
             axis_name: the mapped axis over which the batch is cut.
 
         Returns:

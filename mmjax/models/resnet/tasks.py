@@ -40,7 +40,7 @@ class ResNetModel(ImageClassifier):
     @classmethod
     def default_preprocess(cls, config: ResNetConfig, layout: str) -> ImagePreprocessing:
         """torchvision's of the V1 weights (V2: `ImagePreprocessing.imagenet(resize=232)`); Hugging Face's is
-        ConvNeXt's, bicubic; CIFAR nets see the whole of a 32x32 image."""
+        ConvNeXt's, bicubic; CIFAR nets take the whole of a 32x32 image."""
         if config.stem == "cifar":
             return ImagePreprocessing.imagenet(32, 32)
         if layout == "hf":

@@ -163,7 +163,7 @@ class Transformer(nn.Module):
         decoder_mask: Bool[Array, "b l"] | None = None,
         train: bool = False,
     ) -> dict[str, Any]:
-        """Everything at once, for training: what `encode` and `decode` return, and "memory", the encoder's result."""
+        """All outputs, for training: those of `encode` and `decode`, and "memory", the encoder's output."""
         memory, states = self.encode(ids, mask, train)
         return self.decode(decoder_ids, memory, mask, decoder_mask, train) | {
             "memory": memory,
