@@ -113,8 +113,8 @@ class GeneratingModel(Model):
         prompts: a string -> a string; strings -> strings; ids int [b, l], with an attention mask [b, l] where they are
             padded (left or right) -> new ids int32 [b, <= max_new_tokens], `pad` after a row's end. None: the model's
             own beginning, once for each image; the result is then strings where there is a tokenizer.
-        images, pixel_values: of a system that sees: images as `preprocess` takes them, or what `image_inputs` makes of
-            them, whole or its pixel_values alone.
+        images, pixel_values: for models with images: images as `preprocess` takes them, or the result of
+            `image_inputs`, whole or its pixel_values alone.
         num_return_sequences=n above 1: a list of n strings instead of each string; ids [b * n, ...], the n sequences of
             a prompt one after the other.
         stop: a text ends where one of these strings does; strings are cut before it, ids keep it.
@@ -249,7 +249,7 @@ class GeneratingModel(Model):
         return [stop] if isinstance(stop, str) else list(stop)
 
     def stops(self, stop: str | Sequence[str], inputs: Mapping[str, Any]) -> Stops | None:
-        """The automaton of the stop strings, after what texts begin with; None where there are none."""
+        """The automaton of the stop strings, in its states after the prompts; None without stop strings."""
         if not self.strings(stop):
             return None
         decoder_ids = inputs.get("decoder_input_ids")

@@ -43,7 +43,7 @@ class Model(abc.ABC):
         layout: the name of the layout that the weights were read from; "mmjax" for our own.
         labels: the names of the head's classes, in their order; of a model without a head, the names that `classify`
             chooses from by default; () if there are none.
-        notes: what was assumed when the weights were loaded, because no file determines it; a sentence each.
+        notes: the assumptions made when the weights were loaded, because no file determines them; a sentence each.
         module: the Flax module.
     """
 
@@ -63,7 +63,7 @@ class Model(abc.ABC):
     labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    # ------------------------------------------------------------------------------------------- what a subclass gives
+    # ------------------------------------------------------------------------------------------- defined by subclasses
 
     @classmethod
     @abc.abstractmethod
@@ -123,7 +123,7 @@ class Model(abc.ABC):
             self.tokenizer.save(str(file))
         return self.tokenizer is not None
 
-    # --------------------------------------------------------------------------------------------------- what all share
+    # ----------------------------------------------------------------------------------------------------------- shared
 
     @functools.cached_property
     def module(self) -> nn.Module:

@@ -71,7 +71,7 @@ def triplet_loss(
 
     Args:
         anchor, positive, negative: features; row i of each belongs to triplet i.
-        margin: how much farther the negative must lie. None: the soft margin log(1 + exp(difference)) of
+        margin: the distance by which the negative must be farther. None: the soft margin log(1 + exp(difference)) of
             arXiv 1703.07737, section 2, which never stops pulling.
         squared: d is the squared Euclidean distance, as in FaceNet.
     """

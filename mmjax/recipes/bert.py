@@ -75,7 +75,7 @@ class FineTuningRecipe(ExperimentConfig, abc.ABC, Generic[Example]):
             count = int(len(self.examples[0]) / self.batch_size * self.epochs)
             object.__setattr__(self, "steps", max(count, 2))
 
-    # --------------------------------------------------------------------------------------------- what a subclass says
+    # -------------------------------------------------------------------------------------------- defined by subclasses
 
     @staticmethod
     @abc.abstractmethod
@@ -107,7 +107,7 @@ class FineTuningRecipe(ExperimentConfig, abc.ABC, Generic[Example]):
     @abc.abstractmethod
     def method(self) -> FineTuning: ...
 
-    # ------------------------------------------------------------------------------------------------- what they share
+    # ---------------------------------------------------------------------------------------------------------- shared
 
     @functools.cached_property
     def examples(self) -> tuple[list[Example], list[Example]]:

@@ -18,7 +18,7 @@ class FolderRecipe(ExperimentConfig):
     Attributes:
         data: the folder.
         images: of the training set. They make an epoch of images // batch_size steps; the rest is dropped.
-        size: side of what the network sees, pixels.
+        size: side of the network's images, pixels.
         dtype: of the computation; parameters, statistics and losses are float32.
     """
 
@@ -38,7 +38,7 @@ class FolderRecipe(ExperimentConfig):
 
     @property
     def epochs(self) -> int:
-        """Epochs of the run, a started one included: what schedules run over."""
+        """Epochs of the run, a started one included: the length of schedules."""
         return -(-self.steps // self.epoch)
 
     def counted(self, source: ImageFolder) -> ImageFolder:

@@ -88,21 +88,24 @@ def _overlay(
     target: Any, source: Mapping[str, Any], name: str, frozen: set[str] | frozenset[str] = frozenset()
 ) -> tuple[dict[str, Any], list[str]]:
     """`target` with the leaves of `source`, and the paths that `source` lacks. frozen: paths that keep their dtype."""
-    have, want = tree.flatten(source), tree.flatten(target)
+    source_leaves, target_leaves = tree.flatten(source), tree.flatten(target)
     wrong = [
-        f"{path}: want {list(leaf.shape)}, got {list(have[path].shape)}"
-        for path, leaf in want.items()
-        if path in have and tuple(have[path].shape) != tuple(leaf.shape)
+        f"{path}: want {list(leaf.shape)}, got {list(source_leaves[path].shape)}"
+        for path, leaf in target_leaves.items()
+        if path in source_leaves and tuple(source_leaves[path].shape) != tuple(leaf.shape)
     ]
-    unknown = [path for path in have if path not in want]
+    unknown = [path for path in source_leaves if path not in target_leaves]
     if unknown:
         more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
         wrong.append(f"not in this experiment's state: {', '.join(unknown[:LISTED])}{more}")
     if wrong:
         hint = "\nThe experiment's `initial_weights` can select and convert what it starts from." if unknown else ""
         raise MmjaxError(f"init_from {name} does not fit:\n  " + "\n  ".join(wrong) + hint)
-    merged = {path: _taken(have[path], leaf, path in frozen) if path in have else leaf for path, leaf in want.items()}
-    return tree.unflatten(merged), [path for path in want if path not in have]
+    merged = {
+        path: _taken(source_leaves[path], leaf, path in frozen) if path in source_leaves else leaf
+        for path, leaf in target_leaves.items()
+    }
+    return tree.unflatten(merged), [path for path in target_leaves if path not in source_leaves]
 
 
 def _taken(leaf: Any, target: Any, frozen: bool) -> Any:

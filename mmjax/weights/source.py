@@ -1,4 +1,4 @@
-"""From a path or a hub id to the files of a model: what is downloaded, and which file holds the weights."""
+"""From a path or a hub id to the files of a model: the download, and the choice of the weight file."""
 
 import os
 import pathlib

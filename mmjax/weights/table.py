@@ -119,7 +119,7 @@ def unstack(n: int, axis: int = 0) -> Op:
 
 
 def reshape(public: Shape, ours: Shape | None = None) -> Op:
-    """The file's shape <-> ours. `ours` may be left out in the last op of an entry: the target's shape is taken."""
+    """The file's shape <-> ours. `ours` may be omitted in the last op of an entry: it is then the target's shape."""
 
     def load(x: np.ndarray) -> np.ndarray:
         if tuple(x.shape) != tuple(public):
@@ -217,7 +217,7 @@ class Layout:
     ignored: globs of keys that carry no weight (`*` spans dots); they are dropped.
     assumed: {field of the config: the dotted key of config.json that determines it, "" if none does}, for the fields
         that no array determines and that published files have in several values. Without the key, `config` assumes the
-        usual value, and `load` notes it. "preprocess" stands for the image preprocessing.
+        usual value, and `load` notes it. "preprocess" means the image preprocessing.
     """
 
     name: str
@@ -233,7 +233,7 @@ class Layout:
     assumed: Mapping[str, str] = field(default_factory=dict)
 
     def unwrap(self, keys: Iterable[str], file: str = "") -> dict[str, str]:
-        """{key as the table spells it: key in the file}. Keys outside the wrapper, if there is one, are left out."""
+        """{key in the table's spelling: key in the file}. Keys outside the wrapper, if there is one, are dropped."""
         inside = list(keys)
         start = ""
         for wrapper in self.wrappers:
@@ -301,7 +301,7 @@ def load_table(
 
 
 def _first_copy(entry: Entry, arrays: Mapping[str, Any], present: Set[str], problems: "_Problems") -> Entry:
-    """The entry with the source that is there; copies that differ from it go to `problems`."""
+    """The entry with the first source that exists; copies that differ from it go to `problems`."""
     there = [key for key in (*entry.sources, *entry.copies) if key in present]
     others = [key for key in there[1:] if not np.array_equal(arrays[key], arrays[there[0]])]
     problems.untied += [f"{key} differs from {there[0]}" for key in others]
@@ -311,7 +311,7 @@ def _first_copy(entry: Entry, arrays: Mapping[str, Any], present: Set[str], prob
 def _load_entry(
     entry: Entry, arrays: Mapping[str, Any], expected: Mapping[str, Any], problems: "_Problems"
 ) -> dict[str, np.ndarray]:
-    """The entry's targets, in the expected shape and dtype; what does not fit goes to `problems`."""
+    """The entry's targets, in the expected shape and dtype; mismatches go to `problems`."""
     sources = [np.asarray(arrays[key]) for key in entry.sources]
     sources_text = ", ".join(f"{key} {list(array.shape)}" for key, array in zip(entry.sources, sources))
     try:

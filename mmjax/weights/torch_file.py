@@ -38,7 +38,7 @@ STORAGES: Mapping[str, np.dtype] = {
     "torch.ByteStorage": np.dtype(np.uint8),
     "torch.BoolStorage": np.dtype(np.bool_),
 }
-"""Names of element types: they stand in a pickle as globals, but nothing is called."""
+"""Names of element types: a pickle has them as globals, but they are not called."""
 
 MAX_PICKLE = 2**26
 MAX_LEAVES = 10**6
@@ -116,7 +116,7 @@ CALLABLES: Mapping[str, Callable[..., Any]] = {
     "torch.jit._pickle.build_doublelist": _first,
     "torch.jit._pickle.restore_type_tag": _first,
 }
-"""The ten globals that may be called, and what is called instead."""
+"""The ten globals that may be called, and the function called instead of each."""
 
 
 def _natural(value: Any) -> bool:

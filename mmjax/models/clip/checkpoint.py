@@ -219,7 +219,7 @@ def hf_table(config: CLIPConfig) -> Table:
 
 
 def hf_config_of(shapes: Shapes, config_json: ConfigJson) -> CLIPConfig:
-    """From config.json: heads and activation are nowhere else. Fields left out have CLIPConfig's defaults there."""
+    """The config, from config.json: heads and activation are nowhere else. CLIPConfig's defaults fill the rest."""
     config_json = config_json or {}
     text = {**(config_json.get("text_config") or {}), **(config_json.get("text_config_dict") or {})}
     vision = {**(config_json.get("vision_config") or {}), **(config_json.get("vision_config_dict") or {})}
@@ -231,7 +231,7 @@ def hf_config_of(shapes: Shapes, config_json: ConfigJson) -> CLIPConfig:
         _count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
         text.get("num_attention_heads", 8),
         shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-        # 2 is a mistake in the configs of OpenAI's weights, and stands for the largest id.
+        # 2 is a mistake in the configs of OpenAI's weights, and means the largest id.
         None if text.get("eos_token_id", 49407) == 2 else text.get("eos_token_id", 49407),
     )
     channels, _, patch, _ = shapes["vision_model.embeddings.patch_embedding.weight"]

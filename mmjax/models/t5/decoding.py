@@ -1,4 +1,4 @@
-"""T5 as the generation engine sees it."""
+"""T5 as a `Decodable` for the generation engine."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -39,7 +39,7 @@ class T5Config:
         tied: the head is the embedding. scaled: the decoder's output times width^-0.5 before it. Both in T5, neither in
             1.1 and Flan.
         buckets, max_distance: of relative positions.
-        pad, start: ids; `start` is what a decoder reads first. eos: ids that end a text.
+        pad, start: ids; `start` is the decoder's first input. eos: ids that end a text.
         remat: blocks are computed again in the backward pass.
         dtype: compute dtype; norms' statistics, softmax and logits are float32.
     """
@@ -144,7 +144,7 @@ class T5Stack(nn.Module):
         mlp = functools.partial(Mlp, c.hidden, c.act, c.gated, use_bias=False, **parts)
         depth, cross_from = (c.decoder_depth, 0) if self.decoder else (c.depth, None)
         self.stack = Stack(depth, functools.partial(Block, norm, attention, mlp, **common), cross_from, remat=c.remat)
-        nn.share_scope(self, self.stack)  # block_{i} stand beside the bias
+        nn.share_scope(self, self.stack)  # block_{i} are beside the bias
         self.bias = RelativeBias(c.heads, not self.decoder, c.buckets, c.max_distance, narrow)
         self.norm = RMSNorm(c.epsilon, c.dtype)
         self.dropout = Dropout(c.dropout, self.axis_name)

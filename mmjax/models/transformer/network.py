@@ -1,4 +1,4 @@
-"""The Transformer (arXiv 1706.03762), and what torch.nn.Transformer and Marian made of it, as one configurable network.
+"""The Transformer (arXiv 1706.03762) and its forms in torch.nn.Transformer and Marian, as one configurable network.
 
 what                     paper          torch.nn.Transformer      Marian
 embeddings               one for all    three tables             one for all, or two (softmax tied)

@@ -163,7 +163,7 @@ def config(shapes: Mapping[str, Shape], config_json: Mapping[str, Any] | None) -
 
 
 def _hidden(shapes: Mapping[str, Shape]) -> int:
-    """Width of the feed-forward: what its last matrix [d, hidden] reads."""
+    """Width of the feed-forward: the input width of its last matrix [d, hidden]."""
     ends = ("0.output.dense.weight", "0.mlp.fc2.weight", "0.mlp.weights_out.weight", "0.mlp.down_proj.weight")
     return next(shape[1] for key, shape in shapes.items() if key.endswith(ends) and ".attention." not in key)
 

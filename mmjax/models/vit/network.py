@@ -188,7 +188,7 @@ class ViTConfig:
     def clip(
         cls, image_size: int, patch: int, width: int, depth: int, heads: int, hidden: int, **fields: Any
     ) -> "ViTConfig":
-        """CLIP's image tower: what is pooled is the class token after a norm of its own."""
+        """CLIP's image tower: it pools the class token after a separate norm."""
         kind: dict[str, Any] = {"act": "quick_gelu", "epsilon": 1e-5, "init": "clip", "rule": "bicubic_antialias"}
         kind |= {"patch_bias": False, "norm_before": True, "norm_after_pool": True}
         size: dict[str, Any] = {"image_size": (image_size, image_size), "patch": patch, "width": width, "depth": depth}

@@ -83,7 +83,7 @@ class Root(nn.Module):
         width = self.config.width
         x = StdConv(width, 7, 2, self.dtype, name="conv_root")(x)
         x = relu(nn.GroupNorm(32, epsilon=1e-6, dtype=self.dtype, name="gn_root")(x))
-        # After the ReLU no value is below the zeros of the padding: they stand for minus infinity.
+        # After the ReLU no value is below the zeros of the padding: they act as minus infinity.
         x = max_pool(jnp.pad(x, same_padding(x.shape, 3, 2)), 3, 2)
         for block, units in enumerate(self.config.layers, start=1):
             for unit in range(1, units + 1):

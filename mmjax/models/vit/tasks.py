@@ -52,7 +52,7 @@ class ViTModel(ImageClassifier):
         """last_hidden_state [b, n, d], pooler_output [b, d], hidden_states (depth + 1), logits [b, c] with a head.
 
         Tokens: class token, distillation token, registers, patches in row-major order.
-        pooler_output is what the head would see: after tanh where the weights have that layer, in DINOv2 the class
+        pooler_output is the input of a head: after tanh where the weights have that layer, in DINOv2 the class
         token after the norm.
         """
         out = self._apply(variables, inputs["pixel_values"])
@@ -66,7 +66,7 @@ class ViTModel(ImageClassifier):
         return self.module.apply(variables, pixels)  # type: ignore[return-value]
 
     def encode_image(self, images: Any) -> Float[Array, "b d"]:
-        """Unit-norm features of images, as `preprocess` takes them: the pooled vector, which the head would see."""
+        """Unit-norm features of images, as `preprocess` takes them: the pooled vector, the input of a head."""
         return self._features(self.variables, self.pixels(images))
 
     @functools.cached_property
@@ -110,7 +110,7 @@ class ViTModel(ImageClassifier):
     def intermediate_layers(self, pixel_values: ArrayLike, n: int = 1) -> list[dict[str, Array]]:
         """The last n blocks' outputs after the final norm: {"class_token": [b, d], "patches": [b, rows, columns, d]}.
 
-        DINOv2's `get_intermediate_layers`; registers are left out.
+        DINOv2's `get_intermediate_layers`; registers are omitted.
         """
         if not 1 <= n <= self.config.depth:
             raise MmjaxError(f"n={n}: the network has {self.config.depth} blocks")
