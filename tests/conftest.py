@@ -59,13 +59,23 @@ def golden_dir() -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
-    """Skips most of LLVM's optimisations, for modules whose programs compile for seconds and run for milliseconds.
+    """Skips most of LLVM's optimisations, whatever the environment sets: for modules whose programs compile for long.
 
     XLA's own passes, and so the order of the sums, stay. Children take JAX_DISABLE_MOST_OPTIMIZATIONS=1.
     """
+    yield from _compiled(quickly=True)
+
+
+@pytest.fixture
+def full_compilation() -> Iterator[None]:
+    """All of LLVM's work: for tests that hold two programs to each other in the last bits, and for long trainings."""
+    yield from _compiled(quickly=False)
+
+
+def _compiled(quickly: bool) -> Iterator[None]:
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", quickly)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

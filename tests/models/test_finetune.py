@@ -157,7 +157,7 @@ def test_the_rate_falls_a_layer_at_a_time(models, digits):
         optimizer = tuning_optimizer(
             lambda _: 0.1, layers, partition(params, layers, "all"), weight_decay=0, decay=decay
         )
-        updates, _ = optimizer.update(grads, optimizer.init(params), params, {})
+        updates, _ = optimizer.update(grads, optimizer.init(params), params, {}, jnp.int32(0))
         updates_by_decay[decay] = tree.flatten(updates)
     scale = {"stem_conv/kernel": 4, "stage1_block0/conv1/kernel": 3, "stage2_block1/bn2/bias": 1, "head/kernel": 0}
     for path, power in scale.items():

@@ -88,4 +88,4 @@ def test_what_cannot_be_tuned_is_refused(start):
     with pytest.raises(MmjaxError, match="--init_from MODEL"):
         config().method()
     with pytest.raises(MmjaxError, match="held_out=0"):
-        _ = config(init_from=str(start), data=str(start / "talks.jsonl"), length=48, held_out=0.0).rows
+        _ = config(init_from=str(start), data=str(start / "talks.jsonl"), length=48, held_out=0.0).sequences

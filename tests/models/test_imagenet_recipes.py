@@ -85,7 +85,7 @@ def test_resnet_rates_at_an_epoch(config: Any, epoch: float, rate: float):
 def first_update(config: Any, params: Any, gradient: float) -> Any:
     optimizer = config.optimizer()
     grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, gradient), params)
-    return optimizer.update(grads, optimizer.init(params), params, {})[0]
+    return optimizer.update(grads, optimizer.init(params), params, {}, jnp.int32(0))[0]
 
 
 def test_what_decays():

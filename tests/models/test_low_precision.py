@@ -134,8 +134,8 @@ def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(MmjaxError, match="weights='int8': bert has none in int8; language models and T5"):
         mmjax.load(tmp_path / "bert", weights="int8")
     narrow = mmjax.load(tmp_path / "language", weights="int8")
-    with pytest.raises(MmjaxError, match=r"not exported: its weights are rounded\. Load it without"):
+    with pytest.raises(MmjaxError, match=r"not exported: they are rounded\. Load it without"):
         mmjax.export(narrow, tmp_path / "out")
-    with pytest.raises(MmjaxError, match=r"not saved: its weights are rounded\. Load it without"):
+    with pytest.raises(MmjaxError, match=r"not saved: they are rounded\. Load it without"):
         mmjax.save(narrow, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -107,6 +107,7 @@ def test_a_queue_that_the_batch_does_not_divide_is_refused():
         )
 
 
+@pytest.mark.usefixtures("full_compilation")
 def test_key_drift_by_hand():
     method, first, second = MoCoMethod(V2, drift_rows=5), batch(), batch(seed=3)
     state = started(method, SGD, first)

@@ -48,7 +48,7 @@ def moved(config: Any, step: int, leaf: float, gradient: float, ndim: int) -> fl
     trainable, _ = optimizer.partition.split(params)
     grads = jax.tree.map(jnp.zeros_like, trainable)
     grads["backbone"]["x"] = jnp.full(shape, gradient)
-    updates, _ = optimizer.update(grads, state, trainable, {})
+    updates, _ = optimizer.update(grads, state, trainable, {}, jnp.int32(step))
     return float(updates["backbone"]["x"].reshape(()))
 
 
