@@ -21,18 +21,32 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_memory_maps() -> Iterator[None]:
-    """Compiled programs are released before there are too many: Linux limits a process to 65,530 memory maps.
+MAPS, RESIDENT = 15_000, 3 * 2**30
+"""Memory maps and bytes of a test process from which on a module's end releases what it can."""
 
-    If XLA gets no memory map, it crashes with a segmentation fault.
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory() -> Iterator[None]:
+    """Compiled programs are released before there are too many of them.
+
+    Linux limits a process to 65,530 memory maps, and XLA crashes with a segmentation fault where it gets none. glibc
+    keeps what is freed in the arenas of its threads: `malloc_trim` gives it back to the system.
     """
     yield
-    maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+    status = pathlib.Path("/proc/self/statm")
+    if not status.exists():
+        return
+    resident = int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    maps = pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
+    if maps > MAPS or resident > RESIDENT:
+        import ctypes
+        import gc
+
         import jax
 
         jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="session")
