@@ -202,36 +202,36 @@ class ImagePreprocessing:
         return hf_config | {"image_mean": list(self.mean), "image_std": list(self.std)}
 
 
-def from_hf(told: Mapping[str, Any]) -> ImagePreprocessing:
+def from_hf(hf_config: Mapping[str, Any]) -> ImagePreprocessing:
     """Reads Hugging Face's preprocessor_config.json, in its present form and the older ones."""
-    kind = told.get("image_processor_type") or told.get("feature_extractor_type") or ""
-    size = told.get("size", 224)
-    crop = told.get("crop_size", size)
-    crops = told.get("do_center_crop", kind.startswith(("CLIP", "Llava")))
+    kind = hf_config.get("image_processor_type") or hf_config.get("feature_extractor_type") or ""
+    size = hf_config.get("size", 224)
+    crop = hf_config.get("crop_size", size)
+    crops = hf_config.get("do_center_crop", kind.startswith(("CLIP", "Llava")))
     if kind.startswith("ConvNext"):
         # ConvNeXt's processor, which ResNet uses too: enlarge by 1 / crop_pct and crop, or from 384 up squash.
         side = size if isinstance(size, int) else size["shortest_edge"]
         crop, crops = side, side < 384
-        resize: Any = int(side / told.get("crop_pct", 224 / 256)) if crops else (side, side)
+        resize: Any = int(side / hf_config.get("crop_pct", 224 / 256)) if crops else (side, side)
     elif isinstance(size, int):
         resize = size if crops else (size, size)  # the older form has one number for both
     else:
         resize = size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
     crop = crop if isinstance(crop, int) else crop.get("shortest_edge") or (crop["height"], crop["width"])
     bicubic = kind.startswith(("CLIP", "ConvNext", "Llava"))
-    number = told.get("resample", RESAMPLING["bicubic" if bicubic else "bilinear"])
+    number = hf_config.get("resample", RESAMPLING["bicubic" if bicubic else "bilinear"])
     mean, std = (CLIP_MEAN, CLIP_STD) if kind.startswith("Llava") else (HALF, HALF)
-    pad = kind.startswith("LlavaImageProcessor") and told.get("do_pad", False)
-    normalize = told.get("do_normalize", True)
+    pad = kind.startswith("LlavaImageProcessor") and hf_config.get("do_pad", False)
+    normalize = hf_config.get("do_normalize", True)
     return ImagePreprocessing(
-        resize=resize if told.get("do_resize", True) else None,
+        resize=resize if hf_config.get("do_resize", True) else None,
         crop=((crop, crop) if isinstance(crop, int) else crop) if crops else None,
         crop_rounding="floor",
         resample=next(name for name, value in RESAMPLING.items() if value == number),  # type: ignore[arg-type]
-        mean=tuple(told.get("image_mean", mean)) if normalize else (0.0, 0.0, 0.0),  # type: ignore[arg-type]
-        std=tuple(told.get("image_std", std)) if normalize else (1.0, 1.0, 1.0),  # type: ignore[arg-type]
+        mean=tuple(hf_config.get("image_mean", mean)) if normalize else (0.0, 0.0, 0.0),  # type: ignore[arg-type]
+        std=tuple(hf_config.get("image_std", std)) if normalize else (1.0, 1.0, 1.0),  # type: ignore[arg-type]
         pad=pad,
-        grids=_grids(told, crop) if kind.startswith("LlavaNext") else (),
+        grids=_grids(hf_config, crop) if kind.startswith("LlavaNext") else (),
     )
 
 
