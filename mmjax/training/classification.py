@@ -60,15 +60,15 @@ class Classifier(Protocol):
 
 @dataclass(frozen=True)
 class LinenClassifier(abc.ABC):
-    """A `Classifier` around a module that is called as (pixels, train, bn_groups, axis_name) and returns {"logits"}.
+    """A `Classifier` around a module that is called as (pixels, train, bn_groups) and returns {"logits"}.
     The module may have "batch_stats"; it uses no random numbers."""
 
-    @property
     @abc.abstractmethod
-    def module(self) -> nn.Module: ...
+    def network(self, axis_name: str | None = None) -> nn.Module:
+        """The module. axis_name: the mapped axis over which the batch is cut."""
 
     def init(self, rng: PRNGKeyArray, pixels: Float[Array, "b height width 3"]) -> tuple[Params, Params]:
-        variables: Any = self.module.init(rng, jnp.zeros(pixels.shape, jnp.float32))
+        variables: Any = self.network().init(rng, jnp.zeros(pixels.shape, jnp.float32))
         return variables["params"], variables.get("batch_stats", {})
 
     def logits(
@@ -84,8 +84,8 @@ class LinenClassifier(abc.ABC):
     ) -> tuple[Float[Array, "b classes"], Params]:
         del rng
         variables = {"params": params} | ({"batch_stats": stats} if stats else {})
-        result: Any = self.module.apply(
-            variables, pixels, train, bn_groups, axis_name, mutable=["batch_stats"] if train else []
+        result: Any = self.network(axis_name).apply(
+            variables, pixels, train, bn_groups, mutable=["batch_stats"] if train else []
         )
         outputs, new = result
         return outputs["logits"], new.get("batch_stats", stats)

@@ -243,7 +243,9 @@ def test_v3_loss_and_gradient_equal_pytorch():
     state = state.replace(ema=jax.tree.map(lambda leaf: leaf * 1.1 + 0.02, state.ema))
 
     def features(params: Any, stats: Any, image: Any) -> np.ndarray:
-        outputs, _ = method.module.apply({"params": params, "batch_stats": stats}, image, True, mutable=["batch_stats"])
+        outputs, _ = method.network().apply(
+            {"params": params, "batch_stats": stats}, image, True, mutable=["batch_stats"]
+        )
         return torch.tensor(np.asarray(outputs["features"]))
 
     params = {

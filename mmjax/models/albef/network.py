@@ -163,7 +163,7 @@ class Albef(nn.Module):
     def setup(self) -> None:
         c = self.config
         dtype: Any = {"dtype": c.dtype}
-        self.vision = ViT(replace(c.vision, **dtype))
+        self.vision = ViT(replace(c.vision, **dtype), self.axis_name)
         self.text = Bert(replace(c.text, **dtype), self.axis_name)
         if c.embed_dim:
             self.vision_proj, self.text_proj = _linear(c.embed_dim, c.vision.width), _linear(c.embed_dim, c.text.width)
@@ -221,7 +221,7 @@ class Albef(nn.Module):
 
     def encode_image(self, images: Float[Array, "b height width 3"], train: bool = False) -> Float[Array, "b n d"]:
         """The class token and the patches, after the final norm."""
-        return self.vision(images, train=train, axis_name=self.axis_name).tokens
+        return self.vision(images, train=train).tokens
 
     def encode_text(
         self, ids: Int[Array, "b l"], mask: Int[Array, "b l"] | None = None, train: bool = False

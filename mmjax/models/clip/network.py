@@ -200,13 +200,17 @@ def _projection(config: CLIPConfig, width: int, **fields: Any) -> Dense:
 
 class CLIP(nn.Module):
     """Params: vision, as of a `ViT` or a `ResNet`; vision_projection, but behind an attention pool; text;
-    logit_scale [] (log of the factor on the cosines); logit_bias [] if the config has one."""
+    logit_scale [] (log of the factor on the cosines); logit_bias [] if the config has one.
+
+    axis_name: the mapped axis over which the batch is cut.
+    """
 
     config: CLIPConfig
+    axis_name: str | None = None
 
     def setup(self) -> None:
         config, tower = self.config, self.config.tower
-        self.vision = ViT(tower) if isinstance(tower, ViTConfig) else ResNet(tower)
+        self.vision = ViT(tower, self.axis_name) if isinstance(tower, ViTConfig) else ResNet(tower, self.axis_name)
         if config.projects:
             self.vision_projection = _projection(config, config.width)
         self.text = TextTransformer(config)
@@ -222,11 +226,10 @@ class CLIP(nn.Module):
         attention_mask: Int[Array, "b l"] | None = None,
         train: bool = False,
         bn_groups: int = 1,
-        axis_name: str | None = None,
     ) -> dict[str, Any]:
         """Both towers' outputs: {"vision": {...}, "text": {...}}; `embeds` of neither has unit length."""
         return {
-            "vision": self.encode_image(pixels, train, bn_groups, axis_name),
+            "vision": self.encode_image(pixels, train, bn_groups),
             "text": self.encode_text(ids, attention_mask),
         }
 
@@ -235,7 +238,6 @@ class CLIP(nn.Module):
         pixels: Float[Array, "b height width 3"],
         train: bool = False,
         bn_groups: int = 1,
-        axis_name: str | None = None,
     ) -> dict[str, Any]:
         """ "embeds" [b, e], which is compared, and "pooled" [b, d] before it; of a ViT "states", depth + 1 arrays
         [b, 1 + n, d]; of a ResNet its maps "stem", "C2", ... train: batches are normalised by themselves.
@@ -246,10 +248,10 @@ class CLIP(nn.Module):
         if side is not None and pixels.shape[1:3] != (side, side):
             raise MmjaxError(f"images should be {side} x {side}, they are {pixels.shape[1]} x {pixels.shape[2]}")
         if isinstance(self.vision, ViT):
-            out = self.vision(pixels, train=train, axis_name=axis_name)
+            out = self.vision(pixels, train=train)
             outputs: dict[str, Any] = {"states": out.states, "pooled": out.pooled}
         else:
-            outputs = dict(self.vision(pixels, train, bn_groups, axis_name))
+            outputs = dict(self.vision(pixels, train, bn_groups))
         pooled = outputs["pooled"]
         return outputs | {"embeds": self.vision_projection(pooled) if self.config.projects else pooled}
 

@@ -121,8 +121,8 @@ class CLIP(Method):
         """Unit features of both towers, and the batch statistics after them."""
         variables = {"params": params} | ({"batch_stats": stats} if stats else {})
         pixels = self._pixels(batch["image"])
-        result: Any = Network(self.config).apply(
-            variables, pixels, batch["text"], None, True, self.bn_groups, axis_name, mutable=["batch_stats"]
+        result: Any = Network(self.config, axis_name).apply(
+            variables, pixels, batch["text"], None, True, self.bn_groups, mutable=["batch_stats"]
         )
         out, moved = result
         return (

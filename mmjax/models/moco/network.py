@@ -111,18 +111,17 @@ class MoCoConfig:
 class Head(nn.Module):
     """Matrices dense_0, dense_1, ..., ReLU between them; in v3 without biases and with norms bn_0, bn_1, ...
 
-    last_norm: whether a norm without scale and bias ends it.
+    last_norm: whether a norm without scale and bias ends it. axis_name: the mapped axis over which the batch is cut.
     """
 
     widths: tuple[int, ...]
     norms: bool
     last_norm: bool
     dtype: str
+    axis_name: str | None
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "b d"], train: bool, bn_groups: int, axis_name: str | None
-    ) -> Float[Array, "b e"]:
+    def __call__(self, x: Float[Array, "b d"], train: bool, bn_groups: int) -> Float[Array, "b e"]:
         for i, width in enumerate(self.widths):
             last = i == len(self.widths) - 1
             x = Dense(width, not self.norms, self.dtype, torch_linear, bias_init(x.shape[-1]), name=f"dense_{i}")(x)
@@ -130,7 +129,7 @@ class Head(nn.Module):
                 x = BatchNorm(
                     use_running_average=not train,
                     groups=bn_groups,
-                    axis_name=axis_name,
+                    axis_name=self.axis_name,
                     use_scale=not last,
                     use_bias=not last,
                     dtype=self.dtype,
@@ -142,9 +141,13 @@ class Head(nn.Module):
 
 class MoCo(nn.Module):
     """Images -> {"features": the backbone's [b, d], "embedding": the projector's [b, dim], and from v3's predictor
-    "prediction" [b, dim]}, none of them normalised. Parameter paths: backbone/..., projector/..., predictor/..."""
+    "prediction" [b, dim]}, none of them normalised. Parameter paths: backbone/..., projector/..., predictor/...
+
+    axis_name: the mapped axis over which the batch is cut.
+    """
 
     config: MoCoConfig
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(
@@ -152,21 +155,20 @@ class MoCo(nn.Module):
         images: Float[Array, "b height width 3"],
         train: bool = False,
         bn_groups: int = 1,
-        axis_name: str | None = None,
         predict: bool = True,
     ) -> dict[str, Array]:
         """predict: False for keys: the momentum encoder has no predictor. The others as in `ResNet`."""
         c = self.config
         backbone: Any = dataclasses.replace(c.backbone, dtype=c.dtype)
         if isinstance(backbone, ResNetConfig):
-            features = ResNet(backbone, name="backbone")(images, train, bn_groups, axis_name)["pooled"]
+            features = ResNet(backbone, self.axis_name, name="backbone")(images, train, bn_groups)["pooled"]
         else:
-            features = ViT(backbone, name="backbone")(images, train=train).pooled
+            features = ViT(backbone, self.axis_name, name="backbone")(images, train=train).pooled
         norms, widths = c.version == 3, (c.hidden,) * (c.layers - 1) + (c.dim,)
-        projector = Head(widths, norms, norms, c.dtype, name="projector")
-        embedding = projector(features, train, bn_groups, axis_name)
+        projector = Head(widths, norms, norms, c.dtype, self.axis_name, name="projector")
+        embedding = projector(features, train, bn_groups)
         outputs = {"features": features, "embedding": embedding}
         if norms and predict:
-            predictor = Head((c.hidden, c.dim), True, c.predictor_norm, c.dtype, name="predictor")
-            outputs["prediction"] = predictor(embedding, train, bn_groups, axis_name)
+            predictor = Head((c.hidden, c.dim), True, c.predictor_norm, c.dtype, self.axis_name, name="predictor")
+            outputs["prediction"] = predictor(embedding, train, bn_groups)
         return {name: value.astype(jax.numpy.float32) for name, value in outputs.items()}

@@ -59,14 +59,13 @@ class MoCoMethod(Method):
     cosine_steps: int = 0
     blocks: int = 1
 
-    @property
-    def module(self) -> MoCo:
-        return MoCo(self.config)
+    def network(self, axis_name: str | None = None) -> MoCo:
+        return MoCo(self.config, axis_name)
 
     def init(self, rng: PRNGKeyArray, batch: Batch) -> tuple[Params, Carry]:
         """Raises MmjaxError if the queue's length is not a multiple of the batch, or a view is missing."""
         images = jnp.zeros(_view(batch, "view_1").shape, jnp.float32)
-        variables = self.module.init(named(rng, "params"), images[:1])
+        variables = self.network().init(named(rng, "params"), images[:1])
         params, stats = variables["params"], variables.get("batch_stats") or {}
         ema = {part: params[part] for part in MOMENTUM}
         queues: dict[str, Any] = {}
@@ -114,8 +113,8 @@ class MoCoMethod(Method):
     ) -> tuple[Float[Array, "b d"], Params]:
         """(unit vectors, statistics after this batch), in training mode."""
         variables = {"params": params} | ({"batch_stats": stats} if stats else {})
-        outputs, new = self.module.apply(
-            variables, images, True, self.bn_groups, axis_name, query, mutable=["batch_stats"]
+        outputs, new = self.network(axis_name).apply(
+            variables, images, True, self.bn_groups, query, mutable=["batch_stats"]
         )
         name = "prediction" if query and self.config.version == 3 else "embedding"
         return l2_normalize(outputs[name]), new.get("batch_stats") or {}
@@ -177,7 +176,7 @@ class MoCoMethod(Method):
         stats = {"batch_stats": carry.stats["key"]} if carry.stats["key"] else {}
 
         def keys(images: Array) -> Array:
-            outputs, _ = self.module.apply(
+            outputs, _ = self.network().apply(
                 {"params": ema} | stats, images, True, predict=False, mutable=["batch_stats"]
             )
             return jax.lax.stop_gradient(l2_normalize(outputs["embedding"]))

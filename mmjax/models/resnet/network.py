@@ -272,9 +272,13 @@ def norm(
 
 
 class ResNet(nn.Module):
-    """Images to feature maps, pooled features and, where there is a head, logits."""
+    """Images to feature maps, pooled features and, where there is a head, logits.
+
+    axis_name: the mapped axis over which the batch is cut.
+    """
 
     config: ResNetConfig
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(
@@ -282,14 +286,12 @@ class ResNet(nn.Module):
         x: Float[Array, "b height width 3"],
         train: bool = False,
         bn_groups: int = 1,
-        axis_name: str | None = None,
     ) -> dict[str, Array]:
         """A dict of outputs; `jit` drops unused ones.
 
         Args:
             train: normalise by the batch (and move the running statistics, if "batch_stats" is mutable).
             bn_groups: parts of the global batch with separate statistics; see `mmjax.nn.batch_norm`.
-            axis_name: the mapped axis over which the batch is cut.
 
         Returns:
             stem [b, h, w, c]; C2, C3, ...: a stage's output each, at 1/4, 1/8, 1/16, 1/32 of the size; pooled [b, c],
@@ -303,7 +305,7 @@ class ResNet(nn.Module):
         for i, features, size, stride, padding in stem:
             options: Any = {"dtype": config.dtype, "kernel_init": kernel_init(config), "name": f"stem_conv{i}"}
             x = Conv(features, size, stride, padding, **options)(x)
-            x = relu(norm(config, train, bn_groups, axis_name, f"stem_bn{i}")(x))
+            x = relu(norm(config, train, bn_groups, self.axis_name, f"stem_bn{i}")(x))
         if config.stem != "cifar":
             x = avg_pool(x, 2, 2) if config.stem == "clip" else max_pool(x, 3, 2, 1)
         maps = {"stem": x}
@@ -311,7 +313,7 @@ class ResNet(nn.Module):
         for stage, blocks in enumerate(geometries(config)):
             for i, geometry in enumerate(blocks):
                 name = f"stage{stage + 1}_block{i}"
-                x = block(config, geometry, config.inner_width(stage), train, bn_groups, axis_name, name=name)(x)
+                x = block(config, geometry, config.inner_width(stage), train, bn_groups, self.axis_name, name=name)(x)
             maps[f"C{stage + 2}"] = x
         if config.attention_pool is None:
             pooled = jnp.mean(x.astype(jnp.float32), (1, 2))

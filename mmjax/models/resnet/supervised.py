@@ -10,6 +10,5 @@ from mmjax.training.classification import LinenClassifier
 class ResNetClassifier(LinenClassifier):
     config: ResNetConfig
 
-    @property
-    def module(self) -> ResNet:
-        return ResNet(self.config)
+    def network(self, axis_name: str | None = None) -> ResNet:
+        return ResNet(self.config, axis_name)

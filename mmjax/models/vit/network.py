@@ -236,9 +236,12 @@ class ViT(nn.Module):
 
     Parameter paths: root/..., patch/projection, cls, distillation, registers, mask_token, positions, norm_before,
     encoder/block_{i}/..., norm, map_head/..., pre_logits, head, head_distilled.
+
+    axis_name: the mapped axis that cuts the batch. Dropout needs it, so that its masks do not depend on the cut.
     """
 
     config: ViTConfig
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(
@@ -246,16 +249,12 @@ class ViT(nn.Module):
         images: Float[Array, "b height width 3"],
         hidden_patches: Bool[Array, "b m"] | None = None,
         train: bool = False,
-        axis_name: str | None = None,
     ) -> ViTOutput:
-        """hidden_patches: True where a patch, in row-major order, is replaced by the mask token.
-
-        axis_name: the mapped axis that cuts the batch. Dropout needs it, so that its masks do not depend on the cut.
-        """
+        """hidden_patches: True where a patch, in row-major order, is replaced by the mask token."""
         c = self.config
         x = self._embed(images, hidden_patches)
         x = LayerNorm(c.epsilon, c.dtype, name="norm_before")(x) if c.norm_before else x
-        x = Dropout(c.dropout, axis_name)(x, train)
+        x = Dropout(c.dropout, self.axis_name)(x, train)
         block = {
             "width": c.width,
             "heads": c.heads,
@@ -269,7 +268,7 @@ class ViT(nn.Module):
             "activation_dropout": c.dropout,
             "init_with": _block_init(c),
             "dtype": c.dtype,
-            "axis_name": axis_name,
+            "axis_name": self.axis_name,
         }
         encoder = Stack(c.depth, functools.partial(standard_block, **block), None, c.drop_path, c.remat, name="encoder")
         states = encoder(x, train=train)
@@ -367,20 +366,20 @@ class Tower(nn.Module):
 
     layer: of its states, counted as a list is: 0 what enters the blocks, -2 what the last but one gives (LLaVA);
         None: the last after the final norm. class_token: keep the tokens before the patches.
+    axis_name: as in `ViT`.
     """
 
     config: ViTConfig
     layer: int | None = None
     class_token: bool = True
+    axis_name: str | None = None
 
     def setup(self) -> None:
-        self.vit = ViT(self.config)
+        self.vit = ViT(self.config, self.axis_name)
         nn.share_scope(self, self.vit)
 
-    def __call__(
-        self, images: Float[Array, "n height width 3"], train: bool = False, axis_name: str | None = None
-    ) -> Float[Array, "n p d"]:
-        out = self.vit(images, train=train, axis_name=axis_name)
+    def __call__(self, images: Float[Array, "n height width 3"], train: bool = False) -> Float[Array, "n p d"]:
+        out = self.vit(images, train=train)
         tokens = out.tokens if self.layer is None else out.states[self.layer]
         return tokens if self.class_token else tokens[:, self.config.prefix :]
 

@@ -29,5 +29,5 @@ class ViTClassifier:
         axis_name: str | None = None,
     ) -> tuple[Float[Array, "b classes"], Params]:
         rngs = {} if rng is None else {"dropout": rng}
-        outputs = ViT(self.config).apply({"params": params}, pixels, train=train, axis_name=axis_name, rngs=rngs)
+        outputs = ViT(self.config, axis_name).apply({"params": params}, pixels, train=train, rngs=rngs)
         return outputs.logits, stats  # type: ignore[union-attr]
