@@ -3,9 +3,9 @@
 A stack runs over whole sequences, and, as a decoder, one token at a time over the cache of such a pass.
 
 Parameter paths within a `Stack`: block_{i}/norm_1, block_{i}/attention/{q,k,v,out}; with cross attention
-block_{i}/cross_norm, block_{i}/cross_attention/{q,k,v,out}; block_{i}/norm_2, block_{i}/mlp/{up,down} (gated:
-{gate,up,down}); with a feed-forward for queries block_{i}/query_norm, block_{i}/query_mlp/{up,down}; with layer scale
-block_{i}/{scale_1,cross_scale,scale_2}.
+block_{i}/cross_norm, block_{i}/cross_attention/{q,k,v,out} (to two contexts: {first,second}/{q,k,v,out}, merge);
+block_{i}/norm_2, block_{i}/mlp/{up,down} (gated: {gate,up,down}); with a feed-forward for queries block_{i}/query_norm,
+block_{i}/query_mlp/{up,down}; with layer scale block_{i}/{scale_1,cross_scale,scale_2}.
 """
 
 import functools
@@ -21,6 +21,7 @@ from mmjax.nn.kv_cache import KeyValues
 from mmjax.nn.norm import LayerNorm
 from mmjax.nn.remat import rematerialised
 from mmjax.nn.transformer import NO_POSITIONS, Init, Mlp, MultiHeadAttention, PositionInputs
+from mmjax.nn.twin_attention import TwinAttention
 from mmjax.types import Array, Bool, Float, Int
 
 Before: TypeAlias = Callable[[int, Array], Array]
@@ -44,6 +45,8 @@ class Block(nn.Module):
         make_norm, make_mlp: of each norm and feed-forward. make_attention: of the self attention, and with
             `causal=False` of the cross attention.
         cross: whether there is an attention to a context.
+        merge: None: there is one context. Otherwise there are two, [b, 2, s, e], and two attentions (BLIP's NLVR2): a
+            matrix merges their results (True), or their mean is used (False). Such a block has no `step`.
         query_feed_forward: the first tokens may be queries (BLIP-2's Q-Former). They have a norm and a feed-forward of
             their own, and they alone attend to the context.
         norm_first: x + f(norm(x)) (pre-norm), else norm(x + f(x)) (post-norm, as in BERT); a context is never normed.
@@ -57,6 +60,7 @@ class Block(nn.Module):
     make_attention: Callable[..., MultiHeadAttention]
     make_mlp: Callable[[], nn.Module]
     cross: bool = False
+    merge: bool | None = None
     query_feed_forward: bool = False
     norm_first: bool = True
     parallel: bool = False
@@ -68,7 +72,9 @@ class Block(nn.Module):
     def setup(self) -> None:
         self.norm_1, self.attention = self.make_norm(), self.make_attention()
         if self.cross:
-            self.cross_norm, self.cross_attention = self.make_norm(), self.make_attention(causal=False)
+            make_cross = functools.partial(self.make_attention, causal=False)
+            self.cross_norm = self.make_norm()
+            self.cross_attention = make_cross() if self.merge is None else TwinAttention(make_cross, self.merge)
         self.norm_2, self.mlp = self.make_norm(), self.make_mlp()
         if self.query_feed_forward:
             self.query_norm, self.query_mlp = self.make_norm(), self.make_mlp()
@@ -208,6 +214,8 @@ class Stack(nn.Module):
         make_block: makes a `Block` with the fields cross, drop_path, name.
         cross_from: the first block with cross attention; of those after it every `cross_every`-th has it too. None:
             there is none.
+        merge_from: each cross attention is to two contexts; from this block on a matrix merges the two results, before
+            it their mean is used. None: there is one context. See `Block`.
         drop_path: of the last block; from the first it rises linearly from 0.
         remat: a block's activations are computed again in the backward pass instead of being stored.
 
@@ -221,12 +229,18 @@ class Stack(nn.Module):
     drop_path: float = 0.0
     remat: bool = False
     cross_every: int = 1
+    merge_from: int | None = None
 
     def setup(self) -> None:
         last = max(self.depth - 1, 1)
         crossed = () if self.cross_from is None else range(self.cross_from, self.depth, self.cross_every)
         self.blocks = [
-            self.make_block(cross=i in crossed, drop_path=self.drop_path * i / last, name=f"block_{i}")
+            self.make_block(
+                cross=i in crossed,
+                drop_path=self.drop_path * i / last,
+                name=f"block_{i}",
+                **({} if self.merge_from is None else {"merge": i >= self.merge_from}),
+            )
             for i in range(self.depth)
         ]
 

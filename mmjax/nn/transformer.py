@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
@@ -76,6 +77,16 @@ class Dense(nn.Module):
         if self.use_bias:
             y = y + self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
         return y.reshape(*x.shape[:-1], self.features)
+
+
+def torch_linear(features: int, inputs: int) -> Dense:
+    """A `Dense` that begins as torch's Linear: weights and biases uniform within 1 / sqrt(inputs)."""
+    bound = inputs**-0.5
+
+    def uniform(rng: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        return jax.random.uniform(rng, shape, dtype, -bound, bound)
+
+    return Dense(features, kernel_init=uniform, bias_init=uniform)
 
 
 class MultiHeadAttention(nn.Module):

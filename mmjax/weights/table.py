@@ -178,7 +178,7 @@ class Entry:
     `optional`: the file may lack the key; the target then takes `default`, a number spread over its shape, and without
     a default counts as missing if the module has it. Saving always writes the key, if the variables hold the target.
     `copies`: other keys under which files may hold the one source as well, or instead (tied weights). Those that are
-    there must be equal; saving writes none of them.
+    there must be equal; saving writes none of them, or with `save_copies` all.
     """
 
     source: str | tuple[str, ...]
@@ -187,6 +187,7 @@ class Entry:
     optional: bool = False
     default: float | int | None = None
     copies: tuple[str, ...] = ()
+    save_copies: bool = False
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -369,6 +370,8 @@ def save_table(table: Table, variables: Mapping[str, Any]) -> dict[str, np.ndarr
             continue
         problems.repeated += [key for key in entry.sources if key in arrays]
         arrays.update({key: np.array(part, order="C") for key, part in zip(entry.sources, parts, strict=True)})
+        if entry.save_copies:
+            arrays.update({key: np.array(parts[0], order="C") for key in entry.copies})
     problems.unexpected = sorted(leaves.keys() - used)
     problems.check()
     return arrays

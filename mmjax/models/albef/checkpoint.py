@@ -6,7 +6,6 @@ heads: each is 64 wide, unless a config.json has another number.
 """
 
 import functools
-import re
 from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
@@ -88,7 +87,7 @@ def config_of(shapes: Shapes, config_json: Mapping[str, Any] | None) -> AlbefCon
     args = {"model_args": {"num_heads": config_json["vision_heads"]}} if "vision_heads" in config_json else None
     has_mlm = "text_encoder.cls.predictions.bias" in shapes
     start = "text_encoder.bert." if has_mlm else "text_encoder."
-    text = text_config(shapes, start, has_mlm, config_json.get("text_heads"))
+    text = bert.config_of_part(shapes, start, config_json.get("text_heads"), pooler=False, mlm=has_mlm)
     classes = shapes.get("cls_head.2.weight", (0,))[0]
     assigning = "ta_head.weight" in shapes
     # Six text layers and six cross-attention layers, or six pairs of those.
@@ -113,30 +112,10 @@ def timm_config(shapes: Shapes, args: Mapping[str, Any] | None) -> ViTConfig:
     return replace(timm.config(shapes, args), rule="bicubic", init="normal")
 
 
-def text_config(shapes: Shapes, start: str, mlm: bool, heads: int | None) -> BertConfig:
-    """The config of a BERT. start: the prefix of `embeddings.` and `encoder.`."""
-    vocabulary, width = shapes[f"{start}embeddings.word_embeddings.weight"]
-    matches = [re.fullmatch(re.escape(start) + r"encoder\.layer\.(\d+)\.(.+)", key) for key in shapes]
-    layers = {int(match[1]) for match in matches if match}
-    crossed = {int(match[1]) for match in matches if match and match[2] == "crossattention.self.query.weight"}
-    return BertConfig(
-        vocab_size=vocabulary,
-        width=width,
-        depth=len(layers),
-        heads=heads or max(width // 64, 1),
-        hidden=shapes[f"{start}encoder.layer.0.intermediate.dense.weight"][0],
-        positions=shapes[f"{start}embeddings.position_embeddings.weight"][0],
-        types=shapes[f"{start}embeddings.token_type_embeddings.weight"][0],
-        pooler=False,
-        mlm=mlm,
-        cross_from=min(crossed, default=None),
-    )
-
-
 def _decoder_config(shapes: Shapes, heads: int | None) -> BertConfig | None:
     if "text_decoder.cls.predictions.bias" not in shapes:
         return None
-    return replace(text_config(shapes, "text_decoder.bert.", True, heads), causal=True)
+    return bert.config_of_part(shapes, "text_decoder.bert.", heads, pooler=False, mlm=True, causal=True)
 
 
 def recognises(keys: Set[str], config_json: Mapping[str, Any] | None) -> bool:

@@ -13,7 +13,7 @@ from mmjax.errors import MmjaxError
 from mmjax.models.bert.network import Bert, BertConfig
 from mmjax.models.vit.network import ViT, ViTConfig
 from mmjax.nn.norm import l2_normalize
-from mmjax.nn.transformer import Dense
+from mmjax.nn.transformer import torch_linear
 from mmjax.types import Array, Float, Int, Params
 
 MOMENTUM = ("vision", "text", "vision_proj", "text_proj", "cls_hidden", "cls_head", "decoder")
@@ -166,14 +166,20 @@ class Albef(nn.Module):
         self.vision = ViT(replace(c.vision, **dtype), self.axis_name)
         self.text = Bert(replace(c.text, **dtype), self.axis_name)
         if c.embed_dim:
-            self.vision_proj, self.text_proj = _linear(c.embed_dim, c.vision.width), _linear(c.embed_dim, c.text.width)
+            self.vision_proj, self.text_proj = (
+                torch_linear(c.embed_dim, c.vision.width),
+                torch_linear(c.embed_dim, c.text.width),
+            )
             self.temperature = self.param("temperature", nn.initializers.constant(c.temperature), ())
         if c.matching:
-            self.itm_head = _linear(2, c.text.width)
+            self.itm_head = torch_linear(2, c.text.width)
         if c.classes:
-            self.cls_hidden, self.cls_head = _linear(c.text.width, c.text.width), _linear(c.classes, c.text.width)
+            self.cls_hidden, self.cls_head = (
+                torch_linear(c.text.width, c.text.width),
+                torch_linear(c.classes, c.text.width),
+            )
         if c.assigning:
-            self.ta_head = _linear(3, c.text.width)
+            self.ta_head = torch_linear(3, c.text.width)
         if c.decoder is not None:
             self.decoder = Bert(replace(c.decoder, **dtype), self.axis_name)
 
@@ -287,16 +293,6 @@ class Albef(nn.Module):
         """The decoder's logits of the token after each. states, states_mask: of the questions, one for each answer."""
         x = self.decoder.embed(ids, train=train)
         return self.decoder.mlm_logits(self.decoder.run(x, mask, states, states_mask, train)[-1])
-
-
-def _linear(features: int, inputs: int) -> Dense:
-    """torch's Linear as it begins: weights and biases uniform within 1 / sqrt(inputs)."""
-    bound = inputs**-0.5
-
-    def draw(rng: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-        return jax.random.uniform(rng, shape, dtype, -bound, bound)
-
-    return Dense(features, kernel_init=draw, bias_init=draw)
 
 
 def tied_pairs(config: AlbefConfig) -> list[tuple[str, str]]:

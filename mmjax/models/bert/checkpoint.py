@@ -40,14 +40,24 @@ def _encoder(config: BertConfig, layer: str, dense: Dense, norm: Dense) -> list[
         entries += dense(f"{source}.attention.output.dense", f"{target}/attention/out")
         entries += norm(f"{source}.attention.output.LayerNorm", f"{target}/norm_1")
         if config.cross_from is not None and i in range(config.cross_from, config.depth, config.cross_every):
-            for letter, name in zip("qkv", ("query", "key", "value")):
-                entries += dense(f"{source}.crossattention.self.{name}", f"{target}/cross_attention/{letter}")
-            entries += dense(f"{source}.crossattention.output.dense", f"{target}/cross_attention/out")
+            entries += _cross(config, i, f"{source}.crossattention", f"{target}/cross_attention", dense)
             entries += norm(f"{source}.crossattention.output.LayerNorm", f"{target}/cross_norm")
         entries += dense(f"{source}.intermediate.dense", f"{target}/mlp/up")
         entries += dense(f"{source}.output.dense", f"{target}/mlp/down")
         entries += norm(f"{source}.output.LayerNorm", f"{target}/norm_2")
     return entries
+
+
+def _cross(config: BertConfig, i: int, source: str, target: str, dense: Dense) -> list[Entry]:
+    """The cross attention of block i; names of attention to two contexts are those of BLIP's NLVR2."""
+    twins = (("", ""),) if config.merge_from is None else (("0", "/first"), ("1", "/second"))
+    entries: list[Entry] = []
+    for number, part in twins:
+        for letter, name in zip("qkv", ("query", "key", "value")):
+            entries += dense(f"{source}.self{number}.{name}", f"{target}{part}/{letter}")
+        entries += dense(f"{source}.output.dense{number}", f"{target}{part}/out")
+    merged = config.merge_from is not None and i >= config.merge_from
+    return entries + (dense(f"{source}.output.merge_layer", f"{target}/merge") if merged else [])
 
 
 def _shapes_config(
@@ -165,6 +175,33 @@ def hf_config_of(shapes: Shapes, config_json: ConfigJson) -> BertConfig:
         token_classes=outputs if named or not pooler else 0,
         spans="qa_outputs.weight" in shapes,
     )
+
+
+def config_of_part(shapes: Shapes, start: str, heads: int | None, **fields: Any) -> BertConfig:
+    """The config of a BERT within another network: ALBEF's and BLIP's encoders and decoders.
+
+    start: the prefix of `embeddings.` and `encoder.` in its keys. heads: None: each is 64 wide. fields: what the keys
+    do not determine.
+    """
+    vocabulary, width = shapes[f"{start}embeddings.word_embeddings.weight"]
+    matches = [re.fullmatch(re.escape(start) + r"encoder\.layer\.(\d+)\.(.+)", key) for key in shapes]
+    layers: dict[str, set[int]] = {}
+    for match in filter(None, matches):
+        layers.setdefault(match[2], set()).add(int(match[1]))
+    depth = len(layers["attention.self.query.weight"])
+    twin, merged = layers.get("crossattention.self0.query.weight"), layers.get("crossattention.output.merge_layer.bias")
+    sizes: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "width": width,
+        "depth": depth,
+        "heads": heads or max(width // 64, 1),
+        "hidden": shapes[f"{start}encoder.layer.0.intermediate.dense.weight"][0],
+        "positions": shapes[f"{start}embeddings.position_embeddings.weight"][0],
+        "types": shapes.get(f"{start}embeddings.token_type_embeddings.weight", (0,))[0],
+        "cross_from": min(twin or layers.get("crossattention.self.query.weight", ()), default=None),
+        "merge_from": min(merged or (depth,)) if twin else None,
+    }
+    return BertConfig(**(sizes | fields))
 
 
 def _architecture(config: BertConfig) -> str:

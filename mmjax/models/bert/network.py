@@ -39,6 +39,8 @@ class BertConfig:
         spans: the head for the first and last token of an answer.
         cross_from, cross_every: the first block with attention to a context (None: there is none); of those after it
             every `cross_every`-th has it too (ALBEF and BLIP: 1, BLIP-2: 2).
+        merge_from: cross attention is to two contexts at once, [b, 2, s, e] (BLIP's NLVR2): a matrix merges the two
+            results from this block on, before it their mean is used. None: there is one context.
         query_feed_forward: the first tokens may be queries, with feed-forwards of their own (BLIP-2's Q-Former).
         causal: a token attends to itself and to earlier ones: a decoder.
         init_std: of matrices and tables at the start (Hugging Face's initializer_range); draws are cut at twice it and
@@ -66,6 +68,7 @@ class BertConfig:
     spans: bool = False
     cross_from: int | None = None
     cross_every: int = 1
+    merge_from: int | None = None
     query_feed_forward: bool = False
     causal: bool = False
     init_std: float = 0.02
@@ -78,6 +81,11 @@ class BertConfig:
             raise MmjaxError(f"bert: nsp={self.nsp}, classes={self.classes} need the pooler, and pooler=False")
         if self.classes and self.token_classes:
             raise MmjaxError(f"bert: classes={self.classes} and token_classes={self.token_classes}: one of the two")
+        if self.merge_from is not None and (self.cross_from is None or self.causal):
+            raise MmjaxError(
+                f"bert: merge_from={self.merge_from}: two contexts are of an encoder with cross attention, and "
+                f"cross_from={self.cross_from}, causal={self.causal}"
+            )
 
     @property
     def initializer(self) -> Initializer:
@@ -208,7 +216,8 @@ class Bert(nn.Module):
             norm_first=False,
             dropout=c.dropout,
         )
-        self.encoder = Stack(c.depth, block, c.cross_from, remat=c.remat, cross_every=c.cross_every)
+        crossing: dict[str, Any] = {"cross_every": c.cross_every, "merge_from": c.merge_from}
+        self.encoder = Stack(c.depth, block, c.cross_from, remat=c.remat, **crossing)
         if c.pooler:
             self.pooler = dense(c.width, dtype=dtype)
         if c.mlm:
