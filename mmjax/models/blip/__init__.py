@@ -1,0 +1,1 @@
+"""BLIP: bootstrapping language-image pre-training (arXiv 2201.12086)."""
