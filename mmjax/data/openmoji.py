@@ -44,7 +44,8 @@ GENDER = re.compile(r"\b(man|woman|men|women|person|people|boy|girl|prince|princ
 class OpenMoji:
     """The pairs, split; `groups[label]` is the name of the class `label` ("smileys and emotion", ...).
 
-    A record: image uint8 [size, size, 3], text (the name), texts (name and aliases), group, subgroup, label.
+    A record: image uint8 [size, size, 3], text (the name), texts (name and aliases), codepoints ("1F468-200D-1F33E"),
+    group, subgroup, label.
     dropped: the number of drawings left out, by reason.
     """
 
@@ -90,6 +91,7 @@ def load_openmoji(
         image=images,
         text=[drawing.name for drawing in drawings],
         texts=texts,
+        codepoints=[drawing.codepoints for drawing in drawings],
         group=[drawing.group for drawing in drawings],
         subgroup=[drawing.subgroup for drawing in drawings],
         label=np.array([groups.index(drawing.group) for drawing in drawings], np.int32),
