@@ -108,6 +108,9 @@ def _ablate(verbs: argparse._SubParsersAction) -> None:
     help_text = "how the arms run in one program; auto: the fastest measured on this backend"
     verb.add_argument("--arms", choices=["auto", "vmap", "map", "unroll"], default="auto", help=help_text)
     verb.add_argument("--sequential", action="store_true", help="one arm after another instead: the same numbers")
+    verb.add_argument(
+        "--untrained", action="store_true", help="evaluate the networks before training too: a row beside"
+    )
     verb.add_argument("--workdir", metavar="DIR", help="default: workdirs/<name of the experiment's file>_ablation")
 
 

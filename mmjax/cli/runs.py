@@ -55,6 +55,7 @@ def ablate(flags: argparse.Namespace, fields: Sequence[str]) -> None:
         seeds=None if flags.seeds is None else [_seed(text) for text in flags.seeds.split(",")],
         arms=flags.arms,
         sequential=flags.sequential,
+        untrained=flags.untrained,
         load_weights=load_weights,
         experiment_file=os.path.abspath(flags.experiment),
     )

@@ -49,6 +49,7 @@ def ablate(
     seeds: Sequence[int] | None = None,
     arms: Literal["auto"] | ArmLoop = "auto",
     sequential: bool = False,
+    untrained: bool = False,
     load_weights: LoadWeights = checkpoint.load_params,
     experiment_file: str | None = None,
 ) -> dict[str, Any] | None:
@@ -63,6 +64,8 @@ def ablate(
             experiment's seed in every arm.
         arms: the loop over a program's arms, see `over_arms`; "auto" is the one that measured fastest.
         sequential: one arm after another instead, with the same numbers to float tolerance.
+        untrained: the network that training starts from, with the experiment's values and every seed, is evaluated too:
+            a row of the table, and a line in each panel of the picture.
 
     Returns None if a signal stopped it; the same call resumes from there.
 
@@ -78,7 +81,7 @@ def ablate(
         with Interrupts() as interrupts:
             run = _Ablation(epath.Path(workdir), choose(arms), interrupts, load_weights)
             run.plan(kind, list(arguments), over, seeds, sequential)
-            return run.run(experiment_file)
+            return run.run(experiment_file, untrained)
     finally:
         lock.release()
 
@@ -115,7 +118,7 @@ class _Ablation:
             self.groups = [Group(group.config, (arm,)) for group in self.groups for arm in group.arms]
         self.sequential = sequential
 
-    def run(self, experiment_file: str | None) -> dict[str, Any] | None:
+    def run(self, experiment_file: str | None, untrained: bool) -> dict[str, Any] | None:
         self.experiment_file = experiment_file
         self._check_workdir()
         self._write_description(experiment_file)
@@ -127,11 +130,16 @@ class _Ablation:
                 return None
             results += done
         compiles = sum(lift.compiles for *_, lift in self.lifts)
+        at_start = self._untrained() if untrained else []
         facts = {"over": self.over, "arms": self.arm_loop, "sequential": self.sequential, "compiles": compiles}
         curves = {arm.name: read_metrics(self._arm(arm)) for group in self.groups for arm in group.arms}
         for result in results:
             result["metrics"] |= ablation_report.course_means(curves[result["arm"]], self.base.courses)
-        summary = facts | {"steps": self.base.steps} | ablation_report.summary(self.over, results, self.base.published)
+        summary = (
+            facts
+            | {"steps": self.base.steps}
+            | ablation_report.summary(self.over, results, self.base.published, at_start)
+        )
         attempt = BestEffort(self._print)
         with attempt(self.workdir / "ablation.json"):
             write_file(self.workdir / "ablation.json", (json.dumps(summary, indent=2) + "\n").encode())
@@ -231,7 +239,6 @@ class _Ablation:
                 writer.wait()
 
     def _initial_state(self, group: Group, folder: epath.Path, data: Any) -> tuple[Any, int]:
-        recipe: Any = group.config
         create = _creation(group.config, group.arms[0].hparams)
         shapes = jax.eval_shape(create, jax.random.key(0))
         stacked, frozen = stacked_shapes(shapes, len(group.arms)), _frozen(group.config, shapes)
@@ -242,15 +249,34 @@ class _Ablation:
             return restored.state, restored.step
         states = []
         for arm in group.arms:
-            state = initialise(create, jax.random.key(arm.seed))
-            if group.config.init_from is not None:
-                weights, partition = group.config.initial_weights(self.load_weights), recipe.optimizer().partition
-                state, message = initialize_from(state, weights, group.config.init_from, partition)
-                if arm is group.arms[0]:
-                    self._print(message)
+            state, message = self._fresh(group.config, create, arm.seed)
+            if message and arm is group.arms[0]:
+                self._print(message)
             chosen = {name: np.float32(value) for name, value in arm.hparams.items()}
             states.append(dataclasses.replace(state, hparams={**state.hparams, **chosen}))
         return stack(states), 0
+
+    def _untrained(self) -> list[dict[str, Any]]:
+        """The scores of the networks before training, one a seed."""
+        recipe: Any = self.base
+        evaluations, results = tuple(recipe.evaluations()), []
+        for seed in dict.fromkeys(arm.seed for group in self.groups for arm in group.arms):
+            state = self._fresh(recipe, _creation(recipe), seed)[0]
+            metrics: dict[str, Any] = {}
+            for evaluation in evaluations:
+                metrics |= {f"val/{name}": value for name, value in evaluation.run(state.params, state).items()}
+            results.append(
+                {"arm": f"{ablation_report.UNTRAINED},seed={seed}", "seed": seed, "metrics": _numbers(metrics)}
+            )
+        return results
+
+    def _fresh(self, config: Any, create: Any, seed: int) -> tuple[Any, str]:
+        """A state before training on the host, and the report of `init_from`, empty without it."""
+        state = initialise(create, jax.random.key(seed))
+        if config.init_from is None:
+            return state, ""
+        weights, partition = config.initial_weights(self.load_weights), config.optimizer().partition
+        return initialize_from(state, weights, config.init_from, partition)
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
@@ -272,6 +298,11 @@ def _creation(config: Any, hparams: Mapping[str, float] | None = None) -> Any:
         return dataclasses.replace(state, hparams={**state.hparams, **extra})
 
     return create
+
+
+def _numbers(outputs: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among the outputs of evaluations or of a step; those of a `Score` under names of their own."""
+    return {n: float(v) for n, v in flatten(outputs).items() if not isinstance(v, str) and np.ndim(v) == 0}
 
 
 class _Loop:
@@ -348,8 +379,7 @@ class _Loop:
 
     def log(self, arm: int, step: int, outputs: Mapping[str, Any]) -> None:
         self.ablation.writers[arm].write(step, outputs)
-        flat = flatten(outputs)
-        self.last[arm] |= {n: float(v) for n, v in flat.items() if not isinstance(v, str) and np.ndim(v) == 0}
+        self.last[arm] |= _numbers(outputs)
 
     def finish(self, state: Any) -> list[dict[str, Any]]:
         """Evaluates the trained arms; a result each."""

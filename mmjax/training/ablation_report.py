@@ -11,30 +11,39 @@ DETAILS = ("_low", "_high", "_chance", "_n")
 """Ends of the names of metrics that belong to another one: in ablation.json, not in the table."""
 MEAN = "mean/"
 """Begins the names of means over the run."""
+UNTRAINED = "untrained"
+"""The row of the networks before training."""
 COLUMNS = 6
 """Metrics that the table and the picture show; all of them are in ablation.json."""
 
 
 def summary(
-    over: Mapping[str, Sequence[str]], results: Sequence[Mapping[str, Any]], published: Mapping[str, Any] | None = None
+    over: Mapping[str, Sequence[str]],
+    results: Sequence[Mapping[str, Any]],
+    published: Mapping[str, Any] | None = None,
+    untrained: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """{"results": one an arm, "table": one a choice of values, seeds together}, ready for JSON.
+    """{"results": one an arm, "table": one a choice of values, seeds together}, ready for JSON; with `untrained` also
+    {"untrained": {"results": one a seed, "metrics"}}.
 
     results: {"values": name -> text, "seed", "metrics": name -> number}. published: name -> {value: number or word}, of
-    an experiment that repeats a paper's ablation; used where one name alone is varied.
+    an experiment that repeats a paper's ablation; used where one name alone is varied. untrained: {"seed", "metrics"}
+    of the networks before training.
     """
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for result in results:
         groups.setdefault(tuple(result["values"].values()), []).append(result)
     table = []
     for values, members in groups.items():
-        names = dict.fromkeys(name for member in members for name in member["metrics"])
-        row: dict[str, Any] = {"values": dict(zip(over, values)), "metrics": {n: _spread(members, n) for n in names}}
+        row: dict[str, Any] = {"values": dict(zip(over, values)), "metrics": _spreads(members)}
         if len(over) == 1:
             name = next(iter(over))
             row["published"] = lookup((published or {}).get(name, {}), values[0])
         table.append(row)
-    return {"results": [dict(result) for result in results], "table": table}
+    contents = {"results": [dict(result) for result in results], "table": table}
+    if untrained:
+        contents[UNTRAINED] = {"results": [dict(result) for result in untrained], "metrics": _spreads(untrained)}
+    return contents
 
 
 def course_means(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, float]:
@@ -49,6 +58,10 @@ def course_means(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> di
         if finite:
             means[MEAN + name] = float(np.mean(finite))
     return means
+
+
+def _spreads(members: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {n: _spread(members, n) for n in dict.fromkeys(name for member in members for name in member["metrics"])}
 
 
 def _spread(members: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
@@ -91,6 +104,9 @@ def table(ablation: Mapping[str, Any]) -> Table:
     shown = Table(title=title, title_justify="left", min_width=len(title))
     for name in [*names, *metrics, *(["published"] if figures else [])]:
         shown.add_column(name, justify="right", overflow="fold")
+    if UNTRAINED in ablation:
+        values = [UNTRAINED, *[""] * (len(names) - 1)]
+        shown.add_row(*values, *(_cell(ablation[UNTRAINED]["metrics"].get(name)) for name in metrics))
     for row in ablation["table"]:
         cells = [row["values"][name] for name in names] + [_cell(row["metrics"].get(name)) for name in metrics]
         figure = row.get("published")
@@ -124,18 +140,27 @@ def plot(path: Any, ablation: Mapping[str, Any], curves: Mapping[str, Sequence[M
         if index == 0 and figures:
             axes.plot(list(figures), list(figures.values()), "D--", color="grey", label="published (its own setting)")
             axes.legend(fontsize=6)
-    axes = figure.add_subplot(rows, columns, len(metrics) + 1)
-    for arm, lines in curves.items():
+    _loss_panel(figure.add_subplot(rows, columns, len(metrics) + 1), ablation, curves)
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def _loss_panel(axes: Any, ablation: Mapping[str, Any], curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """A line an arm; those that differ in the seed alone have one colour and one label."""
+    colours: dict[str, str] = {}
+    for result in ablation["results"]:
+        lines = curves.get(result["arm"], ())
         points = [(line["step"], line["train/loss"]) for line in lines if line.get("train/loss") is not None]
         if points:
-            axes.plot(*zip(*points), linewidth=1, label=arm)
+            values = ", ".join(f"{name}={value}" for name, value in result["values"].items())
+            label = None if values in colours else values
+            colour = colours.setdefault(values, f"C{len(colours) % 10}")
+            axes.plot(*zip(*points), linewidth=1, color=colour, label=label)
     axes.set_title("train/loss over steps", fontsize=9)
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.3)
-    if curves and len(curves) <= 12:
+    if 0 < len(colours) <= 12:
         axes.legend(fontsize=6)
-    with path.open("wb") as file:
-        figure.savefig(file, format="png", dpi=110)
 
 
 def _values_panel(axes: Any, ablation: Mapping[str, Any], name: str) -> None:
@@ -153,10 +178,13 @@ def _values_panel(axes: Any, ablation: Mapping[str, Any], name: str) -> None:
         axes.errorbar(
             positions, means, yerr=stds, marker="o", markersize=4, linewidth=1, capsize=3, label=label or None
         )
+    untrained = ablation.get(UNTRAINED, {}).get("metrics", {}).get(name)
+    if untrained is not None and untrained["mean"] is not None:
+        axes.axhline(untrained["mean"], color="grey", linestyle=":", linewidth=1, label=UNTRAINED)
     axes.set_xticks(range(len(ablation["over"][first])), ablation["over"][first])
     axes.set_title(name, fontsize=9)
     axes.set_xlabel(first, fontsize=8)
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.3)
-    if others and lines:
+    if (others and lines) or untrained is not None:
         axes.legend(fontsize=6)

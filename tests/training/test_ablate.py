@@ -182,6 +182,27 @@ def test_a_signal_stops_it_and_it_resumes(kind, together, tmp_path, monkeypatch)
     assert manifests[0] == manifests[1]
 
 
+def test_networks_before_training_are_a_row(kind, tmp_path):
+    arguments = {"arguments": [*SHORT, "--steps", "5"], "seeds": [0, 1], "arms": "unroll"}
+    outputs = ablate(kind, {"momentum": ["0", "0.9"]}, tmp_path, untrained=True, **arguments)
+    states = [make_state(kind(), seed, 0.9) for seed in (0, 1)]
+    norms = [float(evaluation.run(s.params, s)["norm"]) for s in states for evaluation in kind().evaluations()]
+    rows = outputs["untrained"]["results"]
+    assert [(row["arm"], row["metrics"]["val/norm"]) for row in rows] == [
+        ("untrained,seed=0", pytest.approx(norms[0])),
+        ("untrained,seed=1", pytest.approx(norms[1])),
+    ]
+    spread = outputs["untrained"]["metrics"]["val/norm"]
+    assert spread == {"mean": pytest.approx(np.mean(norms)), "std": pytest.approx(np.std(norms, ddof=1)), "n": 2}
+    assert norms[0] != results(outputs)["momentum=0.9,seed=0"]["val/norm"]
+    console = Console(width=120, file=io.StringIO())
+    console.print(ablation_report.table(outputs))
+    row = next(line for line in console.file.getvalue().splitlines() if "untrained" in line)
+    assert f"{spread['mean']:.4g} ± " in row
+    again = ablate(kind, {"momentum": ["0", "0.9"]}, tmp_path, **arguments)
+    assert "untrained" not in again and results(again) == results(outputs)
+
+
 def test_learning_rate_scales_every_update(kind, tmp_path):
     outputs = ablate(kind, {"learning_rate": ["0.01", "0.03"]}, tmp_path, arguments=SHORT, arms="unroll")
     assert outputs["compiles"] == 1
