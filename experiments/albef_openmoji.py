@@ -27,9 +27,9 @@ from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.data.transforms import RandomFlip, RandomResizedCrop
 from mmjax.evaluation.rerank import RerankEvaluation
 from mmjax.evaluation.retrieval import RetrievalEvaluation
+from mmjax.evaluation.two_stage import TwoStages
 from mmjax.models.albef.network import AlbefConfig
 from mmjax.models.albef.pretrain import AlbefPretraining
-from mmjax.models.albef.retrieval import TwoStages
 from mmjax.models.bert.network import BertConfig
 from mmjax.models.vit.network import ViTConfig
 from mmjax.text.captions import albef_caption, caption_columns
@@ -148,10 +148,10 @@ class Config(ExperimentConfig):
             texts=texts,
             final_step=self.steps,
         )
-        stages = TwoStages(method, images, texts, self.k)
+        stages = TwoStages(method.head, method.pixels)
         reranking = RerankEvaluation(
-            reranker=stages.reranker,
-            first=stages.first,
+            reranker=stages.reranker(self.k, add_similarity=False),
+            first=functools.partial(stages.first, images, texts),
             captions=names,
             thumbnails=images,
             attribution=ATTRIBUTION,

@@ -229,7 +229,7 @@ def test_the_training_path_is_determined_by_content():
         "bert.finetune",
     ):
         assert f"mmjax.models.{name}" in path
-    assert "mmjax.models.albef.retrieval" not in path  # an evaluation, which compiles by itself
+    assert "mmjax.models.albef.tasks" not in path  # a loaded model, which compiles by itself
     assert runs_in_a_lift(ast.parse("class A:\n    axis_name: str | None = None"))
     assert not runs_in_a_lift(ast.parse("def f(x): return g(x, axis_name=None)"))
 

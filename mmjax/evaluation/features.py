@@ -128,6 +128,24 @@ class Extractor:
         return np.concatenate(done)
 
 
+def batched(apply: Callable[..., Any], size: int, *arrays: ArrayLike) -> Any:
+    """The outputs of `apply`, one array or a tree of arrays, computed batch by batch.
+
+    The last batch is padded with copies to the size of the others, so that all use one compiled program.
+    """
+    n = len(arrays[0])
+    if n <= size:
+        return apply(*arrays)
+    batches = (np.minimum(np.arange(start, start + size), n - 1) for start in range(0, n, size))
+    outputs = [apply(*(array[indices] for array in arrays)) for indices in batches]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n], *outputs)
+
+
+def similarities(queries: Float[Array, "n e"], candidates: Float[Array, "m e"]) -> Float[Array, "n m"]:
+    """Products of features in full float32, which TPUs and GPUs round by default: close values are compared."""
+    return jnp.matmul(queries, candidates.T, precision="highest")
+
+
 def finite(name: str, features: Any) -> Any:
     """The features unchanged. Raises MmjaxError, naming the argument, for NaN and infinities.
 

@@ -70,20 +70,67 @@ def _ranks(scores: np.ndarray, query: np.ndarray, candidate: np.ndarray, others:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reranker:
-    """Scores shortlists by a matching head, compiled once for all shortlists and all parameters.
+class PairScorer:
+    """Scores of pairs by a matching head, compiled once for all pairs and all parameters.
 
     Attributes:
         match: a pure function (params, states, {"image": int32 [b], "texts": int32 [b, t]}) -> float [b, t], the
             matching scores of each image with each of its texts, given by index. `states` are its further inputs, such
             as the states of both towers on the device.
-        k: length of the shortlists, or all candidates if there are fewer: 256 for COCO, 128 for Flickr30k. A k below
-            10 makes R@10 pessimistic.
-        add_similarity: whether a score is the head's plus the similarity (BLIP, BLIP-2) or only the head's (ALBEF).
-        texts: t above; an image with fewer remaining pairs is padded with copies.
         batch_size: b above.
 
     With several processes each computes every pair; `match` may shard its work over a mesh.
+    """
+
+    match: Encode
+    batch_size: int = 8
+
+    @functools.cached_property
+    def _extractor(self) -> Extractor:
+        return Extractor(self.match, self.batch_size)
+
+    def __call__(
+        self,
+        params: Params,
+        states: Any,
+        image: Int[np.ndarray, "*p"],
+        text: Int[np.ndarray, "*p"],
+        *,
+        similarities: Float[np.ndarray, "n m"] | None = None,
+        texts: int | None = None,
+        console: Console | None = None,
+    ) -> Float[np.ndarray, "*p"]:
+        """The head's scores of pairs, plus their similarities if those are given. Equal pairs are computed once.
+
+        image, text: indices. texts: t above; an image with fewer remaining texts is padded with copies. None: a power
+        of two that fits the image with the most texts, at most 32. console: shows a progress bar on a terminal.
+        Raises MmjaxError for another shape than [b, t], or NaN, from `match`.
+        """
+        m = int(text.max()) + 1
+        ids = image.astype(np.int64) * m + text
+        pairs = np.unique(ids)
+        images, columns = np.divmod(pairs, m)
+        if texts is None:
+            texts = min(32, 1 << (int(np.bincount(images).max()) - 1).bit_length())
+        groups, slots = _grouped(images, columns, texts)
+        with _progress_bar(console, len(groups["image"])) as advance:
+            scores = self._extractor(params, states, groups, "match", advance)
+        if scores.shape != groups["texts"].shape:
+            raise MmjaxError(f"match: should return scores {list(groups['texts'].shape)}, not {list(scores.shape)}")
+        pair_scores = scores[slots] + (0 if similarities is None else similarities[images, columns])
+        return pair_scores[np.searchsorted(pairs, ids)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reranker:
+    """Scores shortlists by a matching head, compiled once for all shortlists and all parameters.
+
+    Attributes:
+        match, batch_size: see `PairScorer`.
+        k: length of the shortlists, or all candidates if there are fewer: 256 for COCO, 128 for Flickr30k. A k below
+            10 makes R@10 pessimistic.
+        add_similarity: whether a score is the head's plus the similarity (BLIP, BLIP-2) or only the head's (ALBEF).
+        texts: the texts of an image that are computed together.
     """
 
     match: Encode
@@ -93,8 +140,8 @@ class Reranker:
     batch_size: int = 8
 
     @functools.cached_property
-    def _extractor(self) -> Extractor:
-        return Extractor(self.match, self.batch_size)
+    def scorer(self) -> PairScorer:
+        return PairScorer(self.match, self.batch_size)
 
     def __call__(
         self,
@@ -116,22 +163,20 @@ class Reranker:
         cosines = np.asarray(checked_scores("similarities", similarities))
         n, m = cosines.shape
         owner = owners(text_image, n, m)
-        texts, images = _nearest(cosines, self.k), _nearest(cosines.T, self.k)
-        rows, columns = np.arange(n)[:, None], np.arange(m)[:, None]
-        forward, backward = rows * m + texts, images.astype(np.int64) * m + columns
-        pairs = np.union1d(forward, backward)
-        image, text = np.divmod(pairs, m)
-        groups, slots = _grouped(image, text, self.texts)
-        with _progress_bar(console, len(groups["image"])) as advance:
-            scores = self._extractor(params, states, groups, "match", advance)
-        if scores.shape != groups["texts"].shape:
-            raise MmjaxError(f"match: should return scores {list(groups['texts'].shape)}, not {list(scores.shape)}")
-        pair_scores = scores[slots] + (cosines[image, text] if self.add_similarity else 0)
-        text_scores, image_scores = (pair_scores[np.searchsorted(pairs, ids)] for ids in (forward, backward))
-        return Shortlists(texts, text_scores, images, image_scores, owner)
+        texts, images = nearest(cosines, self.k), nearest(cosines.T, self.k)
+        rows, columns = np.indices(texts.shape)[0], np.indices(images.shape)[0]
+        image, text = (
+            np.concatenate([one.ravel(), other.ravel()]) for one, other in ((rows, images), (texts, columns))
+        )
+        added = cosines if self.add_similarity else None
+        options = {"similarities": added, "texts": self.texts, "console": console}
+        scores = self.scorer(params, states, image, text, **options)
+        text_scores, image_scores = np.split(scores, [texts.size])
+        return Shortlists(texts, text_scores.reshape(texts.shape), images, image_scores.reshape(images.shape), owner)
 
 
-def _nearest(scores: np.ndarray, k: int) -> Int[np.ndarray, "b k"]:
+def nearest(scores: Float[np.ndarray, "b n"], k: int) -> Int[np.ndarray, "b k"]:
+    """The columns of the k highest scores of each row, the highest first; all columns if there are fewer."""
     rows = max(1, BLOCK // scores.shape[1])
     blocks = (scores[start : start + rows] for start in range(0, len(scores), rows))
     return np.concatenate([np.asarray(jax.lax.top_k(block, min(k, block.shape[1]))[1]) for block in blocks])

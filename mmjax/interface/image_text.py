@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmjax.evaluation.features import similarities
 from mmjax.interface.model import Model
 from mmjax.nn.norm import l2_normalize
 from mmjax.types import Array, Float
@@ -37,11 +38,6 @@ class ImageTextModel(Model):
         if are_texts(items):
             return self.encode_text(items)
         return l2_normalize(jnp.asarray(items)) if are_features(items) else self.encode_image(items)
-
-
-def similarities(queries: Float[Array, "n e"], candidates: Float[Array, "m e"]) -> Float[Array, "n m"]:
-    """Products of features in full float32, which TPUs and GPUs round by default: close values are compared."""
-    return jnp.matmul(queries, candidates.T, precision="highest")
 
 
 def are_texts(items: Any) -> bool:

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import jax
@@ -25,7 +25,7 @@ LENGTHS = 16
 
 ABILITIES = (
     *("classify", "match", "retrieve", "ground", "segment", "detect", "caption", "answer", "chat", "generate"),
-    *("translate", "fill_mask", "tag", "entails", "encode_image", "encode_text"),
+    *("translate", "fill_mask", "tag", "classify_pairs", "encode_image", "encode_text"),
 )
 """The methods that a model may have besides `forward`."""
 
@@ -199,19 +199,6 @@ class Model(abc.ABC):
         if isinstance(images, np.ndarray) and images.ndim == 4 and images.dtype != np.uint8:
             return jnp.asarray(images)
         return jnp.asarray(self.preprocess(images))
-
-
-def batched(apply: Callable[..., Any], size: int, *arrays: ArrayLike) -> Any:
-    """The outputs of `apply`, one array or a tree of arrays, computed batch by batch.
-
-    The last batch is padded with copies to the size of the others, so that all use one compiled program.
-    """
-    n = len(arrays[0])
-    if n <= size:
-        return apply(*arrays)
-    batches = (np.minimum(np.arange(start, start + size), n - 1) for start in range(0, n, size))
-    outputs = [apply(*(array[indices] for array in arrays)) for indices in batches]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n], *outputs)
 
 
 def top_k_labels(scores: Array, names: list[str], top: int) -> list[list[tuple[str, float]]]:

@@ -16,8 +16,10 @@ All four lower-case. In captions runs of blanks then become one; in questions th
 between two spaces, which counts. Words are separated by spaces: a tab does not end one.
 """
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -67,6 +69,22 @@ def exchange_sides(text: str) -> str:
     As in BLIP's `nlvr_dataset.py` only words separated by spaces change: "leftmost" and "left," stay.
     """
     return " ".join(OTHER_SIDE.get(word, word) for word in text.split(" "))
+
+
+class TextRules(NamedTuple):
+    """How a system makes ids of captions and questions.
+
+    caption, question: the cleaning. sep: whether [SEP] ends a text. length: columns of a caption in retrieval.
+    """
+
+    caption: Callable[[str], str]
+    question: Callable[[str], str]
+    sep: bool
+    length: int
+
+
+ALBEF_RULES = TextRules(albef_caption, functools.partial(albef_question, words=50), sep=False, length=30)
+BLIP_RULES = TextRules(blip_caption, blip_question, sep=True, length=35)
 
 
 def caption_columns(

@@ -92,13 +92,13 @@ def test_each_pair_is_scored_once():
     near, scores = problem(1)
     batches: list = []
     rerank = Reranker(head([]), 11, False, texts=4, batch_size=1)
-    extract = rerank._extractor
+    extract = rerank.scorer._extractor
 
     def spy(params, known, groups, *rest):
         batches.append(groups)
         return extract(params, known, groups, *rest)
 
-    rerank.__dict__["_extractor"] = spy
+    rerank.scorer.__dict__["_extractor"] = spy
     shortlists = rerank(np.float32(1), scores, near, OWNER)
     pairs = {(image, text) for image, row in enumerate(shortlists.texts) for text in row}
     pairs |= {(image, text) for text, row in enumerate(shortlists.images) for image in row}
@@ -148,7 +148,7 @@ def test_progress_is_shown_on_a_terminal_only():
         shown.append(file.getvalue())
     assert "matching" in shown[0] and shown[1] == "" and shortlists.texts.shape == (N, 10)
     results: list = []
-    rerank._extractor(
+    rerank.scorer._extractor(
         np.float32(1), scores, {"image": np.zeros(11, int), "texts": np.zeros((11, 4), int)}, "x", results.append
     )
     assert results == [4, 4, 3]

@@ -256,7 +256,7 @@ def answering(config, params, carry, batch, inputs, meta):
     ranked = model.rank(
         batch["image"], batch["input_ids"], batch["attention_mask"], *candidates, k=meta["config"]["k_test"]
     )
-    outputs |= {"topk_ids": ranked.places, "topk_probs": ranked.probabilities, "start_logits": ranked.start_logits}
+    outputs |= {"topk_ids": ranked.indices, "topk_probs": ranked.probabilities, "start_logits": ranked.start_logits}
     outputs["rank_loss"] = ranked.losses.reshape(-1)
     outputs["image_embeds"] = compiled(
         lambda *arrays: method.head(arrays[0], "encode_image", arrays[1]), params, batch["image"]

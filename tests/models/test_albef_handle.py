@@ -16,6 +16,7 @@ from PIL import Image
 import mmjax
 from mmjax import cli, tree
 from mmjax.errors import MmjaxError
+from mmjax.interface.answers import AnswerRules
 from mmjax.models.albef.checkpoint import table
 from mmjax.models.albef.finetune import AlbefAnswering, AlbefClassification, AlbefRetrieval
 from mmjax.models.albef.network import AlbefConfig
@@ -299,13 +300,18 @@ def test_retrieval_in_two_stages():
         (CAPTIONS, pictures, cosines, np.asarray(score)),
         (pictures, CAPTIONS, cosines.T, np.asarray(score).T),
     ):
-        plainly, twice = model.retrieve(queries, candidates, 2), model.retrieve(queries, candidates, 2, 3, batch_size=4)
+        plainly, twice = model.retrieve(queries, candidates, 2), model.retrieve(queries, candidates, 2, 3)
         for row in range(len(queries)):
             order = np.argsort(-near[row])
             assert [i for i, _ in plainly[row]] == order[:2].tolist()
             short = sorted(order[:3], key=lambda i: -scores[row, i])[:2]
             assert [i for i, _ in twice[row]] == short
             np.testing.assert_allclose([s for _, s in twice[row]], scores[row, short], rtol=0, atol=2e-5)
+    added = model.retrieve(CAPTIONS, pictures, 5, rerank=5, add_similarity=True)  # as BLIP does
+    for row, results in enumerate(added):
+        sums = np.asarray(score)[row] + cosines[row]
+        assert [i for i, _ in results] == np.argsort(-sums).tolist()
+        np.testing.assert_allclose([s for _, s in results], -np.sort(-sums), rtol=0, atol=2e-5)
     with pytest.raises(MmjaxError, match="images and texts"):
         model.retrieve(CAPTIONS, CAPTIONS, 2, rerank=3)
 
@@ -348,13 +354,49 @@ def test_answers_out_of_a_list_word_by_word():
         model.answer(pictures, QUESTIONS, [])
 
 
+def test_answers_ranked_by_smoothed_losses_alone():
+    """BLIP's rule: the first token is not counted twice, and each loss is 0.9 nll + 0.1 of all tokens' mean."""
+    model, pictures = model_of("vqa"), images(2)
+    sequences, rules = ids_of(ANSWERS, end=True), AnswerRules(label_smoothing=0.1)
+    columns = model.columns(QUESTIONS, question=True)
+    ranking = model.rank(model.pixels(pictures), *columns, *model.answer_columns(ANSWERS), k=6, rules=rules)
+    for row, (image, ids) in enumerate(zip(pictures, ids_of(["what colour is the hen", "how many boats  are there"]))):
+        losses = []
+        for sequence in sequences:
+            logits = plain(model, image, ids, decoder_ids=jnp.asarray([sequence]))["answer_logits"][0]
+            logs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+            losses.append(-sum(0.9 * logs[i, token] + 0.1 * logs[i].mean() for i, token in enumerate(sequence[1:])))
+        assert ranking.indices[row].tolist() == np.argsort(losses).tolist()
+        shares = np.exp(-np.sort(losses))
+        np.testing.assert_allclose(ranking.probabilities[row], shares / shares.sum(), rtol=1e-4)
+
+
+def test_answers_written_token_by_token():
+    model, pictures = model_of("vqa"), images(3)
+    questions = [*QUESTIONS, "a hen?"]
+    suppress = [i for i in range(37) if i != TOKENIZER.sep and not 5 <= i < len(VOCABULARY)]  # all but words
+    options = {"num_beams": 1, "max_new_tokens": 4, "suppress": tuple(suppress), "no_repeat_ngram_size": 1}
+    written = model.answer(pictures, questions, batch_size=2, **options)
+    for text, image, ids in zip(
+        written, pictures, ids_of(["what colour is the hen", "how many boats  are there", "a hen"])
+    ):
+        sequence = [TOKENIZER.cls]
+        while len(sequence) < 5 and sequence[-1] != TOKENIZER.sep:
+            logits = plain(model, image, ids, decoder_ids=jnp.asarray([sequence]))["answer_logits"][0, -1]
+            sequence.append(int(np.argmax(np.asarray(logits.at[np.asarray([*suppress, *sequence])].set(-np.inf)))))
+        assert text == TOKENIZER.decode(sequence)
+    assert len(set(written)) > 1
+    with pytest.raises(MmjaxError, match="num_beams would have no effect"):
+        model.answer(pictures, questions, ANSWERS, num_beams=2)
+
+
 def test_missing_heads_and_files_are_named():
     vqa, retrieval = model_of("vqa"), model_of("retrieval")
     for call, message in (
         (lambda: vqa.encode_image(images(1)), "embed_dim=0"),
         (lambda: vqa.encode_text("a"), "embed_dim=0"),
         (lambda: vqa.retrieve(["a"], images(1)), "embed_dim=0"),
-        (lambda: vqa.match(images(1), ["a"]), "no head that matches"),
+        (lambda: vqa.match(images(1), ["a"]), "no ITM head"),
         (lambda: vqa.classify_pairs(images(1), ["a"]), "no head of classes"),
         (lambda: retrieval.answer(images(1), ["a"], ["b"]), "no decoder"),
         (lambda: retrieval.match(images(1), []), "texts: there is none"),

@@ -258,6 +258,17 @@ class Albef(nn.Module):
             text_states = self.text.run(text_states, mask, context, train=train, first=i, last=i + 1)[-1]
         return text_states
 
+    def encode_pair(
+        self,
+        ids: Int[Array, "b l"],
+        mask: Int[Array, "b l"] | None,
+        text_states: Float[Array, "b l d"],
+        image_states: Float[Array, "b n e"],
+        other_states: Float[Array, "b n e"] | None = None,
+    ) -> Float[Array, "b l d"]:
+        """As `encode_multimodal`, with the arguments that `mmjax.interface.two_stage` has for every system."""
+        return self.encode_multimodal(text_states, mask, image_states, other_states)
+
     def image_embeds(self, image_tokens: Float[Array, "b n d"]) -> Float[Array, "b e"]:
         """Unit-norm features, from the class token."""
         return l2_normalize(self.vision_proj(image_tokens[:, 0]))
@@ -267,9 +278,9 @@ class Albef(nn.Module):
         return l2_normalize(self.text_proj(text_states[:, 0]))
 
     def mlm_logits(
-        self, states: Float[Array, "b l d"], places: Int[Array, "b m"] | None = None
+        self, states: Float[Array, "b l d"], positions: Int[Array, "b m"] | None = None
     ) -> Float[Array, "b l v"] | Float[Array, "b m v"]:
-        return self.text.mlm_logits(states, places)
+        return self.text.mlm_logits(states, positions)
 
     def itm_logits(self, states: Float[Array, "b l d"]) -> Float[Array, "b 2"]:
         """Logits of the first token; class 1: text and image match."""

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.errors import MmjaxError
+from mmjax.evaluation.features import batched
 from mmjax.interface.inputs import TEXTS, Input
-from mmjax.interface.model import LENGTHS, Model, batched, top_k_labels
+from mmjax.interface.model import LENGTHS, Model, top_k_labels
 from mmjax.models.bert.network import Bert, BertConfig
 from mmjax.nn.norm import l2_normalize
 from mmjax.text.answer_spans import best_answers, windows

@@ -13,11 +13,12 @@ from flax import linen as nn
 
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
+from mmjax.evaluation.features import batched, similarities
 from mmjax.evaluation.zero_shot import TEMPLATES, class_embeddings, prompts
 from mmjax.interface.image_classifier import Headless, at_size
-from mmjax.interface.image_text import ImageTextModel, similarities
+from mmjax.interface.image_text import ImageTextModel
 from mmjax.interface.inputs import IMAGES_AND_TEXTS, Input
-from mmjax.interface.model import batched, top_k_labels
+from mmjax.interface.model import top_k_labels
 from mmjax.models.clip.network import CLIP, CLIPConfig
 from mmjax.models.vit.network import ViTConfig
 from mmjax.nn.norm import l2_normalize
