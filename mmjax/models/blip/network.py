@@ -203,7 +203,7 @@ class Blip(nn.Module):
     def setup(self) -> None:
         c = self.config
         dtype: Any = {"dtype": c.dtype}
-        self.vision = ViT(replace(c.vision, **dtype))
+        self.vision = ViT(replace(c.vision, **dtype), self.axis_name)
         if c.text is not None:
             self.text = Bert(replace(c.text, **dtype), self.axis_name)
             if c.embed_dim:
@@ -264,7 +264,7 @@ class Blip(nn.Module):
 
     def encode_image(self, images: Float[Array, "b height width 3"], train: bool = False) -> Float[Array, "b n d"]:
         """The class token and the patches, after the final norm."""
-        return self.vision(images, train=train, axis_name=self.axis_name).tokens
+        return self.vision(images, train=train).tokens
 
     def encode_text(
         self, ids: Int[Array, "b l"], mask: Int[Array, "b l"] | None = None, train: bool = False
