@@ -32,17 +32,18 @@ from mmjax.models.albef.network import AlbefConfig
 from mmjax.models.albef.pretrain import AlbefPretraining
 from mmjax.models.bert.network import BertConfig
 from mmjax.models.vit.network import ViTConfig
+from mmjax.recipes.image_text import EncoderStart
 from mmjax.text.captions import albef_caption, caption_columns
 from mmjax.text.training import train_wordpiece
 from mmjax.text.wordpiece import WordPieceTokenizer
-from mmjax.training.experiment import Evaluation, ExperimentConfig, save_tokenizer
+from mmjax.training.experiment import Evaluation, save_tokenizer
 from mmjax.training.optimizer import Optimizer, adamw, warmup_cosine
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(ExperimentConfig):
+class Config(EncoderStart):
     """A run of minutes on two cores.
 
     Attributes:

@@ -273,10 +273,11 @@ class _Ablation:
     def _fresh(self, config: Any, create: Any, seed: int) -> tuple[Any, str]:
         """A state before training on the host, and the report of `init_from`, empty without it."""
         state = initialise(create, jax.random.key(seed))
-        if config.init_from is None:
+        source = ", ".join(config.init_sources())
+        if not source:
             return state, ""
         weights, partition = config.initial_weights(self.load_weights), config.optimizer().partition
-        return initialize_from(state, weights, config.init_from, partition)
+        return initialize_from(state, weights, source, partition, config.method().constrain)
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)

@@ -40,7 +40,7 @@ class Evaluation(Protocol):
 
 LoadWeights = Callable[[str], Mapping[str, Any]]
 """path -> {"params", "stats", "ema", "queues": {name: {"keys", "cursor"}}}: nested dicts of arrays, all but the first
-optional."""
+optional. `initial_weights` may add "origins", {path of a parameter: its source}, where there are several."""
 
 
 class DataIterator(Protocol):
@@ -127,8 +127,12 @@ class ExperimentConfig:
         config.json: {"tokenizer": "tokenizer.json", "preprocess": {...}}. By default nothing."""
         return {}
 
+    def init_sources(self) -> tuple[str, ...]:
+        """The weights that a new state starts from: `init_from`, and a recipe's further fields like it; (): none."""
+        return () if self.init_from is None else (self.init_from,)
+
     def initial_weights(self, load: LoadWeights) -> Mapping[str, Any]:
-        """The weights that a new state takes from `init_from`, which is set; by default all of them, by path."""
+        """The weights that a new state takes from `init_sources`, of which there are; by default all, by path."""
         assert self.init_from is not None
         return load(self.init_from)
 

@@ -4,18 +4,20 @@ One rule for every system: a fresh state takes from its source, a run of ours or
 
     params    Every leaf of the source has to be a leaf of the state, of the same shape. Trainable leaves get the
               state's dtype, float32. Frozen ones keep the source's: bfloat16 stays bfloat16, int8 stays int8. What the
-              source lacks stays fresh, and is reported.
+              source lacks stays fresh, and is reported. The result is projected into its range (`Method.constrain`), as
+              after each update: ALBEF clamps a temperature before it is used.
     stats     The same, in the state's dtype.
     ema       The source's momentum parameters; where it has none, a copy of the parameters.
     averages  Of batch statistics, beside averaged parameters: the source's, else a copy of the statistics.
     queues    Those whose names and shapes fit, keys with their cursor. The others start afresh; both are reported.
     the rest  Step, optimizer, random key, hyper-parameters, counters and other state of a method: always new.
 
-An experiment that starts from another network's weights selects and converts them in `initial_weights`.
+An experiment that starts from another network's weights selects and converts them in `initial_weights`. Where it takes
+parts from several sources, `origins` of the weights names the source of each parameter.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,21 +29,27 @@ from mmjax.nn import int8
 from mmjax.training.classification import AVERAGED
 from mmjax.training.partition import FROZEN, Partition
 from mmjax.training.state import TrainState
+from mmjax.types import Params
 
 LISTED = 8
 """Leaves that a message names."""
 
 
 def initialize_from(
-    state: TrainState, weights: Mapping[str, Any], source: str, partition: Partition | None = None
+    state: TrainState,
+    weights: Mapping[str, Any],
+    source: str,
+    partition: Partition | None = None,
+    constrain: Callable[[Params], Params] | None = None,
 ) -> tuple[TrainState, str]:
     """A fresh host state with what it takes from `init_from` (see above), and a sentence that reports it.
 
     Args:
         state: as `create_state` makes it, on the host.
         weights: see `LoadWeights`.
-        source: the value of `init_from`, for messages.
+        source: the value of `init_from`, or of several such fields, for messages.
         partition: labels the frozen parameters; None: none.
+        constrain: `Method.constrain`; frozen parameters stay as they are.
 
     Raises:
         MmjaxError: leaves of the source that the state does not have, of another shape, or none in common. One message
@@ -58,11 +66,37 @@ def initialize_from(
     if AVERAGED in extra:
         extra[AVERAGED], _ = _overlay(extra[AVERAGED], weights.get("averaged_stats") or stats, source)
     queues, report = _queues(state.queues, weights.get("queues") or {})
-    message = f"initialised from {source}: {len(tree.flatten(params)) - len(fresh)} arrays"
+    message = f"initialised from {_summary(origins_of(state.params, weights, source))}"
+    if constrain is not None:
+        constrained = tree.flatten(jax.tree.map(np.asarray, constrain(params)))
+        params = tree.map_with_path(lambda path, leaf: leaf if path in frozen else constrained[path], params)
     if fresh:
         message += f"; fresh: {', '.join(fresh[:LISTED])}{' ...' if len(fresh) > LISTED else ''}"
     taken = {"params": params, "stats": stats, "ema": ema, "queues": queues, "extra": extra}
     return dataclasses.replace(state, **taken), message + report
+
+
+FRESH = "fresh"
+"""The origin of a parameter that no source provides."""
+
+
+def origins_of(params: Params, weights: Mapping[str, Any], source: str) -> dict[str, str]:
+    """path -> the source of the parameter there, or `FRESH`, for a state's `params`."""
+    sources, provided = weights.get("origins") or {}, tree.flatten(weights["params"])
+    return {path: sources.get(path, source) if path in provided else FRESH for path in tree.flatten(params)}
+
+
+def _summary(origins: Mapping[str, str]) -> str:
+    """ "A: 3 arrays", or with several sources "A: 3 arrays of vision; B: 2 arrays of text"."""
+    paths: dict[str, list[str]] = {}
+    for path, source in origins.items():
+        if source != FRESH:
+            paths.setdefault(source, []).append(path)
+    parts = {source: ", ".join(dict.fromkeys(path.split("/")[0] for path in of)) for source, of in paths.items()}
+    return "; ".join(
+        f"{source}: {len(of)} arrays" + (f" of {parts[source]}" if len(paths) > 1 else "")
+        for source, of in paths.items()
+    )
 
 
 def _queues(target: Mapping[str, Any], source: Mapping[str, Any]) -> tuple[dict[str, Any], str]:

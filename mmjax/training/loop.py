@@ -1,7 +1,8 @@
 """train(config, workdir): from a recipe to trained parameters, through kills, signals, bad records and full disks.
 
 A workdir holds `config.json`, `metrics.jsonl`, `curves.png`, `checkpoints/<step>/`, and where configured `tensorboard/`
-and `artifacts/`. Running the same command again resumes it.
+and `artifacts/`; with `init_from` also `origins.json`, the source of each initial parameter. Running
+the same command again resumes it.
 """
 
 import functools
@@ -19,7 +20,7 @@ from mmjax.training.checkpoint_format import CheckpointError, encode, frozen_key
 from mmjax.training.console import RunConsole
 from mmjax.training.experiment import ExperimentConfig, LoadWeights, batch_shapes
 from mmjax.training.in_flight import InFlight, Received
-from mmjax.training.initialize import initialize_from
+from mmjax.training.initialize import initialize_from, origins_of
 from mmjax.training.interrupts import Interrupts
 from mmjax.training.lift import create_lift, gather_json, initialise
 from mmjax.training.metrics import MetricsWriter
@@ -27,7 +28,7 @@ from mmjax.training.pace import Pace
 from mmjax.training.scores import metrics as flatten
 from mmjax.training.state import TrainState, create_state
 from mmjax.training.step import train_step
-from mmjax.training.workdir import Lock, write_config
+from mmjax.training.workdir import Lock, write_config, write_origins
 
 
 def train(
@@ -80,6 +81,7 @@ class _Run:
         self.pace = Pace()
         self.data: Any = None
         self.ahead: Any = None
+        self.origins: dict[str, str] = {}
 
     # ------------------------------------------------------------------------------------------------------- start
 
@@ -109,6 +111,8 @@ class _Run:
             changed = write_config(config, self.workdir, self.experiment_file)
             if changed:
                 self.console.print(f"config.json: {', '.join(changed)}")
+            if self.origins:
+                write_origins(self.origins, self.workdir)
         self.metrics = (
             MetricsWriter(self.workdir, config.tensorboard, start, self.console.warn) if self.primary else None
         )
@@ -145,9 +149,11 @@ class _Run:
             return restored.state, restored.step
         with self.console.activity("initialising the parameters"):
             host = initialise(create, rng)
-        if self.config.init_from is not None:
+        source = ", ".join(self.config.init_sources())
+        if source:
             weights = self.config.initial_weights(self.load_weights)
-            host, message = initialize_from(host, weights, self.config.init_from, self.optimizer.partition)
+            self.origins = origins_of(host.params, weights, source)
+            host, message = initialize_from(host, weights, source, self.optimizer.partition, method.constrain)
             self.console.print(message)
         return host, 0
 

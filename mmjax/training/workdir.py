@@ -1,4 +1,4 @@
-"""The files of a workdir beside checkpoints: the lock of its one writer, and config.json."""
+"""The files of a workdir beside checkpoints: the lock of its one writer, config.json and origins.json."""
 
 import dataclasses
 import fcntl
@@ -7,6 +7,7 @@ import os
 import pathlib
 import socket
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -74,8 +75,18 @@ def write_config(
     text = json.dumps(contents, indent=2, default=str) + "\n"
     now = json.loads(text)["experiment"]
     for name, data in (files | {"config.json": text.encode()}).items():
-        try:
-            write_changed(workdir / name, data)
-        except OSError as error:
-            raise CheckpointError(f"{workdir / name} cannot be written: {error.strerror or error}") from error
+        _write(workdir / name, data)
     return [f"{name} {before.get(name)} -> {now[name]}" for name in now if before and before.get(name) != now[name]]
+
+
+def write_origins(origins: Mapping[str, str], workdir: str | os.PathLike[str]) -> None:
+    """Writes origins.json: the path of each initial parameter and its source (`mmjax.training.initialize`)."""
+    _write(epath.Path(workdir) / "origins.json", (json.dumps(origins, indent=1) + "\n").encode())
+
+
+def _write(path: Any, data: bytes) -> None:
+    """Replaces a file as a whole where it changes. Raises CheckpointError if it cannot be written."""
+    try:
+        write_changed(path, data)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error

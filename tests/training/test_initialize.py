@@ -11,7 +11,7 @@ from mmjax.errors import MmjaxError
 from mmjax.nn import int8
 from mmjax.training import checkpoint
 from mmjax.training.checkpoint import CheckpointWriter
-from mmjax.training.initialize import initialize_from
+from mmjax.training.initialize import initialize_from, origins_of
 from mmjax.training.partition import Partition
 from mmjax.training.queue import Queue
 
@@ -99,3 +99,26 @@ def test_frozen_leaves_keep_their_form_and_trainable_ones_become_float32():
     assert tree.tree_hash(kernel) == tree.tree_hash(matrix)
     state, _ = initialize_from(state_of(2), {"params": mixed}, "a file")
     np.testing.assert_array_equal(state.params["stem"]["kernel"], int8.dequantize(matrix))
+
+
+def test_what_is_loaded_is_projected_into_its_range_as_after_an_update():
+    """But frozen parameters are not."""
+    source = state_of(1).params
+
+    def constrain(params):
+        return jax.tree.map(lambda leaf: jnp.clip(leaf, -0.1, 0.1), params)
+
+    frozen = Partition({"head/**": "frozen"})
+    state, _ = initialize_from(state_of(2), {"params": source}, "a file", frozen, constrain)
+    np.testing.assert_array_equal(state.params["stem"]["kernel"], np.clip(source["stem"]["kernel"], -0.1, 0.1))
+    np.testing.assert_array_equal(state.params["head"]["kernel"], source["head"]["kernel"])
+    assert np.abs(source["stem"]["kernel"]).max() > 0.1 and np.abs(source["head"]["kernel"]).max() > 0.1
+
+
+def test_each_parameter_has_an_origin():
+    source = state_of(1).params
+    weights = {"params": {"stem": source["stem"]}, "origins": {"stem/kernel": "a file"}}
+    origins = origins_of(state_of(2).params, weights, "another")
+    assert origins == {"head/kernel": "fresh", "stem/bias": "another", "stem/kernel": "a file"}
+    _, message = initialize_from(state_of(2), weights, "a file, another")
+    assert message == "initialised from a file: 1 arrays of stem; a file, another: 1 arrays of stem; fresh: head/kernel"

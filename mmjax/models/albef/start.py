@@ -9,13 +9,13 @@ As the original's scripts do it (VQA.py:146-183, Pretrain_nlvr.py:116-136; Retri
     MLM head           dropped, but the decoder starts from it
     decoder            starts from the cross-attention layers and the embeddings
     pairs of images    each cross-attention layer becomes two, the second beside the first
-    queues             copied; the keys they hold belong to no known image
+    queues             copied; their keys belong to no known image. (The original keeps the ids in files of retrieval,
+                       which number the images of other data; two images of one number would be one.)
 
 Momentum encoders are converted the same way. `mmjax.training.initialize` initialises the rest, such as new heads, and
 copies the network where a file has no momentum encoders.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,9 +25,9 @@ from mmjax import tree
 from mmjax.errors import MmjaxError
 from mmjax.models.albef.network import AlbefConfig
 from mmjax.models.albef.tasks import AlbefModel
-from mmjax.nn.positions import interpolate
 from mmjax.objectives.language import IGNORED
-from mmjax.types import Array, Params
+from mmjax.training.initial_parts import resized_positions
+from mmjax.types import Params
 
 WORDS = ("mlm_transform", "mlm_bias")
 """The parts of the MLM head."""
@@ -46,7 +46,7 @@ def starting_weights(weights: Mapping[str, Any], config: AlbefConfig) -> dict[st
     if weights.get("ema"):
         initial["ema"] = _converted(weights["ema"], config, expected)
     queues = dict(weights.get("queues") or {})
-    if queues and config.by_image and "ids" not in queues:
+    if queues and config.by_image:
         image = queues["image"]  # one cursor for all: keys and ids of a batch stand in the same rows
         ids = jnp.full((len(image["keys"]), 1), IGNORED, jnp.int32)
         queues["ids"] = {"keys": ids, "cursor": image["cursor"]}
@@ -59,7 +59,7 @@ def _converted(params: Params, config: AlbefConfig, expected: Mapping[str, Any])
     if missing:
         raise MmjaxError(f"not the weights of an ALBEF: they have no {', '.join(missing)}")
     text, vision = params["text"], params["vision"]
-    moved = {**params, "vision": {**vision, "positions": _positions(vision["positions"], config)}}
+    moved = {**params, "vision": {**vision, "positions": resized_positions(vision["positions"], config.vision)}}
     if config.decoder is not None and "decoder" not in params:
         moved["decoder"] = _decoder(text, config)
     moved["text"] = {**text, "encoder": _encoder(text["encoder"], config)}
@@ -74,16 +74,6 @@ def _at(params: Params, path: str) -> Any:
     for name in path.split("/"):
         node = node.get(name) if isinstance(node, Mapping) else None
     return node
-
-
-def _positions(table: Array, config: AlbefConfig) -> Array:
-    """The position table for the images of `config`. Raises MmjaxError for a table that is not of a square grid."""
-    vision = config.vision
-    cells = table.shape[-2] - vision.placed
-    side = math.isqrt(max(cells, 0))
-    if side * side != cells:
-        raise MmjaxError(f"vision/positions: {cells} patches are no square")
-    return interpolate(jnp.asarray(table), (side, side), vision.grid, vision.rule, vision.placed)
 
 
 def _crossed(encoder: Params, config: AlbefConfig) -> list[str]:
