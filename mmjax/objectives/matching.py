@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.nn.groups import group_positions, group_rows
-from mmjax.objectives.language import IGNORED, token_cross_entropy
+from mmjax.objectives.language import IGNORED, token_accuracy, token_cross_entropy
 from mmjax.types import Array, Bool, Float, Int, Mean, PRNGKeyArray
 
 
@@ -92,3 +92,32 @@ def matching_labels(counted: Bool[Array, "b"]) -> Int[Array, "three_b"]:
     """The classes of `matching_loss`'s pairs: 1 where they match, else 0; `IGNORED` where they are not counted."""
     negative = jnp.where(counted, 0, IGNORED)
     return jnp.concatenate([jnp.ones(len(counted), jnp.int32), negative, negative])
+
+
+def matching_metrics(
+    logits: Float[Array, "three_b 2"], counted: Bool[Array, "b"], axis_name: str | None = None
+) -> dict[str, Mean]:
+    """matching_accuracy, matching_auc and matching_gap, of the arguments of `matching_loss`.
+
+    A head that always answers "no" has an accuracy of 2/3, and one that has begun to learn has it for long, because
+    there are two negatives for each positive. The other two show that progress: how often a pair's score, the
+    difference of its logits, is above that of a negative (the area under the ROC curve, 0.5 by chance), over all
+    positives and negatives of the global batch; and by how much on average it is above those of its own negatives.
+    """
+    logits = jax.lax.stop_gradient(logits.astype(jnp.float32))
+    scores = (logits[:, 1] - logits[:, 0]).reshape(3, -1)
+    positive, negatives = scores[0], scores[1:]
+    present = jnp.broadcast_to(counted, negatives.shape)
+    everyone, everyone_present = negatives, present
+    if axis_name is not None:
+        everyone, everyone_present = (jax.lax.all_gather(x, axis_name) for x in (negatives, present))
+    # Ranks of the positives among the sorted negatives: no [b, 2 b] matrix.
+    ordered = jnp.sort(jnp.where(everyone_present, everyone, jnp.inf).reshape(-1))
+    below, not_above = (jnp.searchsorted(ordered, positive, side=side) for side in ("left", "right"))
+    number = jnp.sum(everyone_present).astype(jnp.float32)
+    wins = jnp.sum((below + not_above).astype(jnp.float32)) / 2
+    return {
+        "matching_accuracy": token_accuracy(logits, matching_labels(counted)),
+        "matching_auc": Mean(wins / jnp.maximum(number, 1), jnp.where(number > 0, float(len(positive)), 0.0)),
+        "matching_gap": Mean.of(positive - jnp.mean(negatives, axis=0), counted),
+    }

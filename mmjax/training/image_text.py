@@ -10,11 +10,11 @@ from flax import struct
 
 from mmjax.channels import CLIP_MEAN, CLIP_STD
 from mmjax.nn.groups import take_in_group
-from mmjax.objectives.language import IGNORED, token_accuracy
+from mmjax.objectives.language import IGNORED
 from mmjax.objectives.matching import (
     has_negative,
-    matching_labels,
     matching_loss,
+    matching_metrics,
     negative_log_weights,
     sample_negatives,
 )
@@ -290,8 +290,8 @@ class Alignment(MomentumDistillation):
         first = jnp.concatenate([positive[:, :1], negative[::2, :1], negative[1::2, :1]])
         logits = self.head(params, "itm_logits", first)
         counted = has_negative(len(positive), self._ids(batch), self.groups, axis_name)
-        accuracy = token_accuracy(logits, matching_labels(counted))
-        return matching_loss(logits, counted), {"matching_accuracy": accuracy}, logits
+        metrics: Means = {**matching_metrics(logits, counted, axis_name)}
+        return matching_loss(logits, counted), metrics, logits
 
     def _ids(self, batch: Batch) -> Int[Array, "b"] | None:
         return batch["image_id"] if self.config.by_image else None

@@ -17,7 +17,13 @@ from scipy import stats
 from mmjax.errors import MmjaxError
 from mmjax.nn.groups import take_in_group
 from mmjax.objectives.language import IGNORED
-from mmjax.objectives.matching import has_negative, matching_loss, negative_log_weights, sample_negatives
+from mmjax.objectives.matching import (
+    has_negative,
+    matching_loss,
+    matching_metrics,
+    negative_log_weights,
+    sample_negatives,
+)
 from mmjax.training.rng import example_keys
 
 B, D = 16, 7
@@ -215,3 +221,32 @@ def test_eight_devices_match_one(repository):
     errors = json.loads(result.stdout)
     assert len(errors) == 6
     assert all(error <= 1e-5 for error in errors.values()), errors
+
+
+def test_metrics_show_progress_where_accuracy_does_not():
+    """By hand, with ties and a pair without negatives; over devices the negatives of all count."""
+    rng = np.random.default_rng(3)
+    logits = np.zeros((3 * B, 2), np.float32)
+    logits[:, 1] = rng.integers(-5, 3, 3 * B)  # whole numbers: several are equal
+    counted = np.arange(B) != 4
+    scores = (logits[:, 1] - logits[:, 0]).reshape(3, B)
+    negatives = scores[1:][:, counted].ravel()
+    wins = (scores[0][:, None] > negatives) + 0.5 * (scores[0][:, None] == negatives)
+    metrics = {name: float(mean.value) for name, mean in matching_metrics(logits, jnp.asarray(counted)).items()}
+    right = np.concatenate([scores[0] > 0, scores[1][counted] <= 0, scores[2][counted] <= 0])
+    expected = {
+        "matching_accuracy": right.mean(),
+        "matching_auc": wins.mean(),
+        "matching_gap": (scores[0] - scores[1:].mean(0))[counted].mean(),
+    }
+    assert metrics == pytest.approx(expected, rel=1e-6)
+    parts = logits.reshape(3, 4, B // 4, 2).swapaxes(0, 1).reshape(4, -1, 2), counted.reshape(4, -1)
+    cut = jax.vmap(lambda *part: matching_metrics(*part, "data"), axis_name="data")(*parts)
+    summed = {name: float(mean.total.sum() / mean.count.sum()) for name, mean in cut.items()}
+    assert summed == pytest.approx(expected, rel=1e-6)
+    # A head that always answers "no", but less so for those that match.
+    quiet = np.stack([np.full(3 * B, 5.0), np.repeat([0.2, 0.1, 0.0], B)], 1)
+    metrics = {name: float(mean.value) for name, mean in matching_metrics(quiet, jnp.ones(B, bool)).items()}
+    assert metrics == pytest.approx({"matching_accuracy": 2 / 3, "matching_auc": 1.0, "matching_gap": 0.15}, rel=1e-5)
+    nothing = matching_metrics(logits, jnp.zeros(B, bool))
+    assert np.isnan(nothing["matching_auc"].value) and float(nothing["matching_auc"].total) == 0
