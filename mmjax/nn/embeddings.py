@@ -22,6 +22,7 @@ class PatchEmbed(nn.Module):
     use_bias: bool = True
     dtype: Any = jnp.float32
     kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, image: Float[Array, "b height width c"]) -> Float[Array, "b rows columns d"]:
@@ -34,4 +35,5 @@ class PatchEmbed(nn.Module):
             raise MmjaxError(f"an image of {height} x {width} pixels is smaller than a patch of {p} x {p}")
         whole = image[:, : height - height % p, : width - width % p]
         patches = rearrange(whole, "b (r p) (s q) c -> b r s (p q c)", p=p, q=p)
-        return Dense(self.features, self.use_bias, self.dtype, self.kernel_init, name="projection")(patches)
+        dense = Dense(self.features, self.use_bias, self.dtype, self.kernel_init, self.bias_init, name="projection")
+        return dense(patches)

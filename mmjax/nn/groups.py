@@ -70,3 +70,9 @@ def take_in_group(x: Array, positions: Int[Array, "b"], groups: int = 1, axis_na
     rows = group_rows(x, groups, axis_name)
     taken = jax.vmap(lambda rows, positions: rows[positions])(rows, positions.reshape(len(rows), -1))
     return taken.reshape(x.shape)
+
+
+def group_totals(x: Array, groups: int = 1, axis_name: str | None = None) -> Array:
+    """[b, ...] -> [b, ...]: for each row the sum over the rows of its group. Raises as `cut` does."""
+    totals = jnp.sum(group_rows(x, groups, axis_name), axis=1, keepdims=True)
+    return jnp.broadcast_to(totals, (len(totals), len(x) // len(totals), *x.shape[1:])).reshape(x.shape)

@@ -25,6 +25,18 @@ from mmjax.types import Array, Bool, Float, Int
 Initializer = Callable[..., Any]
 XAVIER: Initializer = nn.initializers.xavier_uniform()
 TINY: Initializer = nn.initializers.normal(1e-6)
+TORCH: Initializer = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+"""torch's default for matrices and convolutions: uniform within 1 / sqrt(fan_in)."""
+
+
+def torch_bias(fan_in: int) -> Initializer:
+    """torch's default for the bias of a matrix with `fan_in` inputs, or of such a convolution: the same bounds."""
+    bound = fan_in**-0.5
+
+    def uniform(rng: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        return jax.random.uniform(rng, shape, dtype, -bound, bound)
+
+    return uniform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +93,7 @@ class Dense(nn.Module):
 
 def torch_linear(features: int, inputs: int) -> Dense:
     """A `Dense` that begins as torch's Linear: weights and biases uniform within 1 / sqrt(inputs)."""
-    bound = inputs**-0.5
-
-    def uniform(rng: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-        return jax.random.uniform(rng, shape, dtype, -bound, bound)
-
-    return Dense(features, kernel_init=uniform, bias_init=uniform)
+    return Dense(features, kernel_init=TORCH, bias_init=torch_bias(inputs))
 
 
 class MultiHeadAttention(nn.Module):

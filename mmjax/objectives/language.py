@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from mmjax.errors import MmjaxError
 from mmjax.nn import int8
+from mmjax.nn.groups import group_totals
 from mmjax.objectives.distillation import distilled_cross_entropy
 from mmjax.types import Array, Bool, Float, Int, Mean
 
@@ -85,14 +86,31 @@ def distilled_token_cross_entropy(
     teacher: Float[Array, "*b v"],
     labels: Int[Array, "*b"],
     alpha: Float[Array, ""] | float,
+    weights: Float[Array, "*b"] | None = None,
 ) -> TokenLoss:
     """Mean over counted tokens of `distilled_cross_entropy`: ALBEF's masked language model (models/xbert.py:1423-1431).
 
-    teacher: logits of the momentum model for the same tokens; without a gradient.
+    teacher: logits of the momentum model for the same tokens; without a gradient. weights: of each token in the mean;
+    None: equal weights.
     """
     losses = _distilled(logits, teacher, labels, alpha)
     _, nll = _from_logits(logits, labels, 0.0, 0.0)
-    return _means(losses, nll, labels, logits.shape[-1], None, 0.0)
+    return _means(losses, nll, labels, logits.shape[-1], weights, 0.0)
+
+
+def group_mean_weights(
+    labels: Int[Array, "b l"], groups: int = 1, axis_name: str | None = None
+) -> Float[Array, "b l"] | None:
+    """Weights of tokens by which their mean is the mean over groups of each group's mean over its counted tokens.
+
+    The originals average so: a process has the mean over its tokens, and the gradients of processes are averaged. A
+    group without a counted token, for which the originals have NaN, does not count. None for one group: equal weights,
+    which also any cut into micro-batches leaves as they are.
+    """
+    if groups == 1:
+        return None
+    counts = group_totals(jnp.sum(labels != IGNORED, axis=1, dtype=jnp.float32), groups, axis_name)
+    return jnp.where(labels != IGNORED, 1 / jnp.maximum(counts, 1)[:, None], 0.0)
 
 
 def token_accuracy(logits: Float[Array, "*b v"], labels: Int[Array, "*b"]) -> Mean:

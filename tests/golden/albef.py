@@ -36,6 +36,7 @@ def text_of(recorded: dict[str, Any], **fields: Any) -> BertConfig:
         "dropout": bert["hidden_dropout_prob"],
         "attention_dropout": bert["attention_probs_dropout_prob"],
         "cross_from": bert["fusion_layer"],
+        "init": "normal",
         "pooler": False,
     }
     return BertConfig(**(sizes | fields))
@@ -51,7 +52,7 @@ def config_of(name: str, recorded: dict[str, Any]) -> AlbefConfig:
         image_size=(recorded["image_res"], recorded["image_res"]),
         epsilon=recorded["vit"]["layer_norm_eps"],
         rule="bicubic",
-        init="normal",
+        init="timm",
     )
     kind = name.removeprefix("albef_")
     compared = kind in ("pretrain", "retrieval")

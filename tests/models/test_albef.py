@@ -13,7 +13,7 @@ import tiny_albef as tiny
 from mmjax import tree
 from mmjax.errors import MmjaxError
 from mmjax.models.albef.finetune import AlbefAnswering, AlbefClassification, AlbefRetrieval
-from mmjax.models.albef.network import Albef
+from mmjax.models.albef.network import Albef, AlbefConfig
 from mmjax.objectives.language import IGNORED
 from mmjax.training.ema import update_ema
 from mmjax.training.method import Method, loss_value
@@ -165,6 +165,61 @@ def test_methods_refuse_networks_that_lack_what_they_read():
         jax.eval_shape(lambda: create_state(tiny.pretraining(), STILL, RNG, tiny.batch(size=20)))
 
 
+def test_a_network_from_scratch_starts_as_the_original_does():
+    """timm's truncated normal is cut at 100 deviations: it is N(0, 0.02), the class token too; the patches' convolution
+    has torch's default; BERT is N(0, 0.02), not cut at two deviations; projections and heads have torch's default."""
+    config = AlbefConfig.base(32)
+    assert config.vision.init == "timm" and config.text.init == "normal"
+    small = AlbefConfig(
+        dataclasses.replace(config.vision, depth=1),
+        dataclasses.replace(config.text, depth=1, cross_from=0, vocab_size=50),
+    )
+    rng = jax.random.key(3)
+    params = jax.jit(Albef(small).init)(rng, np.zeros((1, 32, 32, 3), np.float32), np.ones((1, 3), np.int32))["params"]
+    flat = {path: np.asarray(leaf).ravel() for path, leaf in tree.flatten(params).items()}
+    normal = ["vision/cls", "vision/positions", "vision/encoder/block_0/mlp/up/kernel", "text/embeddings/words"]
+    normal += [
+        "text/embeddings/types",
+        "text/encoder/block_0/cross_attention/k/kernel",
+        "text/mlm_transform/dense/kernel",
+    ]
+    for path in normal:
+        leaf = flat[path]
+        assert leaf.std() == pytest.approx(0.02, abs=0.02 * 4 / np.sqrt(2 * len(leaf))), path
+        beyond = np.mean(np.abs(leaf) > 0.04)  # 4.55 % of a normal distribution
+        assert beyond == pytest.approx(0.0455, abs=4 * np.sqrt(0.0455 / len(leaf))), path
+    uniform = {"vision/patch/projection": 3 * 16 * 16, "vision_proj": 768, "text_proj": 768, "itm_head": 768}
+    for path, inputs in uniform.items():
+        for name in ("kernel", "bias"):
+            leaf = flat[f"{path}/{name}"] * np.sqrt(inputs)
+            assert np.abs(leaf).max() <= 1 and leaf.std() > 0.4 if len(leaf) > 2 else np.abs(leaf).max() <= 1, path
+    assert not any(flat[path].any() for path in flat if path.endswith("/bias") and "block_0" in path)
+
+
+def test_the_mean_over_masked_words_is_of_the_groups_means():
+    """As the mean over the originals' processes, each with its number of masked words."""
+    config, batch = tiny.still(tiny.PRETRAINING), tiny.batch()
+    state = started(tiny.pretraining(config), STILL)
+    masked = jax.jit(lambda b: tiny.pretraining(config).masks(b, RNG, None))(batch)
+
+    def loss(groups: int, part: slice) -> tuple[float, float]:
+        method = tiny.pretraining(config, groups=groups)
+        rows = {name: leaf[part] for name, leaf in batch.items()}
+
+        def run(rows: Any, masked: Any) -> Any:
+            encoded = method.encode(state.params, state.carry, rows, RNG, None)
+            return method.mlm_loss(state.params, state.carry, rows, encoded, masked, jnp.float32(0.4), RNG, None)[0]
+
+        mean = jax.jit(run)(rows, jax.tree.map(lambda x: x[part], masked))
+        return float(mean.value), float(mean.count)
+
+    parts = [loss(1, slice(first, first + 6)) for first in range(0, 24, 6)]
+    whole, grouped = loss(1, slice(None)), loss(4, slice(None))
+    values, counts = np.array(parts).T
+    assert whole == pytest.approx((np.average(values, weights=counts), counts.sum()), rel=1e-5)
+    assert grouped == pytest.approx((values.mean(), 4), rel=1e-5) and abs(whole[0] - grouped[0]) > 1e-4
+
+
 # ----------------------------------------------------------------------------------------------------------- gradients
 
 
@@ -173,8 +228,10 @@ def is_blind(path: str) -> bool:
     return path.endswith("attention/k/bias")
 
 
-def test_every_parameter_has_a_gradient_and_no_momentum_part_has():
-    method, batch = tiny.pretraining(), tiny.batch()
+@pytest.mark.parametrize("form", ["pretraining", "retrieval"])
+def test_every_parameter_has_a_gradient_and_no_momentum_part_has(form: str):
+    method = tiny.pretraining() if form == "pretraining" else AlbefRetrieval(tiny.RETRIEVAL)
+    batch = tiny.batch()
     state = started(method, STILL)
     moved = jax.tree.map(lambda leaf: leaf + 0.05, state.ema)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mmjax.errors import MmjaxError
-from mmjax.nn.groups import cut, group_positions, group_rows, take_in_group
+from mmjax.nn.groups import cut, group_positions, group_rows, group_totals, take_in_group
 
 CHILD = """
 import functools
@@ -66,3 +66,12 @@ def test_one_device_and_eight_take_the_same_rows():
         [sys.executable, "-W", "error", "-c", CHILD], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0 and "same" in done.stdout, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8])
+def test_totals_of_groups_are_the_same_on_any_devices(groups):
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 9, (16, 2)))
+    expected = np.repeat(np.asarray(x).reshape(groups, -1, 2).sum(1), 16 // groups, 0)
+    np.testing.assert_array_equal(group_totals(x, groups), expected)
+    cut_up = jax.vmap(lambda part: group_totals(part, groups, "data"), axis_name="data")(x.reshape(4, 4, 2))
+    np.testing.assert_array_equal(cut_up.reshape(16, 2), expected)

@@ -109,7 +109,7 @@ def config_of(shapes: Shapes, config_json: Mapping[str, Any] | None) -> AlbefCon
 
 def timm_config(shapes: Shapes, args: Mapping[str, Any] | None) -> ViTConfig:
     """The config of ALBEF's ViT: timm's, with positions resized by torch's bicubic rule."""
-    return replace(timm.config(shapes, args), rule="bicubic", init="normal")
+    return replace(timm.config(shapes, args), rule="bicubic", init="timm")
 
 
 def _decoder_config(shapes: Shapes, heads: int | None) -> BertConfig | None:

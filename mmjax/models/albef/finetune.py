@@ -22,7 +22,7 @@ from mmjax.types import Array, Batch, Float, Int, Means, Params, PRNGKeyArray
 class AlbefRetrieval(Alignment):
     """The sum of contrast_loss and matching_loss, in which all pairs of an image are right (model_retrieval.py).
 
-    Batches: see `Alignment`. Metrics: matching_accuracy in [0, 1], temperature, which is not clamped.
+    Batches: see `Alignment`. Metrics: temperature, which is not clamped, and those of `matching_metrics`.
     """
 
     config: AlbefConfig

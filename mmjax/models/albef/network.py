@@ -143,11 +143,11 @@ ALONE: dict[str, Any] = {"embed_dim": 0, "matching": False, "queue": 0}
 
 
 def _vision(side: int) -> ViTConfig:
-    return ViTConfig(image_size=(side, side), init="normal")
+    return ViTConfig(image_size=(side, side), init="timm")
 
 
 def _text(**fields: Any) -> BertConfig:
-    return BertConfig(**{"pooler": False, "cross_from": 6, **fields})
+    return BertConfig(**{"pooler": False, "cross_from": 6, "init": "normal", **fields})
 
 
 class Albef(nn.Module):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mmjax.errors import MmjaxError
 from mmjax.models.albef.network import AlbefConfig
-from mmjax.objectives.language import IGNORED, distilled_token_cross_entropy, token_accuracy
+from mmjax.objectives.language import IGNORED, distilled_token_cross_entropy, group_mean_weights, token_accuracy
 from mmjax.training.image_text import Alignment, Encoded
 from mmjax.training.method import Loss
 from mmjax.training.rng import example_keys, named
@@ -23,7 +23,7 @@ LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.001, 0.5
 class AlbefPretraining(Alignment):
     """The sum of contrast_loss, matching_loss and mlm_loss. Batches as for `Alignment`, without ids of images.
 
-    Metrics: matching_accuracy, mlm_accuracy in [0, 1], temperature.
+    Metrics: mlm_accuracy in [0, 1], temperature, and those of `matching_metrics`.
 
     Attributes:
         mask_id: the id of [MASK].
@@ -93,7 +93,7 @@ class AlbefPretraining(Alignment):
     ) -> tuple[Mean, Means, tuple[Float[Array, "b l v"], Float[Array, "b l v"]]]:
         """The loss, its metrics, and the logits of the network and of its momentum copy, each with its image states.
 
-        masked: ids and labels as `masked` makes them.
+        masked: ids and labels as `masked` makes them. The loss is the mean of the groups' means over masked tokens.
         """
         ids, labels = masked
 
@@ -105,7 +105,8 @@ class AlbefPretraining(Alignment):
 
         student = logits(params, encoded.image, "student")
         teacher = logits(self.teacher(params, carry), encoded.teacher_image, "teacher")
-        loss = distilled_token_cross_entropy(student, teacher, labels, alpha).loss
+        weights = group_mean_weights(labels, self.groups, axis_name)
+        loss = distilled_token_cross_entropy(student, teacher, labels, alpha, weights).loss
         return loss, {"mlm_accuracy": token_accuracy(student, labels)}, (student, teacher)
 
     def constrain(self, params: Params) -> Params:

@@ -200,6 +200,7 @@ def config_of_part(shapes: Shapes, start: str, heads: int | None, **fields: Any)
         "types": shapes.get(f"{start}embeddings.token_type_embeddings.weight", (0,))[0],
         "cross_from": min(twin or layers.get("crossattention.self.query.weight", ()), default=None),
         "merge_from": min(merged or (depth,)) if twin else None,
+        "init": "normal",
     }
     return BertConfig(**(sizes | fields))
 

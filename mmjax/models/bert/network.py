@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +43,9 @@ class BertConfig:
             results from this block on, before it their mean is used. None: there is one context.
         query_feed_forward: the first tokens may be queries, with feed-forwards of their own (BLIP-2's Q-Former).
         causal: a token attends to itself and to earlier ones: a decoder.
-        init_std: of matrices and tables at the start (Hugging Face's initializer_range); draws are cut at twice it and
-            not scaled up again, as in TensorFlow: they spread 0.88 of it. 0.02 is for hundreds of channels.
+        init: of matrices and tables: "truncated" at twice `init_std` and not scaled up again, as in TensorFlow, so that
+            their spread is 0.88 of it; or "normal", as in the PyTorch originals (Hugging Face, ALBEF, BLIP).
+        init_std: Hugging Face's initializer_range. 0.02 is for hundreds of channels.
         remat: blocks are computed again in the backward pass.
         dtype: compute dtype; norms' statistics, softmax and logits are float32.
     """
@@ -71,6 +72,7 @@ class BertConfig:
     merge_from: int | None = None
     query_feed_forward: bool = False
     causal: bool = False
+    init: Literal["truncated", "normal"] = "truncated"
     init_std: float = 0.02
     remat: bool = False
     dtype: str = "float32"
@@ -90,7 +92,8 @@ class BertConfig:
     @property
     def initializer(self) -> Initializer:
         """The initializer of matrices and tables."""
-        return nn.initializers.truncated_normal(self.init_std)
+        kinds = {"truncated": nn.initializers.truncated_normal, "normal": nn.initializers.normal}
+        return kinds[self.init](self.init_std)
 
     @classmethod
     def _of(cls, fields: dict[str, Any], **size: Any) -> Self:

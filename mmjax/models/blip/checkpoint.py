@@ -119,7 +119,7 @@ def _vision_config(shapes: Shapes, args: Mapping[str, Any] | None, drop_path: bo
     """The config of BLIP's ViT, which in training has stochastic depth in ViT-L and where the task says."""
     config = timm.config(shapes, args)
     rate = 0.1 if drop_path or config.width == 1024 else 0.0
-    return replace(config, rule="bicubic", init="normal", drop_path=rate)
+    return replace(config, rule="bicubic", init="timm", drop_path=rate)
 
 
 def _heads(shapes: Shapes) -> dict[str, Any]:

@@ -178,12 +178,12 @@ def is_unshared(path: str) -> bool:
 def _vision(side: int, large: bool = False, drop_path: float = 0.0) -> ViTConfig:
     """ViT-L has stochastic depth in every task (blip.py:205)."""
     size = ViTConfig.l16 if large else ViTConfig.b16
-    return size(image_size=(side, side), init="normal", rule="bicubic", drop_path=0.1 if large else drop_path)
+    return size(image_size=(side, side), init="timm", rule="bicubic", drop_path=0.1 if large else drop_path)
 
 
 def _text(**fields: Any) -> BertConfig:
     """BERT-base's size, without token types, with cross attention in each layer (configs/med_config.json)."""
-    return BertConfig(**{"vocab_size": 30524, "types": 0, "pooler": False, "cross_from": 0, **fields})
+    return BertConfig(**{"vocab_size": 30524, "types": 0, "pooler": False, "cross_from": 0, "init": "normal", **fields})
 
 
 def _decoder() -> BertConfig:

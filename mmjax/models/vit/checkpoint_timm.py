@@ -125,7 +125,7 @@ def config(shapes: Mapping[str, Shape], config_json: Mapping[str, Any] | None) -
         representation=shapes.get("pre_logits.fc.weight", (None,))[0],
         gated=is_gated,
         layer_scale=1.0 if "blocks.0.ls1.gamma" in shapes else None,
-        init="normal",
+        init="timm",
     )
 
 

@@ -16,11 +16,8 @@ from mmjax.nn.embeddings import PatchEmbed
 from mmjax.nn.norm import LayerNorm
 from mmjax.nn.positions import Rule, interpolate, sincos_2d
 from mmjax.nn.stack import Stack, standard_block
-from mmjax.nn.transformer import Dense, Init, Mlp, MultiHeadAttention
+from mmjax.nn.transformer import TORCH, Dense, Init, Mlp, MultiHeadAttention, torch_bias
 from mmjax.types import Array, Bool, Float
-
-TORCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-"""torch's default for matrices and convolutions: uniform within 1 / sqrt(fan_in)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +42,9 @@ class ViTConfig:
     dropout, attention_dropout, drop_path: rates in training; drop_path is the last block's.
     remat: recomputes blocks in the backward pass.
     init: "vit": Xavier as Google's code, "moco_v3": the same with the patch projection Xavier too, "normal": N(0, 0.02)
-        as DeiT and DINOv2, "clip": torch's defaults, tokens and positions N(0, 1 / width). head_bias: initial bias of
+        as DINOv2, "timm": the same but for the patch projection, which has torch's default, and the class token,
+        which has the others' spread instead of 1e-6 (DeiT, ALBEF, BLIP: their bounds of the truncated normal are 100
+        deviations away), "clip": torch's defaults, tokens and positions N(0, 1 / width). head_bias: initial bias of
         the head (AugReg: -10); its kernel is initialised with zeros.
     dtype: of the computation.
     """
@@ -79,7 +78,7 @@ class ViTConfig:
     attention_dropout: float = 0.0
     drop_path: float = 0.0
     remat: bool = False
-    init: Literal["vit", "moco_v3", "normal", "clip"] = "vit"
+    init: Literal["vit", "moco_v3", "normal", "timm", "clip"] = "vit"
     head_bias: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -295,9 +294,11 @@ class ViT(nn.Module):
             "vit": nn.initializers.lecun_normal(),
             "moco_v3": nn.initializers.xavier_uniform(),
             "normal": nn.initializers.normal(0.02),
+            "timm": TORCH,
             "clip": TORCH,
         }[c.init]
-        x = PatchEmbed(c.width, c.patch, c.patch_bias, c.dtype, kernel_init, name="patch")(x)
+        bias_init = torch_bias(3 * c.patch**2) if c.init == "timm" else nn.initializers.zeros
+        x = PatchEmbed(c.width, c.patch, c.patch_bias, c.dtype, kernel_init, bias_init, name="patch")(x)
         grid = (x.shape[1], x.shape[2])
         x = rearrange(x, "b r s d -> b (r s) d")
         if c.mask_token:
@@ -329,7 +330,7 @@ class ViT(nn.Module):
         c = self.config
         tokens = []
         if c.class_token:
-            init = nn.initializers.normal(c.width**-0.5 if c.init == "clip" else 1e-6)
+            init = nn.initializers.normal({"clip": c.width**-0.5, "timm": 0.02}.get(c.init, 1e-6))
             cls = self.param("cls", nn.initializers.zeros if c.init == "vit" else init, (1, 1, c.width)).astype(x.dtype)
             tokens.append(cls + positions[:, :1] if c.class_position else cls)
         if c.distilled:
@@ -386,7 +387,7 @@ class Tower(nn.Module):
 
 def _block_init(config: ViTConfig) -> Init:
     normal, zeros = nn.initializers.normal(0.02), nn.initializers.zeros
-    if config.init == "normal":
+    if config.init in ("normal", "timm"):
         return Init(normal, normal, normal, normal, zeros)
     if config.init == "clip":  # q, k and v are one matrix there, whence the half of Xavier's variance
         return Init(nn.initializers.variance_scaling(0.5, "fan_in", "uniform"), TORCH, TORCH, TORCH, zeros)
