@@ -1,7 +1,6 @@
 """MoCo: ShuffleBN, the order of the queue, v3's loss against PyTorch, frozen stem, drift, layouts, sizes."""
 
 import dataclasses
-import functools
 import json
 import math
 import pathlib
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from lifts import in_eight_devices
 
 import mmjax
 from mmjax import tree
@@ -26,7 +24,6 @@ from mmjax.models.vit.checkpoint_timm import table as timm_table
 from mmjax.models.vit.network import ViTConfig
 from mmjax.models.vit.tasks import ViTModel
 from mmjax.training.initialize import initialize_from
-from mmjax.training.lift import create_lift
 from mmjax.training.optimizer import Optimizer, adamw
 from mmjax.training.partition import Partition
 from mmjax.training.rng import named
@@ -149,77 +146,6 @@ def test_shuffling_changes_who_is_normalised_together_and_puts_keys_back():
     partners = {frozenset(pair) for pair in order.reshape(8, 2).tolist()}
     assert len(partners & {frozenset((i, i + 1)) for i in range(0, 16, 2)}) <= 2
     assert np.abs(np.asarray(shuffled - in_order)).max() > 1e-2
-
-
-SLOW = optax.sgd(0.01)
-"""With larger steps the norms of v3's heads amplify rounding at every step."""
-LIFTED = {
-    "v2": (MoCoMethod(V2, bn_groups=8, drift_rows=5), SGD, 9),
-    "v3": (MoCoMethod(MoCoConfig(CIFAR, 3, 2, 13, 7, True, 0, 0.99, 1.0), cosine_steps=10), Optimizer(SLOW), 9),
-    "v3_vit": (MoCoMethod(V3, cosine_steps=10), Optimizer(SLOW, Partition(FROZEN_STEM)), 22),
-}
-
-
-def apart_from_zero(state: Any) -> Any:
-    """A bias that starts at zero is a sum of gradients alone, and rounding is relative to the terms of a sum, not to
-    what is left of them: one device and the same batch in another order then differ by 2e-5 of the first norm's."""
-    rng = np.random.default_rng(5)
-
-    def draw(path: str, leaf: Any) -> Any:
-        return leaf + np.asarray(0.1 * rng.normal(size=leaf.shape), np.float32)
-
-    return state.replace(params=tree.map_with_path(draw, state.params), ema=tree.map_with_path(draw, state.ema))
-
-
-def run_lifts() -> dict[str, Any]:
-    """Losses and leaves after 3 steps; run in a process of 8 virtual devices."""
-    results: dict[str, Any] = {}
-    for version, (method, optimizer, side) in LIFTED.items():
-        state = apart_from_zero(started(method, optimizer, batch(side=side)))
-        step = functools.partial(train_step, method, optimizer)
-        for name in ("jit", "pmap", "mesh"):
-            lift = create_lift(name, step)  # type: ignore[arg-type]
-            placed, losses = lift.place(state), []
-            for seed in range(3):
-                examples = {key: np.asarray(leaf) for key, leaf in batch(side=side, seed=seed).items()}
-                placed, metrics = lift.step(placed, lift.place_batch(examples))
-                losses.append(lift.fetch_metrics(metrics))
-            end = lift.fetch(placed)
-            parts = {"params": end.params, "ema": end.ema, "stats": end.stats}
-            leaves = {path: np.asarray(leaf, np.float64).tolist() for path, leaf in tree.flatten(parts).items()}
-            if "keys" in end.queues:
-                leaves["queue"] = np.asarray(end.queues["keys"].keys, np.float64).tolist()
-            results[f"{version}/{name}"] = {"metrics": losses, "leaves": leaves}
-    return results
-
-
-@pytest.fixture(scope="module")
-def lifted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return in_eight_devices(run_lifts, tmp_path_factory.mktemp("lifts"))
-
-
-@pytest.mark.parametrize("version", LIFTED)
-@pytest.mark.parametrize("lift", ["pmap", "mesh"])
-def test_one_device_and_eight_have_the_same_metrics(lifted: dict[str, Any], version: str, lift: str):
-    one, many = lifted[f"{version}/jit"], lifted[f"{version}/{lift}"]
-    for expected, other in zip(one["metrics"], many["metrics"], strict=True):
-        assert expected.keys() == other.keys()
-        for name in expected:
-            np.testing.assert_allclose(other[name], expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
-        np.testing.assert_allclose(other["loss"], expected["loss"], rtol=1e-5)
-
-
-ZERO = {"v2": set(), "v3": {"stats/query/predictor/bn_0/mean"}, "v3_vit": {"stats/query/predictor/bn_0/mean"}}
-"""Rounding alone: the input of the predictor's first matrix, which has no bias, is centred by a norm."""
-
-
-@pytest.mark.parametrize("version", LIFTED)
-@pytest.mark.parametrize("lift", ["pmap", "mesh"])
-def test_one_device_and_eight_have_the_same_result(lifted: dict[str, Any], version: str, lift: str):
-    one, many = (dict(lifted[f"{version}/{name}"]["leaves"]) for name in ("jit", lift))
-    for path in ZERO[version]:
-        assert max(np.abs(one.pop(path)).max(), np.abs(many.pop(path)).max()) < 1e-6, path
-    near(many, one)
 
 
 # ----------------------------------------------------------------------------------------------------------------- v3
