@@ -69,6 +69,32 @@ def _sums(old: int, new: int, starts: np.ndarray, ends: np.ndarray) -> Float[np.
     return up_to[last] - up_to[first]
 
 
+def resized(heat: Float[ArrayLike, "rows columns"], size: tuple[int, int]) -> Float[np.ndarray, "height width"]:
+    """A map at the size (height, width) of its image, bicubic by torch's rule, scaled to [0, 1]; a flat map is zero."""
+    rows, columns = (resize_matrix(old, new, "bicubic") for old, new in zip(np.shape(heat), size))
+    large = rows @ np.asarray(heat, np.float32) @ columns.T
+    span = large.max() - large.min()
+    return (large - large.min()) / span if span > 0 else np.zeros_like(large)
+
+
+def densest_box(heat: Float[ArrayLike, "rows columns"], size: tuple[int, int]) -> Box:
+    """The box of whole cells with the largest sum of the map over the square root of its area, where nobody proposes
+    boxes: ALBEF's score, but of the map less its mean, so that a faint background does not count.
+
+    size: (height, width) of the image that the box is in.
+    """
+    centred = np.asarray(heat, np.float64)
+    centred = centred - centred.mean()
+    (height, width), (n, m) = size, centred.shape
+    sums = np.pad(centred.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    (top, bottom), (left, right) = (np.triu_indices(length + 1, 1) for length in (n, m))
+    strips = sums[bottom] - sums[top]  # [pairs of rows, m + 1]
+    scores = (strips[:, right] - strips[:, left]) / np.sqrt((bottom - top)[:, None] * (right - left)[None])
+    row, column = np.unravel_index(np.argmax(scores), scores.shape)
+    y, x = top[row] * height / n, left[column] * width / m
+    return float(x), float(y), float(right[column] * width / m - x), float(bottom[row] * height / n - y)
+
+
 def intersection_over_union(one: Box, other: Box) -> float:
     """Intersection over union of boxes whose last pixels are x + width - 1 and y + height - 1; 0 where they share at
     most one line of pixels."""

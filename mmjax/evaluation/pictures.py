@@ -6,9 +6,11 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from mmjax.types import Float, Int, MmjaxError, UInt8
@@ -168,6 +170,33 @@ def accuracy_picture(
     axes.grid(axis="x", alpha=0.3)
     if attribution:
         figure.supxlabel(attribution, fontsize=7, color="#444444", x=0.01, ha="left")
+    return pixels(figure)
+
+
+def heat_picture(
+    image: UInt8[np.ndarray, "height width 3"],
+    heat: Float[np.ndarray, "height width"],
+    box: tuple[float, float, float, float] | None = None,
+    title: str = "",
+) -> UInt8[np.ndarray, "pixels_high pixels_wide 3"]:
+    """An image, and beside it the image under a heat map in [0, 1]; a box (x, y, width, height) is drawn in both.
+
+    The map covers the image in proportion to heat^0.7, as LAVIS's common/gradcam.py has it.
+    Raises MmjaxError for a map of another size than the image.
+    """
+    if heat.shape != image.shape[:2]:
+        raise MmjaxError(f"heat {list(heat.shape)}: should have the image's size {list(image.shape[:2])}")
+    weight = 0.85 * np.clip(heat, 0, 1)[..., None] ** 0.7
+    overlay = (1 - weight) * image / 255 + weight * colormaps["turbo"](heat)[..., :3]
+    width = 4.0 * min(max(image.shape[1] / image.shape[0], 0.5), 2.0)
+    figure = Figure(figsize=(2 * width + 0.2, 4.5), dpi=100, layout="constrained")
+    for axes, shown in zip(figure.subplots(1, 2), (image, overlay)):
+        axes.imshow(shown)
+        _bare(axes)
+        if box is not None:
+            axes.add_patch(Rectangle(box[:2], *box[2:], fill=False, linewidth=2.5, edgecolor=RIGHT))
+    if title:
+        figure.suptitle(_plain(textwrap.shorten(title, 90, placeholder=" ...")), fontsize=11)
     return pixels(figure)
 
 

@@ -60,13 +60,15 @@ def dot_product_attention(
     dropout_rng: PRNGKeyArray | None = None,
     axis_name: str | None = None,
     zero_masked: bool = False,
+    offset: Float[Array, "b h l s"] | None = None,
 ) -> Float[Array, "b l h k"]:
     """Attention in the dtype of its arguments, softmax in float32.
 
     mask: True = may attend, broadcastable to [b, h, l, s]. causal: `causal_mask`, besides `mask`.
     bias, scale, g, zero_masked: see `attention_weights`.
+    offset: added to the weights, before dropout: zeros, by which a result is differentiated (Grad-CAM).
     dropout_rate: of the weights, with a dropout_rng. axis_name: the mapped axis that cuts the batch, for dropout.
-    Which program runs: where there is neither dropout nor a bias, on a TPU the splash kernel for long sequences
+    Which program runs: where there is neither dropout, bias nor offset, on a TPU the splash kernel for long sequences
     (`mmjax.nn.splash`), on a GPU in half precision cuDNN's fused kernel where it takes the shapes (it would round a
     bias, and has a bias's gradient for some shapes alone). Otherwise the sums written out with the heads before the
     tokens, which XLA's CPU backend runs 1.4-1.8 times as fast as `jax.nn.dot_product_attention` (8 x 197 tokens, 12
@@ -74,14 +76,15 @@ def dot_product_attention(
     All give the same numbers to rounding.
     """
     drop = dropout_rng is not None and dropout_rate > 0
-    plain = not drop and bias is None and not zero_masked
+    plain = not drop and bias is None and not zero_masked and offset is None
     if plain and splash_takes(q, k, mask, causal):
         return splash_attention(q, k, v, mask, causal, scale)
     if plain and _cudnn_takes(q, k, mask, causal):
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, scale=scale, implementation="cudnn")
-    if not drop and q.shape[1] > LONG:
+    if not drop and offset is None and q.shape[1] > LONG:
         return _by_chunks(q, k, v, mask, causal, bias, scale, zero_masked)
     weights = attention_weights(q, k, mask, causal, bias, scale, zero_masked)
+    weights = weights if offset is None else weights + offset
     if dropout_rng is not None and dropout_rate > 0:
         keep = keep_mask(dropout_rng, dropout_rate, weights.shape, axis_name)
         weights = jnp.where(keep, weights / (1 - dropout_rate), 0)

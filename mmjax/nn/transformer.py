@@ -110,7 +110,9 @@ class MultiHeadAttention(nn.Module):
             queries and of keys together.
         zero_masked: a query that may attend to nothing gets zero, not the mean of all values.
 
-    Inside `apply(..., mutable=["intermediates"])` such a pass keeps its weights [b, h, l, s] as "weights".
+    Inside `apply(..., mutable=["intermediates"])` such a pass stores its weights [b, h, l, s] as "weights". Where the
+    collection "perturbations" has zeros of that shape at the same path, they are added to the weights: the gradient by
+    them is the weights' gradient. Other attentions run as always.
     """
 
     heads: int
@@ -176,6 +178,7 @@ class MultiHeadAttention(nn.Module):
             self.sow("intermediates", "weights", attention_weights(q, k, mask, **options))
         rng = self.make_rng("dropout") if train and self.dropout else None
         options |= {"dropout_rate": self.dropout, "dropout_rng": rng, "axis_name": self.axis_name}
+        options["offset"] = self.get_variable("perturbations", "weights")
         mixed = dot_product_attention(q, k, v, mask, **options)
         return self.out(rearrange(mixed, "b l h k -> b l (h k)")), cache
 

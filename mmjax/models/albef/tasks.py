@@ -13,6 +13,7 @@ from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.features import similarities
 from mmjax.interface.answers import AnsweringModel, AnswerRules
+from mmjax.interface.grounding import GroundingModel, GroundingRules
 from mmjax.interface.inputs import IMAGES_AND_TEXTS, Input
 from mmjax.models.albef.network import Albef, AlbefConfig
 from mmjax.models.bert.decode import BertDecodable
@@ -21,8 +22,8 @@ from mmjax.text.wordpiece import WordPieceTokenizer
 from mmjax.types import Array
 
 
-class AlbefModel(AnsweringModel):
-    """A loaded ALBEF: image and text features, matching, pair classification, retrieval, and answers.
+class AlbefModel(GroundingModel, AnsweringModel):
+    """A loaded ALBEF: image and text features, matching, pair classification, retrieval, answers, and grounding.
 
     The published files hold no tokenizer: put bert-base-uncased's vocab.txt beside them. Texts are cleaned as the
     original does (`mmjax.text.captions`) and encoded as [CLS] text, without [SEP]. The original only ranks answers.
@@ -36,6 +37,7 @@ class AlbefModel(AnsweringModel):
     config: AlbefConfig
     rules: ClassVar[TextRules] = ALBEF_RULES
     answer_rules: ClassVar[AnswerRules] = AnswerRules(add_first_token=True)
+    grounding_rules: ClassVar[GroundingRules] = GroundingRules(block=8, words_only=False)
 
     @classmethod
     def build(cls, config: AlbefConfig) -> nn.Module:
