@@ -1,10 +1,14 @@
 """Fixtures and settings that every test shares."""
 
+import functools
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 # Before jax is imported: the tests run on CPU, and compiled programs are cached between runs.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -20,6 +24,28 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
 )
 
 import pytest
+
+if importlib.util.find_spec("xdist"):
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneTorchWorker(LoadFileScheduling):
+        """A file's tests run on one worker, as with --dist loadfile; so do those of all files that load PyTorch.
+
+        PyTorch and transformers take 4 s of CPU to load and 0.35 GB for as long as the worker lives.
+        """
+
+        def _split_scope(self, nodeid: str) -> str:
+            scope = super()._split_scope(nodeid)
+            return "torch" if _loads_torch(scope) else scope
+
+    def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+        return OneTorchWorker(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+@functools.cache
+def _loads_torch(file: str) -> bool:
+    return re.search(r"mark\.torch|importorskip\(.(torch|transformers)", (ROOT / file).read_text()) is not None
+
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -58,24 +58,23 @@ def test_the_eye_sees_grey_as_the_original_does(eye):
 
 
 def test_neighbours_among_the_stamps_are_of_one_kind(eye, stamps):
-    """Leave-one-out 1-NN by cosine over 16 categories and 68 groups (category and subcategory)."""
-    _, images, items = stamps
-    batches = [eye.preprocess(images[i : i + 32]) for i in range(0, len(images), 32)]
-    pad = np.zeros((-len(images) % 32, *batches[0].shape[1:]), np.float32)  # one shape, one compilation
-    batches[-1] = np.concatenate([batches[-1], pad])
-    states = [np.asarray(eye.forward(batch)["last_hidden_state"]) for batch in batches]
+    """Every fifth stamp; leave-one-out 1-NN by cosine over categories and groups (category and subcategory).
+
+    The counts are those of transformers' Dinov2Model; between the first neighbour and the second lies 1e-4 at least.
+    """
+    images, items = stamps[1][::5], stamps[2][::5]
+    states = np.asarray(eye.forward(eye.preprocess(images))["last_hidden_state"])
     results = {}
-    for name, rows in (("class", [s[:, 0] for s in states]), ("patches", [s[:, 1:].mean(1) for s in states])):
-        features = np.concatenate(rows)[: len(images)]
-        features /= np.linalg.norm(features, axis=-1, keepdims=True)
-        similar = features @ features.T - 2 * np.eye(len(images))
-        nearest = similar.argmax(-1)
+    for name, features in (("class", states[:, 0]), ("patches", states[:, 1:].mean(1))):
+        features = features / np.linalg.norm(features, axis=-1, keepdims=True)
+        nearest = (features @ features.T - 2 * np.eye(len(images))).argmax(-1)
         for kind, fields in (("category", ["category"]), ("group", ["category", "subcategory"])):
             labels = np.array([[item[field] for field in fields] for item in items])
-            results[name, kind] = round(100 * float(np.mean((labels[nearest] == labels).all(-1))), 1)
+            results[name, kind] = int((labels[nearest] == labels).all(-1).sum())
+    assert len(images) == 103
     assert results == {
-        ("class", "category"): 54.1,
-        ("class", "group"): 37.9,
-        ("patches", "category"): 41.8,
-        ("patches", "group"): 30.0,
+        ("class", "category"): 34,
+        ("class", "group"): 16,
+        ("patches", "category"): 23,
+        ("patches", "group"): 9,
     }
