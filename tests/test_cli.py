@@ -73,7 +73,10 @@ def test_help_imports_no_jax(repository):
     )
     process = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stderr
-    for verb in ("train", "ablate", "plan", "evaluate", "classify", "retrieve", "convert", "tokenizer", "models"):
+    for verb in (
+        *("train", "ablate", "plan", "evaluate", "classify", "retrieve", "match", "answer", "ground", "caption"),
+        *("convert", "tokenizer", "models"),
+    ):
         assert f"\n    {verb}" in process.stdout
 
 

@@ -1,11 +1,13 @@
 """The command line. Every verb is one call into the package; what a verb needs is imported when it runs."""
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mmjax.cli import image_verbs
 from mmjax.errors import MmjaxError
 
 Verb = Callable[[argparse.Namespace, list[str]], int | None]
@@ -54,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         _evaluate,
         _classify,
         _retrieve,
+        functools.partial(image_verbs.add_verbs, add=_add),
         _generate,
         _chat,
         _convert,
@@ -135,24 +138,46 @@ def _run_plan(flags: argparse.Namespace, fields: list[str]) -> int:
 
 
 def _evaluate(verbs: argparse._SubParsersAction) -> None:
-    description = "Evaluate a trained run by its own protocols, or any model on a folder of images."
+    description = (
+        "Evaluate a trained run by its own protocols, any model on a folder of images, or an image-text model on the "
+        "published annotation files of vqa, nlvr2, entailment (SNLI-VE), retrieval, captions and grounding (RefCOCO+)."
+    )
     verb = _add(verbs, "evaluate", lambda flags, _: _run_evaluate(flags), description)
     verb.add_argument(
         "source", metavar="WORKDIR", help="a run of mmjax train; with --data also a weight file or hub id"
     )
     verb.add_argument("--task", metavar="NAME", default="all", help="default: all of the experiment's")
     help_text = (
-        "images, one folder per class (or train/ and test/ with such folders); "
-        "NAME: zero_shot, knn, linear_probe, classification"
+        "images, one folder per class (or train/ and test/ with such folders), NAME: zero_shot, knn, linear_probe, "
+        "classification; or annotation files, NAME: vqa, nlvr2, entailment, retrieval, captions, grounding"
     )
-    verb.add_argument("--data", metavar="DIR", help=help_text)
+    verb.add_argument("--data", nargs="+", metavar="DIR_OR_FILE", help=help_text)
+    folder = "the folder of the images of annotation files (default: that of the file); of vqa also vqa=DIR,vg=DIR"
+    verb.add_argument("--images", metavar="DIR", help=folder)
+    verb.add_argument(
+        "--answers", metavar="FILE", help="vqa: the list of answers to rank; default: answers are written"
+    )
+    verb.add_argument("--annotations", metavar="FILE", help="vqa: the official human answers")
+    verb.add_argument("--k", type=int, metavar="K", help="vqa, retrieval: length of the shortlists (default 128)")
+    help_text = "retrieval: the score of a pair; default: the original's, itm for ALBEF, itm+similarity for BLIP"
+    verb.add_argument("--formula", choices=["itm", "itm+similarity"], help=help_text)
+    verb.add_argument("--refer", metavar="DIR", help="grounding: the folder of refs(unc).p and instances.json")
+    verb.add_argument("--proposals", metavar="FILE", help="grounding: a detector's boxes (dets.json)")
+    verb.add_argument("--block", type=int, metavar="N", help="grounding: layer of the cross attention")
+    verb.add_argument("--limit", type=int, metavar="N", help="the first N records of annotation files")
     verb.add_argument("--experiment", metavar="EXPERIMENT.py", help="the experiment's file, if it moved")
 
 
 def _run_evaluate(flags: argparse.Namespace) -> None:
-    from mmjax.cli import evaluate
+    from mmjax.cli import evaluate, evaluate_lists
 
-    if flags.data is not None:
+    of_lists = ("images", "limit", *(name for names in evaluate_lists.TASKS.values() for name in names))
+    wrong = [f"--{name}" for name in dict.fromkeys(of_lists) if getattr(flags, name) is not None]
+    if flags.data is not None and flags.task in evaluate_lists.TASKS:
+        evaluate_lists.run(flags)
+    elif wrong:
+        raise MmjaxError(f"{', '.join(wrong)}: of --data FILES with --task {', '.join(evaluate_lists.TASKS)}")
+    elif flags.data is not None:
         evaluate.on_folder(flags.source, flags.task, flags.data)
     else:
         evaluate.run(flags.source, flags.task, flags.experiment)
@@ -185,12 +210,17 @@ def _retrieve(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--folder", metavar="DIR", help="the images to search; default: MODEL/images, if a run has them")
     verb.add_argument("-k", type=int, default=5, help="number of images (default 5)")
     verb.add_argument("--picture", metavar="FILE", default="retrieved.png", help="default: retrieved.png")
+    help_text = "rank the K nearest again by the ITM head (ALBEF, BLIP); needs --text"
+    verb.add_argument("--rerank", type=int, default=0, metavar="K", help=help_text)
+    help_text = "its score; default: the original's, itm for ALBEF, itm+similarity for BLIP"
+    verb.add_argument("--formula", choices=["itm", "itm+similarity"], help=help_text)
 
 
 def _run_retrieve(flags: argparse.Namespace) -> None:
     from mmjax.cli import images
 
-    images.retrieve(flags.source, flags.image, flags.text, flags.folder, flags.k, flags.picture)
+    options = flags.rerank, flags.formula
+    images.retrieve(flags.source, flags.image, flags.text, flags.folder, flags.k, flags.picture, *options)
 
 
 def _generate(verbs: argparse._SubParsersAction) -> None:

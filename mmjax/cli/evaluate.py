@@ -64,7 +64,7 @@ def run(workdir: str, task: str, experiment: str | None = None) -> None:
             for name, score in scores_of(evaluation, state).items()
         }
         scores |= named
-    _report(scores, epath.Path(workdir), task, f"{workdir} at step {step}", {"step": step})
+    report_scores(scores, epath.Path(workdir), task, f"{workdir} at step {step}", {"step": step})
 
 
 def scores_of(evaluation: Any, state: Any) -> dict[str, Score]:
@@ -74,7 +74,10 @@ def scores_of(evaluation: Any, state: Any) -> dict[str, Score]:
     return only_scores(evaluation.run(state.params, state))
 
 
-def _report(scores: Mapping[str, Score], folder: epath.Path, task: str, title: str, facts: Mapping[str, Any]) -> None:
+def report_scores(
+    scores: Mapping[str, Score], folder: epath.Path, task: str, title: str, facts: Mapping[str, Any]
+) -> None:
+    """Prints the table and writes FOLDER/evaluations/TASK.json, whose path is printed too."""
     rich.print(table(scores, title))
     file = folder / "evaluations" / f"{task}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +88,7 @@ def _report(scores: Mapping[str, Score], folder: epath.Path, task: str, title: s
 # ----------------------------------------------------------------------------------------------- a folder of images
 
 
-def on_folder(source: str, task: str, data: str) -> None:
+def on_folder(source: str, task: str, folders: Sequence[str]) -> None:
     """zero_shot, knn or linear_probe of any model on DIR/<class>/*, or on DIR/train and DIR/test of that form;
     classification of one with a head for these classes.
 
@@ -93,8 +96,9 @@ def on_folder(source: str, task: str, data: str) -> None:
     tests on every fifth image of a class. Writes evaluations/TASK.json into a workdir, else into the current folder.
     """
     task = task.replace("-", "_")
-    if task not in FOLDER_TASKS:
-        raise MmjaxError(f"--task {task}: with --data one of {', '.join(FOLDER_TASKS)}")
+    if task not in FOLDER_TASKS or len(folders) != 1:
+        raise MmjaxError(f"--task {task}: with --data DIR one of {', '.join(FOLDER_TASKS)}; see --help for files")
+    [data] = folders
     model = load(source)
     train, test = split_folders(data)
     if task == "zero_shot":
@@ -104,7 +108,7 @@ def on_folder(source: str, task: str, data: str) -> None:
     else:
         scores = _with_labels(model, task, train, test)
     inside = epath.Path(source) if checkpoint.latest(source) is not None else epath.Path(".")
-    _report(scores, inside, task, f"{source} on {data}", {"model": source, "data": os.path.abspath(data)})
+    report_scores(scores, inside, task, f"{source} on {data}", {"model": source, "data": os.path.abspath(data)})
 
 
 def read_images(folder: ImageFolder) -> tuple[list[np.ndarray], np.ndarray, list[str]]:

@@ -37,10 +37,10 @@ def classify(source: str, inputs: Sequence[str], labels: str | None) -> None:
     for name, classes in zip(inputs, predictions):
         for rank, (label, probability) in enumerate(classes):
             table.add_row("" if rank else name, label, f"{100 * probability:.1f} %")
-    _show(table)
+    show(table)
 
 
-def _show(table: Table) -> None:
+def show(table: Table) -> None:
     """At the width of the terminal, and literally: brackets and colons of a name are no markup."""
     Console(markup=False, emoji=False).print(table)
 
@@ -63,13 +63,27 @@ def read_image(file: str) -> np.ndarray:
     return decode_image(path.read_bytes(), file)
 
 
-def retrieve(source: str, image: str | None, text: str | None, folder: str | None, k: int, picture: str) -> None:
+def retrieve(
+    source: str,
+    image: str | None,
+    text: str | None,
+    folder: str | None,
+    k: int,
+    picture: str,
+    rerank: int = 0,
+    formula: str | None = None,
+) -> None:
     """The k images of a folder nearest to the query by cosine: a table, and a picture of them.
 
     folder: None: `images` in the source, where an experiment stores its held-out images.
+    rerank: the number of nearest images that the ITM head ranks again. formula: "itm" or "itm+similarity", its score.
     """
-    if k < 1:
-        raise MmjaxError(f"-k {k}: at least 1")
+    if k < 1 or rerank < 0:
+        raise MmjaxError(f"-k {k}, --rerank {rerank}: at least 1, and at least 0")
+    if rerank and text is None:
+        raise MmjaxError("--rerank: the ITM head compares a text with images; it needs --text")
+    if formula and not rerank:
+        raise MmjaxError("--formula: the score of --rerank K")
     stored = epath.Path(source) / "images"
     if folder is None and not stored.is_dir():
         raise MmjaxError(f"--folder DIR: {source} has no folder `images` to search")
@@ -77,6 +91,9 @@ def retrieve(source: str, image: str | None, text: str | None, folder: str | Non
     with local_copy(stored) if folder is None else nullcontext(folder) as searched:
         index = ImageFolder(searched)
         images, indices, _ = read_images(index)
+    if rerank:
+        _rerank(model, text or "", images, index, indices, k, rerank, formula, picture)
+        return
     features = image_features(model, images)
     if text is not None:
         query_features, query_image = text_features(model, [text]), None
@@ -85,13 +102,40 @@ def retrieve(source: str, image: str | None, text: str | None, folder: str | Non
         query_features = image_features(model, [query_image])
     nearest = np.asarray(top_candidates(query_features, features, min(k, len(images))))[0]
     cosines = _l2_normalize(features[nearest]) @ _l2_normalize(query_features)[0]
-    title = f"nearest to {text or image}"
-    table = Table("", Column("image", overflow="fold"), "cosine", title=title, title_justify="left")
-    for rank, (i, cosine) in enumerate(zip(nearest, cosines), 1):
-        table.add_row(str(rank), index.record_name(int(indices[i])), f"{cosine:.3f}")
-    _show(table)
+    names = [index.record_name(int(indices[i])) for i in nearest]
+    _show_nearest(f"nearest to {text or image}", "cosine", names, cosines)
     _draw(picture, text or str(image), query_image, [images[i] for i in nearest], cosines)
     print(picture)
+
+
+def _rerank(
+    model: Any,
+    text: str,
+    images: Sequence[np.ndarray],
+    index: ImageFolder,
+    indices: np.ndarray,
+    k: int,
+    rerank: int,
+    formula: str | None,
+    picture: str,
+) -> None:
+    if "match" not in model.abilities or "retrieve" not in model.abilities:
+        raise MmjaxError(f"--rerank: this {model.system} has no ITM head with features to choose from")
+    add = model.add_similarity if formula is None else formula == "itm+similarity"
+    results = model.retrieve([text], images, k, rerank, add)[0]
+    column = "ITM logit + cosine" if add else "ITM logit"
+    scores = np.asarray([score for _, score in results])
+    names = [index.record_name(int(indices[i])) for i, _ in results]
+    _show_nearest(f"nearest to {text}, the {min(rerank, len(images))} nearest reranked", column, names, scores)
+    _draw(picture, text, None, [images[i] for i, _ in results], scores)
+    print(picture)
+
+
+def _show_nearest(title: str, column: str, names: Sequence[str], scores: np.ndarray) -> None:
+    table = Table("", Column("image", overflow="fold"), column, title=title, title_justify="left")
+    for rank, (name, score) in enumerate(zip(names, scores), 1):
+        table.add_row(str(rank), name, f"{score:.3f}")
+    show(table)
 
 
 def _l2_normalize(vectors: np.ndarray) -> np.ndarray:

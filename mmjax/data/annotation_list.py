@@ -3,6 +3,7 @@
 An error in a file is a MmjaxError at the start; an error in one entry is a BadRecord on access.
 """
 
+import abc
 import bisect
 import csv
 import hashlib
@@ -17,7 +18,7 @@ import numpy as np
 
 from mmjax.data.decoding import BadRecord, clean_caption
 from mmjax.data.image_folder import inside
-from mmjax.data.sources import read_bytes
+from mmjax.data.sources import Record
 from mmjax.errors import MmjaxError
 
 File = str | os.PathLike[str]
@@ -74,7 +75,7 @@ class AnnotationFile:
         return self._parsed
 
 
-class AnnotationList:
+class AnnotationList(abc.ABC):
     """The entries of one file, or of several in sequence; subclasses turn an entry into a record.
 
     files: one or several. images: the folder of the entries' paths; by default each file's folder.
@@ -104,6 +105,10 @@ class AnnotationList:
         file, position = self._locate(index)
         return file.record_name(position)
 
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> Record:
+        """The record of an entry. Raises BadRecord."""
+
     def record(self, index: int) -> Mapping[str, Any]:
         """The entry at `index`, as in its file. Raises BadRecord "list: not an object", "list: not JSON"."""
         file, position = self._locate(index)
@@ -125,14 +130,31 @@ class AnnotationList:
         """A text by the rules of `mmjax.data.decoding`. Raises BadRecord."""
         return clean_caption(self.field(index, record, key, str), self.record_name(index))
 
-    def image(self, index: int, name: str, folder: pathlib.Path | None = None) -> bytes:
-        """An image's bytes, below `images` or `folder`. Raises BadRecord: "file: missing", ..."""
-        return read_bytes(inside(folder or self.images or self._locate(index)[0].file.parent, name))
+    @abc.abstractmethod
+    def image_paths(self, index: int) -> tuple[pathlib.Path, ...]:
+        """The files of an entry's images, which may be missing. Raises BadRecord where the entry names none."""
+
+    def image_path(self, index: int, name: str, folder: pathlib.Path | None = None) -> pathlib.Path:
+        """The file of an image, below `images` or `folder`. Raises BadRecord "file: outside the folder"."""
+        return inside(folder or self.images or self._locate(index)[0].file.parent, name)
 
     def _locate(self, index: int) -> tuple[AnnotationFile, int]:
         index = range(len(self))[index]
         number = bisect.bisect_right(self._ends, index)
         return self.files[number], index - (self._ends[number - 1] if number else 0)
+
+
+def check_images(source: AnnotationList, n: int | None = None) -> None:
+    """Raises MmjaxError, with the first ones, if entries (the first n) name no image or one that does not exist."""
+    missing: list[str] = []
+    for index in range(len(source) if n is None else n):
+        try:
+            missing += [str(path) for path in source.image_paths(index) if not path.is_file()]
+        except BadRecord as error:
+            missing.append(str(error))
+    if missing:
+        several = f", {', '.join(dict.fromkeys(missing[1:3]))}, ..." if len(missing) > 2 else ""
+        raise MmjaxError(f"{source.name}: {len(missing)} images are missing: {missing[0]}{several}")
 
 
 def _line_offsets(file: pathlib.Path) -> tuple[np.ndarray, str]:

@@ -135,7 +135,7 @@ def labelled_split(root: str | os.PathLike[str], held_out: float) -> tuple[Image
 
 def inside(folder: pathlib.Path, path: str) -> pathlib.Path:
     """`folder / path`; BadRecord "file: outside the folder" for one that leaves it."""
-    joined = os.path.normpath(folder / path)
-    if "\0" in path or os.path.commonpath([joined, os.path.normpath(folder)]) != os.path.normpath(folder):
+    joined, root = os.path.normpath(folder / path), os.path.abspath(folder)
+    if "\0" in path or os.path.commonpath([os.path.abspath(joined), root]) != root:
         raise BadRecord("file: outside the folder", path)
     return pathlib.Path(joined)

@@ -11,6 +11,7 @@ COCO's {"images": [...], "annotations": [...]} gives one record an image, with a
     ImageTextList("coco_test.json", images); retrieval_texts(it)        # and to evaluate it
 """
 
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxtyping import Int
 
 from mmjax.data.annotation_list import AnnotationList, File
 from mmjax.data.decoding import BadRecord, clean_caption
-from mmjax.data.sources import Record
+from mmjax.data.sources import Record, read_bytes
 from mmjax.errors import MmjaxError
 
 IMAGE_KEYS = ("image", "file_name", "filename", "filepath", "image_path", "img")
@@ -47,16 +48,23 @@ class ImageTextList(AnnotationList):
 
     def __getitem__(self, index: int) -> Record:
         entry = self.record(index)
-        name = self._image_name(entry)
-        if name is None:
-            raise BadRecord("list: no image named", self.record_name(index), f"keys {sorted(entry)[:8]}")
+        name = self._named(index, entry)
         record: Record = {key: value for key, value in entry.items() if key not in (*IMAGE_KEYS, *TEXT_KEYS)}
         if self._numbers is not None:
             record["image_id"] = int(self._numbers[index])
         texts = _texts(entry, f"{self.record_name(index)} {name}")
         if texts:
             record |= {"text": texts[0], "texts": texts}
-        return record | {"image": self.image(index, name)}
+        return record | {"image": read_bytes(self.image_path(index, name))}
+
+    def image_paths(self, index: int) -> tuple[pathlib.Path, ...]:
+        return (self.image_path(index, self._named(index, self.record(index))),)
+
+    def _named(self, index: int, entry: Mapping[str, Any]) -> str:
+        name = self._image_name(entry)
+        if name is None:
+            raise BadRecord("list: no image named", self.record_name(index), f"keys {sorted(entry)[:8]}")
+        return name
 
     def _numbered(self) -> Int[np.ndarray, " n"]:
         """The image's number of each entry, int32 [n]. A bad entry has a unique number, which nothing uses."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from mmjax.data.annotation_list import AnnotationList, File, read_json
 from mmjax.data.decoding import BadRecord
-from mmjax.data.sources import Record
+from mmjax.data.sources import Record, read_bytes
 from mmjax.errors import MmjaxError
 
 
@@ -48,11 +48,15 @@ class QuestionList(AnnotationList):
             record["question_id"] = np.int64(entry["question_id"])
         if "answer" in entry:
             record |= self._answers(index, entry)
+        return record | {"image": read_bytes(*self.image_paths(index))}
+
+    def image_paths(self, index: int) -> tuple[pathlib.Path, ...]:
+        entry = self.record(index)
         dataset = self.field(index, entry, "dataset", str)
         if dataset not in self.folders:
             detail = f"{dataset!r}; there are folders for {', '.join(self.folders)}"
             raise BadRecord("list: unknown dataset", self.record_name(index), detail)
-        return record | {"image": self.image(index, self.field(index, entry, "image", str), self.folders[dataset])}
+        return (self.image_path(index, self.field(index, entry, "image", str), self.folders[dataset]),)
 
     def _answers(self, index: int, entry: Mapping[str, object]) -> Record:
         value = self.field(index, entry, "answer", (str, list))
@@ -90,11 +94,15 @@ class ImagePairList(AnnotationList):
     def __getitem__(self, index: int) -> Record:
         """Raises BadRecord: "list: no images", "list: no sentence", "list: unknown label", "file: missing", ..."""
         entry = self.record(index)
-        names = self.field(index, entry, "images", list)
+        paths = self.image_paths(index)
+        record = {"text": self.text(index, entry, "sentence"), "label": _label(self, index, entry, self.classes)}
+        return record | {f"image_{side}": read_bytes(path) for side, path in enumerate(paths)}
+
+    def image_paths(self, index: int) -> tuple[pathlib.Path, ...]:
+        names = self.field(index, self.record(index), "images", list)
         if len(names) != 2 or not all(isinstance(name, str) for name in names):
             raise BadRecord("list: no images", self.record_name(index), f"expected two names, not {names!r:.80}")
-        record = {"text": self.text(index, entry, "sentence"), "label": _label(self, index, entry, self.classes)}
-        return record | {f"image_{side}": self.image(index, name) for side, name in enumerate(names)}
+        return tuple(self.image_path(index, name) for name in names)
 
 
 class EntailmentList(AnnotationList):
@@ -109,7 +117,10 @@ class EntailmentList(AnnotationList):
         """Raises BadRecord: "list: no image", "list: no sentence", "list: unknown label", "file: missing", ..."""
         entry = self.record(index)
         record = {"text": self.text(index, entry, "sentence"), "label": _label(self, index, entry, self.classes)}
-        return record | {"image": self.image(index, f"{self.field(index, entry, 'image', (str, int))}.jpg")}
+        return record | {"image": read_bytes(*self.image_paths(index))}
+
+    def image_paths(self, index: int) -> tuple[pathlib.Path, ...]:
+        return (self.image_path(index, f"{self.field(index, self.record(index), 'image', (str, int))}.jpg"),)
 
 
 def _label(source: AnnotationList, index: int, entry: Mapping[str, object], classes: tuple[str, ...]) -> int:

@@ -97,20 +97,28 @@ class GroundingModel(TwoStageModel):
 
         The mean, over heads and tokens, of the weights of a layer's cross attention times the positive part of their
         gradient, that of the ITM logit of class 1.
-        block: the layer, from 0; None: the original's (ALBEF 8, BLIP 7), or the last but one of a smaller network.
+        block: see `grounding_block`.
         """
         self._check_matching()
+        block = self.grounding_block(block)
+        columns, pixels = self.columns(texts), self.pixels(images)
+        if len(pixels) != len(columns[0]):
+            raise MmjaxError(f"{len(pixels)} images for {len(columns[0])} texts")
+        run = functools.partial(self._compiled_cam, self.variables, block)
+        return batched(run, batch_size, *columns, pixels)
+
+    def grounding_block(self, block: int | None = None) -> int:
+        """The layer of `heat_maps`, from 0; None: the original's, or the last but one of a smaller network.
+
+        Raises MmjaxError for one whose cross attention gives no map.
+        """
         text, rules = self.text_config, self.grounding_rules
         # The ITM head reads the first token: in the last layer the words have no gradient.
         first, last = text.cross_from or 0, text.depth - 1 - rules.words_only
         chosen = max(min(rules.block, text.depth - 2), first) if block is None else block
         if not first <= chosen <= last:
             raise MmjaxError(f"block={chosen}: layers whose cross attention gives a map are {first} to {last}")
-        columns, pixels = self.columns(texts), self.pixels(images)
-        if len(pixels) != len(columns[0]):
-            raise MmjaxError(f"{len(pixels)} images for {len(columns[0])} texts")
-        run = functools.partial(self._compiled_cam, self.variables, chosen)
-        return batched(run, batch_size, *columns, pixels)
+        return chosen
 
     @functools.cached_property
     def _compiled_cam(self) -> Callable[..., tuple[Array, Array]]:

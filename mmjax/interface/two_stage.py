@@ -122,7 +122,7 @@ class TwoStageModel(ImageTextModel):
         Raises MmjaxError for a network without an ITM head, or unless there is one text for each image.
         """
         self._check_matching()
-        return jax.nn.softmax(self._pair_logits("itm_logits", texts, batch_size, images))[:, 1]
+        return jax.nn.softmax(self.pair_logits("itm_logits", texts, batch_size, images))[:, 1]
 
     def classify_pairs(
         self,
@@ -146,7 +146,7 @@ class TwoStageModel(ImageTextModel):
         if c.two_images != (other_images is not None):
             count = "two images" if c.two_images else "one image"
             raise MmjaxError(f"other_images: this {self.system} classifies texts of {count}")
-        logits = self._pair_logits("classify", texts, batch_size, images, *([other_images] if c.two_images else []))
+        logits = self.pair_logits("classify", texts, batch_size, images, *([other_images] if c.two_images else []))
         return top_k_labels(jax.nn.softmax(logits), self.class_names(), top)
 
     def pair_states(
@@ -163,8 +163,8 @@ class TwoStageModel(ImageTextModel):
 
         return jax.jit(logits, static_argnums=1)
 
-    def _pair_logits(self, head: str, texts: Any, batch_size: int, *images: Any) -> Float[Array, "b c"]:
-        """Logits of the i-th text with the i-th image(s)."""
+    def pair_logits(self, head: str, texts: Any, batch_size: int, *images: Any) -> Float[Array, "b c"]:
+        """Logits of the i-th text with the i-th image(s). head: "itm_logits" or "classify"."""
         columns, pixels = self.columns(texts), [self.pixels(one) for one in images]
         counts = [len(one) for one in pixels]
         if any(count != len(columns[0]) for count in counts):
