@@ -53,9 +53,14 @@ class GeneratingModel(Model):
         return next(iter(self.eos), 0)
 
     @property
-    def written(self) -> int:
+    def num_ids(self) -> int:
+        """The number of ids of prompts; those of a config's `added_tokens` follow the vocabulary's."""
+        return self.config.vocab_size + getattr(self.config, "added_tokens", 0)
+
+    @property
+    def num_logits(self) -> int:
         """The number of ids that the logits cover."""
-        return self.config.vocab_size
+        return self.num_ids
 
     def check_room(self, length: int, new_tokens: int) -> None:
         """Raises MmjaxError where a prompt of `length` with the new tokens exceeds the model's positions."""
@@ -227,8 +232,8 @@ class GeneratingModel(Model):
         valid = np.ones(ids.shape, np.int32) if mask is None else np.asarray(mask).astype(np.int32)
         if valid.shape != ids.shape:
             raise MmjaxError(f"attention_mask {list(valid.shape)} is not of the ids' shape {list(ids.shape)}")
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise MmjaxError(f"prompts: ids from {ids.min()} to {ids.max()}; there are {self.config.vocab_size}")
+        if ids.min() < 0 or ids.max() >= self.num_ids:
+            raise MmjaxError(f"prompts: ids from {ids.min()} to {ids.max()}; there are {self.num_ids}")
         return ids.astype(np.int32), valid
 
     def _encode(self, prompts: Any, add_special_tokens: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -263,7 +268,7 @@ class GeneratingModel(Model):
     def _token_bytes(self) -> list[bytes]:
         if self.tokenizer is None:
             raise MmjaxError("stop strings need a tokenizer")
-        return self.tokenizer.token_bytes(self.written)
+        return self.tokenizer.token_bytes(self.num_logits)
 
     def _text(self, row: np.ndarray, eos: tuple[int, ...], stop: Sequence[str]) -> str:
         assert self.tokenizer is not None

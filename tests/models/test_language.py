@@ -354,6 +354,14 @@ def test_added_tokens_are_rows_of_a_larger_vocabulary(tied):
     batch = {"input_ids": ids, "labels": ids}
     logits = LanguageModel(config, params).forward(input_ids=ids)["logits"]
     np.testing.assert_allclose(logits, LanguageModel(whole, joined).forward(input_ids=ids)["logits"], atol=1e-5)
+    generated = [
+        model.generate(ids, max_new_tokens=6, suppress=tuple(range(V)))  # ids of added tokens, in prompts and after
+        for model in (LanguageModel(config, params), LanguageModel(whole, joined))
+    ]
+    np.testing.assert_array_equal(*generated)
+    assert generated[0].min() >= V
+    with pytest.raises(MmjaxError, match=f"there are {V + 3}"):
+        LanguageModel(config, params).generate(ids + 3)
     value, slopes = jax.jit(jax.value_and_grad(loss_of(config, batch)))(params)
     expected, expected_slopes = jax.jit(jax.value_and_grad(loss_of(whole, batch)))(joined)
     np.testing.assert_allclose(value, expected, rtol=1e-6)

@@ -11,7 +11,7 @@ import numpy as np
 from mmjax.errors import MmjaxError
 from mmjax.generation.engine import stream
 from mmjax.interface.generation import BUCKETS
-from mmjax.models.language.decode import Past, empty_past, remember
+from mmjax.models.language.decode import PrefixCache, empty_prefix, remember
 from mmjax.models.language.tasks import LanguageModel
 from mmjax.nn.rotary import Rotary
 
@@ -42,7 +42,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self.reused = 0
         self._cached_ids: list[int] = []
-        self._past: Past | None = None
+        self._past: PrefixCache | None = None
 
     def say(self, text: str, every: int = 1) -> Iterator[str]:
         """The answer, piece by piece; it joins `messages` when it is complete.
@@ -63,7 +63,7 @@ class Conversation:
         mask = np.zeros((1, width), np.int32)
         mask[:, width - rest.shape[1] :] = 1
         model.check_room(len(ids), options.max_new_tokens)
-        past = empty_past(model.config, SMALLEST) if self._past is None else self._past
+        past = empty_prefix(model.config, SMALLEST) if self._past is None else self._past
         inputs = {"input_ids": jnp.asarray(np.pad(rest, ((0, 0), (width - rest.shape[1], 0)))), "past": past}
         inputs["attention_mask"] = jnp.asarray(mask)
         stops = model.stops(self._stop, inputs)

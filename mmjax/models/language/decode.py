@@ -16,7 +16,7 @@ from mmjax.nn.stack import LayerCache
 from mmjax.types import Array, Bool, Float, Int
 
 
-class Past(NamedTuple):
+class PrefixCache(NamedTuple):
     """The tokens so far: each layer's keys and values, which of them are tokens, and their positions."""
 
     caches: tuple[LayerCache, ...]
@@ -44,7 +44,7 @@ class DecoderSteps:
         x = jnp.asarray(x, c.dtype)
         new_mask = inputs.get("attention_mask")
         new_mask = jnp.ones(x.shape[:2], bool) if new_mask is None else new_mask.astype(bool)
-        past: Past | None = inputs.get("past")
+        past: PrefixCache | None = inputs.get("past")
         mask = new_mask if past is None else jnp.concatenate([past.mask, new_mask], -1)
         position_ids = token_positions(mask)
         caches = None if past is None else past.caches
@@ -54,24 +54,24 @@ class DecoderSteps:
         final = jnp.take_along_axis(outputs[0], last[:, None, None], axis=1)[:, 0]
         logits: Any = module.apply(variables, final, method="logits")
         new = kv_cache.empty(x.shape[0], rows, c.kv_heads, capacity, c.head_width, x.dtype)
-        return logits, DecodeState(Past(tuple(outputs[1]), mask, position_ids), (new,) * c.depth, jnp.int32(0))
+        return logits, DecodeState(PrefixCache(tuple(outputs[1]), mask, position_ids), (new,) * c.depth, jnp.int32(0))
 
     def step(
         self, variables: Mapping[str, Any], ids: Int[Array, "b r"], state: DecodeState
     ) -> tuple[Float[Array, "b r v"], DecodeState]:
-        past: Past = state.items
+        past: PrefixCache = state.items
         outputs: Any = self.module.apply(variables, ids, *past, state.rows, state.index, method="step")
         logits, new = outputs
         return logits, state._replace(rows=tuple(new), index=state.index + 1)
 
 
-def remember(state: DecodeState, row: int = 0, size: int | None = None) -> Past:
+def remember(state: DecodeState, row: int = 0, size: int | None = None) -> PrefixCache:
     """The prompt and the new tokens of one row of a generation, as the `past` of the next prompt.
 
     size: slots of the result, tokens first; at least as many as there are tokens. None: as many as there were slots.
     The last token that was chosen is not in it: no step has read it.
     """
-    past: Past = state.items
+    past: PrefixCache = state.items
     written = jnp.arange(state.rows[0].k.shape[1]) < state.index
     mask = jnp.concatenate([past.mask, jnp.broadcast_to(written, (past.mask.shape[0], written.shape[0]))], -1)
     order = jnp.argsort(~mask, axis=-1, stable=True)[:, :size]
@@ -88,11 +88,11 @@ def remember(state: DecodeState, row: int = 0, size: int | None = None) -> Past:
         for cache, new in zip(past.caches, state.rows)
     )
     mask = jnp.pad(jnp.take_along_axis(mask, order, -1), ((0, 0), (0, extra)))
-    return Past(caches, mask, token_positions(mask))
+    return PrefixCache(caches, mask, token_positions(mask))
 
 
-def empty_past(config: DecoderConfig, size: int) -> Past:
+def empty_prefix(config: DecoderConfig, size: int) -> PrefixCache:
     """A past of one item with no token in it, so that a first turn runs the program of the later ones."""
     zeros = jnp.zeros((1, config.kv_heads, size, config.head_width), config.dtype)
     mask = jnp.zeros((1, size), bool)
-    return Past((LayerCache(KeyValues(zeros, zeros)),) * config.depth, mask, token_positions(mask))
+    return PrefixCache((LayerCache(KeyValues(zeros, zeros)),) * config.depth, mask, token_positions(mask))

@@ -80,7 +80,7 @@ class TransformerModel(GeneratingModel):
         return (self.config.eos,)
 
     @property
-    def written(self) -> int:
+    def num_logits(self) -> int:
         return self.config.outputs
 
     def fixed_options(self) -> dict[str, Any]:
