@@ -14,8 +14,8 @@ import matplotlib.patches
 import numpy as np
 import tyro
 
+from mmjax.data.masks import palette
 from mmjax.data.openmoji import ATTRIBUTION
-from mmjax.data.scenes.files import palette
 from mmjax.data.scenes.sources import (
     SceneBoxes,
     SceneCaptions,

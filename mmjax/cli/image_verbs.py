@@ -1,4 +1,4 @@
-"""The flags of the verbs on images and texts: match, answer, ground, caption."""
+"""The flags of the verbs on images and texts: match, answer, ground, segment, caption."""
 
 import argparse
 from collections.abc import Callable
@@ -10,7 +10,7 @@ MODEL = "a workdir, a folder, a weight file or a hub id"
 
 
 def add_verbs(verbs: argparse._SubParsersAction, add: Add) -> None:
-    for define in (_match, _answer, _ground, _caption):
+    for define in (_match, _answer, _ground, _segment, _caption):
         define(verbs, add)
 
 
@@ -59,6 +59,21 @@ def _run_ground(flags: argparse.Namespace) -> None:
     from mmjax.cli import pairs
 
     pairs.ground(flags.source, flags.image, flags.text, flags.out, flags.block)
+
+
+def _segment(verbs: argparse._SubParsersAction, add: Add) -> None:
+    description = "Print the classes of an image's pixels with their shares, and store a picture of them."
+    verb = add(verbs, "segment", lambda flags, _: _run_segment(flags), description)
+    verb.add_argument("source", metavar="MODEL", help="a run of experiments/segment.py, or a folder of its model")
+    verb.add_argument("image", metavar="IMAGE")
+    verb.add_argument("--out", metavar="FILE", default="segmented.png", help="default: segmented.png")
+    verb.add_argument("--mask", metavar="FILE", help="also the classes alone, as a PNG with a palette")
+
+
+def _run_segment(flags: argparse.Namespace) -> None:
+    from mmjax.cli import dense
+
+    dense.segment(flags.source, flags.image, flags.out, flags.mask)
 
 
 def _caption(verbs: argparse._SubParsersAction, add: Add) -> None:

@@ -19,7 +19,7 @@ from mmjax.data.sources import Record
 from mmjax.errors import MmjaxError
 
 
-def _picture(value: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def rgb_image(value: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An RGB image of encoded bytes or of a uint8 array [height, width, 3] or [height, width]."""
     if isinstance(value, np.ndarray):
         return Image.fromarray(value).convert("RGB")
@@ -33,7 +33,7 @@ class Decode(transforms.Map):
     max_pixels: int = MAX_PIXELS
 
     def map(self, element: Record) -> Record:
-        return element | {"image": np.asarray(_picture(element["image"], self.max_pixels))}
+        return element | {"image": np.asarray(rgb_image(element["image"], self.max_pixels))}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Resize(transforms.Map):
     preprocessing: ImagePreprocessing
 
     def map(self, element: Record) -> Record:
-        return element | {"image": self.preprocessing.to_uint8(_picture(element["image"]))}
+        return element | {"image": self.preprocessing.to_uint8(rgb_image(element["image"]))}
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class RandomResizedCrop(transforms.RandomMap):
     def random_map(self, element: Record, rng: np.random.Generator) -> Record:
         value = element["image"]
         if isinstance(value, np.ndarray):
-            picture = _picture(value)
+            picture = rgb_image(value)
             size = picture.size
             left, top, width, height = random_box(size, self.scale, self.ratio, rng)
         else:

@@ -3,14 +3,14 @@
 import io
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
 from mmjax.types import Float, Int, MmjaxError, UInt8
@@ -229,3 +229,71 @@ def _bare(axes: object, frame: str | None = None) -> None:
         spine.set_visible(frame is not None)
         spine.set_linewidth(3 if frame == RIGHT else 1)
         spine.set_edgecolor(frame or "none")
+
+
+def segmentation_picture(
+    examples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    names: Sequence[str],
+    colours: UInt8[np.ndarray, "classes 3"],
+    attribution: str | None = None,
+) -> UInt8[np.ndarray, "pixels_high pixels_wide 3"]:
+    """Image, true and predicted classes [height, width] of each example, a row each, with a legend of the classes."""
+    figure = Figure(figsize=(6.6, 2.1 * len(examples) + 0.8), dpi=100)
+    grid = figure.subplots(len(examples), 3, squeeze=False)
+    for row, (image, *masks) in zip(grid, examples):
+        row[0].imshow(image)
+        for axes, mask in zip(row[1:], masks):
+            axes.imshow(blended(image, mask, colours))
+        for axes in row:
+            _bare(axes)
+    for axes, title in zip(grid[0], ("image", "truth", "prediction")):
+        axes.set_title(title, fontsize=9)
+    _legend(figure, {int(k) for _, *masks in examples for mask in masks for k in np.unique(mask)}, names, colours)
+    figure.subplots_adjust(0.01, 0.8 / (2.1 * len(examples) + 0.8), 0.99, 0.95, 0.03, 0.05)
+    if attribution:
+        figure.text(0.01, 0.005, attribution, fontsize=6, color="#444444")
+    return pixels(figure)
+
+
+def _legend(figure: Figure, classes: Set[int], names: Sequence[str], colours: np.ndarray) -> None:
+    """The names of these classes with their colours, at the foot; a class without a name is left out."""
+    named = sorted(k for k in classes if k < len(names))
+    handles = [Patch(color=tuple((colours[k] / 255).tolist()), label=_plain(names[k])) for k in named]
+    foot = 0.2 / figure.get_size_inches()[1]  # above the line of the attribution
+    figure.legend(
+        handles=handles,
+        loc="lower center",
+        ncols=min(len(handles), 6),
+        fontsize=8,
+        frameon=False,
+        bbox_to_anchor=(0.5, foot),
+    )
+
+
+def blended(
+    image: UInt8[np.ndarray, "height width 3"],
+    mask: Int[np.ndarray, "height width"],
+    colours: UInt8[np.ndarray, "classes 3"],
+) -> UInt8[np.ndarray, "height width 3"]:
+    """The image with the colours of its classes laid over it; class 0 and pixels without a class stay as they are."""
+    over = image * 0.35 + colours[mask] * 0.65
+    return np.where(((mask > 0) & (mask < 255))[..., None], over, image).astype(np.uint8)
+
+
+def segmented_picture(
+    image: UInt8[np.ndarray, "height width 3"],
+    mask: Int[np.ndarray, "height width"],
+    names: Sequence[str],
+    colours: UInt8[np.ndarray, "classes 3"],
+) -> UInt8[np.ndarray, "pixels_high pixels_wide 3"]:
+    """The image beside itself with the colours of its classes, and a legend of them."""
+    height, width = mask.shape
+    figure = Figure(figsize=(8, 4 * height / width + 0.7), dpi=120)
+    left, right = figure.subplots(1, 2)
+    left.imshow(image)
+    right.imshow(blended(image, mask, colours))
+    _legend(figure, set(np.unique(mask).tolist()), names, colours)
+    for axes in (left, right):
+        _bare(axes)
+    figure.subplots_adjust(0.01, 0.7 / (4 * height / width + 0.7), 0.99, 0.99, 0.02)
+    return pixels(figure)

@@ -43,4 +43,5 @@ SYSTEMS: tuple[System, ...] = (
     System("t5", "mmjax.models.t5", "T5Model"),
     System("bert", "mmjax.models.bert", "BertModel"),
     System("albef", "mmjax.models.albef", "AlbefModel"),
+    System("segmentation", "mmjax.models.dense", "SegmentationModel"),
 )

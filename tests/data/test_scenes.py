@@ -17,7 +17,7 @@ from mmjax.data.image_text import ImageTextList
 from mmjax.data.pipeline import Pipeline, batches
 from mmjax.data.scenes import sources as s
 from mmjax.data.scenes import sprites
-from mmjax.data.scenes.files import palette, write_scenes
+from mmjax.data.scenes.files import write_scenes
 from mmjax.data.scenes.questions import KINDS
 from mmjax.data.scenes.rendering import render
 from mmjax.data.scenes.splits import SPLITS, held_out_count, held_out_pairs, held_out_sprites, split_words
@@ -521,11 +521,6 @@ def test_files_are_read_by_the_published_formats_readers(tmp_path):
     assert areas == {k: (mask == k).sum() for k in np.unique(mask) if k}
     with pytest.raises(MmjaxError, match="is not an empty folder"):
         write_scenes(folder, 6)
-
-
-def test_the_palette_is_pascals():
-    assert palette(4).tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
-    assert len({tuple(colour) for colour in palette(256).tolist()}) == 256
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmjax.data.masks import palette
 from mmjax.data.scenes.language import long_caption, short_caption
 from mmjax.data.scenes.sources import (
     Labels,
@@ -73,15 +74,6 @@ def _write_lists(root: pathlib.Path, lists: Mapping[str, Any]) -> None:
 def _save(root: pathlib.Path, name: str, image: np.ndarray) -> str:
     Image.fromarray(image).save(root / name)
     return name
-
-
-def palette(classes: int) -> np.ndarray:
-    """PASCAL VOC's colours: uint8 [classes, 3], black first. The bits of the index, spread over the channels."""
-    index, colours = np.arange(classes), np.zeros((classes, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            colours[:, channel] |= (((index >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
-    return colours
 
 
 def _scene_lists(root: pathlib.Path, source: SceneMasks) -> dict[str, Any]:

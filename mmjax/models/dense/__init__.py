@@ -1,0 +1,1 @@
+"""Dense prediction on image encoders: segmentation."""
