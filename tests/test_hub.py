@@ -17,7 +17,7 @@ from flax import linen as nn
 from PIL import Image
 
 import mmjax
-from mmjax import hub
+from mmjax import models
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
 from mmjax.interface.inputs import PIXELS
@@ -109,7 +109,7 @@ def toy(monkeypatch):
         "toy.tasks": types.SimpleNamespace(ToyModel=ToyModel),
     }.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(hub, "SYSTEMS", (System("toy", "toy", "ToyModel"),))
+    monkeypatch.setattr(models, "SYSTEMS", (System("toy", "toy", "ToyModel"),))
     config = ToyConfig()
     rng = np.random.default_rng(3)
     arrays = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), ToyModel.shapes(config))

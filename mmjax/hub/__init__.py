@@ -11,9 +11,8 @@ The layout is recognised by its keys. A model is loaded whole or not at all.
 
 import dataclasses
 import io
-import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,26 +20,35 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from mmjax.data.labels import LABELS, labels_from_hf, labels_to_hf, read_labels, write_labels
-from mmjax.data.preprocess import ImagePreprocessing, from_hf
+from mmjax.data.labels import labels_to_hf, write_labels
+from mmjax.data.preprocess import from_hf
 from mmjax.errors import MmjaxError
-from mmjax.interface.config import config_from_json, differences
+from mmjax.hub.description import (
+    SIDECAR,
+    as_json,
+    describe,
+    holds_labels,
+    is_own,
+    labels_of,
+    notes_of,
+    read_description,
+    read_json,
+    system_called,
+)
+from mmjax.hub.recognise import RenamedArrays, infer_config, recognise
+from mmjax.interface.config import differences
 from mmjax.interface.model import Model
-from mmjax.models import SYSTEMS, System
 from mmjax.nn import int8
 from mmjax.tree import flatten, map_with_path, matches
-from mmjax.weights.files import parse_json, read_weights, write_atomically, write_safetensors
+from mmjax.weights.files import read_weights, write_atomically, write_safetensors
 from mmjax.weights.records import Weights
 from mmjax.weights.source import Source, find_weight_file, resolve_source
-from mmjax.weights.table import Entry, Layout, WeightsError, load_table, save_table
+from mmjax.weights.table import Entry, Layout, load_table, save_table
 
 WEIGHTS = "model.safetensors"
 """The weights of our own format."""
 
 TOKENIZER = "tokenizer.json"
-
-SIDECAR = "mmjax"
-"""The key of an exported config.json under which mmjax finds what the layout itself cannot hold."""
 
 IGNORED_FIELDS = frozenset(
     {
@@ -99,7 +107,7 @@ def load(
     folder = path if path.is_dir() else path.parent
     if path.is_dir() and path.parent.name == "checkpoints":
         parts = _load_checkpoint(path.parent.parent, path)
-    elif _is_own(folder) and (path.is_dir() or path.name == WEIGHTS):
+    elif is_own(folder) and (path.is_dir() or path.name == WEIGHTS):
         parts = _load_own(folder)
     else:
         parts = _load_public(path, layout)
@@ -128,7 +136,7 @@ def save(model: Model, folder: Source) -> None:
     write_safetensors(folder / WEIGHTS, arrays, {"format": "mmjax"})
     if model.labels:
         write_labels(model.labels, folder)
-    write_atomically(folder / "config.json", [_json(_description(model, model.layout) | {"tokenizer": tokenizer})])
+    write_atomically(folder / "config.json", [as_json(describe(model, model.layout) | {"tokenizer": tokenizer})])
 
 
 def export(model: Model, folder: Source, layout: str = "hf", *, lossy: bool = True) -> tuple[str, ...]:
@@ -142,6 +150,7 @@ def export(model: Model, folder: Source, layout: str = "hf", *, lossy: bool = Tr
 
     >>> import pathlib, tempfile
     >>> from mmjax.models.resnet.tasks import ResNetConfig, ResNetModel
+    >>> from mmjax.data.preprocess import ImagePreprocessing
     >>> config = ResNetConfig((1,), "basic", "cifar", 4, (4,), shortcut="none", num_classes=2)
     >>> zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), ResNetModel.shapes(config))
     >>> model = ResNetModel(config, **zeros, preprocess=ImagePreprocessing.imagenet(32, 32))
@@ -168,25 +177,19 @@ def export(model: Model, folder: Source, layout: str = "hf", *, lossy: bool = Tr
         write_safetensors(folder / chosen.file, arrays, {"format": "pt"})
     model.save_tokenizer(folder / TOKENIZER)
     if config_json is not None and "pixel_values" in model.example(model.config):
-        write_atomically(folder / "preprocessor_config.json", [_json(model.preprocess.to_hf())])
-    if config_json is not None and _holds_labels(config_json):
+        write_atomically(folder / "preprocessor_config.json", [as_json(model.preprocess.to_hf())])
+    if config_json is not None and holds_labels(config_json):
         config_json = config_json | labels_to_hf(model.labels, model.num_classes(model.config))
     elif model.labels:
         write_labels(model.labels, folder)
     if config_json is None or losses:
-        config_json = (config_json or {}) | {SIDECAR: _description(model, chosen.name)}
-    write_atomically(folder / "config.json", [_json(config_json)])
+        config_json = (config_json or {}) | {SIDECAR: describe(model, chosen.name)}
+    write_atomically(folder / "config.json", [as_json(config_json)])
     return losses
 
 
 def _variables(model: Model) -> dict[str, Any]:
     return {"params": model.params} | ({"stats": model.stats} if model.stats else {})
-
-
-def _description(model: Model, layout: str) -> dict[str, Any]:
-    """All but the weights, the labels and the tokenizer, as JSON; `_read_description` is the other direction."""
-    description = {"system": model.system, "model": dataclasses.asdict(model.config)}
-    return description | {"preprocess": dataclasses.asdict(model.preprocess), "layout": layout}
 
 
 def _refuse_int8(model: Model, verb: str) -> None:
@@ -198,7 +201,7 @@ def _refuse_int8(model: Model, verb: str) -> None:
 
 
 def _layout(model: Model, name: str) -> Layout:
-    layouts = {layout.name: layout for layout in _system(model.system, "export").layouts}
+    layouts = {layout.name: layout for layout in system_called(model.system, "export").layouts}
     if name not in layouts:
         known = ", ".join(layouts) or "no public layout; `mmjax.save` writes our own"
         raise MmjaxError(f"layout={name!r}: {model.system} is exported as {known}")
@@ -223,43 +226,9 @@ def _losses(
         if path.rpartition(".")[2] not in IGNORED_FIELDS
     ]
     named = model.num_classes(model.config) and model.labels != model.default_labels(model.config)
-    if named and not _holds_labels(config_json):
+    if named and not holds_labels(config_json):
         losses.append(f"the names of its {len(model.labels)} classes")
     return tuple(losses)
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
-    return parse_json(path.read_bytes(), path) if path.is_file() else None
-
-
-def _is_own(folder: pathlib.Path) -> bool:
-    config_json = _read_json(folder / "config.json")
-    return config_json is not None and "system" in config_json and "model" in config_json
-
-
-def _system(name: str, source: str) -> System:
-    for system in SYSTEMS:
-        if system.name == name:
-            return system
-    raise MmjaxError(f"{source}: no system is called {name!r}; there are {', '.join(s.name for s in SYSTEMS)}")
-
-
-def _holds_labels(config_json: Mapping[str, Any] | None) -> bool:
-    """Whether it is a config.json of transformers, which has a field for the names of classes."""
-    return config_json is not None and "model_type" in config_json
-
-
-def _labels(folder: pathlib.Path, config_json: Mapping[str, Any], kind: type[Model], config: Any) -> tuple[str, ...]:
-    """From labels.json, else the id2label of config.json, else those that are published."""
-    n = kind.num_classes(config)
-    labels = read_labels(folder)
-    if n and len(labels) not in (0, n):
-        raise MmjaxError(f"{folder / LABELS} has {len(labels)} names for the {n} classes of the head")
-    return labels or labels_from_hf(config_json, n) or kind.default_labels(config)
 
 
 # ------------------------------------------------------------------------------------------------------- public layouts
@@ -274,22 +243,6 @@ class _Parts(NamedTuple):
     fields: dict[str, Any]
 
 
-class _Renamed(Mapping[str, Any]):
-    """The arrays of a file under the names of a table; still read one at a time."""
-
-    def __init__(self, arrays: Mapping[str, Any], names: Mapping[str, str]):
-        self.arrays, self.names = arrays, names
-
-    def __getitem__(self, key: str) -> Any:
-        return self.arrays[self.names[key]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
 def _load_public(path: pathlib.Path, layout_name: str | None) -> _Parts:
     file = find_weight_file(path)
     folder = file.parent
@@ -297,68 +250,26 @@ def _load_public(path: pathlib.Path, layout_name: str | None) -> _Parts:
         weights, config_json, tokenizer = _read_gguf(file)
     else:
         weights, tokenizer = read_weights(file), None
-        config_json = _read_json(folder / "config.json") or _read_json(folder / "open_clip_config.json")
+        config_json = read_json(folder / "config.json") or read_json(folder / "open_clip_config.json")
     sidecar = (config_json or {}).get(SIDECAR)
     if sidecar is not None and layout_name is None:
         layout_name = f"{sidecar.get('system')}/{sidecar.get('layout')}"
     system, layout, names = recognise(weights, config_json, layout_name)
     kind, notes = system.model, ()
-    preprocess_json = _read_json(folder / "preprocessor_config.json")
+    preprocess_json = read_json(folder / "preprocessor_config.json")
     if sidecar is not None:
-        _, config, fields = _read_description(sidecar, f"{folder / 'config.json'}: {SIDECAR}")
+        _, config, fields = read_description(sidecar, f"{folder / 'config.json'}: {SIDECAR}")
     else:
-        config = _infer_config(weights, names, system, layout, config_json)
+        config = infer_config(weights, names, system, layout, config_json)
         preprocess = from_hf(preprocess_json) if preprocess_json else kind.default_preprocess(config, layout.name)
         fields = {"preprocess": preprocess, "layout": layout.name}
-        notes = _notes(weights.file, layout, config, config_json, preprocess_json)
-    variables = load_table(layout.table(config), _Renamed(weights.arrays, names), kind.shapes(config), weights.file)
+        notes = notes_of(weights.file, layout, config, config_json, preprocess_json)
+    variables = load_table(
+        layout.table(config), RenamedArrays(weights.arrays, names), kind.shapes(config), weights.file
+    )
     fields["tokenizer"] = tokenizer or kind.load_tokenizer(folder / TOKENIZER)
-    fields["labels"] = _labels(folder, config_json or {}, kind, config)
+    fields["labels"] = labels_of(folder, config_json or {}, kind, config)
     return _Parts(kind, config, variables, fields | {"notes": notes})
-
-
-def _infer_config(
-    weights: Weights,
-    names: Mapping[str, str],
-    system: System,
-    layout: Layout,
-    config_json: Mapping[str, Any] | None,
-) -> Any:
-    """The config, from the shapes of the arrays and config.json. Raises WeightsError naming the file."""
-    try:
-        return layout.config({name: weights.shapes[key] for name, key in names.items()}, config_json)
-    except MmjaxError as error:
-        raise WeightsError(f"{weights.file}: {error}") from error
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise WeightsError(
-            f"{weights.file} looks like {system.name} in the {layout.name} layout, but its config cannot be "
-            f"determined from it: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _notes(
-    file: str, layout: Layout, config: Any, config_json: Mapping[str, Any] | None, preprocess_json: Any
-) -> tuple[str, ...]:
-    """The assumptions made, if any. A config.json of transformers leaves out the defaults of its class."""
-    if _holds_labels(config_json):
-        return ()
-    assumed = []
-    for path, key in layout.assumed.items():
-        value: Any = config_json
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None or (path == "preprocess" and preprocess_json):
-            continue
-        if path == "preprocess":
-            assumed.append("the image preprocessing")
-            continue
-        value = config
-        for part in path.split("."):
-            value = getattr(value, part, None)
-        assumed.append(f"{path}={value!r}")
-    if not assumed:
-        return ()
-    return (f"{file}: assumed for the {layout.name} layout, as no file determines it: {', '.join(assumed)}",)
 
 
 def _read_gguf(file: pathlib.Path) -> tuple[Weights, dict[str, Any], Any]:
@@ -368,39 +279,6 @@ def _read_gguf(file: pathlib.Path) -> tuple[Weights, dict[str, Any], Any]:
 
     contents = gguf.read_gguf(file)
     return gguf.hf_weights(contents), gguf.hf_config(contents), tokenizer_from_gguf(contents.metadata, str(file))
-
-
-def recognise(
-    weights: Weights, config_json: Mapping[str, Any] | None = None, layout: str | None = None
-) -> tuple[System, Layout, dict[str, str]]:
-    """The one system and layout whose keys these are, and {key of the table: key of the file}.
-
-    layout: "layout" or "system/layout", to choose among several.
-    Raises WeightsError when none fits, or more than one.
-    """
-    fitting: list[tuple[System, Layout, dict[str, str]]] = []
-    for system in SYSTEMS:
-        for candidate in system.layouts:
-            if layout is not None and layout not in (candidate.name, f"{system.name}/{candidate.name}"):
-                continue
-            try:
-                names = candidate.unwrap(weights.arrays, weights.file)
-            except WeightsError:
-                continue  # two keys of one name: some other layout's file
-            if candidate.recognise(names.keys(), config_json):
-                fitting.append((system, candidate, names))
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        listed = ", ".join(f"{system.name}/{candidate.name}" for system, candidate, _ in fitting)
-        raise WeightsError(f"{weights.file}: more than one layout fits: {listed}; choose one with layout=")
-    known = ", ".join(f"{system.name}/{candidate.name}" for system in SYSTEMS for candidate in system.layouts)
-    keys = list(weights.arrays)
-    architecture = f"config.json has architectures {config_json.get('architectures')}; " if config_json else ""
-    raise WeightsError(
-        f"{weights.file}: unknown architecture: {architecture}its {len(keys)} keys begin {', '.join(keys[:5])}; "
-        f"{'no layout' if layout is None else f'layout={layout!r}'} fits them (there are {known})"
-    )
 
 
 def _assemble(parts: _Parts, dtype: str | None, weights: str | None) -> Model:
@@ -454,14 +332,14 @@ def _load_checkpoint(workdir: pathlib.Path, checkpoint: pathlib.Path | epath.Pat
     from mmjax.training.checkpoint import load_params
     from mmjax.training.lora import merge_lora
 
-    if not _is_own(workdir):
+    if not is_own(workdir):
         raise MmjaxError(f"{workdir / 'config.json'} is missing, or does not name a system and a model")
     if checkpoint == workdir and not (workdir / "checkpoints").is_dir():
         raise MmjaxError(f"{workdir} holds neither {WEIGHTS} nor a checkpoint")
     kind, config, fields = _read_own_config(workdir)
     state = load_params(checkpoint)
     params, stats = state["params"], state["stats"]
-    if (_read_json(workdir / "config.json") or {}).get("averaged"):
+    if (read_json(workdir / "config.json") or {}).get("averaged"):
         params, stats = state["ema"], state["averaged_stats"]
     arrays = flatten({"params": merge_lora(params), "stats": stats})
     dtypes = {key: array.dtype for key, array in arrays.items()}
@@ -484,20 +362,9 @@ def _load_remote(path: epath.Path) -> _Parts:
 
 
 def _read_own_config(folder: pathlib.Path) -> tuple[type[Model], Any, dict[str, Any]]:
-    config_json = _read_json(folder / "config.json") or {}
-    kind, config, fields = _read_description(config_json, str(folder / "config.json"))
+    config_json = read_json(folder / "config.json") or {}
+    kind, config, fields = read_description(config_json, str(folder / "config.json"))
     tokenizer = config_json.get("tokenizer")
     fields["tokenizer"] = kind.load_tokenizer(folder / tokenizer) if tokenizer else None
-    fields["labels"] = _labels(folder, config_json, kind, config)
+    fields["labels"] = labels_of(folder, config_json, kind, config)
     return kind, config, fields
-
-
-def _read_description(description: Mapping[str, Any], name: str) -> tuple[type[Model], Any, dict[str, Any]]:
-    """(class, config, {"preprocess", "layout"}) from what `_description` writes. name: of the source, for messages."""
-    kind = _system(str(description.get("system")), name).model
-    config = config_from_json(kind.config_class, description.get("model"), f"{name}: model")
-    layout = description.get("layout", "mmjax")
-    preprocess = kind.default_preprocess(config, layout)
-    if description.get("preprocess"):
-        preprocess = config_from_json(ImagePreprocessing, description["preprocess"], f"{name}: preprocess")
-    return kind, config, {"preprocess": preprocess, "layout": layout}

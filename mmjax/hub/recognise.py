@@ -1,0 +1,78 @@
+"""The system and the layout of a weight file, recognised by its keys."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmjax import models
+from mmjax.errors import MmjaxError
+from mmjax.models import System
+from mmjax.weights.records import Weights
+from mmjax.weights.table import Layout, WeightsError
+
+
+def recognise(
+    weights: Weights, config_json: Mapping[str, Any] | None = None, layout: str | None = None
+) -> tuple[System, Layout, dict[str, str]]:
+    """The one system and layout whose keys these are, and {key of the table: key of the file}.
+
+    layout: "layout" or "system/layout", to choose among several.
+    Raises WeightsError when none fits, or more than one.
+    """
+    fitting: list[tuple[System, Layout, dict[str, str]]] = []
+    for system in models.SYSTEMS:
+        for candidate in system.layouts:
+            if layout is not None and layout not in (candidate.name, f"{system.name}/{candidate.name}"):
+                continue
+            try:
+                names = candidate.unwrap(weights.arrays, weights.file)
+            except WeightsError:
+                continue  # two keys of one name: some other layout's file
+            if candidate.recognise(names.keys(), config_json):
+                fitting.append((system, candidate, names))
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        listed = ", ".join(f"{system.name}/{candidate.name}" for system, candidate, _ in fitting)
+        raise WeightsError(f"{weights.file}: more than one layout fits: {listed}; choose one with layout=")
+    known = ", ".join(f"{system.name}/{candidate.name}" for system in models.SYSTEMS for candidate in system.layouts)
+    keys = list(weights.arrays)
+    architecture = f"config.json has architectures {config_json.get('architectures')}; " if config_json else ""
+    raise WeightsError(
+        f"{weights.file}: unknown architecture: {architecture}its {len(keys)} keys begin {', '.join(keys[:5])}; "
+        f"{'no layout' if layout is None else f'layout={layout!r}'} fits them (there are {known})"
+    )
+
+
+def infer_config(
+    weights: Weights,
+    names: Mapping[str, str],
+    system: System,
+    layout: Layout,
+    config_json: Mapping[str, Any] | None,
+) -> Any:
+    """The config, from the shapes of the arrays and config.json. Raises WeightsError naming the file."""
+    try:
+        return layout.config({name: weights.shapes[key] for name, key in names.items()}, config_json)
+    except MmjaxError as error:
+        raise WeightsError(f"{weights.file}: {error}") from error
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise WeightsError(
+            f"{weights.file} looks like {system.name} in the {layout.name} layout, but its config cannot be "
+            f"determined from it: {type(error).__name__}: {error}"
+        ) from error
+
+
+class RenamedArrays(Mapping[str, Any]):
+    """The arrays of a file under the names of a table; still read one at a time."""
+
+    def __init__(self, arrays: Mapping[str, Any], names: Mapping[str, str]):
+        self.arrays, self.names = arrays, names
+
+    def __getitem__(self, key: str) -> Any:
+        return self.arrays[self.names[key]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
