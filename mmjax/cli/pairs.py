@@ -29,8 +29,7 @@ def match(source: str, files: Sequence[str], texts: Sequence[str]) -> None:
     model = load_able(source, "match")
     images = [read_image(file) for file in files]
     pairs = [(i, j) for i in range(len(images)) for j in range(len(texts))]
-    chosen, said = [images[i] for i, _ in pairs], [texts[j] for _, j in pairs]
-    probabilities = model.match(chosen, said).tolist()
+    probabilities = model.match([images[i] for i, _ in pairs], [texts[j] for _, j in pairs]).tolist()
     cosines = None
     if "encode_image" in model.abilities:
         cosines = similarities(model.encode_image(images), model.encode_text(list(texts))).tolist()

@@ -70,7 +70,7 @@ class AnsweringModel(TwoStageModel):
         """The decoder for the generation engine, with its variables; encoder_hidden_states are question states."""
 
     def answer_start(self) -> int:
-        """The id before an answer's first token. [CLS] unless a system has one of its own."""
+        """The id before an answer's first token. [CLS] unless a system has another."""
         return self.fitting_tokenizer().cls
 
     @property
@@ -112,7 +112,7 @@ class AnsweringModel(TwoStageModel):
         if len(pixels) != len(columns[0]):
             raise MmjaxError(f"{len(pixels)} images for {len(columns[0])} questions")
         if answers is None:
-            return self._written(pixels, columns, batch_size, options)
+            return self._generated(pixels, columns, batch_size, options)
         names, choices = list(answers), self.answer_columns(answers)
 
         def rank(pixels: Array, ids: Array, mask: Array) -> tuple[Array, Array]:
@@ -184,18 +184,18 @@ class AnsweringModel(TwoStageModel):
     def _compiled_states(self) -> Callable[..., Array]:
         return jax.jit(self.pair_states)
 
-    def _written(
+    def _generated(
         self, pixels: Array, columns: tuple[np.ndarray, np.ndarray], batch_size: int, options: Mapping[str, Any]
     ) -> list[str]:
         rules, tokenizer = self.answer_rules, self.fitting_tokenizer()
         parsed = rules.generation.replace(**{"eos": (tokenizer.sep,), "pad": tokenizer.pad, **options})
         decoder, variables = self.answer_decoder()
 
-        def write(pixels: Array, ids: Array, mask: Array) -> Array:
+        def generate_answers(pixels: Array, ids: Array, mask: Array) -> Array:
             states = self._compiled_states(self.variables, ids, mask, pixels)
             start = jnp.full((len(ids), 1), self.answer_start(), jnp.int32)
             inputs = {"input_ids": start, "attention_mask": jnp.ones_like(start), "encoder_hidden_states": states}
             inputs["encoder_attention_mask"] = jnp.ones_like(mask) if rules.padding_visible else jnp.asarray(mask)
             return generate(decoder, variables, inputs, parsed).ids[:, 0]
 
-        return [tokenizer.decode(ids) for ids in np.asarray(batched(write, batch_size, pixels, *columns))]
+        return [tokenizer.decode(ids) for ids in np.asarray(batched(generate_answers, batch_size, pixels, *columns))]

@@ -143,7 +143,7 @@ class GroundingModel(TwoStageModel):
 
         zeros = jnp.zeros((len(ids), text.heads, ids.shape[1], image_states.shape[1]))
         gradients, (weights, logits) = jax.grad(score, has_aux=True)(zeros)
-        heat = jnp.mean(weights * jax.nn.relu(gradients), axis=1)[:, :, 1:]  # the class token is no place in the image
+        heat = jnp.mean(weights * jax.nn.relu(gradients), axis=1)[:, :, 1:]  # without the class token
         counted = mask.astype(heat.dtype)
         if self.grounding_rules.words_only:
             positions, lengths = jnp.arange(ids.shape[1]), mask.sum(1, keepdims=True)

@@ -77,12 +77,12 @@ def questions(
             predictions += [best[0][0] for best in model.answer(images, texts, answers, k=k, batch_size=4)]
     judged = _human_answers(source, n, human)
     rules = model.answer_rules
-    how: dict[str, Any] = {"answers": "written", "generation": str(rules.generation)}
+    facts: dict[str, Any] = {"answers": "written", "generation": str(rules.generation)}
     if answers is not None:
         formula = "log p(all tokens)" + " + log p(first token)" * rules.add_first_token
-        how = {"answers": f"ranked, of {len(answers)}", "k": min(k, len(answers)), "formula": formula}
-        how["label_smoothing"] = rules.label_smoothing
-    return Protocol(vqa_scores(predictions[:n], judged) if judged else {}, how, predictions[:n])
+        facts = {"answers": f"ranked, of {len(answers)}", "k": min(k, len(answers)), "formula": formula}
+        facts["label_smoothing"] = rules.label_smoothing
+    return Protocol(vqa_scores(predictions[:n], judged) if judged else {}, facts, predictions[:n])
 
 
 def pair_classes(

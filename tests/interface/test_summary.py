@@ -31,7 +31,9 @@ def test_what_no_head_allows_is_left_out():
     assert repr(ViTModel(headless, {})).endswith("\n  can: encode_image")
     assert BertModel(BertConfig.base(mlm=True), {}).abilities == ("fill_mask", "encode_text")
     assert AlbefModel(AlbefConfig.vqa(), {}).abilities == ("answer",)
-    assert AlbefModel(AlbefConfig.retrieval(), {}).abilities == ("match", "retrieve", "encode_image", "encode_text")
+    retrieval = ("match", "retrieve", "ground", "encode_image", "encode_text")
+    assert AlbefModel(AlbefConfig.retrieval(), {}).abilities == retrieval
+    assert AlbefModel(AlbefConfig.nlvr(), {}).abilities == ("classify_pairs",)
 
 
 def test_the_largest_config_and_every_weight_stay_short():
