@@ -1,7 +1,7 @@
 """Training methods that ALBEF and BLIP share: momentum distillation, image-text contrast (ITC) and matching (ITM)."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +161,8 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Alignment(MomentumDistillation):
-    """ITC and ITM, which pre-training and retrieval share (ALBEF model_pretrain.py, model_retrieval.py).
+    """ITC and ITM, which pre-training and retrieval share (ALBEF model_pretrain.py, model_retrieval.py; BLIP
+    blip_pretrain.py, blip_retrieval.py).
 
     Batches: {"image": [b, h, w, 3], uint8 or normalised floats; "input_ids": int32 [b, l], [CLS] first;
     "attention_mask": [b, l], 1 = a token; with `config.by_image` "image_id": int32 [b]}. The parameters have a
@@ -173,10 +174,17 @@ class Alignment(MomentumDistillation):
     Attributes:
         groups: parts of the global batch, in which pairs meet the keys and the hard negatives of their own part alone:
             one a process in the original (8).
+        negative_groups: the same for the hard negatives alone; None: `groups`.
         blocks: number of blocks that the contrast's logits are computed in (see `momentum_contrast`).
+
+    Of the class:
+        negative_floor: see `negative_log_weights`.
     """
 
+    negative_floor: ClassVar[float] = 0.0
+
     groups: int = 1
+    negative_groups: int | None = None
     blocks: int = 1
 
     def encode(self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None) -> Encoded:
@@ -244,10 +252,20 @@ class Alignment(MomentumDistillation):
         self, params: Params, batch: Batch, encoded: Encoded, axis_name: str | None
     ) -> tuple[Float[Array, "b m"], Float[Array, "b m"]]:
         """Logs of the weights by which each text's negative image and each image's negative text are sampled."""
-        options: dict[str, Any] = {"groups": self.groups, "axis_name": axis_name, "ids": self._ids(batch)}
-        images = negative_log_weights(encoded.text_embeds, encoded.image_keys, params["temperature"], **options)
-        texts = negative_log_weights(encoded.image_embeds, encoded.text_keys, params["temperature"], **options)
+        options: dict[str, Any] = {"groups": self._negative_groups, "axis_name": axis_name, "ids": self._ids(batch)}
+        options |= {"floor": self.negative_floor}
+        image_keys, text_keys = self.negative_keys(encoded)
+        images = negative_log_weights(encoded.text_embeds, image_keys, params["temperature"], **options)
+        texts = negative_log_weights(encoded.image_embeds, text_keys, params["temperature"], **options)
         return images, texts
+
+    def negative_keys(self, encoded: Encoded) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
+        """The features of images and of texts that hard negatives are compared by: the momentum encoders'."""
+        return encoded.image_keys, encoded.text_keys
+
+    def multimodal_texts(self, batch: Batch, encoded: Encoded) -> Array:
+        """The texts [b, l, ...] that `encode_multimodal` of the network takes: here the states of `encode_text`."""
+        return encoded.text
 
     def negatives(
         self, params: Params, batch: Batch, encoded: Encoded, rng: PRNGKeyArray, axis_name: str | None
@@ -272,16 +290,16 @@ class Alignment(MomentumDistillation):
         images, texts = negatives
 
         def other(x: Array, indices: Array) -> Array:
-            return take_in_group(x, indices, self.groups, axis_name)
+            return take_in_group(x, indices, self._negative_groups, axis_name)
 
-        def fuse(states: Array, mask: Array, image: Array, name: str) -> Array:
+        def fuse(text: Array, mask: Array, image: Array, name: str) -> Array:
             rngs = named(rng, name)
-            return self.run(params, "encode_multimodal", states, mask, image, rng=rngs, axis_name=axis_name)
+            return self.run(params, "encode_multimodal", text, mask, image, rng=rngs, axis_name=axis_name)
 
-        mask = batch["attention_mask"]
-        positive = fuse(encoded.text, mask, encoded.image, "multimodal")
+        text, mask = self.multimodal_texts(batch, encoded), batch["attention_mask"]
+        positive = fuse(text, mask, encoded.image, "multimodal")
         negative = fuse(
-            _interleaved(encoded.text, other(encoded.text, texts)),
+            _interleaved(text, other(text, texts)),
             _interleaved(mask, other(mask, texts)),
             _interleaved(other(encoded.image, images), encoded.image),
             "multimodal/negatives",
@@ -289,12 +307,24 @@ class Alignment(MomentumDistillation):
         # As one product of [3 b, d]: the ITM head reads the first token alone.
         first = jnp.concatenate([positive[:, :1], negative[::2, :1], negative[1::2, :1]])
         logits = self.head(params, "itm_logits", first)
-        counted = has_negative(len(positive), self._ids(batch), self.groups, axis_name)
+        counted = has_negative(len(positive), self._ids(batch), self._negative_groups, axis_name)
         metrics: Means = {**matching_metrics(logits, counted, axis_name)}
         return matching_loss(logits, counted), metrics, logits
 
+    @property
+    def _negative_groups(self) -> int:
+        return self.groups if self.negative_groups is None else self.negative_groups
+
     def _ids(self, batch: Batch) -> Int[Array, "b"] | None:
         return batch["image_id"] if self.config.by_image else None
+
+
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.001, 0.5
+
+
+def clamped_temperature(params: Params) -> Params:
+    """The parameters with the temperature in its range (ALBEF model_pretrain.py:90, BLIP blip_pretrain.py)."""
+    return {**params, "temperature": jnp.clip(params["temperature"], LEAST_TEMPERATURE, MOST_TEMPERATURE)}
 
 
 def _interleaved(first: Array, second: Array) -> Array:

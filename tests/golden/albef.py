@@ -229,29 +229,36 @@ def classification(config, params, carry, batch, inputs, meta):
     return {"loss": value} | compiled(outputs, params, carry, batch, images), grads
 
 
-def answering(config, params, carry, batch, inputs, meta):
-    """Answers of a question: an axis of their own here, consecutive rows in the original."""
-    method, counts = AlbefAnswering(config), inputs["k"]
-    question, position = np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(k) for k in counts])
-    shape = (len(counts), int(max(counts)))
+def answer_batch(inputs, counts) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
+    """The columns of questions and answers, and the (question, slot) of each answer of the original.
 
-    def rows(values, fill=0):
-        out = np.full((*shape, *values.shape[1:]), fill, values.dtype)
-        out[question, position] = values
+    Answers of a question have an axis of their own here, and are consecutive rows in the original.
+    """
+    question, slot = np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(k) for k in counts])
+
+    def slots(values):
+        out = np.zeros((len(counts), int(max(counts)), *values.shape[1:]), values.dtype)
+        out[question, slot] = values
         return jnp.asarray(out)
 
-    batch |= {"input_ids": inputs["question_ids"].astype(np.int32)}
-    batch |= {"attention_mask": inputs["question_mask"].astype(np.int32)}
-    batch |= {f"answer_{name}": rows(inputs[f"answer_{name}"].astype(np.int32)) for name in ("ids", "mask")}
-    batch["answer_weights"] = rows(inputs["weights"])
+    batch = {"input_ids": inputs["question_ids"], "attention_mask": inputs["question_mask"]}
+    batch |= {f"answer_{name}": slots(inputs[f"answer_{name}"]) for name in ("ids", "mask")}
+    batch = {name: leaf.astype(np.int32) for name, leaf in batch.items()}
+    return batch | {"answer_weights": slots(inputs["weights"])}, (question, slot)
+
+
+def answering(config, params, carry, batch, inputs, meta):
+    method = AlbefAnswering(config)
+    answers, rows = answer_batch(inputs, inputs["k"])
+    batch |= answers
 
     def loss(params, carry, batch):
         value, _ = method.loss(params, carry, batch, RNG, STEP)
         return value, method.losses(params, carry, batch, RNG, STEP)
 
     (value, (losses, (student, teacher))), grads = gradient(loss, params, carry, batch)
-    outputs = {"loss": value, "answer_loss": losses[question, position], "answer_logits": student[question, position]}
-    outputs["answer_logits_m"] = teacher[question, position][:, :-1]
+    outputs = {"loss": value, "answer_loss": losses[rows], "answer_logits": student[rows]}
+    outputs["answer_logits_m"] = teacher[rows][:, :-1]
     model = AlbefModel(config, params)
     candidates = inputs["cand_ids"].astype(np.int32), inputs["cand_mask"].astype(np.int32)
     ranked = model.rank(

@@ -6,18 +6,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from golden.albef import compiled, gradient
+from golden import albef
+from golden.albef import RNG, STEP, compiled, gradient
 
 from mmjax.generation.engine import generate
 from mmjax.generation.options import BeamRules, GenerationOptions
 from mmjax.models.bert.decode import BertDecodable
 from mmjax.models.blip.checkpoint import BLIP
+from mmjax.models.blip.finetune import BlipAnswering, BlipCaptioning, BlipClassification, BlipRetrieval
 from mmjax.models.blip.network import BlipConfig, with_first
-from mmjax.objectives.language import IGNORED, answer_loss, next_tokens, text_cross_entropy, token_cross_entropy
-from mmjax.objectives.matching import has_negative, matching_loss, negative_log_weights
-from mmjax.objectives.momentum_contrast import momentum_contrast
+from mmjax.models.blip.pretrain import BlipPretraining
+from mmjax.objectives.language import next_tokens, text_cross_entropy
 from mmjax.training.ema import update_ema
-from mmjax.training.queue import Queue, enqueue, write
+from mmjax.training.queue import Queue
+from mmjax.training.state import Carry
 from mmjax.weights.table import load_table, save_table
 
 
@@ -26,7 +28,16 @@ def config_of(recorded: dict[str, Any], shapes: dict[str, Any]) -> BlipConfig:
     heads = {"vision_heads": recorded["vision_heads"], "text_heads": recorded["num_attention_heads"]}
     config, ids = BLIP.config(shapes, heads), recorded["special_tokens"]
     assert (config.bos, config.enc) == (ids["bos"], ids["enc"])
-    return dataclasses.replace(config, sep=ids["sep"], pad=ids["pad"])
+    return without_dropout(dataclasses.replace(config, sep=ids["sep"], pad=ids["pad"]))
+
+
+def without_dropout(config: BlipConfig) -> BlipConfig:
+    """The same network; the methods run it in training mode."""
+    off = {"dropout": 0.0, "attention_dropout": 0.0}
+    text, decoder = (part and dataclasses.replace(part, **off) for part in (config.text, config.decoder))
+    return dataclasses.replace(
+        config, vision=dataclasses.replace(config.vision, drop_path=0.0), text=text, decoder=decoder
+    )
 
 
 def check(meta: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -84,58 +95,35 @@ class Network:
 
 
 def aligned(network, params, stats, inputs, meta):
-    """One step with contrast, matching and, in pre-training, the language model; negatives by argmax as recorded."""
+    """One step of `BlipPretraining` or `BlipRetrieval`; negatives by argmax as recorded."""
     c, recorded = network.config, meta["config"]
-    ids, mask, image = inputs["input_ids"], inputs["attention_mask"], inputs["image"]
+    method = BlipRetrieval(c) if c.by_image else BlipPretraining(c)
     queues = {name: Queue(keys, stats["queue"]["cursor"]) for name, keys in stats["queue"].items() if name != "cursor"}
     ema = update_ema(stats["momentum"], params, recorded["momentum"])
+    carry = Carry(ema, queues, hparams={"alpha": jnp.float32(recorded["alpha"])})
+    batch = {name: inputs[name] for name in ("image", "input_ids", "attention_mask")}
+    batch |= {"image_id": inputs["idx"]} if c.by_image else {}
+    encoded = compiled(lambda *arrays: method.encode(*arrays, RNG, None), params, carry, batch)
+    negatives = albef.hardest(method, params, batch, encoded)
 
-    def encode(params):
-        tokens, text = network(params, "encode_image", image), network(params, "encode_text", ids, mask)
-        return tokens, text, network(params, "image_embeds", tokens), network(params, "text_embeds", text)
-
-    def negatives(params):
-        (*_, feat_i, feat_t), (*_, keys_i, keys_t) = encode(params), encode(params | ema)
-        keys = (feat_i, feat_t) if c.by_image else (keys_i, keys_t)
-        options: dict[str, Any] = {"ids": inputs["idx"]} if c.by_image else {"floor": 1e-4}
-        weights = (negative_log_weights(feat_t, keys[0], params["temperature"], **options),)
-        weights += (negative_log_weights(feat_i, keys[1], params["temperature"], **options),)
-        return [jnp.argmax(w, axis=1) for w in weights]
-
-    images, texts = compiled(negatives, params)
-
-    def loss(params):
-        (tokens, text, feat_i, feat_t), (*_, keys_i, keys_t) = encode(params), encode(params | ema)
-        by_image = {"ids": inputs["idx"], "queue_ids": queues["ids"].keys[:, 0]} if c.by_image else {}
-        keys = (keys_i, keys_t, queues["image"].keys, queues["text"].keys)
-        ita = momentum_contrast(feat_i, feat_t, *keys, params["temperature"], recorded["alpha"], **by_image)
-        enc_ids = with_first(ids, c.enc)
-        positive = network(params, "encode_multimodal", enc_ids, mask, tokens)
-        both = jnp.concatenate([enc_ids, enc_ids[texts]]), jnp.concatenate([mask, jnp.asarray(mask)[texts]])
-        negative = network(params, "encode_multimodal", *both, jnp.concatenate([tokens[images], tokens]))
-        itm_logits = network(params, "itm_logits", jnp.concatenate([positive, negative]))
-        itm = matching_loss(itm_logits, has_negative(len(ids), inputs.get("idx"))).value
-        outputs = {"loss_ita": ita, "loss_itm": itm, "itm_logits": itm_logits, "itm_hidden_pos": positive}
-        outputs |= {"image_embeds": tokens, "text_embeds": text, "image_feat": feat_i, "text_feat": feat_t}
-        outputs |= {"image_feat_m": keys_i, "text_feat_m": keys_t}
-        if c.decoder is None:
+    def loss(params, carry, batch, negatives):
+        encoded = method.encode(params, carry, batch, RNG, None)
+        ita, itm, itm_logits = albef.aligned(method, params, carry, batch, encoded, negatives)
+        outputs = {"loss_ita": ita, "loss_itm": itm, "itm_logits": itm_logits}
+        if c.by_image:
             return ita + itm, outputs
-        dec_ids = with_first(ids, c.bos)
-        logits = network(params, "decode", dec_ids, mask, tokens)
-        lm = token_cross_entropy(logits, next_tokens(dec_ids, mask), label_smoothing=0.1).loss.value
-        return ita + itm + lm, outputs | {"loss_lm": lm, "lm_logits": logits}
+        lm, _, logits = method.lm_loss(params, batch, encoded, RNG, None)
+        return ita + itm + lm.value, outputs | {"loss_lm": lm.value, "lm_logits": logits}
 
-    (_, outputs), grads = gradient(loss, params)
-    keys = {"image": outputs["image_feat_m"], "text": outputs["text_feat_m"]}
-    for name, query, other in (("i2t", "image", "text"), ("t2i", "text", "image")):
-        columns = jnp.concatenate([keys[other], queues[other].keys])
-        outputs[f"sim_{name}"] = outputs[f"{query}_feat"] @ columns.T / params["temperature"]
-    keys |= {"ids": inputs["idx"][:, None]} if c.by_image else {}
-    after = {name: write(enqueue(queues[name], value)) for name, value in keys.items()}
-    outputs |= {f"{'idx' if name == 'ids' else name}_queue_after": queue.keys.T for name, queue in after.items()}
-    outputs |= {"neg_image_idx": images, "neg_text_idx": texts, "momentum": ema}
-    outputs["ptr_queue_after" if c.by_image else "queue_ptr_after"] = after["image"].cursor[None]
-    return outputs, grads
+    (_, outputs), grads = gradient(loss, params, carry, batch, negatives)
+    outputs |= albef.contrast_outputs(method, params, carry, batch, encoded, negatives) | {"momentum": ema}
+    if c.by_image:
+        outputs["ptr_queue_after"] = outputs.pop("queue_ptr_after")
+    positive = with_first(batch["input_ids"], c.enc), batch["attention_mask"], encoded.image
+    outputs["itm_hidden_pos"] = network(params, "encode_multimodal", *positive)
+    outputs |= {"image_embeds": encoded.image, "text_embeds": encoded.text}
+    outputs |= {"image_feat": encoded.image_embeds, "text_feat": encoded.text_embeds}
+    return outputs | {"image_feat_m": encoded.image_keys, "text_feat_m": encoded.text_keys}, grads
 
 
 # ---------------------------------------------------------------------------------------------------------- fine-tuning
@@ -154,16 +142,17 @@ def matching(network, params, stats, inputs, meta):
 
 
 def two_images(network, params, stats, inputs, meta):
-    def loss(params, image, ids, mask, targets):
-        tokens = network(params, "encode_image", image)
-        states = network(params, "encode_multimodal", ids, mask, *jnp.split(tokens, 2))
-        logits = network(params, "classify", states)
-        outputs = {"last_hidden_state": states, "prediction": logits}
-        return token_cross_entropy(logits, targets).loss.value, outputs
+    method, images = BlipClassification(network.config), jnp.split(jnp.asarray(inputs["image"]), 2)
+    batch = {"image_0": images[0], "image_1": images[1], "label": inputs["targets"]}
+    batch |= {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
-    columns = (inputs[name] for name in ("image", "input_ids", "attention_mask", "targets"))
-    (value, outputs), grads = gradient(loss, params, *columns)
-    return outputs | {"loss": value}, grads
+    def loss(params, batch):
+        return method.loss(params, Carry(), batch, RNG, STEP)[0], method.logits(params, batch, RNG)
+
+    (value, logits), grads = gradient(loss, params, batch)
+    tokens = [network(params, "encode_image", image) for image in images]
+    states = network(params, "encode_multimodal", batch["input_ids"], batch["attention_mask"], *tokens)
+    return {"last_hidden_state": states, "prediction": logits, "loss": value}, grads
 
 
 def written(network, params, inputs, prompt, max_length, min_length, **options):
@@ -177,17 +166,15 @@ def written(network, params, inputs, prompt, max_length, min_length, **options):
 
 
 def captioning(network, params, stats, inputs, meta):
-    labels = jnp.where(inputs["attention_mask"] == 1, inputs["caption_ids"], IGNORED)
-    labels = next_tokens(labels.at[:, : meta["config"]["prompt_length"]].set(IGNORED))
+    method = BlipCaptioning(network.config, prompt_length=meta["config"]["prompt_length"])
+    batch = {name: inputs[name] for name in ("image", "attention_mask")} | {"input_ids": inputs["caption_ids"]}
 
-    def loss(params, image, ids, mask):
-        tokens = network(params, "encode_image", image)
-        logits = network(params, "decode", ids, mask, tokens)
-        outputs = {"image_embeds": tokens, "logits": logits}
-        return token_cross_entropy(logits, labels, label_smoothing=0.1).loss.value, outputs
+    def loss(params, batch):
+        value, _ = method.loss(params, Carry(), batch, RNG, STEP)
+        return value.value, method.logits(params, batch, RNG)
 
-    columns = inputs["image"], inputs["caption_ids"], inputs["attention_mask"]
-    (value, outputs), grads = gradient(loss, params, *columns)
+    (value, logits), grads = gradient(loss, params, batch)
+    outputs = {"image_embeds": network(params, "encode_image", inputs["image"]), "logits": logits}
     context = {"encoder_hidden_states": outputs["image_embeds"]}
 
     def caption(*limits, **options):
@@ -200,26 +187,23 @@ def captioning(network, params, stats, inputs, meta):
 
 
 def answering(network, params, stats, inputs, meta):
-    c, question = network.config, np.repeat(np.arange(len(inputs["n"])), inputs["n"])
+    c, method = network.config, BlipAnswering(network.config)
+    batch, rows = albef.answer_batch(inputs, inputs["n"])
+    batch |= {"image": inputs["image"]}
+
+    def loss(params, batch):
+        return method.loss(params, Carry(), batch, RNG, STEP)[0], method.losses(params, batch, RNG)
 
     def losses(params, ids, mask, states, states_mask):
         logits = network(params, "decode", ids, mask, states, states_mask)
-        return text_cross_entropy(logits, next_tokens(ids, mask), label_smoothing=0.1), logits
-
-    def loss(params, inputs):
-        tokens = network(params, "encode_image", inputs["image"])
-        states = network(params, "encode_multimodal", inputs["question_ids"], inputs["question_mask"], tokens)
-        context = states[question], inputs["question_mask"][question]
-        each, logits = losses(params, inputs["answer_ids"], inputs["answer_mask"], *context)
-        outputs = {"question_states": states, "answer_loss": each, "answer_logits": logits}
-        return answer_loss(each, inputs["weights"], len(inputs["n"])), outputs
+        return text_cross_entropy(logits, next_tokens(ids, mask), label_smoothing=0.1)
 
     def rank(params, states, mask, ids, ids_mask, k):
         start = jnp.full((len(states), 1), c.bos)
         logits = network(params, "decode", start, None, states, mask)[:, 0]
         chosen = jax.lax.top_k(jax.nn.softmax(logits)[:, ids[:, 1]], k)[1]
         context = jnp.repeat(states, k, axis=0), jnp.repeat(mask, k, axis=0)
-        each, _ = losses(
+        each = losses(
             params, ids[chosen].reshape(-1, ids.shape[1]), ids_mask[chosen].reshape(-1, ids.shape[1]), *context
         )
         best = jnp.argmin(each.reshape(-1, k), axis=1)
@@ -229,7 +213,12 @@ def answering(network, params, stats, inputs, meta):
             "rank_ids": jnp.take_along_axis(chosen, best[:, None], 1)[:, 0],
         }
 
-    (value, outputs), grads = gradient(loss, params, inputs)
+    (value, (each, logits)), grads = gradient(loss, params, batch)
+    outputs = {"answer_loss": each[rows], "answer_logits": logits[rows]}
+    tokens = network(params, "encode_image", inputs["image"])
+    outputs["question_states"] = network(
+        params, "encode_multimodal", inputs["question_ids"], inputs["question_mask"], tokens
+    )
     columns = inputs["question_mask"], inputs["cand_ids"], inputs["cand_mask"]
     k = meta["config"]["k_test"]
     outputs |= compiled(lambda *args: rank(*args, k), params, outputs["question_states"], *map(jnp.asarray, columns))

@@ -9,14 +9,11 @@ import jax.numpy as jnp
 from mmjax.errors import MmjaxError
 from mmjax.models.albef.network import AlbefConfig
 from mmjax.objectives.language import IGNORED, distilled_token_cross_entropy, group_mean_weights, token_accuracy
-from mmjax.training.image_text import Alignment, Encoded
+from mmjax.training.image_text import Alignment, Encoded, clamped_temperature
 from mmjax.training.method import Loss
 from mmjax.training.rng import example_keys, named
 from mmjax.training.state import Carry
 from mmjax.types import Array, Batch, Float, Int, Mean, Means, Params, PRNGKeyArray
-
-LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.001, 0.5
-"""The range to which pre-training clamps the temperature (model_pretrain.py:90)."""
 
 
 @dataclass(frozen=True)
@@ -111,4 +108,4 @@ class AlbefPretraining(Alignment):
 
     def constrain(self, params: Params) -> Params:
         """The temperature stays within its bounds."""
-        return {**params, "temperature": jnp.clip(params["temperature"], LEAST_TEMPERATURE, MOST_TEMPERATURE)}
+        return clamped_temperature(params)
