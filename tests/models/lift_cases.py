@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 import tiny_albef as tiny
+import tiny_blip
 
 from mmjax.models.albef.assignment import TextAssignment
 from mmjax.models.albef.finetune import AlbefAnswering, AlbefClassification, AlbefRetrieval
+from mmjax.models.blip.finetune import BlipAnswering, BlipCaptioning, BlipClassification, BlipRetrieval
+from mmjax.models.blip.pretrain import BlipPretraining
 from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
 from mmjax.models.clip.pretrain import CLIP
 from mmjax.models.language.config import DecoderConfig
@@ -206,4 +209,27 @@ ALBEF = {
     ),
 }
 
-CASES: dict[str, Case] = CLASSIFIERS | MOCO | CONTRASTIVE | LANGUAGE | ALBEF
+# -------------------------------------------------------------------------------------------------------------- BLIP
+
+# With dropout in pretraining. The pads of captions differ in number from group to group.
+BLIP = {
+    "blip/pretraining": Case(
+        BlipPretraining(tiny_blip.PRETRAINING, alpha_steps=3, groups=8, blocks=3), tiny.batch, rounding=KEY_BIASES
+    ),
+    "blip/retrieval": Case(
+        BlipRetrieval(tiny_blip.still(tiny_blip.RETRIEVAL), alpha_steps=3, groups=8, negative_groups=1),
+        tiny.batch,
+        meshes={},
+        rounding=KEY_BIASES,
+    ),
+    "blip/captioning": Case(
+        BlipCaptioning(tiny_blip.still(tiny_blip.CAPTIONER), prompt_length=2, groups=8),
+        tiny.batch,
+        meshes={},
+        rounding=KEY_BIASES,
+    ),
+    "blip/answering": Case(BlipAnswering(tiny_blip.still(tiny_blip.VQA)), tiny.batch, meshes={}, rounding=KEY_BIASES),
+    "blip/nlvr": Case(BlipClassification(tiny_blip.still(tiny_blip.NLVR)), tiny.batch, meshes={}, rounding=KEY_BIASES),
+}
+
+CASES: dict[str, Case] = CLASSIFIERS | MOCO | CONTRASTIVE | LANGUAGE | ALBEF | BLIP

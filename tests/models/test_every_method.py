@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_albef as tiny
+import tiny_blip
 
 from mmjax import tree
 from mmjax.models.albef.finetune import AlbefAnswering, AlbefClassification, AlbefRetrieval
 from mmjax.models.bert.finetune import SpanExtraction, TextClassification, TokenClassification
 from mmjax.models.bert.network import BertConfig
 from mmjax.models.bert.pretrain import BERT
+from mmjax.models.blip.finetune import BlipAnswering, BlipCaptioning, BlipClassification, BlipRetrieval
+from mmjax.models.blip.pretrain import BlipPretraining
 from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
 from mmjax.models.clip.pretrain import CLIP
 from mmjax.models.dense.network import SegmentationConfig
@@ -89,6 +92,9 @@ METHODS: dict[str, Callable[[str], Method]] = {
     "segmentation": lambda d: Segmentation(SegmentationConfig(VISION, 5, "upernet", 7, (1, 2), dropout=0.0, dtype=d)),
     "albef_classes": lambda d: AlbefClassification(replace(tiny.still(tiny.PAIRS), dtype=d)),
     "albef_answers": lambda d: AlbefAnswering(replace(tiny.still(tiny.ANSWERS), dtype=d)),
+    "blip_captions": lambda d: BlipCaptioning(replace(tiny_blip.still(tiny_blip.CAPTIONER), dtype=d)),
+    "blip_answers": lambda d: BlipAnswering(replace(tiny_blip.still(tiny_blip.VQA), dtype=d)),
+    "blip_classes": lambda d: BlipClassification(replace(tiny_blip.still(tiny_blip.NLVR), dtype=d)),
 }
 """Methods whose gradient is the same for any cut of a batch."""
 
@@ -100,13 +106,15 @@ WITHIN_A_BATCH: dict[str, Callable[[str], Method]] = {
     ),
     "resnet": lambda d: Classification(ResNetClassifier(replace(RESNET, dtype=d)), 5, weight_ema=0.9),
     "albef_retrieval": lambda d: AlbefRetrieval(replace(tiny.still(tiny.RETRIEVAL), dtype=d)),
+    "blip_retrieval": lambda d: BlipRetrieval(replace(tiny_blip.still(tiny_blip.RETRIEVAL), dtype=d)),
+    "blip": lambda d: BlipPretraining(replace(tiny_blip.still(tiny_blip.PRETRAINING), dtype=d)),
     "albef": lambda d: tiny.pretraining(replace(tiny.still(tiny.PRETRAINING), dtype=d)),
 }
 """Methods whose examples interact: negatives or statistics of the micro-batch differ from those of the batch."""
 
 
 def batch_of(name: str, seed: int = 0) -> dict[str, np.ndarray]:
-    return tiny.batch(seed) if name.startswith("albef") else batch(seed)
+    return tiny.batch(seed) if name.startswith(("albef", "blip")) else batch(seed)
 
 
 def started(method: Method, examples: Any, optimizer: Any) -> Any:
@@ -139,7 +147,7 @@ def test_any_cut_of_a_batch_has_the_whole_ones_gradient(name: str):
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
     assert largest > 1e-3 and np.isfinite(metrics["loss"])
     cuts = [functools.partial(gradient, micro_batches=4), functools.partial(over_devices, micro_batches=2)]
-    if not name.startswith("albef"):  # which compiles for long
+    if not name.startswith(("albef", "blip")):  # which compiles for long
         cuts += [functools.partial(gradient, micro_batches=2), functools.partial(over_devices, micro_batches=1)]
     for cut in cuts:
         parts, cut_metrics = jax.jit(cut)(examples)

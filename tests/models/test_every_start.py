@@ -6,10 +6,13 @@ import jax
 import numpy as np
 import pytest
 import tiny_albef as tiny
+import tiny_blip
 from test_every_method import CONTRAST, METHODS, RESNET, batch_of
 
 from mmjax import tree
 from mmjax.models.albef.finetune import AlbefRetrieval
+from mmjax.models.blip.finetune import BlipRetrieval
+from mmjax.models.blip.pretrain import BlipPretraining
 from mmjax.models.clip.pretrain import CLIP
 from mmjax.models.moco.network import MoCoConfig
 from mmjax.models.moco.pretrain import MoCoMethod
@@ -26,6 +29,8 @@ STARTS = METHODS | {
     "resnet_averaged": lambda _: Classification(ResNetClassifier(RESNET), 5, weight_ema=0.9),
     "albef_pretraining": lambda _: tiny.pretraining(),
     "albef_retrieval": lambda _: AlbefRetrieval(tiny.RETRIEVAL),
+    "blip_pretraining": lambda _: BlipPretraining(tiny_blip.PRETRAINING),
+    "blip_retrieval": lambda _: BlipRetrieval(tiny_blip.RETRIEVAL),
 }
 
 

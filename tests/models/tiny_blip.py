@@ -14,7 +14,7 @@ from mmjax.models.vit.network import ViTConfig
 
 PAD, CLS, SEP, VOCAB = 0, 1, 2, 53
 DEC, ENC = VOCAB - 2, VOCAB - 1
-VISION = ViTConfig(image_size=(8, 8), patch=4, width=24, depth=1, heads=2, hidden=22, init="normal")
+VISION = ViTConfig(image_size=(8, 8), patch=4, width=24, depth=1, heads=2, hidden=22, init="timm")
 TEXT = BertConfig(
     vocab_size=VOCAB, width=16, depth=2, heads=2, hidden=22, positions=17, types=0, pooler=False, cross_from=0
 )
@@ -59,3 +59,10 @@ def shapes(config: BlipConfig) -> Any:
         lambda *args, **kwargs: config.network().init(*args, **kwargs), jax.random.key(0), pixels, ids, **other
     )
     return config.stored_params(variables["params"])
+
+
+def still(config: BlipConfig) -> BlipConfig:
+    """The same network without dropout."""
+    off = {"dropout": 0.0, "attention_dropout": 0.0}
+    text, decoder = (part and dataclasses.replace(part, **off) for part in (config.text, config.decoder))
+    return dataclasses.replace(config, text=text, decoder=decoder)
