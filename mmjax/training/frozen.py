@@ -34,7 +34,7 @@ class FrozenStore:
         earlier run left is read back, and replaced if it is damaged.
         """
         for key in leaves.keys() - self._stored.keys():
-            array = np.ascontiguousarray(host_copy(leaves[key]))
+            array = np.asarray(host_copy(leaves[key]), order="C")  # ascontiguousarray makes a scalar [1]
             digest = tree.leaf_hash(array)
             description = describe(array) | {"sha256": digest, "file": f"{FOLDER}/{digest}"}
             path = self._folder / digest

@@ -18,6 +18,7 @@ from mmjax.training import checkpoint
 from mmjax.training.average import average_checkpoints
 from mmjax.training.checkpoint_format import DamagedCheckpoint, frozen_keys, state_leaves
 from mmjax.training.experiment import load_experiment
+from mmjax.training.frozen import FrozenStore, read_frozen
 from mmjax.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -171,3 +172,12 @@ def test_no_gradient_of_a_frozen_leaf_is_taken(start):
     batch = {"input_ids": ids, "labels": ids}
     with pytest.raises(TypeError, match="int8"):
         jax.grad(lambda params: method.loss(params, None, batch, jax.random.key(0))[0])(frozen | trainable)
+
+
+def test_a_frozen_scalar_stays_one(tmp_path):
+    """ALBEF's text assignment freezes the temperature."""
+    key = "params/temperature"
+    leaves = FrozenStore(tmp_path).store({key: np.array(0.07, np.float32)})
+    assert list(leaves[key]["shape"]) == []
+    read = read_frozen(tmp_path, leaves)[key]
+    assert read.shape == () and read == np.float32(0.07)
