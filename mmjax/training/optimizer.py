@@ -146,6 +146,21 @@ def blockwise_warmup_cosine(
     return schedule
 
 
+def warmup_epoch_decay(
+    peak: float, steps_per_epoch: int, warmup: int, decay: float, start: float, end: float
+) -> Schedule:
+    """From `start` to `peak` over `warmup` steps of the first epoch; each later epoch e has one rate, peak * decay^e,
+    at least `end` (BLIP utils.py:8-18)."""
+
+    def schedule(step: Any) -> Any:
+        step = jnp.asarray(step)
+        epoch = step // steps_per_epoch
+        rising = jnp.minimum(peak, start + (peak - start) * step / max(warmup, 1))
+        return jnp.where(epoch == 0, rising, jnp.maximum(end, peak * decay**epoch))
+
+    return schedule
+
+
 def staircase(base: float, boundaries: tuple[int, ...], factor: float = 0.1) -> Schedule:
     """`base`, multiplied by `factor` at each boundary."""
     return optax.piecewise_constant_schedule(base, dict.fromkeys(boundaries, factor))

@@ -1,0 +1,44 @@
+"""ALBEF's pre-training on 14 M images (arXiv 2107.07651; configs/Pretrain.yaml): 30 epochs in batches of 512.
+
+    mmjax plan experiments/albef_pretrain.py --topology v5e:4x4        # what it takes, without data or devices
+    mmjax train experiments/albef_pretrain.py --data pretrain --images / --init_vision facebook/deit-base-patch16-224 \
+        --init_text bert-base-uncased
+
+The 4 M set, without CC12M: `--files coco.json vg.json cc3m_train.json cc3m_val.json sbu.json --examples 5146000 --steps
+301530`. The numbers of entries are the paper's, rounded; other ones are an error that names the flags.
+"""
+
+import dataclasses
+
+from mmjax.models.albef.network import AlbefConfig
+from mmjax.models.albef.pretrain import AlbefPretraining
+from mmjax.recipes.albef import AlbefRecipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(AlbefRecipe):
+    """The published recipe.
+
+    Attributes:
+        queue: keys of earlier batches, a multiple of batch_size.
+    """
+
+    steps: int = 30 * 29_699
+    batch_size: int = 512
+    files: tuple[str, ...] = ("coco.json", "vg.json", "cc12m.json", "cc3m_train.json", "cc3m_val.json", "sbu.json")
+    examples: int = 15_206_000
+    size: int = 256
+    length: int = 25
+    learning_rate: float = 1e-4
+    warmup: int = 20
+    last_rate: float = 1e-5
+    queue: int = 65_536
+
+    crop_min = 0.2
+
+    @property
+    def network(self) -> AlbefConfig:
+        return self.sized(AlbefConfig.base(self.size, queue=self.queue, **self.fields))
+
+    def method(self) -> AlbefPretraining:
+        return AlbefPretraining(self.network, alpha_steps=self.epoch, groups=self.groups)
