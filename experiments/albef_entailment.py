@@ -8,7 +8,7 @@ import dataclasses
 
 import jax
 
-from mmjax.data.annotation_list import AnnotationList
+from mmjax.data.sources import Source
 from mmjax.data.task_lists import EntailmentList
 from mmjax.models.albef.finetune import AlbefClassification
 from mmjax.models.albef.network import AlbefConfig
@@ -25,7 +25,7 @@ class Config(AlbefRecipe):
     examples: int = 529_527
     learning_rate: float = 2e-5
 
-    def source(self) -> AnnotationList:
+    def source(self) -> Source:
         return EntailmentList(self.paths, self.images)
 
     def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:

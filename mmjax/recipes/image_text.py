@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from mmjax.data.annotation_list import AnnotationList
 from mmjax.data.caption_text import CleanText, EncodeAnswers, EncodeCaption
 from mmjax.data.image_pairs import OnEach
 from mmjax.data.image_text import ImageTextList
 from mmjax.data.pipeline import Pipeline, Transform
 from mmjax.data.preprocess import ImagePreprocessing
+from mmjax.data.sources import Source
 from mmjax.data.task_lists import ImagePairList, QuestionList
 from mmjax.data.transforms import Keep, RandomFlip, RandomResizedCrop
 from mmjax.data.vision_language_augment import VisionLanguageRandAugment
@@ -89,7 +89,6 @@ class PublishedRecipe(EncoderStart, abc.ABC):
     Of the class:
         clean: how a text is cleaned. sep: whether [SEP] ends it.
         crop_min: least share of the image's area in a crop. magnitude: of RandAugment.
-        appended: pieces that follow those of `vocab`.
     """
 
     ramps: ClassVar[tuple[str, ...]] = ()
@@ -97,7 +96,6 @@ class PublishedRecipe(EncoderStart, abc.ABC):
     sep: ClassVar[bool]
     crop_min: ClassVar[float] = 0.5
     magnitude: ClassVar[float]
-    appended: ClassVar[tuple[str, ...]] = ()
 
     lift: Literal["jit", "pmap", "mesh"] = "mesh"
     log_every: int = 50
@@ -127,7 +125,7 @@ class PublishedRecipe(EncoderStart, abc.ABC):
 
     # ------------------------------------------------------------------------------------------------------------ data
 
-    def source(self) -> AnnotationList:
+    def source(self) -> Source:
         """The training entries; by default pairs of images and texts."""
         return ImageTextList(self.paths, self.images)
 
@@ -139,8 +137,7 @@ class PublishedRecipe(EncoderStart, abc.ABC):
     @functools.cached_property
     def tokenizer(self) -> WordPieceTokenizer:
         """Raises MmjaxError, naming the file, if `vocab` is missing."""
-        tokenizer = WordPieceTokenizer.from_vocab(pathlib.Path(self.data) / self.vocab)
-        return tokenizer.with_appended(self.appended) if self.appended else tokenizer
+        return WordPieceTokenizer.from_vocab(pathlib.Path(self.data) / self.vocab)
 
     def image_transforms(self) -> tuple[Transform, ...]:
         """Of one image: a crop, a flip, RandAugment (dataset/__init__.py of ALBEF, data/__init__.py of BLIP)."""
@@ -200,7 +197,7 @@ class PublishedRecipe(EncoderStart, abc.ABC):
 class RetrievalData(PublishedRecipe):
     """Entries {image, caption, image_id}, one for each caption (coco_train.json, flickr30k_train.json)."""
 
-    def source(self) -> AnnotationList:
+    def source(self) -> Source:
         return ImageTextList(self.paths, self.images, numbered=True)
 
     def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -227,7 +224,7 @@ class QuestionData(PublishedRecipe):
     slots: int = 10
     answer_length: int = 16
 
-    def source(self) -> AnnotationList:
+    def source(self) -> Source:
         return QuestionList(self.paths, {"vqa": self.images, "vg": self.genome}, alone=self.alone)
 
     def text_transforms(self) -> tuple[Transform, ...]:
@@ -246,7 +243,7 @@ class ImagePairData(PublishedRecipe):
 
     files: tuple[str, ...] = ("nlvr_train.json",)
 
-    def source(self) -> AnnotationList:
+    def source(self) -> Source:
         return ImagePairList(self.paths, self.images)
 
     def image_transforms(self) -> tuple[Transform, ...]:

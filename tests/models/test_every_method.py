@@ -106,7 +106,7 @@ WITHIN_A_BATCH: dict[str, Callable[[str], Method]] = {
     ),
     "resnet": lambda d: Classification(ResNetClassifier(replace(RESNET, dtype=d)), 5, weight_ema=0.9),
     "albef_retrieval": lambda d: AlbefRetrieval(replace(tiny.still(tiny.RETRIEVAL), dtype=d)),
-    "blip_retrieval": lambda d: BlipRetrieval(replace(tiny_blip.still(tiny_blip.RETRIEVAL), dtype=d)),
+    "blip_retrieval": lambda d: BlipRetrieval(replace(tiny_blip.still(tiny_blip.RETRIEVAL), temperature=0.1, dtype=d)),
     "blip": lambda d: BlipPretraining(replace(tiny_blip.still(tiny_blip.PRETRAINING), dtype=d)),
     "albef": lambda d: tiny.pretraining(replace(tiny.still(tiny.PRETRAINING), dtype=d)),
 }

@@ -21,8 +21,9 @@ TEXT = BertConfig(
 DECODER = dataclasses.replace(TEXT, causal=True, mlm=True)
 IDS: dict[str, Any] = {"bos": DEC, "enc": ENC, "sep": SEP, "pad": PAD}
 
-PRETRAINING = BlipConfig(VISION, TEXT, DECODER, shared=True, embed_dim=7, queue=48, temperature=0.3, **IDS)
-RETRIEVAL = BlipConfig(VISION, TEXT, embed_dim=7, queue=48, temperature=0.3, by_image=True, **IDS)
+CONTRAST: dict[str, Any] = {"embed_dim": 7, "queue": 48, "temperature": 0.3, "momentum": 0.9}
+PRETRAINING = BlipConfig(VISION, TEXT, DECODER, shared=True, **CONTRAST, **IDS)
+RETRIEVAL = BlipConfig(VISION, TEXT, by_image=True, **CONTRAST, **IDS)
 ITM = BlipConfig(VISION, TEXT, embed_dim=7, temperature=None, queue=0, **IDS)
 CAPTIONER = BlipConfig(VISION, None, DECODER, **ALONE, **IDS)
 VQA = BlipConfig(VISION, TEXT, DECODER, **ALONE, **IDS)
