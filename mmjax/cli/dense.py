@@ -1,4 +1,4 @@
-"""The verbs of dense prediction: segment."""
+"""The verbs of dense prediction: segment, detect."""
 
 import pathlib
 
@@ -11,7 +11,7 @@ from mmjax.cli.images import read_image
 from mmjax.cli.loading import load
 from mmjax.data.masks import palette
 from mmjax.errors import MmjaxError
-from mmjax.evaluation.pictures import png, segmented_picture
+from mmjax.evaluation.pictures import detected_picture, png, segmented_picture
 
 
 def segment(source: str, image: str, out: str, mask: str | None) -> None:
@@ -37,3 +37,24 @@ def segment(source: str, image: str, out: str, mask: str | None) -> None:
         stored.putpalette(colours.tobytes())
         stored.save(mask, format="PNG")
         print(mask)
+
+
+def detect(source: str, image: str, threshold: float, out: str) -> None:
+    """A table of the things in the image, the best first, and a picture of it with their boxes."""
+    if not 0 <= threshold <= 1:
+        raise MmjaxError(f"--threshold {threshold}: from 0 to 1")
+    model = load(source)
+    if not hasattr(model, "detect"):
+        raise MmjaxError(
+            f"{source}: {model.system} does not detect; mmjax train experiments/detect.py makes a detector"
+        )
+    pixels = read_image(image)
+    (detections,) = model.detect(pixels, threshold)
+    table = Table(Column("class", overflow="fold"), "score", "x", "y", "width", "height")
+    for name, score, box in detections:
+        table.add_row(name, f"{100 * score:.1f} %", *(f"{value:.0f}" for value in box))
+    Console(markup=False, emoji=False).print(table)
+    boxes = np.array([box for _, _, box in detections]).reshape(-1, 4)
+    lines = [f"{name} {100 * score:.0f} %" for name, score, _ in detections]
+    pathlib.Path(out).write_bytes(png(detected_picture(pixels, boxes, lines)))
+    print(out)

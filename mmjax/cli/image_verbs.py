@@ -1,4 +1,4 @@
-"""The flags of the verbs on images and texts: match, answer, ground, segment, caption."""
+"""The flags of the verbs on images and texts: match, answer, ground, segment, detect, caption."""
 
 import argparse
 from collections.abc import Callable
@@ -10,7 +10,7 @@ MODEL = "a workdir, a folder, a weight file or a hub id"
 
 
 def add_verbs(verbs: argparse._SubParsersAction, add: Add) -> None:
-    for define in (_match, _answer, _ground, _segment, _caption):
+    for define in (_match, _answer, _ground, _segment, _detect, _caption):
         define(verbs, add)
 
 
@@ -74,6 +74,21 @@ def _run_segment(flags: argparse.Namespace) -> None:
     from mmjax.cli import dense
 
     dense.segment(flags.source, flags.image, flags.out, flags.mask)
+
+
+def _detect(verbs: argparse._SubParsersAction, add: Add) -> None:
+    description = "Print the things in an image with their boxes, and store a picture of them."
+    verb = add(verbs, "detect", lambda flags, _: _run_detect(flags), description)
+    verb.add_argument("source", metavar="MODEL", help="a run of experiments/detect.py, or a folder of its model")
+    verb.add_argument("image", metavar="IMAGE")
+    verb.add_argument("--threshold", type=float, default=0.3, metavar="P", help="least score (default 0.3)")
+    verb.add_argument("--out", metavar="FILE", default="detected.png", help="default: detected.png")
+
+
+def _run_detect(flags: argparse.Namespace) -> None:
+    from mmjax.cli import dense
+
+    dense.detect(flags.source, flags.image, flags.threshold, flags.out)
 
 
 def _caption(verbs: argparse._SubParsersAction, add: Add) -> None:

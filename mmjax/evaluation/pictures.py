@@ -4,6 +4,7 @@ import io
 import textwrap
 import warnings
 from collections.abc import Sequence, Set
+from typing import Any, TypeAlias
 
 import numpy as np
 from matplotlib import colormaps
@@ -297,3 +298,52 @@ def segmented_picture(
         _bare(axes)
     figure.subplots_adjust(0.01, 0.7 / (4 * height / width + 0.7), 0.99, 0.99, 0.02)
     return pixels(figure)
+
+
+Boxes: TypeAlias = tuple[Float[np.ndarray, "n 4"], Int[np.ndarray, " n"]]
+"""Boxes (x, y, width, height) and their classes."""
+
+
+def detection_picture(
+    examples: Sequence[tuple[np.ndarray, Boxes, Boxes]], names: Sequence[str], attribution: str | None = None
+) -> UInt8[np.ndarray, "pixels_high pixels_wide 3"]:
+    """Images with their true boxes, in the upper row, and with the predicted ones."""
+    figure = Figure(figsize=(2.3 * len(examples), 5.0), dpi=100)
+    grid = figure.subplots(2, len(examples), squeeze=False)
+    for column, (image, *both) in zip(grid.T, examples):
+        for axes, (boxes, labels) in zip(column, both):
+            axes.imshow(image)
+            _bare(axes)
+            _draw_boxes(axes, boxes, [str(names[label]) for label in labels])
+    for axes, title in zip(grid[:, 0], ("truth", "prediction")):
+        axes.set_title(title, fontsize=9, loc="left")
+    figure.subplots_adjust(0.01, 0.04, 0.99, 0.94, 0.03, 0.12)
+    if attribution:
+        figure.text(0.01, 0.005, attribution, fontsize=6, color="#444444")
+    return pixels(figure)
+
+
+def detected_picture(
+    image: UInt8[np.ndarray, "height width 3"], boxes: Float[np.ndarray, "n 4"], lines: Sequence[str]
+) -> UInt8[np.ndarray, "pixels_high pixels_wide 3"]:
+    """An image with boxes, a line of text at each."""
+    height, width = image.shape[:2]
+    figure = Figure(figsize=(7, 7 * height / width), dpi=120)
+    axes = figure.subplots()
+    axes.imshow(image)
+    _bare(axes)
+    _draw_boxes(axes, boxes, lines)
+    figure.subplots_adjust(0, 0, 1, 1)
+    return pixels(figure)
+
+
+def _draw_boxes(axes: Any, boxes: np.ndarray, lines: Sequence[str]) -> None:
+    colours = {
+        line: colormaps["tab10"](i % 10) for i, line in enumerate(sorted({each.split(" ")[0] for each in lines}))
+    }
+    for (x, y, width, height), line in zip(boxes, lines):
+        colour = colours[line.split(" ")[0]]
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor=colour, linewidth=1.5))
+        axes.text(x, y - 1, _plain(line), fontsize=6, color="white", va="bottom", clip_on=True).set_bbox(
+            {"facecolor": colour, "edgecolor": "none", "pad": 0.6}
+        )

@@ -44,4 +44,5 @@ SYSTEMS: tuple[System, ...] = (
     System("bert", "mmjax.models.bert", "BertModel"),
     System("albef", "mmjax.models.albef", "AlbefModel"),
     System("segmentation", "mmjax.models.dense", "SegmentationModel"),
+    System("detection", "mmjax.models.dense", "DetectionModel"),
 )

@@ -226,8 +226,8 @@ def test_records_have_the_fields_of_the_published_lists():
 
 def phrases(text):
     """[(count, colour, noun)] of "two red cats, a dog and ..."."""
-    found = re.findall(rf"\b({'|'.join(NUMBERS)}) (?:({COLOUR}) )?({NOUN})\b", text.lower())
-    return [(NUMBERS[number], colour, noun) for number, colour, noun in found]
+    matches = re.findall(rf"\b({'|'.join(NUMBERS)}) (?:({COLOUR}) )?({NOUN})\b", text.lower())
+    return [(NUMBERS[number], colour, noun) for number, colour, noun in matches]
 
 
 def test_captions_are_true():

@@ -21,6 +21,8 @@ from mmjax.models.blip.finetune import BlipAnswering, BlipCaptioning, BlipClassi
 from mmjax.models.blip.pretrain import BlipPretraining
 from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
 from mmjax.models.clip.pretrain import CLIP
+from mmjax.models.dense.detect import Detection
+from mmjax.models.dense.detector import DetectionConfig
 from mmjax.models.dense.network import SegmentationConfig
 from mmjax.models.dense.segment import Segmentation
 from mmjax.models.language.config import DecoderConfig
@@ -74,6 +76,7 @@ def batch(seed: int = 0) -> dict[str, np.ndarray]:
         "masked_ids": rng.integers(5, VOCAB, (SIZE, 3)).astype(np.int32),
         "masked_weights": words.astype(np.float32),
         "next_label": rng.integers(0, 2, SIZE).astype(np.int32),
+        "boxes": rng.uniform(1, 7, (SIZE, LENGTH, 4)).astype(np.float32),
         "mask": np.where(rng.random((SIZE, 8, 8)) < np.linspace(0, 0.9, SIZE)[:, None, None], 255, 2).astype(np.uint8),
     }
 
@@ -90,6 +93,7 @@ METHODS: dict[str, Callable[[str], Method]] = {
         ViTClassifier(replace(VISION, num_classes=5, dtype=d)), 5, label_smoothing=0.1
     ),
     "segmentation": lambda d: Segmentation(SegmentationConfig(VISION, 5, "upernet", 7, (1, 2), dropout=0.0, dtype=d)),
+    "detection": lambda d: Detection(DetectionConfig(VISION, 5, 7, 1, 0, dtype=d)),
     "albef_classes": lambda d: AlbefClassification(replace(tiny.still(tiny.PAIRS), dtype=d)),
     "albef_answers": lambda d: AlbefAnswering(replace(tiny.still(tiny.ANSWERS), dtype=d)),
     "blip_captions": lambda d: BlipCaptioning(replace(tiny_blip.still(tiny_blip.CAPTIONER), dtype=d)),

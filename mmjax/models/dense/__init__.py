@@ -1,1 +1,1 @@
-"""Dense prediction on image encoders: segmentation."""
+"""Dense prediction on image encoders: segmentation and detection."""
