@@ -93,7 +93,7 @@ METHODS: dict[str, Callable[[str], Method]] = {
         ViTClassifier(replace(VISION, num_classes=5, dtype=d)), 5, label_smoothing=0.1
     ),
     "segmentation": lambda d: Segmentation(SegmentationConfig(VISION, 5, "upernet", 7, (1, 2), dropout=0.0, dtype=d)),
-    "detection": lambda d: Detection(DetectionConfig(VISION, 5, 7, 1, 0, dtype=d)),
+    "detection": lambda d: Detection(DetectionConfig(replace(RESNET, num_classes=0), 5, 7, 0, 0, dtype=d)),
     "albef_classes": lambda d: AlbefClassification(replace(tiny.still(tiny.PAIRS), dtype=d)),
     "albef_answers": lambda d: AlbefAnswering(replace(tiny.still(tiny.ANSWERS), dtype=d)),
     "blip_captions": lambda d: BlipCaptioning(replace(tiny_blip.still(tiny_blip.CAPTIONER), dtype=d)),

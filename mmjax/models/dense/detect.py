@@ -48,10 +48,10 @@ def assign(
 class Detection(Method):
     """Batches are {"image": uint8 [b, height, width, 3], "boxes": float32 [b, m, 4], "labels": int [b, m]}.
 
-    Boxes are x, y, width, height in pixels of the image; rows with a negative label are no box. Losses, as FCOS's: "class", focal;
-    "box", 1 - generalised IoU, weighted by the centre-ness; "centre", its cross-entropy. Each is a sum over points,
-    divided by the number of points with a box (of their weights); an image counts as one point at least, so that the
-    division never fails. A label that is no class makes the loss NaN, so that the step refuses it.
+    Boxes are x, y, width, height in pixels of the image; rows with a negative label are no box. Losses, as FCOS's:
+    "class", focal; "box", 1 - generalised IoU, weighted by the centre-ness; "centre", its cross-entropy. Each is a sum
+    over points, divided by the number of points with a box (of their weights); an image counts as one point at least,
+    so that the division never fails. A label past the classes makes the loss NaN, so that the step refuses it.
     Metrics: accuracy, the share of those points whose most probable class is their box's.
 
     Attributes: mean, std, stored_statistics, bn_groups: as of `Segmentation`.
