@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mmjax.evaluation.features import Advance, Encode, Extractor
 from mmjax.evaluation.pictures import retrieval_picture
 from mmjax.evaluation.protocol import Outcome, ScoredEvaluation
+from mmjax.evaluation.report import Score, clustered_proportion
 from mmjax.evaluation.retrieval import BLOCK, KS, Ranks, checked_scores, owners, ranks_among, shown_queries
 from mmjax.types import ArrayLike, Float, Int, MmjaxError, Params
 
@@ -54,6 +55,24 @@ class Shortlists:
         others = m - np.bincount(owner, minlength=n)
         of_images = _ranks(self.text_scores, images, owner[self.texts], others)
         return Ranks(of_images, _ranks(self.image_scores, owner, self.images, np.full(m, n - 1)), owner)
+
+    def matching(self) -> dict[str, Score]:
+        """`matching_auc` and `matching_gap` of the second stage, over both directions' queries with a match and
+        another candidate in their list, {} without any: the share of the other candidates that score below the match,
+        ties half, in percent; and by how much the match scores above them on average."""
+        of_texts = self.text_scores, self.text_image[self.texts] == np.arange(len(self.texts))[:, None]
+        of_images = self.image_scores, self.images == self.text_image[:, None]
+        shares, gaps = [], []
+        for scores, matches in (of_texts, of_images):
+            for row, matching in zip(scores, matches):
+                if matching.any() and not matching.all():
+                    best, others = row[matching].max(), row[~matching]
+                    shares.append(np.mean((others < best) + 0.5 * (others == best)))
+                    gaps.append(best - others.mean())
+        if not shares:
+            return {}
+        auc = clustered_proportion(np.array(shares), np.ones(len(shares)), 50.0)
+        return {"matching_auc": auc, "matching_gap": Score(float(np.mean(gaps)), len(gaps), unit="logit")}
 
     def matrices(self) -> tuple[Float[np.ndarray, "n m"], Float[np.ndarray, "m n"]]:
         """The originals' score matrices, images to texts and texts to images, `FILL` where nothing was scored."""
@@ -237,7 +256,7 @@ class RerankEvaluation(ScoredEvaluation):
         prefix = "" if self.name == "retrieval" else f"{self.name}_"
         # No median rank: outside the shortlists only a lower bound of the rank is known.
         scores = {name: score for name, score in ranks.scores(self.ks).items() if not name.endswith("median_rank")}
-        scores |= ranks.mean_recalls(self.ks)
+        scores |= ranks.mean_recalls(self.ks) | shortlists.matching()
         counts = {f"{self.name}_n": len(ranks.image), f"{self.name}_n_texts": len(ranks.text)}
         picture = self._picture(shortlists) if pictures else None
         images = {} if picture is None else {f"{self.name}_picture": picture}

@@ -191,3 +191,25 @@ def test_evaluation_in_the_loop():
     worse = metrics(made.run(np.float32(-1), State))
     assert worse["R_mean"] < 5
     assert made.evaluate(np.float32(1), None).pictures["retrieval_picture"].dtype == np.uint8
+
+
+def test_the_auc_and_the_gap_are_those_of_the_lists():
+    near, scores = problem(4)
+    reranker = Reranker(head([]), k=6, add_similarity=False)
+    shortlists = reranker(jnp.float32(1), jnp.asarray(scores), near, OWNER)
+    shares, gaps = [], []
+    for direction, (similarities, values) in enumerate(((near, scores), (near.T, scores.T))):
+        for query, row in enumerate(similarities):
+            listed = np.argsort(-row, kind="stable")[:6]
+            match = OWNER[listed] == query if direction == 0 else listed == OWNER[query]
+            if match.any() and not match.all():
+                best, others = values[query, listed[match]].max(), values[query, listed[~match]]
+                shares.append(np.mean(others < best))
+                gaps.append(best - others.mean())
+    outputs = shortlists.matching()
+    assert len(gaps) > 20 and outputs["matching_auc"].n == outputs["matching_gap"].n == len(gaps)
+    assert outputs["matching_auc"].value == pytest.approx(100 * np.mean(shares))
+    assert outputs["matching_gap"].value == pytest.approx(np.mean(gaps), rel=1e-5)
+    constant = reranker(jnp.float32(0), jnp.asarray(scores), near, OWNER).matching()
+    assert (constant["matching_auc"].value, constant["matching_gap"].value) == (50, 0)
+    assert Reranker(head([]), 1, False)(jnp.float32(1), jnp.ones((2, 2)), np.eye(2)).matching() == {}
