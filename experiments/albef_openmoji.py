@@ -8,7 +8,7 @@ masked words under an image, momentum distillation. During training, on drawings
 
 On two cores (Python 3.11, 400 steps in 5 minutes) the features find the right one of 370 names among their first ten
 for 15.7 % of the drawings (95 % interval 11.9 to 19.5), and of the drawings for 15.4 % of the names; chance is 2.7 %.
-The ITM head needs a longer run: with it 10.5 and 10.0 %.
+The ITM head needs a longer run: with it 10.5 and 10.0 %. `albef_encoders.py` starts from pre-trained encoders.
 """
 
 import dataclasses
