@@ -128,8 +128,9 @@ class GroundingModel(TwoStageModel):
         self, variables: Mapping[str, Any], block: int, ids: Array, mask: Array, pixels: Array
     ) -> tuple[Array, Array]:
         # Rematerialised blocks would not pass the gradient on.
-        text = dataclasses.replace(self.text_config, remat=False)
-        module = self.build(dataclasses.replace(self.config, text=text))
+        text, parts = self.text_config, {name: getattr(self.config, name) for name in ("text", "decoder")}
+        plain = {name: dataclasses.replace(part, remat=False) for name, part in parts.items() if part is not None}
+        module = self.build(dataclasses.replace(self.config, **plain))
         path = f"text/encoder/block_{block}/cross_attention/weights"
         image_states = self.apply(variables, "encode_image", pixels)
         inputs = ids, mask, self.apply(variables, "encode_text", ids, mask), image_states
