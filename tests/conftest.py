@@ -42,6 +42,12 @@ if importlib.util.find_spec("xdist"):
         return OneTorchWorker(config, log) if config.getoption("dist") == "loadfile" else None
 
 
+if os.environ.get("MMJAX_CHECK_ARRAYS"):
+    from jaxtyping import install_import_hook
+
+    install_import_hook("mmjax", "array_checker.check")
+
+
 @functools.cache
 def _loads_torch(file: str) -> bool:
     return re.search(r"mark\.torch|importorskip\(.(torch|transformers)", (ROOT / file).read_text()) is not None
