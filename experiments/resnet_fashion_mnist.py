@@ -114,7 +114,7 @@ class Config(ExperimentConfig):
         return Augmented(self.classification, one_view(view))
 
     def optimizer(self) -> Optimizer:
-        schedule = warmup_cosine(self.learning_rate, self.steps, min(self.warmup, self.steps // 2))
+        schedule = warmup_cosine(self.learning_rate, self.steps, self.warmup)
         return Optimizer(sgd(schedule, 0.9, self.weight_decay, mask=matrices_only))
 
     def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:

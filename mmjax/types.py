@@ -2,7 +2,7 @@
 
 Axis legend, used in every public signature:
 
-    b batch          n image tokens     l text tokens     s key/value tokens
+    b batch          n image tokens     l text tokens     s key/value tokens     m tokens of a context
     h heads          d width            k head width      v vocabulary
     q queue length   c channels or classes
     height width     the two image axes, written out
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Bool, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Bool, Float, Int, Key, PRNGKeyArray, UInt8
 
 from mmjax.errors import MmjaxError
 
@@ -63,6 +63,7 @@ __all__ = [
     "Bool",
     "Float",
     "Int",
+    "Key",
     "Mean",
     "Means",
     "Metrics",

@@ -117,6 +117,16 @@ def quick_compilation() -> Iterator[None]:
 
 
 @pytest.fixture
+def unchecked_arrays() -> Iterator[None]:
+    """Wrong shapes reach the function, whose own message the test is of: `array_checker.py` is off."""
+    from jaxtyping import config
+
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
 def full_compilation() -> Iterator[None]:
     """All of LLVM's work: for tests that hold two programs to each other in the last bits, and for long trainings."""
     yield from _compiled(quickly=False)

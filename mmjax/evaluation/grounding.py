@@ -72,7 +72,7 @@ def _sums(old: int, new: int, starts: np.ndarray, ends: np.ndarray) -> Float[np.
 def resized(heat: Float[ArrayLike, "rows columns"], size: tuple[int, int]) -> Float[np.ndarray, "height width"]:
     """A map at the size (height, width) of its image, bicubic by torch's rule, scaled to [0, 1]; a flat map is zero."""
     rows, columns = (resize_matrix(old, new, "bicubic") for old, new in zip(np.shape(heat), size))
-    large = rows @ np.asarray(heat, np.float32) @ columns.T
+    large = np.matmul(np.matmul(rows, np.asarray(heat, np.float32)), columns.T)
     span = large.max() - large.min()
     return (large - large.min()) / span if span > 0 else np.zeros_like(large)
 

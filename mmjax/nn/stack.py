@@ -45,7 +45,7 @@ class Block(nn.Module):
         make_norm, make_mlp: of each norm and feed-forward. make_attention: of the self attention, and with
             `causal=False` of the cross attention.
         cross: whether there is an attention to a context.
-        merge: None: there is one context. Otherwise there are two, [b, 2, s, e], and two attentions (BLIP's NLVR2): a
+        merge: None: there is one context. Otherwise there are two, [b, 2, m, e], and two attentions (BLIP's NLVR2): a
             matrix merges their results (True), or their mean is used (False). Such a block has no `step`.
         query_feed_forward: the first tokens may be queries (BLIP-2's Q-Former). They have a norm and a feed-forward of
             their own, and they alone attend to the context.
@@ -88,8 +88,8 @@ class Block(nn.Module):
         self,
         x: Float[Array, "b l d"],
         mask: Bool[Array, "#b #h #l l"] | None = None,
-        context: Float[Array, "b s e"] | None = None,
-        context_mask: Bool[Array, "#b #h #l s"] | None = None,
+        context: Float[Array, "b m e"] | Float[Array, "b 2 m e"] | None = None,
+        context_mask: Bool[Array, "#b #h #l m"] | None = None,
         train: bool = False,
         queries: int = 0,
         positions: PositionInputs = NO_POSITIONS,
@@ -101,8 +101,8 @@ class Block(nn.Module):
         self,
         x: Float[Array, "b l d"],
         mask: Bool[Array, "#b #h #l s"] | None = None,
-        context: Float[Array, "b s e"] | None = None,
-        context_mask: Bool[Array, "#b #h #l s"] | None = None,
+        context: Float[Array, "b m e"] | Float[Array, "b 2 m e"] | None = None,
+        context_mask: Bool[Array, "#b #h #l m"] | None = None,
         train: bool = False,
         queries: int = 0,
         positions: PositionInputs = NO_POSITIONS,
@@ -139,7 +139,7 @@ class Block(nn.Module):
         new: KeyValues,
         index: Int[Array, ""],
         prompt_mask: Bool[Array, "b l"] | None = None,
-        context_mask: Bool[Array, "b s"] | None = None,
+        context_mask: Bool[Array, "b m"] | None = None,
         positions: PositionInputs = NO_POSITIONS,
     ) -> tuple[Float[Array, "b r d"], KeyValues]:
         """One token a row; returns `new` with its key and value in slot `index`.
@@ -248,8 +248,8 @@ class Stack(nn.Module):
         self,
         x: Float[Array, "b l d"],
         mask: Bool[Array, "#b #h #l l"] | None = None,
-        context: Float[Array, "b s e"] | None = None,
-        context_mask: Bool[Array, "#b #h #l s"] | None = None,
+        context: Float[Array, "b m e"] | Float[Array, "b 2 m e"] | None = None,
+        context_mask: Bool[Array, "#b #h #l m"] | None = None,
         train: bool = False,
         first: int = 0,
         last: int | None = None,
@@ -278,8 +278,8 @@ class Stack(nn.Module):
         self,
         x: Float[Array, "b l d"],
         mask: Bool[Array, "#b #h #l s"] | None = None,
-        context: Float[Array, "b s e"] | None = None,
-        context_mask: Bool[Array, "#b #h #l s"] | None = None,
+        context: Float[Array, "b m e"] | Float[Array, "b 2 m e"] | None = None,
+        context_mask: Bool[Array, "#b #h #l m"] | None = None,
         positions: PositionInputs = NO_POSITIONS,
         past: Sequence[LayerCache] | None = None,
         before: Before | None = None,
@@ -301,7 +301,7 @@ class Stack(nn.Module):
         new: Sequence[KeyValues],
         index: Int[Array, ""],
         prompt_mask: Bool[Array, "b l"] | None = None,
-        context_mask: Bool[Array, "b s"] | None = None,
+        context_mask: Bool[Array, "b m"] | None = None,
         positions: PositionInputs = NO_POSITIONS,
         before: Before | None = None,
     ) -> tuple[Float[Array, "b r d"], list[KeyValues]]:

@@ -24,10 +24,10 @@ def smooth(targets: Float[Array, "b c"], smoothing: Float[Array, ""] | float) ->
 
 
 def softmax_cross_entropy(
-    logits: Float[Array, "b c"],
-    targets: Int[Array, "b"] | Float[Array, "b c"],
+    logits: Float[Array, "*b c"],
+    targets: Int[Array, "*b"] | Float[Array, "*b c"],
     smoothing: Float[Array, ""] | float = 0.0,
-) -> Float[Array, "b"]:
+) -> Float[Array, "*b"]:
     """-sum_c t_c log softmax(logits)_c, in float32 (torch's `CrossEntropyLoss(label_smoothing=...)`, before its mean).
 
     targets: class indices, which never become one-hot rows, or soft labels.
@@ -35,7 +35,7 @@ def softmax_cross_entropy(
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     if targets.ndim == logits.ndim:
         return -jnp.sum(smooth(targets, smoothing) * log_p, axis=-1)
-    target_log_p = jnp.take_along_axis(log_p, targets[:, None], axis=-1)[:, 0]
+    target_log_p = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
     return -((1 - smoothing) * target_log_p + smoothing * jnp.mean(log_p, axis=-1))
 
 

@@ -45,10 +45,12 @@ class TokenLoss(NamedTuple):
     nll: Mean
 
 
-def next_tokens(ids: Int[Array, "b l"], mask: Bool[Array, "b l"] | None = None) -> Int[Array, "b l"]:
+def next_tokens(
+    ids: Int[Array, "b l"], mask: Bool[Array, "b l"] | Int[Array, "b l"] | None = None
+) -> Int[Array, "b l"]:
     """Labels of a causal model: for each token the next one, for the last `IGNORED`. The length stays l.
 
-    ids: tokens, or labels some of which are already ignored. mask: false where there is no token.
+    ids: tokens, or labels some of which are already ignored. mask: false or 0 where there is no token.
     """
     labels = ids if mask is None else jnp.where(mask.astype(bool), ids, IGNORED)
     return jnp.concatenate([labels[:, 1:], jnp.full_like(labels[:, :1], IGNORED)], axis=1)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mmjax.nn.groups import group_positions, group_rows
 from mmjax.objectives.language import IGNORED, token_accuracy, token_cross_entropy
-from mmjax.types import Array, Bool, Float, Int, Mean, PRNGKeyArray
+from mmjax.types import Array, Bool, Float, Int, Key, Mean
 
 
 def negative_log_weights(
@@ -66,7 +66,7 @@ def _are_negatives(size: int, ids: Array | None, groups: int, axis_name: str | N
     return ~same.reshape(size, -1) & (positions[:, None] != jnp.arange(same.shape[-1]))
 
 
-def sample_negatives(keys: PRNGKeyArray, log_weights: Float[Array, "b m"]) -> Int[Array, "b"]:
+def sample_negatives(keys: Key[Array, "b"], log_weights: Float[Array, "b m"]) -> Int[Array, "b"]:
     """An index in [0, m) for each row, sampled by the weights; -1 for a row without negatives.
 
     keys: one per row, a function of its position in the global batch (`mmjax.training.rng.example_keys`), so that any

@@ -12,7 +12,7 @@ bfloat16 or TF32. Where two points coincide, the distance has a gradient of zero
     >>> triplets = batch_hard_triplets(features, jnp.array([0, 0, 1, 1]), margin=0.2)
     >>> [f"{loss:.1f}" for loss in triplets.losses]  # anchor 1: positive at 1.0, nearest negative at 0.5
     ['0.0', '0.7', '2.2', '0.0']
-    >>> print(f"{triplet_mean(triplets):.3f}")
+    >>> print(f"{triplet_mean(triplets).value:.3f}")
     0.725
 """
 
@@ -23,7 +23,10 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.objectives.contrastive import by_rows
-from mmjax.types import Array, Bool, Float, Int
+from mmjax.types import Array, Bool, Float, Int, Mean
+
+NONE = 1e-30
+"""A count that adds nothing to any other."""
 
 
 class Triplets(NamedTuple):
@@ -161,16 +164,14 @@ def semi_hard_triplets(
     return _over_anchors(mine, features, labels, squared, axis_name, blocks)
 
 
-def triplet_mean(triplets: Triplets, axis_name: str | None = None) -> Float[Array, ""]:
-    """Mean loss over the counted triplets of the global batch; 0, with a gradient of zero, where there are none.
+def triplet_mean(triplets: Triplets) -> Mean:
+    """Mean loss over the counted triplets of this device's anchors.
 
-    Under `axis_name` the result is this device's share, whose mean over devices, in value and in gradient, is the loss
-    of the global batch.
+    A batch without a triplet has a loss and a gradient of zero: its count is `NONE` instead of 0, which would make the
+    mean NaN and the update refused.
     """
-    total, count, devices = jnp.sum(triplets.losses), jax.lax.stop_gradient(jnp.sum(triplets.counts)), 1
-    if axis_name is not None:
-        count, devices = jax.lax.psum(count, axis_name), jax.lax.axis_size(axis_name)
-    return total * devices / jnp.maximum(count, 1.0)
+    count = jax.lax.stop_gradient(jnp.maximum(jnp.sum(triplets.counts), NONE))
+    return Mean(jnp.sum(triplets.losses), count)
 
 
 def _over_anchors(

@@ -6,7 +6,7 @@ PIL rounds to 1/255 after every operation, and contrast's mean too; here all is 
 import jax
 import jax.numpy as jnp
 
-from mmjax.types import Array, Float, PRNGKeyArray
+from mmjax.types import Array, Float, Int, PRNGKeyArray
 
 Image = Float[Array, "height width 3"]
 Scalar = Float[Array, ""] | float
@@ -70,7 +70,7 @@ def solarise(image: Image, threshold: float = 128 / 255) -> Image:
 
 
 def colour_jitter(
-    image: Image, factors: Float[Array, "3"], shift: Scalar, order: Float[Array, "3"], hue_at: Array | int
+    image: Image, factors: Float[Array, "3"], shift: Scalar, order: Int[Array, "3"], hue_at: Array | int
 ) -> Image:
     """Brightness, contrast, saturation and hue in any order.
 

@@ -5,7 +5,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 
-from mmjax.types import Array, PRNGKeyArray
+from mmjax.types import Array, Key, PRNGKeyArray
 
 
 def named(rng: PRNGKeyArray, name: str) -> PRNGKeyArray:
@@ -13,7 +13,7 @@ def named(rng: PRNGKeyArray, name: str) -> PRNGKeyArray:
     return jax.random.fold_in(rng, zlib.crc32(name.encode()))
 
 
-def example_keys(rng: PRNGKeyArray, size: int, axis_name: str | None = None) -> Array:
+def example_keys(rng: PRNGKeyArray, size: int, axis_name: str | None = None) -> Key[Array, "b"]:
     """A key for each of this device's `size` examples, by their index in the global batch: [b] typed keys.
 
     axis_name: the mapped axis over which the batch is cut; any cut gives an example the same key.

@@ -1,4 +1,7 @@
-"""The files of a workdir, on a disk or in an object store (`gs://`, `s3://`: whatever `etils.epath` knows)."""
+"""The files of a workdir, on a disk or in an object store (`gs://`, `s3://`: whatever `etils.epath` knows).
+
+`gs://` needs gcsfs, which the extra gcs installs, `s3://` needs s3fs.
+"""
 
 import os
 import pathlib

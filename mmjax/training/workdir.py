@@ -21,7 +21,11 @@ class Lock:
     """One writer a workdir: an advisory lock that dies with its process, however that ends."""
 
     def __init__(self, workdir: Any):
-        """Makes the workdir. Raises CheckpointError: it cannot be written, or another process (named) uses it."""
+        """Makes the workdir.
+
+        Raises CheckpointError: it cannot be written, its store needs a package (named), or another process (named)
+        uses it.
+        """
         self._file = None
         try:
             workdir = epath.Path(workdir)
@@ -32,6 +36,8 @@ class Lock:
             if not is_local(workdir):
                 return
             self._file = open(os.path.join(workdir, ".lock"), "a+")  # noqa: SIM115
+        except ImportError as error:
+            raise CheckpointError(f"workdir {workdir}: {error}") from error
         except OSError as error:
             raise CheckpointError(f"workdir {workdir} cannot be written: {error.strerror or error}") from error
         try:

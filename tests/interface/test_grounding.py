@@ -246,6 +246,7 @@ def test_the_densest_box_of_a_map():
     assert resized(np.ones((2, 2)), (5, 5)).tolist() == np.zeros((5, 5)).tolist()
 
 
+@pytest.mark.usefixtures("unchecked_arrays")
 def test_the_picture_shows_the_map_beside_the_image():
     image, heat = np.full((40, 60, 3), 255, np.uint8), np.zeros((40, 60), np.float32)
     plain = heat_picture(image, heat)

@@ -198,6 +198,7 @@ def test_mean_over_devices_is_the_global_loss(devices):
     np.testing.assert_allclose(grads.sum(0), expected, rtol=1e-4, atol=1e-6 * float(jnp.abs(expected).max()))
 
 
+@pytest.mark.usefixtures("unchecked_arrays")
 def test_wrong_shapes_are_refused():
     for wrong in (
         lambda: linear_cross_entropy(HIDDEN, KERNEL.T, LABELS),

@@ -56,7 +56,7 @@ def test_triplets_by_hand():
     np.testing.assert_allclose(everything.losses, [0, 0.7, 2.2 + 1.2, 0, 0], atol=1e-6)
     np.testing.assert_array_equal(everything.counts, [0, 1, 2, 0, 0])
     np.testing.assert_array_equal(batch_all_triplets(points, labels, active_only=False).counts, [3, 3, 3, 3, 0])
-    assert abs(float(triplet_mean(everything)) - 4.1 / 3) < 1e-6
+    assert abs(float(triplet_mean(everything).value) - 4.1 / 3) < 1e-6
     # Semi-hard, not squared: 0 -> 1.5, 1 -> 3, 1.5 -> 7.5, 4 -> 3: all farther by more than the margin.
     assert not np.any(semi_hard_triplets(points, labels, squared=False).losses)
     # Margin 1: violations + 1 of the same negatives. Squared: 1 - 2.25, 1 - 9, 6.25 - 56.25, 6.25 - 9.
@@ -106,7 +106,7 @@ def test_gradients_match_finite_differences(name):
     """Where no hinge and no choice changes nearby: distances differ, and every triplet violates the margin."""
     points = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0], [2.5, 3.0], [-4.0, 1.0], [-4.0, -2.0]])
     miner = MINERS[name] if name == "soft margin" else functools.partial(MINERS[name], margin=80.0)
-    loss = jax.jit(lambda x: triplet_mean(miner(x, jnp.array([0, 0, 1, 1, 2, 2]))))
+    loss = jax.jit(lambda x: triplet_mean(miner(x, jnp.array([0, 0, 1, 1, 2, 2]))).value)
     check_grads(loss, (points,), order=1, modes=["rev"], eps=1e-2, atol=1e-2, rtol=1e-2)
 
 
@@ -123,7 +123,7 @@ def test_coinciding_points_have_finite_gradients(name):
     """All in one point, and every point twice; also of negatives alone, of positives alone, and of a single point."""
     twice = jnp.concatenate([FEATURES[:12]] * 2)
     distinct, equal = jnp.arange(B), jnp.zeros(B, jnp.int32)
-    loss = jax.jit(jax.value_and_grad(lambda x, y: triplet_mean(MINERS[name](x, y))))
+    loss = jax.jit(jax.value_and_grad(lambda x, y: triplet_mean(MINERS[name](x, y)).value))
     for points, labels in (
         (jnp.ones((B, D)), LABELS),
         (twice, LABELS),
@@ -155,18 +155,22 @@ def test_near_points_lose_no_digits():
 
 @pytest.mark.parametrize("name", ["batch all", "batch all, satisfied ones too", "batch hard", "semi-hard"])
 def test_a_divided_batch_is_one(name, devices=8, blocks=3):
-    """The mapped axis is vmap's, with pmap's collectives; mean over it: the global batch's value and gradient."""
+    """The mapped axis is vmap's, with pmap's collectives; totals and counts add up to the global batch's value, and
+    gradients of totals to its gradient."""
 
     def share(weight, x, labels, axis_name):
-        return triplet_mean(MINERS[name](x @ weight, labels, axis_name=axis_name, blocks=blocks), axis_name)
+        mean = triplet_mean(MINERS[name](x @ weight, labels, axis_name=axis_name, blocks=blocks))
+        return mean.total, mean.count
 
     def mapped(weight, x, labels):
-        return jax.lax.pmean(jax.value_and_grad(share)(weight, x, labels, "data"), "data")
+        (total, count), slope = jax.value_and_grad(share, has_aux=True)(weight, x, labels, "data")
+        total, count, slope = jax.lax.psum((total, count, slope), "data")
+        return total / count, slope / count
 
     weight = jax.random.normal(jax.random.key(9), (D, D))
     shards = (x.reshape(devices, -1, *x.shape[1:]) for x in (FEATURES, LABELS))
     values, slopes = jax.jit(jax.vmap(mapped, in_axes=(None, 0, 0), axis_name="data"))(weight, *shards)
-    whole = jax.jit(jax.value_and_grad(lambda w: triplet_mean(MINERS[name](FEATURES @ w, LABELS))))
+    whole = jax.jit(jax.value_and_grad(lambda w: triplet_mean(MINERS[name](FEATURES @ w, LABELS)).value))
     expected = whole(weight)
     np.testing.assert_allclose(values[0], expected[0], rtol=1e-5)
     assert np.abs(slopes[0] - expected[1]).max() <= 1e-5 * np.abs(expected[1]).max()
@@ -181,7 +185,7 @@ def test_blocks_keep_the_order_of_anchors_and_must_divide_the_batch():
 
 
 def test_the_mean_counts_triplets_not_anchors():
-    assert float(triplet_mean(Triplets(jnp.array([3.0, 0.0]), jnp.array([2.0, 0.0])))) == 1.5
+    assert float(triplet_mean(Triplets(jnp.array([3.0, 0.0]), jnp.array([2.0, 0.0]))).value) == 1.5
 
 
 @pytest.mark.torch

@@ -20,6 +20,7 @@ from mmjax.training.event_file import _checksum
 from mmjax.training.experiment import load_experiment
 from mmjax.training.loop import train
 from mmjax.training.metrics import MetricsWriter, read_metrics
+from mmjax.training.workdir import Lock
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXPERIMENT = os.fspath(pathlib.Path(__file__).with_name("small_language.py"))
@@ -138,3 +139,8 @@ class Failing:
 
     def run(self, params, state):
         raise OSError(28, "No space left on device", "picture.png")
+
+
+def test_a_store_without_its_package_is_refused_by_name():
+    with pytest.raises(CheckpointError, match=r"workdir s3://bucket/run: .*s3fs"):
+        Lock("s3://bucket/run")

@@ -143,7 +143,7 @@ class Decoder(nn.Module):
     def prefill(
         self,
         x: Float[Array, "b l d"],
-        mask: Int[Array, "b s"],
+        mask: Int[Array, "b s"] | Bool[Array, "b s"],
         position_ids: Int[Array, "b s"],
         past: Sequence[LayerCache] | None = None,
         total_length: Int[Array, ""] | None = None,

@@ -9,13 +9,11 @@ import optax
 from mmjax.errors import MmjaxError
 from mmjax.models.transformer.network import Transformer, TransformerConfig
 from mmjax.objectives.classification import hits, softmax_cross_entropy
+from mmjax.objectives.language import IGNORED
 from mmjax.training.method import Loss, Method
 from mmjax.training.optimizer import Schedule
 from mmjax.training.state import Carry
 from mmjax.types import Array, Batch, Float, Int, Mean, Means, Params, PRNGKeyArray
-
-IGNORED = -100
-"""The label of an ignored token, as in torch and transformers."""
 
 
 def shifted_right(labels: Int[Array, "b l"], config: TransformerConfig) -> Int[Array, "b l"]:
