@@ -160,7 +160,7 @@ def _read(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Record]]:
             raise cursor.error(f"the tensor {name[:200]} stands twice")
         infos[name] = _tensor_info(cursor, name)
     start = -(-cursor.position // alignment) * alignment
-    _check_places(cursor, infos, len(cursor.data) - start, alignment)
+    _check_positions(cursor, infos, len(cursor.data) - start, alignment)
     return metadata, {name: _record(cursor.path, name, info, start + info.offset) for name, info in infos.items()}
 
 
@@ -195,7 +195,7 @@ def _tensor_info(cursor: _Cursor, name: str) -> _Info:
     return _Info(shape, (*shape[:-1], shape[-1] // block * size), kind, offset)
 
 
-def _check_places(cursor: _Cursor, infos: Mapping[str, _Info], size: int, alignment: int) -> None:
+def _check_positions(cursor: _Cursor, infos: Mapping[str, _Info], size: int, alignment: int) -> None:
     """Every tensor lies within the file, aligned, and none on another."""
     end = 0
     for name, info in sorted(infos.items(), key=lambda item: item[1].offset):

@@ -42,7 +42,7 @@ def test_a_config_comes_back_equal(config):
 
 
 @pytest.mark.parametrize(
-    "told, message",
+    "values, message",
     [
         ({}, r"model does not fit Whole: unknown fields \[\], missing fields \['vision'\]"),
         ({"vision": {"width": 3, "patch": 5}, "dept": 3}, r"unknown fields \['dept'\]"),
@@ -50,6 +50,6 @@ def test_a_config_comes_back_equal(config):
         ({"vision": {"width": 3, "patch": 5}, "parts": [{"width": 3}]}, r"model\.parts\[0\] does not fit Patches"),
     ],
 )
-def test_errors_name_the_field(told, message):
+def test_errors_name_the_field(values, message):
     with pytest.raises(MmjaxError, match=message):
-        config_from_json(Whole, told, "model")
+        config_from_json(Whole, values, "model")

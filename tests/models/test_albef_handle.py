@@ -210,7 +210,7 @@ def _nan(array: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, message",
     [
         (lambda a: a.pop(NORM), f"missing (1):\n    {NORM}"),
         (lambda a: a.update({NORM: a[NORM][:-1]}), f"{NORM} [11]: gives [11], params/vision/encoder/block_1/norm_2"),
@@ -224,7 +224,7 @@ def _nan(array: np.ndarray) -> np.ndarray:
     ],
     ids=["missing", "short", "nan", "extra", "flat", "blind", "assignment", "half a head", "blip"],
 )
-def test_a_file_that_does_not_fit_is_refused_by_name(change: Any, told: str, tmp_path: pathlib.Path):
+def test_a_file_that_does_not_fit_is_refused_by_name(change: Any, message: str, tmp_path: pathlib.Path):
     model = model_of("pretraining")
     arrays = save_table(table(model.config), {"params": model.params})
     change(arrays)
@@ -232,7 +232,7 @@ def test_a_file_that_does_not_fit_is_refused_by_name(change: Any, told: str, tmp
     (tmp_path / "config.json").write_text(json.dumps({"vision_heads": 2, "text_heads": 3}))
     with pytest.raises(MmjaxError) as error:
         mmjax.load(tmp_path / "hostile.safetensors")
-    assert told in str(error.value) and "hostile.safetensors" in str(error.value)
+    assert message in str(error.value) and "hostile.safetensors" in str(error.value)
 
 
 def test_bfloat16_gives_nearly_the_same(tmp_path: pathlib.Path):

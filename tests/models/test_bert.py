@@ -70,11 +70,11 @@ def test_published_sizes(name):
 
 
 @pytest.mark.parametrize(
-    "fields, told",
+    "fields, message",
     [({"nsp": True, "pooler": False}, "need the pooler"), ({"classes": 2, "token_classes": 3}, "one of the two")],
 )
-def test_heads_that_cannot_be_are_refused(fields, told):
-    with pytest.raises(MmjaxError, match=told):
+def test_heads_that_cannot_be_are_refused(fields, message):
+    with pytest.raises(MmjaxError, match=message):
         BertConfig(**fields)
 
 

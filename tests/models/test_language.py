@@ -441,7 +441,7 @@ def test_mpts_slopes():
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("hf_config", "message"),
     [
         (None, "model_type None"),
         ({"model_type": "mamba"}, "model_type 'mamba'"),
@@ -453,9 +453,9 @@ def test_mpts_slopes():
         ({"model_type": "mpt", "attn_config": {"alibi": False}}, "ALiBi"),
     ],
 )
-def test_configs_that_are_not_built_are_refused(told, message):
+def test_configs_that_are_not_built_are_refused(hf_config, message):
     with pytest.raises(MmjaxError, match=message):
-        HF.config({}, told)
+        HF.config({}, hf_config)
 
 
 def test_a_head_that_is_not_the_embedding_is_refused_where_it_should_be(tmp_path):

@@ -316,19 +316,19 @@ BEAMS = {"num_beams": 4}
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "name, eos, asked",
+    "name, eos, cases",
     [
         ("tied relu", 9, ({}, BEAMS)),
         ("untied gated", 38, (BEAMS | {"repetition_penalty": 1.7, "length_penalty": 0.0},)),
     ],
 )
-def test_generated_ids_as_transformers(tmp_path, name, eos, asked):
+def test_generated_ids_as_transformers(tmp_path, name, eos, cases):
     """Rows end at different lengths, at ids that these weights do generate; the penalty counts the decoder's inputs."""
     torch, batch = pytest.importorskip("torch"), inputs(17)
     hf_model = reference(dataclasses.replace(CONFIGS[name], eos=(eos,)), tmp_path)
     loaded = mmjax.load(tmp_path)
     tensors = {key: torch.tensor(batch[key]) for key in ("input_ids", "attention_mask")}
-    for options in asked:
+    for options in cases:
         outputs = loaded.generate(
             batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=14, **options
         )

@@ -162,7 +162,7 @@ def test_positions_are_rebuilt_or_compared(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("told", "wrong"),
+    ("fields", "wrong"),
     [
         ({"activation_function": "mish"}, "activation 'mish'"),
         ({"eos_token_id": [5, 7]}, r"eos_token_id=\[5, 7\]"),
@@ -170,10 +170,10 @@ def test_positions_are_rebuilt_or_compared(tmp_path):
         ({"model_type": "bart"}, "unknown architecture"),
     ],
 )
-def test_foreign_configs_are_refused(tmp_path, told, wrong):
+def test_foreign_configs_are_refused(tmp_path, fields, wrong):
     mmjax.export(model(MARIAN), tmp_path)
     with pytest.raises(MmjaxError, match=wrong):
-        mmjax.load(rewritten(tmp_path, **told))
+        mmjax.load(rewritten(tmp_path, **fields))
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding

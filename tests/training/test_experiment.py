@@ -40,7 +40,7 @@ def test_overrides_of_any_depth(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, message",
     [
         (["--recipe.learning_rat", "1"], "learning_rat"),
         (["--seed", "three"], "seed"),
@@ -48,16 +48,16 @@ def test_overrides_of_any_depth(tmp_path):
         (["--steps", "0"], "steps=0 (at least 1)"),
     ],
 )
-def test_wrong_flags_exit_2(tmp_path, capsys, arguments, told):
+def test_wrong_flags_exit_2(tmp_path, capsys, arguments, message):
     kind = load_experiment(write(tmp_path, GOOD))
     with pytest.raises(SystemExit) as caught:
         parse_overrides(kind, arguments)
     assert caught.value.code == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, message",
     [
         ("x = 1", "defines no class Config"),
         (HEAD + "class Config: pass", "defines no class Config"),
@@ -69,11 +69,11 @@ def test_wrong_flags_exit_2(tmp_path, capsys, arguments, told):
         ("def", "SyntaxError"),
     ],
 )
-def test_wrong_files_are_named(tmp_path, text, told):
+def test_wrong_files_are_named(tmp_path, text, message):
     path = write(tmp_path, text)
     with pytest.raises(MmjaxError, match=str(path)) as caught:
         load_experiment(path)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     with pytest.raises(MmjaxError, match="no such experiment file"):
         load_experiment(tmp_path / "absent.py")
 
