@@ -18,7 +18,7 @@ def soft_labels(labels: Int[Array, "b"], classes: int) -> Float[Array, "b c"]:
     return jax.nn.one_hot(labels, classes, dtype=jnp.float32)
 
 
-def smooth(targets: Float[Array, "b c"], smoothing: Float[Array, ""] | float) -> Float[Array, "b c"]:
+def smooth(targets: Float[Array, "*b c"], smoothing: Float[Array, ""] | float) -> Float[Array, "*b c"]:
     """Label smoothing, (1 - s) t + s / c: spreads a share s of each row evenly (arXiv 1512.00567, section 7)."""
     return (1 - smoothing) * targets + smoothing / targets.shape[-1]
 
