@@ -146,7 +146,7 @@ def distilled_text_cross_entropy(
     return _sum(losses, labels, logits.shape[-1])
 
 
-def answer_loss(losses: Float[Array, "*answers"], weights: Float[Array, "*answers"], questions: int) -> Float[Array, ""]:
+def answer_loss(losses: Float[Array, "*a"], weights: Float[Array, "*a"], questions: int) -> Float[Array, ""]:
     """sum(weights * losses) / questions: a question may have several answers, weighted by how common they are.
 
     An answer of weight 0 is padding and does not count, whatever its loss. If all devices have the same number of
