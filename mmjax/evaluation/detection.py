@@ -28,7 +28,7 @@ OVERLAP = 0.6
 MOST = 100
 """Boxes of an image that COCO counts."""
 EXAMPLES = 6
-SHOWN = 0.3
+PICTURE_THRESHOLD = 0.3
 """The score from which a box is in the picture."""
 SUMMARY = {"AP": 0, "AP50": 1, "AP75": 2, "AR100": 8}
 """name -> its index in COCOeval.stats."""
@@ -107,7 +107,7 @@ class DetectionEvaluation(ScoredEvaluation):
         predict: see `Predict`.
         data: batches {"image": uint8 [b, side, side, 3], "boxes", "labels", "index"} of whole images, squashed.
         ground_truth: as in a COCO file; its images are the records of the pipeline's source, in their order, and its
-            categories the classes in theirs.
+            categories are the classes, in their order.
         attribution: a line at the foot of the picture.
     """
 
@@ -134,7 +134,7 @@ class DetectionEvaluation(ScoredEvaluation):
                 detection = {"image_id": images[index]["id"], "category_id": categories[label]["id"]}
                 detections.append(detection | {"bbox": box, "score": score})
             if len(examples) < EXAMPLES:
-                sure = scores >= SHOWN
+                sure = scores >= PICTURE_THRESHOLD
                 examples.append((image, truth, (boxes[sure], labels[sure])))
             visited.append(index)
         ids = {images[i]["id"] for i in visited}

@@ -259,12 +259,12 @@ def segmentation_picture(
 def _legend(figure: Figure, classes: Set[int], names: Sequence[str], colours: np.ndarray) -> None:
     """The names of these classes with their colours, at the foot; a class without a name is left out."""
     named = sorted(k for k in classes if k < len(names))
-    handles = [Patch(color=tuple((colours[k] / 255).tolist()), label=_plain(names[k])) for k in named]
+    patches = [Patch(color=tuple((colours[k] / 255).tolist()), label=_plain(names[k])) for k in named]
     foot = 0.2 / figure.get_size_inches()[1]  # above the line of the attribution
     figure.legend(
-        handles=handles,
+        handles=patches,
         loc="lower center",
-        ncols=min(len(handles), 6),
+        ncols=min(len(patches), 6),
         fontsize=8,
         frameon=False,
         bbox_to_anchor=(0.5, foot),

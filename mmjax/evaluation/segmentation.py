@@ -91,16 +91,16 @@ class SegmentationEvaluation(ScoredEvaluation):
 
     def evaluate(self, params: Params, state: Any, pictures: bool = True) -> Outcome:
         classes = len(self.class_names)
-        parts, shown = [], []
+        parts, examples = [], []
         for images, truth, predicted in self._predictions(params, state):
             parts.append(class_counts(truth, predicted, classes))
-            if len(shown) < EXAMPLES:
-                shown += list(zip(images, truth, predicted))
+            if len(examples) < EXAMPLES:
+                examples += list(zip(images, truth, predicted))
         counts = np.concatenate(parts)
         figures = {}
         if pictures:
             figures[self.name] = segmentation_picture(
-                shown[:EXAMPLES], self.class_names, palette(256), self.attribution
+                examples[:EXAMPLES], self.class_names, palette(256), self.attribution
             )
         return Outcome(self._scores(counts), {f"{self.name}_n": len(counts)}, figures)
 
@@ -108,14 +108,14 @@ class SegmentationEvaluation(ScoredEvaluation):
         """(images, masks, predictions) of every record once; the last batch is padded for the device."""
         size = min(self.data.batch_size, len(self.data.source))
         once = self.data.replace(shuffle=False, epochs=1, drop_remainder=False, batch_size=size)
-        seen: set[int] = set()
+        visited: set[int] = set()
         for batch in batches(once):
             images = batch["image"]
             padded = np.concatenate([images, np.repeat(images[:1], size - len(images), 0)])
             predicted = np.asarray(self._compiled(params, state, padded))[: len(images)]
             # A record that replaces an unreadable one does not count twice.
-            new = [i for i, index in enumerate(batch["index"].tolist()) if index not in seen]
-            seen.update(batch["index"].tolist())
+            new = [i for i, index in enumerate(batch["index"].tolist()) if index not in visited]
+            visited.update(batch["index"].tolist())
             yield images[new], batch["mask"][new], predicted[new]
 
     def _scores(self, counts: Int[np.ndarray, "n 3 c"]) -> dict[str, Score]:

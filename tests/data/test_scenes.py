@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmjax.data.caption_text import CleanText, EncodeAnswers, EncodeCaption
+from mmjax.data.image_pairs import OnEach, SwapImages
 from mmjax.data.image_text import ImageTextList
 from mmjax.data.pipeline import Pipeline, batches
 from mmjax.data.scenes import sources as s
@@ -24,8 +26,10 @@ from mmjax.data.scenes.splits import SPLITS, held_out_count, held_out_pairs, hel
 from mmjax.data.scenes.sprites import CANVAS, COLOUR_NAMES, COLOURS, SPRITES, WORDS, sprite_library
 from mmjax.data.scenes.world import MIN_VISIBLE
 from mmjax.data.task_lists import ImagePairList, QuestionList, read_answers
-from mmjax.data.transforms import Keep
+from mmjax.data.transforms import Keep, RandomFlip, RandomResizedCrop
 from mmjax.errors import MmjaxError
+from mmjax.text.captions import albef_caption, albef_question, blip_caption
+from mmjax.text.wordpiece import SPECIAL, WordPieceTokenizer, wordpiece
 
 NUMBERS = {
     "no": 0,
@@ -325,8 +329,8 @@ def test_clips_move_as_they_say():
                 way = ("left", "still", "right")[np.sign(dx) + 1] if dx else ("up", "still", "down")[np.sign(dy) + 1]
                 assert way == question.answer and abs(dx) + abs(dy) in (0, 32)
             answers.add(question.answer)
-        shown = record["visible"][:, : len(clip.motions)]
-        assert shown[[0, -1]].min() >= 0.5 and not record["visible"][:, len(clip.motions) :].any()
+        visible = record["visible"][:, : len(clip.motions)]
+        assert visible[[0, -1]].min() >= 0.5 and not record["visible"][:, len(clip.motions) :].any()
         first = render(clip.frames[0]).boxes()
         np.testing.assert_array_equal(record["boxes"][0, : len(first)], first)
     assert answers == {"still", "left", "right", "up", "down"}
@@ -450,10 +454,10 @@ def test_a_record_is_the_same_in_every_process(capsys, tmp_path):
     for hash_seed in "01":  # the first child cannot write a cache
         cache = tmp_path / ("file/below" if hash_seed == "0" else "cache")
         environment = {"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": hash_seed, "MMJAX_CACHE": str(cache)}
-        there = subprocess.run(
+        child = subprocess.run(
             [sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True
         ).stdout
-        assert here == there
+        assert here == child
 
 
 def test_a_pipeline_with_workers_gives_the_same_batches():
@@ -477,6 +481,33 @@ def test_a_cache_of_other_contents_is_made_anew(monkeypatch, tmp_path):
         patch.setattr(sprites, "WORDS", WORDS[::-1])
         np.testing.assert_array_equal(sprite_library.__wrapped__(40).sign(word).premultiplied, before)
         assert len(list(tmp_path.iterdir())) == 1
+
+
+def tokenizer():
+    """Of the words of scenes, lower case."""
+    words = {word for sprite in SPRITES for text in (sprite.name, sprite.plural) for word in text.split()}
+    words |= {*COLOUR_NAMES, *WORDS, "is", "there", "a", "how", "many", "what", "where", "above", "left", *"012345"}
+    vocabulary = [*SPECIAL, *sorted(words)]
+    return WordPieceTokenizer(wordpiece({word: i for i, word in enumerate(vocabulary)}, lower=True))
+
+
+def test_pipelines_of_albef_and_blip_take_them():
+    encode = EncodeCaption(tokenizer(), 12)
+    crop = RandomResizedCrop(32, (0.5, 1.0))
+    clean = CleanText(albef_question)
+    transforms = (crop, RandomFlip(), clean, encode, EncodeAnswers(tokenizer(), 2, 4))
+    batch = next(iter(Pipeline(s.SceneQuestions(20), 5, transforms=transforms)))
+    assert batch["input_ids"].shape == (5, 12) and batch["answer_ids"].shape == (5, 2, 4)
+    assert batch["answer_weights"].tolist() == [[1, 0]] * 5 and batch["question_id"].dtype == np.int64
+    transforms = (OnEach(crop), CleanText(blip_caption), SwapImages(), encode)
+    batch = next(iter(Pipeline(s.SceneStatements(20), 5, transforms=transforms)))
+    assert batch["image_0"].shape == batch["image_1"].shape == (5, 32, 32, 3) and batch["label"].shape == (5,)
+    batch = next(iter(Pipeline(s.SceneCaptions(20), 5, transforms=(crop, CleanText(albef_caption), encode))))
+    assert batch["attention_mask"].sum(1).min() > 3 and batch["image_id"].shape == (5,)
+    batch = next(iter(Pipeline(s.SceneReferring(20), 5, transforms=(clean, encode))))
+    assert batch["box"].shape == (5, 4) and batch["mask"].shape == (5, 96, 96) and batch["target"].shape == (5,)
+    for source in (s.SceneComparisons(20), s.SceneDocuments(20), s.SceneClips(20), s.SceneConversations(20)):
+        assert len(next(iter(Pipeline(source, 5)))) > 1
 
 
 def test_fingerprints_name_what_a_source_gives():

@@ -17,6 +17,10 @@ from mmjax.models.blip.finetune import BlipAnswering, BlipCaptioning, BlipClassi
 from mmjax.models.blip.pretrain import BlipPretraining
 from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
 from mmjax.models.clip.pretrain import CLIP
+from mmjax.models.dense.detect import Detection
+from mmjax.models.dense.detector import DetectionConfig
+from mmjax.models.dense.network import SegmentationConfig
+from mmjax.models.dense.segment import Segmentation
 from mmjax.models.language.config import DecoderConfig
 from mmjax.models.language.pretrain import CausalLM
 from mmjax.models.moco.network import FROZEN_STEM, MoCoConfig
@@ -93,6 +97,33 @@ CLASSIFIERS = {
         rounding=KEY_BIASES,
     ),
 }  # fmt: skip
+
+# ----------------------------------------------------------------------------------------- segmentation and detection
+
+HEADLESS = dataclasses.replace(BASIC, num_classes=0)
+
+
+def dense(seed: int) -> dict[str, np.ndarray]:
+    """Devices have different numbers of pixels with a class, and of boxes; some images have no box."""
+    rng = np.random.default_rng(seed)
+    mask = rng.integers(0, CLASSES, (16, 17, 17))
+    mask[rng.random(mask.shape) < np.linspace(0, 0.9, 16)[:, None, None]] = 255
+    boxes = np.concatenate([rng.uniform(0, 4, (16, 3, 2)), rng.uniform(4, 13, (16, 3, 2))], -1)
+    return {
+        "image": np.kron(rng.integers(0, 256, (16, 6, 6, 3)), np.ones((1, 3, 3, 1)))[:, :17, :17].astype(np.uint8),
+        "mask": mask.astype(np.uint8),
+        "boxes": boxes.astype(np.float32),
+        "labels": rng.integers(-2, CLASSES, (16, 3)).astype(np.int32),
+    }
+
+
+DENSE = {
+    "segmentation": Case(
+        Segmentation(SegmentationConfig(HEADLESS, CLASSES, "upernet", 6, (1, 2)), stored_statistics=False, bn_groups=2),
+        dense,
+    ),
+    "detection": Case(Detection(DetectionConfig(HEADLESS, CLASSES, 6, 1, 0), stored_statistics=False), dense),
+}
 
 # -------------------------------------------------------------------------------------------------------------- MoCo
 
@@ -232,4 +263,4 @@ BLIP = {
     "blip/nlvr": Case(BlipClassification(tiny_blip.still(tiny_blip.NLVR)), tiny.batch, meshes={}, rounding=KEY_BIASES),
 }
 
-CASES: dict[str, Case] = CLASSIFIERS | MOCO | CONTRASTIVE | LANGUAGE | ALBEF | BLIP
+CASES: dict[str, Case] = CLASSIFIERS | DENSE | MOCO | CONTRASTIVE | LANGUAGE | ALBEF | BLIP

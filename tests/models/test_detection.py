@@ -30,7 +30,6 @@ from mmjax.training.loop import train
 from mmjax.training.method import loss_terms
 
 FILE = pathlib.Path(__file__).parents[2] / "experiments" / "detect.py"
-NAMES = ("vit", "moco")
 CLASSES = ("square", "disc")
 
 
@@ -67,19 +66,18 @@ def shapes(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, pathlib.Path]:
     root = tmp_path_factory.mktemp("models")
-    for name in NAMES:
-        mmjax.save(backbone(name), root / name)
+    mmjax.save(backbone("vit"), root / "vit")
     # Strides 4 and 8: few points, so that training is quick.
     config = ResNetConfig((1, 1), "basic", "imagenet", 8, (8, 12), num_classes=0)
     variables = jax.jit(ResNet(config).init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     mmjax.save(ResNetModel(config, variables["params"], variables["batch_stats"]), root / "small")
-    return {name: root / name for name in (*NAMES, "small")}
+    return {name: root / name for name in ("vit", "small")}
 
 
 def configured(models: dict[str, pathlib.Path], shapes: pathlib.Path, name: str, **fields: Any) -> Any:
     kind: Any = load_experiment(FILE)
     defaults = {"steps": 2, "batch_size": 4, "tensorboard": False, "log_every": 1, "eval_every": 0, "head_width": 8}
-    defaults |= {"convs": 1, "coarse": 1, "most": 5, "data": str(shapes / "train.json")}
+    defaults |= {"convs": 0, "coarse": 1, "most": 5, "data": str(shapes / "train.json")}
     return kind(**(defaults | {"init_from": str(models[name])} | fields))
 
 
@@ -90,13 +88,13 @@ def test_overlaps_are_counts_of_pixels():
     rng = np.random.default_rng(0)
     first, second = (np.concatenate([rng.integers(0, 20, (6, 2)), rng.integers(1, 15, (6, 2))], 1) for _ in range(2))
 
-    def drawn(box):
+    def painted(box):
         canvas = np.zeros((40, 40), bool)
         x, y, width, height = box
         canvas[y : y + height, x : x + width] = True
         return canvas
 
-    expected = [[(drawn(a) & drawn(b)).sum() / (drawn(a) | drawn(b)).sum() for b in second] for a in first]
+    expected = [[(painted(a) & painted(b)).sum() / (painted(a) | painted(b)).sum() for b in second] for a in first]
     np.testing.assert_allclose(box_overlaps(first.astype(float), second.astype(float)), expected)
     corner = jnp.array([0.0, 0.0, 4.0, 4.0])
     other = jnp.array([2.0, 2.0, 2.0, 2.0])  # of 16 pixels each, 4 in common, in a hull of 36
@@ -259,9 +257,8 @@ def test_scenes_are_a_coco_file():
 # -------------------------------------------------------------------------------------------------- the whole way
 
 
-@pytest.mark.parametrize(("name", "tune"), [("vit", "head"), ("moco", "all")])
-def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(models, shapes, tmp_path, name, tune):
-    config = configured(models, shapes, name, tune=tune, learning_rate=1e-2)
+def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(models, shapes, tmp_path):
+    config = configured(models, shapes, "vit", tune=1, learning_rate=1e-2)
     train(config, tmp_path, experiment_file=str(FILE))
     after = checkpoint.load_params(tmp_path)
     start, end = tree.flatten({"backbone": config.start.params}), tree.flatten(after["params"])
@@ -269,7 +266,7 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(models, shapes, tmp_
     depth, top = depths(end, config.layers), len(config.layers) - 1
     moved = {path for path in start if not np.array_equal(start[path], end[path])}
     unused = {path for path in start if path.startswith("backbone/norm/")}
-    assert moved == {path for path in start if depth[path] >= {"head": top + 1, "all": 0}[tune]} - unused
+    assert moved == {path for path in start if depth[path] >= top - 1} - unused
     model = mmjax.load(tmp_path)
     assert type(model) is DetectionModel and model.labels == CLASSES and model.abilities == ("detect",)
     image = np.random.default_rng(1).integers(0, 256, (29, 31, 3), np.uint8)

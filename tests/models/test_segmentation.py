@@ -81,11 +81,11 @@ def test_resizing_and_bins_are_torchs():
     x = np.random.default_rng(0).normal(size=(2, 5, 7, 3)).astype(np.float32)
     channels_first = torch.tensor(x).permute(0, 3, 1, 2)
     for size in ((11, 13), (3, 20), (5, 7)):
-        there = torch.nn.functional.interpolate(channels_first, size, mode="bilinear", align_corners=False)
-        np.testing.assert_allclose(resized(jnp.asarray(x), *size), there.permute(0, 2, 3, 1), atol=1e-5)
+        expected = torch.nn.functional.interpolate(channels_first, size, mode="bilinear", align_corners=False)
+        np.testing.assert_allclose(resized(jnp.asarray(x), *size), expected.permute(0, 2, 3, 1), atol=1e-5)
     for n in (1, 2, 3, 6):
-        there = torch.nn.functional.adaptive_avg_pool2d(channels_first, n).permute(0, 2, 3, 1)
-        np.testing.assert_allclose(bin_means(jnp.asarray(x), n), there, atol=1e-6)
+        expected = torch.nn.functional.adaptive_avg_pool2d(channels_first, n).permute(0, 2, 3, 1)
+        np.testing.assert_allclose(bin_means(jnp.asarray(x), n), expected, atol=1e-6)
 
 
 class Encoder(nn.Module):
@@ -187,7 +187,7 @@ def test_ignored_pixels_do_not_count_and_unknown_classes_are_refused():
 # -------------------------------------------------------------------------------------------------- the whole way
 
 
-RUNS = (("vit", "head", "linear"), ("vit", 2, "upernet"), ("moco", "all", "upernet"))
+RUNS = (("vit", 2, "upernet"), ("moco", "all", "linear"))
 
 
 @pytest.mark.parametrize(("name", "tune", "head"), RUNS)

@@ -64,7 +64,7 @@ def long_caption(scene: Scene) -> str:
 
 @dataclass(frozen=True)
 class Expression:
-    """A description of things: all given conditions at once.
+    """A description of things: all its conditions hold at once.
 
     large: of two sizes. superlative: an index in SUPERLATIVES, among the things that meet the other conditions.
     beside: (relation, sprite, colour) to a thing that is the only one of its kind.

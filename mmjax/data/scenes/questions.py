@@ -24,7 +24,7 @@ from mmjax.data.scenes.world import COLOURS, Group, Scene, layout, populate, reg
 
 Kind: TypeAlias = Literal["presence", "counting", "colour", "position", "reading"]
 SIGN_SHARE = 0.2
-"""The share of scenes with a sign that nothing depends on."""
+"""The share of scenes that have a sign, where no question needs one."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def reading(scene: Scene) -> Question:
 
 
 def sample_scene(rng: random.Random, split: Split) -> Scene:
-    """A scene of a split that nothing is asked of: for captions, masks, boxes."""
+    """A scene of a split for captions, masks and boxes."""
     sprites = cast(rng, split, 3)
     group = Group(sprites[0], rng.choice(COLOURS), rng.choice(counts_of(sprites[0], split, True)))
     groups = populate(rng, split, sprites, [group])

@@ -41,8 +41,8 @@ class Picture:
 
     def visible(self) -> Float[np.ndarray, " n"]:
         """The share of each thing's pixels that nothing covers, float32."""
-        shown = np.bincount(self.owner.ravel(), minlength=SIGN_OWNER + 1)[1 : len(self.areas) + 1]
-        return (shown / np.array(self.areas)).astype(np.float32)
+        counts = np.bincount(self.owner.ravel(), minlength=SIGN_OWNER + 1)[1 : len(self.areas) + 1]
+        return (counts / np.array(self.areas)).astype(np.float32)
 
 
 def render(scene: Scene, size: int = CANVAS) -> Picture:

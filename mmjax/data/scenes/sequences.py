@@ -53,7 +53,7 @@ class Document:
 
 
 def sample_document(rng: random.Random, split: Split, images: int = 3) -> Document:
-    """Scenes of which each differs from the one before in one group: its count, its colour, or whether it is there."""
+    """Scenes of which each differs from the one before in one group: its count, its colour, or its presence."""
     sprites = cast(rng, split, 3)
     first = Group(sprites[0], rng.choice(COLOURS), rng.choice(counts_of(sprites[0], split, True)))
     groups = populate(rng, split, sprites, [first])

@@ -182,7 +182,7 @@ class SceneReferring(SceneSource):
 class SceneQuestions(SceneSource):
     """{"image", "text", "answers": (answer,), "answer_weights": (1.0,), "question_id": int64, "kind"}
 
-    kinds: of `KINDS`, one after the other. Raises MmjaxError for none, or for one that is not there.
+    kinds: of `KINDS`, one after the other. Raises MmjaxError for none, or for an unknown one.
     """
 
     def __init__(

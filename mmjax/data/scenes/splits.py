@@ -6,7 +6,7 @@
     pairs        each record has two sprites that occur together in no record of another split, in one image
     counts       each record has a sprite as often as no record of another split shows it, in one image: "four cats",
                  where four dogs and two cats are known. Each sprite has one such count, from 2 to 5.
-A rule holds for a whole record: all its images, its texts, and what a question asks about that is not there.
+A rule holds for a whole record: all its images, its texts, and the absent sprites that questions name.
 """
 
 import functools

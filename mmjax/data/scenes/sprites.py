@@ -213,7 +213,7 @@ def _columns(size: int, openmoji: Any, resvg: Any) -> dict[str, np.ndarray]:
 
 
 def _master(folder: pathlib.Path, character: str, resvg: Any) -> Image.Image:
-    """A drawing cropped to what is there, as brightness and opacity; the brighter half of it is raised to 0.7."""
+    """A drawing cropped to its pixels, as brightness and opacity; the brighter half of it is raised to 0.7."""
     codepoints = "-".join(f"{ord(each):X}" for each in character)
     png = resvg.svg_to_bytes(
         svg_path=str(folder / f"{codepoints}.svg"), width=MASTER, height=MASTER, skip_system_fonts=True

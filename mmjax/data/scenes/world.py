@@ -87,7 +87,7 @@ class Scene:
 
 
 def relation(a: Thing, b: Thing) -> Relation | None:
-    """Where `a` is, seen from `b`; None where it is not clear."""
+    """The position of `a` relative to `b`; None where it is not clear."""
     dx, dy = a.x - b.x, a.y - b.y
     long, short = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
     if long < CLEAR_DISTANCE or long < CLEAR_RATIO * short:
