@@ -145,26 +145,28 @@ class Embeddings(nn.Module):
         train: bool = False,
         inputs_embeds: Float[Array, "b l d"] | None = None,
         queries: Float[Array, "b n d"] | None = None,
-        start: int | Int[Array, ""] = 0,
+        position_ids: Int[Array, "b l"] | None = None,
     ) -> Float[Array, "b n_l d"]:
-        """Padding takes positions like tokens. types: None means zeros. start: the first token's position.
+        """types: None means zeros. position_ids: None: 0, 1, ..., padding included.
 
         inputs_embeds: instead of the rows of `words`. queries: come before the tokens, without position or type; then
         there may be no token. Raises MmjaxError for more tokens than positions.
         """
         x = self.words[ids] if ids is not None else inputs_embeds
         if x is not None:
-            x = self._add_types_and_positions(x, types, start)
+            x = self._add_types_and_positions(x, types, position_ids)
         parts = [part for part in (queries, x) if part is not None]
         return self.dropout(self.norm(jnp.concatenate(parts, axis=1)), train)
 
-    def _add_types_and_positions(self, x: Float[Array, "b l d"], types: Array | None, start: Any) -> Array:
+    def _add_types_and_positions(
+        self, x: Float[Array, "b l d"], types: Array | None, position_ids: Array | None
+    ) -> Float[Array, "b l d"]:
         c, length = self.config, x.shape[1]
         if length > c.positions:
             raise MmjaxError(f"texts of {length} tokens are longer than positions={c.positions}")
         if c.types:
             x = x + (self.types[0] if types is None else self.types[types])
-        return x + jax.lax.dynamic_slice_in_dim(self.positions, start, length)
+        return x + (self.positions[:length] if position_ids is None else self.positions[position_ids])
 
     def logits(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """x E^T, float32: the words as an output matrix."""
@@ -289,9 +291,10 @@ class Bert(nn.Module):
         train: bool = False,
         inputs_embeds: Float[Array, "b l d"] | None = None,
         queries: Float[Array, "b n d"] | None = None,
+        position_ids: Int[Array, "b l"] | None = None,
     ) -> Float[Array, "b n_l d"]:
         """The first block's input; see `Embeddings`."""
-        return self.embeddings(ids, token_types, train, inputs_embeds, queries)
+        return self.embeddings(ids, token_types, train, inputs_embeds, queries, position_ids)
 
     # -------------------------------------------------------------------------------------------------- token by token
 
@@ -302,8 +305,12 @@ class Bert(nn.Module):
         context: Float[Array, "b s e"] | None = None,
         context_mask: Bool[Array, "b s"] | None = None,
     ) -> tuple[Float[Array, "b v"], list[LayerCache]]:
-        """The logits of the token after each prompt's last, and the keys and values that `step` continues from."""
-        x, caches = self.encoder.prefill(self.embed(ids), _mask(attention_mask), context, _mask(context_mask))
+        """The logits of the token after each prompt's last, and the keys and values that `step` continues from.
+
+        Padding, on either side, takes no position here: a prompt's result does not depend on the others of its batch.
+        """
+        x = self.embed(ids, position_ids=jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0))
+        x, caches = self.encoder.prefill(x, _mask(attention_mask), context, _mask(context_mask))
         last = ids.shape[1] - 1 - jnp.argmax(attention_mask[:, ::-1], axis=1)
         return self.mlm_logits(jnp.take_along_axis(x, last[:, None, None], axis=1))[:, 0], caches
 
@@ -317,8 +324,9 @@ class Bert(nn.Module):
         context_mask: Bool[Array, "b s"] | None = None,
     ) -> tuple[Float[Array, "b r v"], list[KeyValues]]:
         """The logits after one more token a row, and the rows' keys and values with that token's in slot `index`."""
-        start = prompt_mask.shape[1] + index
-        x = rearrange(self.embeddings(rearrange(ids, "b r -> (b r) 1"), start=start), "(b r) 1 d -> b r d", b=len(ids))
+        position_ids = jnp.broadcast_to(jnp.sum(prompt_mask, axis=1, keepdims=True) + index, ids.shape)
+        rows = (rearrange(x, "b r -> (b r) 1") for x in (ids, position_ids))
+        x = rearrange(self.embed(next(rows), position_ids=next(rows)), "(b r) 1 d -> b r d", b=len(ids))
         x, new = self.encoder.step(x, caches, new, index, prompt_mask, context_mask)
         return self.mlm_logits(x), new
 
