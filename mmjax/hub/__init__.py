@@ -39,7 +39,7 @@ from mmjax.hub.recognise import RenamedArrays, infer_config, recognise
 from mmjax.interface.config import differences
 from mmjax.interface.model import Model
 from mmjax.nn import int8
-from mmjax.tree import flatten, map_with_path, matches
+from mmjax.tree import flatten, map_with_path, matches, unflatten
 from mmjax.weights.files import read_weights, write_atomically, write_safetensors
 from mmjax.weights.records import Weights
 from mmjax.weights.source import Source, find_weight_file, resolve_source
@@ -162,9 +162,10 @@ def export(model: Model, folder: Source, layout: str = "hf", *, lossy: bool = Tr
     """
     _refuse_int8(model, "exported")
     chosen = _layout(model, layout)
+    model, left_out = _reduced(model, chosen)
     arrays = save_table(chosen.table(model.config), jax.tree.map(np.asarray, _variables(model)))
     config_json = None if chosen.hf_config is None else chosen.hf_config(model.config)
-    losses = _losses(model, chosen, arrays, config_json)
+    losses = (*left_out, *_losses(model, chosen, arrays, config_json))
     if losses and not lossy:
         raise LossyExport(f"the layout {layout!r} of {model.system} cannot hold {'; '.join(losses)}")
     folder = pathlib.Path(folder)
@@ -186,6 +187,17 @@ def export(model: Model, folder: Source, layout: str = "hf", *, lossy: bool = Tr
         config_json = (config_json or {}) | {SIDECAR: describe(model, chosen.name)}
     write_atomically(folder / "config.json", [as_json(config_json)])
     return losses
+
+
+def _reduced(model: Model, layout: Layout) -> tuple[Model, tuple[str, ...]]:
+    """The model without the variables that the layout has no names for, and the names of these."""
+    config = model.config if layout.reduce is None else layout.reduce(model.config)
+    if config == model.config:
+        return model, ()
+    variables, expected = flatten(_variables(model)), flatten(model.shapes(config))
+    left_out = {"/".join(path.split("/")[:2]) for path in variables.keys() - expected.keys()}
+    trees = unflatten({path: variables[path] for path in expected})
+    return model.replace(config=config, params=trees["params"], stats=trees.get("stats", {})), tuple(sorted(left_out))
 
 
 def _variables(model: Model) -> dict[str, Any]:

@@ -133,7 +133,7 @@ class GeneratingModel(Model):
         inputs = self._prepare(prompts, attention_mask, add_special_tokens, visual, parsed.max_new_tokens)
         stops = self.stops(stop, inputs)
         sequences = np.asarray(generate(self.decodable(), self.variables, inputs, parsed, seed, stops).ids)
-        if not (_are_texts(prompts) or (prompts is None and self.tokenizer is not None)):
+        if not (are_strings(prompts) or (prompts is None and self.tokenizer is not None)):
             sequences = sequences.reshape(-1, sequences.shape[-1])
             longest = max((_length(ids, parsed.eos, parsed.pad) for ids in sequences), default=0)
             return jnp.asarray(sequences[:, : max(longest, 1)])
@@ -220,7 +220,7 @@ class GeneratingModel(Model):
         return inputs
 
     def _inputs(self, prompts: Any, mask: ArrayLike | None, add_special_tokens: bool) -> tuple[np.ndarray, np.ndarray]:
-        if _are_texts(prompts):
+        if are_strings(prompts):
             if mask is not None:
                 raise MmjaxError("attention_mask goes with ids; strings are padded here")
             return self._encode(prompts, add_special_tokens)
@@ -277,7 +277,8 @@ class GeneratingModel(Model):
         return text[: min(ends)] if ends else text
 
 
-def _are_texts(prompts: Any) -> bool:
+def are_strings(prompts: Any) -> bool:
+    """Whether prompts are a string or several."""
     return isinstance(prompts, str) or (
         isinstance(prompts, Sequence) and len(prompts) > 0 and isinstance(prompts[0], str)
     )

@@ -43,6 +43,7 @@ SYSTEMS: tuple[System, ...] = (
     System("t5", "mmjax.models.t5", "T5Model"),
     System("bert", "mmjax.models.bert", "BertModel"),
     System("albef", "mmjax.models.albef", "AlbefModel"),
+    System("blip", "mmjax.models.blip", "BlipModel"),
     System("segmentation", "mmjax.models.dense", "SegmentationModel"),
     System("detection", "mmjax.models.dense", "DetectionModel"),
 )

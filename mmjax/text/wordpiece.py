@@ -47,6 +47,12 @@ class WordPieceTokenizer:
     def vocab_size(self) -> int:
         return self.tokenizer.get_vocab_size()
 
+    def with_appended(self, names: Sequence[str]) -> "WordPieceTokenizer":
+        """The tokenizer with further special tokens, which are never split, after the last id (BLIP's [DEC], [ENC])."""
+        tokenizer = tokenizers.Tokenizer.from_str(self.tokenizer.to_str())
+        tokenizer.add_special_tokens([name for name in names if tokenizer.token_to_id(name) is None])
+        return WordPieceTokenizer(tokenizer)
+
     def pieces(self, texts: str | Sequence[str]) -> list[list[int]]:
         """Ids of each text, without [CLS] and [SEP]."""
         return [encoding.ids for encoding in self.tokenizer.encode_batch(_strings(texts), add_special_tokens=False)]

@@ -210,6 +210,8 @@ class Layout:
     config(shapes, config_json): our config, from the arrays' shapes by key and the config.json beside them, if any.
     table(config): the table; its sources are the names that an export writes.
     hf_config(config): the config.json that an export writes beside the weights.
+    reduce(config): of a layout that has no names for some of our variables, the config of those that it has; an export
+        leaves out the others and reports them.
     file: the name of the weight file that an export writes: a .safetensors or a .npz.
     wrappers: dictionaries around the weights in a torch file ({"state_dict": {...}, "epoch": 3}); the first is taken.
     strip: prefixes taken from every key that has them, in this order.
@@ -226,6 +228,7 @@ class Layout:
     config: Callable[[Mapping[str, Shape], Mapping[str, Any] | None], Any]
     table: Callable[[Any], Table]
     hf_config: Callable[[Any], dict[str, Any]] | None = None
+    reduce: Callable[[Any], Any] | None = None
     file: str = "model.safetensors"
     wrappers: tuple[str, ...] = ("state_dict", "model")
     strip: tuple[str, ...] = ("module.",)

@@ -9,14 +9,12 @@ import numpy as np
 from golden import albef
 from golden.albef import RNG, STEP, compiled, gradient
 
-from mmjax.generation.engine import generate
-from mmjax.generation.options import BeamRules, GenerationOptions
-from mmjax.models.bert.decode import BertDecodable
-from mmjax.models.blip.checkpoint import BLIP
+from mmjax.generation.options import BeamRules
+from mmjax.models.blip.checkpoint_original import BLIP
 from mmjax.models.blip.finetune import BlipAnswering, BlipCaptioning, BlipClassification, BlipRetrieval
 from mmjax.models.blip.network import BlipConfig, with_first
 from mmjax.models.blip.pretrain import BlipPretraining
-from mmjax.objectives.language import next_tokens, text_cross_entropy
+from mmjax.models.blip.tasks import BlipModel
 from mmjax.training.ema import update_ema
 from mmjax.training.queue import Queue
 from mmjax.training.state import Carry
@@ -50,7 +48,7 @@ def check(meta: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, Any
     config = config_of(meta["config"], {name: weights[key].shape for name, key in names.items()})
     table = BLIP.table(config)
     arrays = {name: weights[key] for name, key in names.items()}
-    variables = load_table(table, arrays, shapes(config), meta["name"])
+    variables = load_table(table, arrays, BlipModel.shapes(config), meta["name"])
     saved = save_table(table, variables)
     assert saved.keys() == names.keys()
     for key, array in saved.items():
@@ -66,21 +64,6 @@ def check(meta: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, Any
         for key, array in save_table(table, jax.tree.map(np.asarray, after)).items():
             outputs[f"{'momentum_after' if '_m.' in key else 'grad'}/{key}"] = array
     return outputs
-
-
-def shapes(config: BlipConfig) -> dict[str, Any]:
-    pixels = jax.ShapeDtypeStruct((1, *config.vision.image_size, 3), jnp.float32)
-    ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-    other = {"other_images": pixels} if config.two_images else {}
-    init = config.network().init
-    params = jax.eval_shape(lambda *args, **kwargs: init(*args, **kwargs), jax.random.key(0), pixels, ids, **other)
-    params = config.stored_params(params["params"])
-    if not config.holds_state:
-        return {"params": params}
-    keys = jax.ShapeDtypeStruct((config.queue, config.embed_dim), jnp.float32)
-    queue = {"image": keys, "text": keys, "cursor": jax.ShapeDtypeStruct((), jnp.int32)}
-    queue |= {"ids": jax.ShapeDtypeStruct((config.queue, 1), jnp.int32)} if config.by_image else {}
-    return {"params": params, "stats": {"momentum": {k: params[k] for k in config.momentum_parts}, "queue": queue}}
 
 
 class Network:
@@ -131,14 +114,10 @@ def aligned(network, params, stats, inputs, meta):
 
 def matching(network, params, stats, inputs, meta):
     """blip_itm.py, whose texts begin with [CLS]."""
-
-    def outputs(params, image, ids, mask):
-        tokens, text = network(params, "encode_image", image), network(params, "encode_text", ids, mask)
-        states = network(params, "encode_multimodal", ids, mask, tokens)
-        cosines = network(params, "image_embeds", tokens) @ network(params, "text_embeds", text).T
-        return {"itm_logits": network(params, "itm_logits", states), "itc_sim": cosines}
-
-    return compiled(outputs, params, inputs["image"], inputs["input_ids"], inputs["attention_mask"]), None
+    columns = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    outputs = BlipModel(network.config, params).forward(pixel_values=inputs["image"], **columns)
+    cosines = outputs["image_embeds"] @ outputs["text_embeds"].T
+    return {"itm_logits": outputs["itm_score"], "itc_sim": cosines}, None
 
 
 def two_images(network, params, stats, inputs, meta):
@@ -155,16 +134,6 @@ def two_images(network, params, stats, inputs, meta):
     return {"last_hidden_state": states, "prediction": logits, "loss": value}, grads
 
 
-def written(network, params, inputs, prompt, max_length, min_length, **options):
-    """Prompt and generated ids; the limits count the prompt, as those of transformers 4.15 do."""
-    c, length = network.config, prompt.shape[1]
-    lengths = {"max_new_tokens": max_length - length, "min_new_tokens": max(min_length - length, 0)}
-    rules = GenerationOptions(eos=(c.sep,), pad=c.pad, beam_rules=BeamRules.v4_15(), **lengths, **options)
-    decodable, variables = BertDecodable(c.decoder), {"params": params["decoder"]}
-    ids = generate(decodable, variables, {"input_ids": prompt, **inputs}, rules).ids[:, 0]
-    return np.concatenate([prompt, ids], axis=1)
-
-
 def captioning(network, params, stats, inputs, meta):
     method = BlipCaptioning(network.config, prompt_length=meta["config"]["prompt_length"])
     batch = {name: inputs[name] for name in ("image", "attention_mask")} | {"input_ids": inputs["caption_ids"]}
@@ -175,57 +144,45 @@ def captioning(network, params, stats, inputs, meta):
 
     (value, logits), grads = gradient(loss, params, batch)
     outputs = {"image_embeds": network(params, "encode_image", inputs["image"]), "logits": logits}
-    context = {"encoder_hidden_states": outputs["image_embeds"]}
+    model, prompt = BlipModel(network.config, params), inputs["prompt_ids"]
 
-    def caption(*limits, **options):
-        return written(network, params, context, inputs["prompt_ids"], *limits, **options)
+    def generated(max_length, min_length, **options):
+        """Prompt and generated ids; both limits count the prompt, as in transformers 4.15."""
+        lengths = {"max_new_tokens": max_length - prompt.shape[1], "min_new_tokens": min_length - prompt.shape[1]}
+        options |= lengths | {"beam_rules": BeamRules.v4_15()}
+        ids = model.generate(prompt, pixel_values=inputs["image"], **options)
+        return padded(np.concatenate([prompt, ids], axis=1), max_length)
 
-    outputs |= {"loss_lm": value, "greedy_ids": caption(16, 5), "beam3_ids": caption(16, 5, num_beams=3)}
-    outputs["beam3_default_len_ids"] = caption(30, 10, num_beams=3)
-    outputs["greedy_reppen_ids"] = caption(16, 5, repetition_penalty=1.3)
+    outputs |= {"loss_lm": value, "greedy_ids": generated(16, 5), "beam3_ids": generated(16, 5, num_beams=3)}
+    outputs["beam3_default_len_ids"] = generated(30, 10, num_beams=3)
+    outputs["greedy_reppen_ids"] = generated(16, 5, repetition_penalty=1.3)
     return outputs, grads
 
 
+def padded(ids, length):
+    return np.pad(ids, ((0, 0), (0, length - ids.shape[1])))
+
+
 def answering(network, params, stats, inputs, meta):
-    c, method = network.config, BlipAnswering(network.config)
+    method = BlipAnswering(network.config)
     batch, rows = albef.answer_batch(inputs, inputs["n"])
     batch |= {"image": inputs["image"]}
 
     def loss(params, batch):
         return method.loss(params, Carry(), batch, RNG, STEP)[0], method.losses(params, batch, RNG)
 
-    def losses(params, ids, mask, states, states_mask):
-        logits = network(params, "decode", ids, mask, states, states_mask)
-        return text_cross_entropy(logits, next_tokens(ids, mask), label_smoothing=0.1)
-
-    def rank(params, states, mask, ids, ids_mask, k):
-        start = jnp.full((len(states), 1), c.bos)
-        logits = network(params, "decode", start, None, states, mask)[:, 0]
-        chosen = jax.lax.top_k(jax.nn.softmax(logits)[:, ids[:, 1]], k)[1]
-        context = jnp.repeat(states, k, axis=0), jnp.repeat(mask, k, axis=0)
-        each = losses(
-            params, ids[chosen].reshape(-1, ids.shape[1]), ids_mask[chosen].reshape(-1, ids.shape[1]), *context
-        )
-        best = jnp.argmin(each.reshape(-1, k), axis=1)
-        return {
-            "start_logits": logits,
-            "rank_loss": each,
-            "rank_ids": jnp.take_along_axis(chosen, best[:, None], 1)[:, 0],
-        }
-
     (value, (each, logits)), grads = gradient(loss, params, batch)
-    outputs = {"answer_loss": each[rows], "answer_logits": logits[rows]}
-    tokens = network(params, "encode_image", inputs["image"])
-    outputs["question_states"] = network(
-        params, "encode_multimodal", inputs["question_ids"], inputs["question_mask"], tokens
-    )
-    columns = inputs["question_mask"], inputs["cand_ids"], inputs["cand_mask"]
-    k = meta["config"]["k_test"]
-    outputs |= compiled(lambda *args: rank(*args, k), params, outputs["question_states"], *map(jnp.asarray, columns))
-    context = {"encoder_hidden_states": outputs["question_states"]}  # without a mask, as in the original
-    prompt = np.full((len(inputs["n"]), 1), c.bos, np.int32)
-    outputs["generate_ids"] = written(network, params, context, prompt, 10, 1, num_beams=3)
-    return outputs | {"loss": value}, grads
+    outputs = {"loss": value, "answer_loss": each[rows], "answer_logits": logits[rows]}
+    model = BlipModel(network.config, params)
+    columns = (inputs[name] for name in ("image", "question_ids", "question_mask", "cand_ids", "cand_mask"))
+    ranking = model.rank(*columns, k=meta["config"]["k_test"])
+    outputs |= {"rank_ids": ranking.indices[:, 0], "rank_loss": ranking.losses.reshape(-1)}
+    outputs |= {"start_logits": ranking.start_logits, "question_states": ranking.states}
+    options = {"max_new_tokens": 9, "num_beams": 3, "beam_rules": BeamRules.v4_15()}  # max_length=10 counts [DEC]
+    images = {"pixel_values": inputs["image"], "attention_mask": inputs["question_mask"]}
+    ids = model.generate(inputs["question_ids"], **images, **options)
+    start = np.full((len(ids), 1), network.config.bos)
+    return outputs | {"generate_ids": padded(np.concatenate([start, ids], axis=1), 10)}, grads
 
 
 RUNS = {

@@ -5,19 +5,25 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mmjax.models.bert.network import BertConfig
 from mmjax.models.blip.network import ALONE, BlipConfig
+from mmjax.models.blip.tasks import BlipModel
 from mmjax.models.vit.network import ViTConfig
+from mmjax.text.wordpiece import SPECIAL, WordPieceTokenizer, wordpiece
 
-PAD, CLS, SEP, VOCAB = 0, 1, 2, 53
+PAD, CLS, SEP, VOCAB = 0, 2, 3, 53
 DEC, ENC = VOCAB - 2, VOCAB - 1
-VISION = ViTConfig(image_size=(8, 8), patch=4, width=24, depth=1, heads=2, hidden=22, init="timm")
-TEXT = BertConfig(
-    vocab_size=VOCAB, width=16, depth=2, heads=2, hidden=22, positions=17, types=0, pooler=False, cross_from=0
+WORDS = (
+    *("a", "picture", "of", "the", "dog", "cat", "on", "mat", "red", "hen", "boat", "in", "sea", "two", "how", "many"),
+    *("what", "color", "is", "?", "yes", "no", "left", "right", "image"),
 )
+VOCABULARY = [*SPECIAL, *WORDS, *(chr(ord("a") + i) for i in range(1, 26))][: VOCAB - 2]
+TOKENIZER = WordPieceTokenizer(wordpiece({word: i for i, word in enumerate(VOCABULARY)}, lower=True))
+VISION = ViTConfig(image_size=(8, 8), patch=4, width=24, depth=1, heads=2, hidden=22, init="timm")
+SIZES: dict[str, int] = {"vocab_size": VOCAB, "width": 16, "depth": 2, "heads": 2, "hidden": 22, "positions": 40}
+TEXT = BertConfig(**SIZES, types=0, pooler=False, cross_from=0, init="normal")  # type: ignore[arg-type]
 DECODER = dataclasses.replace(TEXT, causal=True, mlm=True)
 IDS: dict[str, Any] = {"bos": DEC, "enc": ENC, "sep": SEP, "pad": PAD}
 
@@ -34,7 +40,7 @@ def inputs(size: int = 3, length: int = 7, seed: int = 0) -> dict[str, Any]:
     """Arguments of the network: texts of 3 tokens or more, [CLS] first, [SEP] last, padding on the right."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(3, length + 1, size)
-    ids = rng.integers(3, DEC, (size, length)).astype(np.int32)
+    ids = rng.integers(5, DEC, (size, length)).astype(np.int32)
     ids[:, 0], ids[np.arange(size), lengths - 1] = CLS, SEP
     mask = (np.arange(length) < lengths[:, None]).astype(np.int32)
     images = rng.normal(size=(size, 8, 8, 3)).astype(np.float32)
@@ -53,13 +59,11 @@ def init(config: BlipConfig, seed: int = 0, spread: float = 8.0) -> Any:
 
 def shapes(config: BlipConfig) -> Any:
     """The shapes of the stored parameters, without computing them."""
-    pixels = jax.ShapeDtypeStruct((1, *config.vision.image_size, 3), jnp.float32)
-    ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-    other = {"other_images": pixels} if config.two_images else {}
-    variables: Any = jax.eval_shape(
-        lambda *args, **kwargs: config.network().init(*args, **kwargs), jax.random.key(0), pixels, ids, **other
-    )
-    return config.stored_params(variables["params"])
+    return BlipModel.shapes(config)["params"]
+
+
+def model(config: BlipConfig, **fields: Any) -> BlipModel:
+    return BlipModel(config, init(config), **{"tokenizer": TOKENIZER, **fields})
 
 
 def still(config: BlipConfig) -> BlipConfig:

@@ -4,7 +4,6 @@ import functools
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn

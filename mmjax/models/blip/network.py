@@ -14,7 +14,7 @@ from mmjax.models.bert.network import Bert, BertConfig
 from mmjax.models.vit.network import ViT, ViTConfig
 from mmjax.nn.norm import l2_normalize
 from mmjax.nn.transformer import torch_linear
-from mmjax.types import Array, Float, Int, Params
+from mmjax.types import Array, ArrayLike, Float, Int, Params
 
 MOMENTUM = ("vision", "vision_proj", "text", "text_proj")
 """The parts with a momentum copy, of those that a network has."""
@@ -37,7 +37,7 @@ class BlipConfig:
         matching: the ITM head: does a text belong to an image?
         classes: of a text and its image(s) together (NLVR2: 2); 0: there is no such head.
         bos, enc: the ids of [DEC] and [ENC], with which the decoder's and the image-grounded encoder's texts begin.
-        sep, pad: the ids of [SEP], which ends every text, and of padding.
+        sep, pad: the ids of [SEP], which ends every text (None: the tokenizer's), and of padding.
         temperature: of the contrast at the start; None: it is no parameter (files for inference).
         queue: keys of earlier batches in the contrast, beside those of the batch.
         by_image: pairs have image ids, in the batch and in the queue: retrieval.
@@ -56,7 +56,7 @@ class BlipConfig:
     classes: int = 0
     bos: int = 30522
     enc: int = 30523
-    sep: int = 102
+    sep: int | None = 102
     pad: int = 0
     temperature: float | None = 0.07
     queue: int = 57600
@@ -75,7 +75,7 @@ class BlipConfig:
             raise MmjaxError("blip: every layer of the text encoder has cross attention, none is causal: cross_from=0")
         if decoder is not None and not (decoder.cross_from == 0 and decoder.causal and decoder.mlm):
             raise MmjaxError("blip: the decoder needs cross_from=0, causal=True and mlm=True")
-        if self.shared and (decoder is None or text != replace(decoder, causal=False, mlm=False)):
+        if self.shared and (decoder is None or text != replace(decoder, causal=False, mlm=False, remat=text.remat)):
             raise MmjaxError("blip: shared=True needs a decoder that is the text encoder but for causal=True, mlm=True")
         if self.two_images and (self.embed_dim or self.matching or decoder is not None):
             raise MmjaxError("blip: an encoder of two images (merge_from) has the head of classes alone")
@@ -242,7 +242,7 @@ class Blip(nn.Module):
         """
         c = self.config
         tokens = self.encode_image(images, train)
-        outputs, states = {"image_tokens": tokens}, None
+        outputs, states = {"image_tokens": tokens}, tokens
         if c.text is not None:
             if c.embed_dim:
                 outputs["text_states"] = self.encode_text(ids, mask, train)
@@ -290,6 +290,18 @@ class Blip(nn.Module):
         context = image_tokens if other_tokens is None else jnp.stack([image_tokens, other_tokens], axis=1)
         return self.text.run(self.text.embed(ids, train=train), mask, context, train=train)[-1]
 
+    def encode_pair(
+        self,
+        ids: Int[Array, "b l"],
+        mask: Int[Array, "b l"] | None,
+        text_states: Float[Array, "b l d"],
+        image_states: Float[Array, "b n e"],
+        other_states: Float[Array, "b n e"] | None = None,
+    ) -> Float[Array, "b l d"]:
+        """`encode_multimodal` with [ENC] first, with the arguments that `mmjax.interface.two_stage` has for every
+        system."""
+        return self.encode_multimodal(with_first(ids, self.config.enc), mask, image_states, other_states)
+
     def image_embeds(self, image_tokens: Float[Array, "b n d"]) -> Float[Array, "b e"]:
         """Unit-norm features, from the class token."""
         return l2_normalize(self.vision_proj(image_tokens[:, 0]))
@@ -322,6 +334,6 @@ class Blip(nn.Module):
         return self.decoder.mlm_logits(self.decoder.run(x, mask, context, context_mask, train)[-1])
 
 
-def with_first(ids: Int[Array, "b l"], first: int) -> Int[Array, "b l"]:
+def with_first(ids: ArrayLike, first: int) -> Int[Array, "b l"]:
     """Texts whose first id, [CLS], is replaced: by [ENC] for the image-grounded encoder, by [DEC] for the decoder."""
     return jnp.asarray(ids).at[:, 0].set(first)
