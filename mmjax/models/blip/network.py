@@ -75,7 +75,8 @@ class BlipConfig:
             raise MmjaxError("blip: every layer of the text encoder has cross attention, none is causal: cross_from=0")
         if decoder is not None and not (decoder.cross_from == 0 and decoder.causal and decoder.mlm):
             raise MmjaxError("blip: the decoder needs cross_from=0, causal=True and mlm=True")
-        if self.shared and (decoder is None or text != replace(decoder, causal=False, mlm=False, remat=text.remat)):
+        alike = decoder and text and replace(decoder, causal=False, mlm=False, remat=text.remat)
+        if self.shared and (alike is None or text != alike):
             raise MmjaxError("blip: shared=True needs a decoder that is the text encoder but for causal=True, mlm=True")
         if self.two_images and (self.embed_dim or self.matching or decoder is not None):
             raise MmjaxError("blip: an encoder of two images (merge_from) has the head of classes alone")
