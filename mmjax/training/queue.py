@@ -12,7 +12,7 @@ from mmjax.types import Array, Bool, Float, Int, PRNGKeyArray
 
 @struct.dataclass
 class Queue:
-    """`keys[cursor]` is the oldest key and the next to be replaced.
+    """`keys[cursor]` is the oldest key and the next to be replaced. Keys are features, or ids [q, 1].
 
     The originals store the transpose, [d, q]; `models/*/checkpoint.py` transposes it.
 
@@ -21,9 +21,9 @@ class Queue:
             those from before the batch: for every micro-batch of it, and without a second copy.
     """
 
-    keys: Float[Array, "q d"]
+    keys: Float[Array, "q d"] | Int[Array, "q d"]
     cursor: Int[Array, ""]
-    incoming: Float[Array, "b d"] | None = None
+    incoming: Float[Array, "b d"] | Int[Array, "b d"] | None = None
 
 
 def create_queue(rng: PRNGKeyArray, length: int, width: int, batch_size: int) -> Queue:
@@ -47,7 +47,7 @@ def create_queue(rng: PRNGKeyArray, length: int, width: int, batch_size: int) ->
     return Queue(keys=keys, cursor=jnp.zeros((), jnp.int32))
 
 
-def enqueue(queue: Queue, keys: Float[Array, "b d"]) -> Queue:
+def enqueue(queue: Queue, keys: Float[Array, "b d"] | Int[Array, "b d"]) -> Queue:
     """The queue with the keys of this batch, of all devices, as `incoming`; no gradient passes."""
     return dataclasses.replace(queue, incoming=jax.lax.stop_gradient(keys).astype(queue.keys.dtype))
 

@@ -267,8 +267,8 @@ class Bert(nn.Module):
         self,
         x: Float[Array, "b l d"],
         attention_mask: Int[Array, "b l"] | Bool[Array, "#b 1 l l"] | None = None,
-        context: Float[Array, "b s e"] | None = None,
-        context_mask: Int[Array, "b s"] | None = None,
+        context: Float[Array, "b m e"] | Float[Array, "b 2 m e"] | None = None,
+        context_mask: Int[Array, "b m"] | None = None,
         train: bool = False,
         first: int = 0,
         last: int | None = None,
@@ -301,8 +301,8 @@ class Bert(nn.Module):
         self,
         ids: Int[Array, "b l"],
         attention_mask: Bool[Array, "b l"],
-        context: Float[Array, "b s e"] | None = None,
-        context_mask: Bool[Array, "b s"] | None = None,
+        context: Float[Array, "b m e"] | Float[Array, "b 2 m e"] | None = None,
+        context_mask: Bool[Array, "b m"] | None = None,
     ) -> tuple[Float[Array, "b v"], list[LayerCache]]:
         """The logits of the token after each prompt's last, and the keys and values that `step` continues from.
 
@@ -320,7 +320,7 @@ class Bert(nn.Module):
         new: list[KeyValues],
         index: Int[Array, ""],
         prompt_mask: Bool[Array, "b l"],
-        context_mask: Bool[Array, "b s"] | None = None,
+        context_mask: Bool[Array, "b m"] | None = None,
     ) -> tuple[Float[Array, "b r v"], list[KeyValues]]:
         """The logits after one more token a row, and the rows' keys and values with that token's in slot `index`."""
         position_ids = jnp.broadcast_to(jnp.sum(prompt_mask, axis=1, keepdims=True) + index, ids.shape)
