@@ -81,7 +81,7 @@ def _detect(verbs: argparse._SubParsersAction, add: Add) -> None:
     verb = add(verbs, "detect", lambda flags, _: _run_detect(flags), description)
     verb.add_argument("source", metavar="MODEL", help="a run of experiments/detect.py, or a folder of its model")
     verb.add_argument("image", metavar="IMAGE")
-    verb.add_argument("--threshold", type=float, default=0.3, metavar="P", help="least score (default 0.3)")
+    verb.add_argument("--threshold", type=float, default=0.5, metavar="P", help="least score (default 0.5)")
     verb.add_argument("--out", metavar="FILE", default="detected.png", help="default: detected.png")
 
 

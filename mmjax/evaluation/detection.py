@@ -28,7 +28,7 @@ OVERLAP = 0.6
 MOST = 100
 """Boxes of an image that COCO counts."""
 EXAMPLES = 6
-PICTURE_THRESHOLD = 0.3
+PICTURE_THRESHOLD = 0.5
 """The score from which a box is in the picture."""
 SUMMARY = {"AP": 0, "AP50": 1, "AP75": 2, "AR100": 8}
 """name -> its index in COCOeval.stats."""

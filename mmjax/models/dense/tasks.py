@@ -121,12 +121,12 @@ class DetectionModel(Model):
         return candidates(outputs, pixels.shape[1], pixels.shape[2])
 
     def detect(
-        self, images: Any, threshold: float = 0.3, overlap: float = OVERLAP
+        self, images: Any, threshold: float = 0.5, overlap: float = OVERLAP
     ) -> list[list[tuple[str, float, Box]]]:
         """(class, score, (x, y, width, height)) of the things in each image, the best first, in its own pixels.
 
-        images: one or several, as `preprocess` takes them. threshold: of the score. overlap: of two boxes of one class,
-        above which the worse one goes.
+        images: one or several, as `preprocess` takes them. threshold: of the score, the root of a product of two
+        probabilities. overlap: of two boxes of one class, above which the worse one goes.
 
             model = mmjax.load("workdirs/detect")
             [(name, score, box), *others] = model.detect("photo.jpg")[0]
