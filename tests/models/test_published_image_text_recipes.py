@@ -44,6 +44,11 @@ ENTRIES: dict[str, Any] = {
     "albef_nlvr_pretrain": CAPTIONS,
     "albef_nlvr": PAIRS,
     "albef_entailment": ENTAILED,
+    "blip_pretrain": CAPTIONS,
+    "blip_caption": CAPTIONS,
+    "blip_retrieval": CAPTIONS,
+    "blip_vqa": QUESTIONS,
+    "blip_nlvr": PAIRS,
 }
 TINY: dict[str, Any] = {
     "steps": 1, "batch_size": 4, "examples": COUNT, "workers": 0, "lift": "jit", "size": 16, "length": 8, "groups": 1,
