@@ -1,7 +1,9 @@
 """ALBEF on SNLI-VE, does an image entail a sentence? (arXiv 2107.07651; configs/VE.yaml): 5 epochs in batches of 256.
 
-mmjax train experiments/albef_entailment.py --data data --images flickr30k --init_from ALBEF.pth
-mmjax evaluate workdirs/albef_entailment --task entailment --data data/ve_test.json --images flickr30k
+    mmjax train experiments/albef_entailment.py --data data --images flickr30k --init_from ALBEF.pth
+    mmjax evaluate workdirs/albef_entailment --task entailment --data data/ve_test.json --images flickr30k
+
+The published figures are those of the best epoch on the validation file.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """BLIP's captions on COCO (arXiv 2201.12086; configs/caption_coco.yaml): 5 epochs in batches of 256.
 
     mmjax train experiments/blip_caption.py --data annotation --images coco --init_from model_base_capfilt_large.pth
-    mmjax evaluate workdirs/blip_caption --task caption --data annotation/coco_karpathy_test.json --images coco
+    mmjax evaluate workdirs/blip_caption --task captions --data annotation/coco_karpathy_test.json --images coco
 
 With ViT-L: `--large --learning_rate 2e-6`. The captioner is also CapFilt's.
 """

@@ -8,6 +8,7 @@ Flickr30K: `--files flickr30k_train.json --examples 145000 --steps 3396 --negati
 """
 
 import dataclasses
+from typing import Any
 
 from mmjax.models.blip.finetune import BlipRetrieval
 from mmjax.models.blip.network import BlipConfig
@@ -37,5 +38,5 @@ class Config(BlipRecipe, RetrievalData):
         return self.sized(BlipConfig.retrieval(self.size, self.large, queue=self.queue, **self.fields))
 
     def method(self) -> BlipRetrieval:
-        groups = {"groups": self.groups, "negative_groups": self.negative_groups}
+        groups: dict[str, Any] = {"groups": self.groups, "negative_groups": self.negative_groups}
         return BlipRetrieval(self.network, alpha_steps=self.epoch, **groups)

@@ -24,9 +24,8 @@ def random_model(config: BlipConfig, seed: int = 0) -> BlipModel:
     rng = np.random.default_rng(seed)
 
     def leaf(shape: Any) -> Any:
-        return jnp.asarray(
-            rng.normal(size=shape.shape) if shape.dtype == jnp.float32 else 5 + 0 * shape.size, shape.dtype
-        )
+        values = rng.normal(size=shape.shape) if shape.dtype == jnp.float32 else np.full(shape.shape, 5)
+        return jnp.asarray(values, shape.dtype)
 
     return BlipModel(config, **jax.tree.map(leaf, BlipModel.shapes(config)))
 

@@ -44,6 +44,7 @@ ENTRIES: dict[str, Any] = {
     "albef_nlvr_pretrain": CAPTIONS,
     "albef_nlvr": PAIRS,
     "albef_entailment": ENTAILED,
+    "albef_grounding": [{"image": each["image"], "text": each["caption"]} for each in CAPTIONS],
     "blip_pretrain": CAPTIONS,
     "blip_caption": CAPTIONS,
     "blip_retrieval": CAPTIONS,
