@@ -11,10 +11,13 @@ import tiny_blip as tiny
 
 from mmjax import tree
 from mmjax.errors import MmjaxError
+from mmjax.models.bert.network import BertConfig
+from mmjax.models.bert.tasks import BertModel
 from mmjax.models.blip.network import BlipConfig
 from mmjax.models.blip.start import starting_weights
 from mmjax.models.blip.tasks import BlipModel
 from mmjax.nn.positions import interpolate
+from mmjax.training.initial_parts import initial_parts
 
 WIDE = dataclasses.replace(tiny.VISION, image_size=(12, 12))
 PRETRAINED = dataclasses.replace(tiny.PRETRAINING, holds_state=True)
@@ -106,3 +109,23 @@ def test_weights_that_lack_a_part_are_refused():
         starting_weights(random_model(tiny.ITM).weights(), tiny.CAPTIONER)
     with pytest.raises(MmjaxError, match="the network has text, and these weights"):
         starting_weights(random_model(tiny.CAPTIONER).weights(), tiny.RETRIEVAL)
+
+
+def test_a_bert_starts_the_encoder_and_what_the_decoder_has_of_its_own():
+    """The vocabulary grows by [DEC] and [ENC]; token types and the pooler stay behind; cross attention is fresh."""
+    config = BertConfig(tiny.VOCAB - 2, 16, 2, 2, 22, 40, mlm=True)
+    rng = np.random.default_rng(0)
+    shapes = BertModel.shapes(config)["params"]
+    bert = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    expected = BlipModel.shapes(tiny.PRETRAINING)["params"]
+    parts = ("text", "decoder")
+    weights = initial_parts(lambda _: {"params": bert}, expected, tiny.VISION, text="bert", text_parts=parts)
+    taken, source = tree.flatten(weights["params"]), tree.flatten(bert)
+    fresh = {path for path in tree.flatten(expected) if path.split("/")[0] in parts} - taken.keys()
+    assert all("/cross_" in path for path in fresh) and len(fresh) == 2 * 10
+    query = "encoder/block_1/attention/q/kernel"
+    for part in parts:
+        np.testing.assert_array_equal(taken[f"{part}/{query}"], source[query])
+    np.testing.assert_array_equal(taken["decoder/mlm_bias"], np.append(source["mlm_bias"], [0, 0]))
+    assert taken["text/embeddings/words"].shape == (tiny.VOCAB, 16) and "decoder/embeddings/words" not in taken
+    assert set(weights["origins"].values()) == {"bert"}
