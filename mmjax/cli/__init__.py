@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mmjax.cli import image_verbs
+from mmjax.cli import capfilt, image_verbs
 from mmjax.errors import MmjaxError
 
 Verb = Callable[[argparse.Namespace, list[str]], int | None]
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         _classify,
         _retrieve,
         functools.partial(image_verbs.add_verbs, add=_add),
+        functools.partial(capfilt.add_verb, add=_add),
         _generate,
         _chat,
         _convert,

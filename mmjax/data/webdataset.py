@@ -58,7 +58,8 @@ class WebDataset:
 
     A key and extension that come again in a row begin another sample.
 
-    {"key", "image" (jpg, png, ...), "text" (txt, or "caption" of the json), "label" (cls), "json": dict, others: bytes}
+    {"key", "image" (jpg, png, ...), "text" (txt, or "caption" of the json), "texts" ("captions" of the json, a list),
+    "label" (cls), "json": dict, others: bytes}
 
     shards: a folder, a pattern ("train-*.tar", "train-{000..127}.tar"), or paths.
     needs: fields without which a sample is bad ("sample: no image").
@@ -196,8 +197,12 @@ def _record(raw: dict[str, bytes], name: str) -> Record:
             record["label"] = _label(data, name)
         else:
             record[suffix] = data
-    if "text" not in record and isinstance(record.get("json"), dict) and "caption" in record["json"]:
-        record["text"] = clean_caption(record["json"]["caption"], name)
+    fields = record["json"] if isinstance(record.get("json"), dict) else {}
+    if "text" not in record and "caption" in fields:
+        record["text"] = clean_caption(fields["caption"], name)
+    if isinstance(fields.get("captions"), list) and fields["captions"]:
+        record["texts"] = tuple(clean_caption(text, name) for text in fields["captions"])
+        record.setdefault("text", record["texts"][0])
     return record
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mmjax.types import Float, Int, MmjaxError, UInt8
 
-RIGHT, WRONG = "#1a9850", "#bbbbbb"
+RIGHT, WRONG, REJECTED = "#1a9850", "#bbbbbb", "#c0392b"
 Ranking = tuple[Int[np.ndarray, " rows"], Int[np.ndarray, "rows k"]]
 """Indices of queries, and of each query's candidates, best first."""
 
@@ -148,6 +148,52 @@ def mistakes_picture(
         _bare(axes)
     if attribution:
         figure.supxlabel(attribution, fontsize=7, color="#444444", x=0.01, ha="left")
+    return pixels(figure)
+
+
+def filtered_picture(
+    images: Sequence[UInt8[np.ndarray, "height width 3"]], texts: Sequence[Sequence[tuple[str, str, float, bool]]]
+) -> UInt8[np.ndarray, "pixels_high pixels_wide 3"]:
+    """A grid of images of any sizes with their texts as a filter decided (BLIP, figure 4).
+
+    texts: for each image (source, text, score, kept) of each text: + and green: kept, - and red: dropped.
+    Raises MmjaxError unless there is a list of texts for each image.
+    """
+    if not 0 < len(images) == len(texts):
+        raise MmjaxError(f"texts: {len(texts)} lists of texts for {len(images)} images")
+    columns = min(6, len(images))
+    rows = -(-len(images) // columns)
+    lines = max(map(len, texts))
+    figure = Figure(figsize=(2.4 * columns, (2.1 + 0.48 * lines) * rows), dpi=100)
+    grid = figure.add_gridspec(
+        2 * rows,
+        columns,
+        height_ratios=[2.1, 0.48 * lines] * rows,
+        wspace=0.12,
+        hspace=0.05,
+        left=0.01,
+        right=0.99,
+        bottom=0.01,
+        top=0.99,
+    )
+    for index, (image, image_texts) in enumerate(zip(images, texts)):
+        row, column = divmod(index, columns)
+        axes = figure.add_subplot(grid[2 * row, column])
+        axes.imshow(image)
+        _bare(axes)
+        below = figure.add_subplot(grid[2 * row + 1, column])
+        below.axis("off")
+        for line, (source, text, score, kept) in enumerate(image_texts):
+            wrapped = "\n".join(textwrap.wrap(f"{source}: {text}", 34, max_lines=2, placeholder=" ..."))
+            mark = "+" if kept else "-"
+            below.text(
+                0,
+                1 - line / lines,
+                f"{mark} {_plain(wrapped)} ({score:.2f})",
+                fontsize=7,
+                va="top",
+                color=RIGHT if kept else REJECTED,
+            )
     return pixels(figure)
 
 

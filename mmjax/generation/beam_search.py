@@ -125,8 +125,8 @@ def extend(options: GenerationOptions, logits: Float[Array, "b r v"], beams: Bea
         groups.append(extended)
         sources.append(source + i * size)
     source = jnp.concatenate(sources, axis=1)
-    generated = jax.tree.map(lambda leaf: _reorder(leaf, source), beams.state.generated)
-    state = beams.state._replace(generated=generated)
+    rows = jax.tree.map(lambda leaf: _reorder(leaf, source), beams.state.rows)
+    state = beams.state._replace(rows=rows)
     return beams._replace(state=state, groups=tuple(groups), written=beams.written + 1)
 
 
@@ -216,7 +216,7 @@ def _can_improve(options: GenerationOptions, group: Group, best: Array, beams: B
 
 
 def _reorder(leaf: Array, source: Int[Array, "b r"]) -> Array:
-    """A leaf of `DecodeState.generated` in which row j of item i is the previous row source[i, j]."""
+    """A leaf of `DecodeState.rows` in which row j of item i is the previous row source[i, j]."""
     b, r = source.shape
     indices = (jnp.arange(b)[:, None] * r + source).reshape(-1)
     return leaf.reshape(b * r, -1, *leaf.shape[1:])[indices].reshape(leaf.shape)

@@ -7,17 +7,17 @@ from mmjax.types import Array, Float, Int
 
 
 class DecodeState(NamedTuple):
-    """The state of a generating model. The engine reorders `generated` between beams and changes nothing else.
+    """The state of a generating model. The engine reorders `rows` between beams and changes nothing else.
 
     Attributes:
         items: leaves [b, ...]: per item, read only: keys and values of the prompt or encoder, masks, lengths.
-        generated: leaves [b r ..., ...]: per beam or sample: the cache of generated tokens. The first axis is divided
-            evenly over the beams, item after item, so it may include heads, see `mmjax.nn.kv_cache`.
+        rows: leaves [b r ..., ...]: per beam or sample: the cache of generated tokens. The first axis is divided evenly
+            over the beams, item after item, so it may include heads, see `mmjax.nn.kv_cache`.
         index: number of tokens that `step` has processed; the cache slot of the next one.
     """
 
     items: Any
-    generated: Any
+    rows: Any
     index: Int[Array, ""]
 
 
@@ -30,12 +30,12 @@ class Decodable(Protocol):
     """
 
     def prefill(
-        self, variables: Mapping[str, Any], inputs: Mapping[str, Array], beams: int, capacity: int
+        self, variables: Mapping[str, Any], inputs: Mapping[str, Array], rows: int, capacity: int
     ) -> tuple[Float[Array, "b v"], DecodeState]:
         """Processes the prompt (an encoder-decoder: encodes, and processes the start token), once per item.
 
         Returns the float32 logits of the first new token, and a state with a capacity of `capacity` tokens for each of
-        `beams` beams or samples per item.
+        `rows` beams or samples per item.
         """
         ...
 

@@ -62,7 +62,7 @@ class GeneratingModel(Model):
         """The number of ids that the logits cover."""
         return self.num_ids
 
-    def check_length(self, length: int, new_tokens: int) -> None:
+    def check_room(self, length: int, new_tokens: int) -> None:
         """Raises MmjaxError where a prompt of `length` with the new tokens exceeds the model's positions."""
 
     def beginning(self) -> int:
@@ -216,7 +216,7 @@ class GeneratingModel(Model):
         ids, mask = self._inputs(prompts, mask, add_special_tokens)
         values = {"input_ids": ids, "attention_mask": mask, **visual}
         inputs = self.prompt_inputs(check_inputs(self.inputs(self.config), values, self.system))
-        self.check_length(inputs["attention_mask"].shape[1], new_tokens)
+        self.check_room(inputs["attention_mask"].shape[1], new_tokens)
         return inputs
 
     def _inputs(self, prompts: Any, mask: ArrayLike | None, add_special_tokens: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -34,9 +34,9 @@ def from_tokens(k: Float[Array, "b s g k"], v: Float[Array, "b s g k"]) -> KeyVa
     return KeyValues(rearrange(k, "b s g k -> b g s k"), rearrange(v, "b s g k -> b g s k"))
 
 
-def empty(b: int, beams: int, heads: int, capacity: int, width: int, dtype: jnp.dtype | type) -> KeyValues:
-    """Slots for `capacity` generated tokens in each of `beams` beams or samples of b items."""
-    zeros = jnp.zeros((b * beams * heads, capacity, width), dtype)
+def empty(b: int, rows: int, heads: int, capacity: int, width: int, dtype: jnp.dtype | type) -> KeyValues:
+    """Slots for `capacity` generated tokens in each of `rows` rows of b items."""
+    zeros = jnp.zeros((b * rows * heads, capacity, width), dtype)
     return KeyValues(zeros, zeros)
 
 

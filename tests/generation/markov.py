@@ -17,7 +17,7 @@ class Markov:
 
     rate: float = 0.0
 
-    def prefill(self, variables, inputs, beams, capacity):
+    def prefill(self, variables, inputs, rows, capacity):
         ids = inputs["inputs_embeds"][..., 0].astype(int) if "inputs_embeds" in inputs else inputs["input_ids"]
         mask = inputs.get("attention_mask", jnp.ones_like(ids))
         if "decoder_input_ids" in inputs:
@@ -28,11 +28,11 @@ class Markov:
         logits = variables["table"][jnp.take_along_axis(ids, last[:, None], 1)[:, 0]] * (
             1 + self.rate * length[:, None]
         )
-        read = jnp.full((ids.shape[0] * beams, capacity), -1, jnp.int32)
+        read = jnp.full((ids.shape[0] * rows, capacity), -1, jnp.int32)
         return logits, DecodeState({"length": length}, {"read": read}, jnp.int32(0))
 
     def step(self, variables, ids, state):
-        read = state.generated["read"].at[:, state.index].set(ids.reshape(-1))
+        read = state.rows["read"].at[:, state.index].set(ids.reshape(-1))
         length = state.items["length"][:, None, None] + state.index + 1
         logits = variables["table"][ids] * (1 + self.rate * length)
         return logits, DecodeState(state.items, {"read": read}, state.index + 1)

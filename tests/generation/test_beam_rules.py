@@ -54,7 +54,7 @@ class Remembering(Markov):
 
     def step(self, variables, ids, state):
         logits, state = super().step(variables, ids, state)
-        read = state.generated["read"].reshape(*ids.shape, -1)
+        read = state.rows["read"].reshape(*ids.shape, -1)
         return logits * (1 + 0.1 * jnp.sum(jnp.maximum(read, 0), axis=-1, keepdims=True)), state
 
 

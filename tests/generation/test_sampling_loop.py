@@ -57,7 +57,7 @@ def test_padding_on_either_side_changes_nothing():
 def test_the_model_processes_the_chosen_tokens():
     result = run(max_new_tokens=6, temperature=1.0, num_return_sequences=3)
     assert result.state is not None
-    np.testing.assert_array_equal(result.state.generated["read"][:, :5], result.ids[..., :5].reshape(-1, 5))
+    np.testing.assert_array_equal(result.state.rows["read"][:, :5], result.ids[..., :5].reshape(-1, 5))
     assert int(result.state.index) == 5
 
 

@@ -442,4 +442,4 @@ def test_half_precision_keeps_logits_in_float32():
     close(outputs["logits"], exact, 0.05)
     prefill = jax.jit(lambda batch: half.decodable().prefill(half.variables, batch, 2, 3))
     logits, state = jax.eval_shape(prefill, {"input_ids": batch["input_ids"]})
-    assert logits.dtype == jnp.float32 and state.generated[0].k.dtype == jnp.bfloat16
+    assert logits.dtype == jnp.float32 and state.rows[0].k.dtype == jnp.bfloat16

@@ -29,7 +29,7 @@ class BertDecodable:
             raise MmjaxError(f"bert: causal={self.config.causal}, mlm={self.config.mlm}: a decoder needs both")
 
     def prefill(
-        self, variables: Mapping[str, Any], inputs: Mapping[str, Array], beams: int, capacity: int
+        self, variables: Mapping[str, Any], inputs: Mapping[str, Array], rows: int, capacity: int
     ) -> tuple[Float[Array, "b v"], DecodeState]:
         """Raises MmjaxError if the prompt and `capacity` tokens are more than there are positions."""
         c, ids = self.config, inputs["input_ids"]
@@ -40,7 +40,7 @@ class BertDecodable:
         context_mask = None if context_mask is None else context_mask.astype(bool)
         outputs: Any = Bert(c).apply(variables, ids, mask, context, context_mask, method="prefill")
         logits, caches = outputs
-        new = kv_cache.empty(len(ids), beams, c.heads, capacity, c.width // c.heads, jnp.dtype(c.dtype))
+        new = kv_cache.empty(len(ids), rows, c.heads, capacity, c.width // c.heads, jnp.dtype(c.dtype))
         items = {"caches": caches, "mask": mask, "context_mask": context_mask}
         return logits, DecodeState(items, [new] * c.depth, jnp.int32(0))
 
@@ -50,7 +50,7 @@ class BertDecodable:
         items, index = state.items, state.index
         masks = items["mask"], items["context_mask"]
         outputs: Any = Bert(self.config).apply(
-            variables, ids, items["caches"], state.generated, index, *masks, method="step"
+            variables, ids, items["caches"], state.rows, index, *masks, method="step"
         )
         logits, new = outputs
         return logits, DecodeState(items, new, index + 1)

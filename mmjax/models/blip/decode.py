@@ -35,7 +35,7 @@ class BlipDecodable:
         return BertDecodable(replace(c.decoder, dtype=c.dtype))
 
     def prefill(
-        self, variables: Mapping[str, Any], inputs: Mapping[str, Array], beams: int, capacity: int
+        self, variables: Mapping[str, Any], inputs: Mapping[str, Array], rows: int, capacity: int
     ) -> tuple[Float[Array, "b v"], DecodeState]:
         """Raises MmjaxError if the prompt and `capacity` tokens are more than there are positions."""
 
@@ -51,7 +51,7 @@ class BlipDecodable:
             if "encoder_attention_mask" in inputs:
                 decoder_inputs["encoder_attention_mask"] = inputs["encoder_attention_mask"]
         decoder_inputs["encoder_hidden_states"] = context
-        return self.decoder.prefill(_decoder(variables), decoder_inputs, beams, capacity)
+        return self.decoder.prefill(_decoder(variables), decoder_inputs, rows, capacity)
 
     def step(
         self, variables: Mapping[str, Any], ids: Int[Array, "b r"], state: DecodeState

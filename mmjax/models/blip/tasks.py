@@ -167,7 +167,7 @@ class BlipModel(GroundingModel, MomentumModel, GeneratingModel):
         """[DEC], of captions. Raises MmjaxError where the decoder answers questions."""
         return self.config.bos if self.writes_captions else super().beginning()
 
-    def check_length(self, length: int, new_tokens: int) -> None:
+    def check_room(self, length: int, new_tokens: int) -> None:
         """`length`: of the prompt; of a question no matter, since [DEC] begins its answer."""
         assert self.config.decoder is not None
         positions, needed = self.config.decoder.positions, (1 if self.config.answers else length) + new_tokens
@@ -257,7 +257,7 @@ class BlipModel(GroundingModel, MomentumModel, GeneratingModel):
         else:
             settings |= {"top_p": top_p, **NUCLEUS}
         parsed, decodable = self.options(**(settings | options)), self.decodable()
-        self.check_length(len(ids), parsed.max_new_tokens)
+        self.check_room(len(ids), parsed.max_new_tokens)
         captions: list[Any] = []
         pixels, key = self.pixels(images), jax.random.key(seed)
         size = min(batch_size, len(pixels))

@@ -62,7 +62,7 @@ class Conversation:
         width = next(size for size in BUCKETS if size >= rest.shape[1])
         mask = np.zeros((1, width), np.int32)
         mask[:, width - rest.shape[1] :] = 1
-        model.check_length(len(ids), options.max_new_tokens)
+        model.check_room(len(ids), options.max_new_tokens)
         past = empty_prefix(model.config, SMALLEST) if self._past is None else self._past
         inputs = {"input_ids": jnp.asarray(np.pad(rest, ((0, 0), (width - rest.shape[1], 0)))), "past": past}
         inputs["attention_mask"] = jnp.asarray(mask)

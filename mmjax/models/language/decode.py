@@ -35,7 +35,7 @@ class DecoderSteps:
     module: Decoder
 
     def prefill(
-        self, variables: Mapping[str, Any], inputs: Mapping[str, Any], beams: int, capacity: int
+        self, variables: Mapping[str, Any], inputs: Mapping[str, Any], rows: int, capacity: int
     ) -> tuple[Float[Array, "b v"], DecodeState]:
         module, c = self.module, self.module.config
         x = inputs.get("inputs_embeds")
@@ -53,16 +53,16 @@ class DecoderSteps:
         last = new_mask.shape[1] - 1 - jnp.argmax(new_mask[:, ::-1], axis=-1)
         final = jnp.take_along_axis(outputs[0], last[:, None, None], axis=1)[:, 0]
         logits: Any = module.apply(variables, final, method="logits")
-        new = kv_cache.empty(x.shape[0], beams, c.kv_heads, capacity, c.head_width, x.dtype)
+        new = kv_cache.empty(x.shape[0], rows, c.kv_heads, capacity, c.head_width, x.dtype)
         return logits, DecodeState(PrefixCache(tuple(outputs[1]), mask, position_ids), (new,) * c.depth, jnp.int32(0))
 
     def step(
         self, variables: Mapping[str, Any], ids: Int[Array, "b r"], state: DecodeState
     ) -> tuple[Float[Array, "b r v"], DecodeState]:
         past: PrefixCache = state.items
-        outputs: Any = self.module.apply(variables, ids, *past, state.generated, state.index, method="step")
+        outputs: Any = self.module.apply(variables, ids, *past, state.rows, state.index, method="step")
         logits, new = outputs
-        return logits, state._replace(generated=tuple(new), index=state.index + 1)
+        return logits, state._replace(rows=tuple(new), index=state.index + 1)
 
 
 def remember(state: DecodeState, row: int = 0, size: int | None = None) -> PrefixCache:
@@ -72,7 +72,7 @@ def remember(state: DecodeState, row: int = 0, size: int | None = None) -> Prefi
     The last token that was chosen is not in it: no step has read it.
     """
     past: PrefixCache = state.items
-    written = jnp.arange(state.generated[0].k.shape[1]) < state.index
+    written = jnp.arange(state.rows[0].k.shape[1]) < state.index
     mask = jnp.concatenate([past.mask, jnp.broadcast_to(written, (past.mask.shape[0], written.shape[0]))], -1)
     order = jnp.argsort(~mask, axis=-1, stable=True)[:, :size]
     extra = 0 if size is None else max(size - mask.shape[1], 0)
@@ -85,7 +85,7 @@ def remember(state: DecodeState, row: int = 0, size: int | None = None) -> Prefi
 
     caches = tuple(
         LayerCache(KeyValues(*(gather(*pair) for pair in zip(cache.prompt, new))))
-        for cache, new in zip(past.caches, state.generated)
+        for cache, new in zip(past.caches, state.rows)
     )
     mask = jnp.pad(jnp.take_along_axis(mask, order, -1), ((0, 0), (0, extra)))
     return PrefixCache(caches, mask, token_positions(mask))

@@ -39,7 +39,7 @@ class LanguageModel(GeneratingModel):
 
     def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
         """logits float32 [b, l, v]; last_hidden_state [b, l, d], after the last norm; hidden_states: all depth + 1."""
-        self.check_length(inputs["input_ids"].shape[1], 0)
+        self.check_room(inputs["input_ids"].shape[1], 0)
         outputs: Any = self.module.apply(variables, inputs["input_ids"], inputs.get("attention_mask"))
         states = tuple(outputs["states"])
         return {"logits": outputs["logits"], "last_hidden_state": states[-1], "hidden_states": states}
@@ -53,7 +53,7 @@ class LanguageModel(GeneratingModel):
             raise MmjaxError("generate needs prompts: this model has no token that a text begins with (bos)")
         return bos
 
-    def check_length(self, length: int, new_tokens: int) -> None:
+    def check_room(self, length: int, new_tokens: int) -> None:
         if isinstance(self.config.positions, Learned) and length + new_tokens > self.config.context:
             lengths = f"{length} ids of prompt" + (f" and {new_tokens} new ones" if new_tokens else "")
             raise MmjaxError(f"{lengths} are more than this model has positions for ({self.config.context})")

@@ -31,9 +31,9 @@ class T5Decodable:
         return T5(dataclasses.replace(self.config, remat=False))
 
     def prefill(
-        self, variables: Mapping[str, Any], inputs: Mapping[str, Array], beams: int, capacity: int
+        self, variables: Mapping[str, Any], inputs: Mapping[str, Array], rows: int, capacity: int
     ) -> tuple[Float[Array, "b v"], DecodeState]:
-        result: Any = self.module.apply(variables, inputs, beams, capacity, method="prefill")
+        result: Any = self.module.apply(variables, inputs, rows, capacity, method="prefill")
         return result
 
     def step(

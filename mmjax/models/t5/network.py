@@ -257,9 +257,7 @@ class T5(nn.Module):
         x = x * c.width**-0.5 if c.scaled else x
         return int8.scores(x.astype(c.dtype), self.embedding if c.tied else self.head)
 
-    def prefill(
-        self, inputs: Mapping[str, Array], beams: int, capacity: int
-    ) -> tuple[Float[Array, "b v"], DecodeState]:
+    def prefill(self, inputs: Mapping[str, Array], rows: int, capacity: int) -> tuple[Float[Array, "b v"], DecodeState]:
         """See `mmjax.models.t5.decoding`."""
         c, mask = self.config, inputs.get("attention_mask")
         context = self.encode(inputs.get("input_ids"), mask, inputs.get("inputs_embeds"))[-1]
@@ -267,11 +265,11 @@ class T5(nn.Module):
         mask = jnp.ones((b, s), bool) if mask is None else mask.astype(bool)
         prompt = inputs.get("decoder_input_ids", jnp.full((b, 1), c.start))
         x, caches = self.decoder.prefill(self.embed(prompt), context, mask)
-        new = kv_cache.empty(b, beams, c.heads, capacity, c.head_width, jnp.dtype(c.dtype))
+        new = kv_cache.empty(b, rows, c.heads, capacity, c.head_width, jnp.dtype(c.dtype))
         state = DecodeState({"mask": mask, "caches": caches}, [new] * c.decoder_depth, jnp.int32(0))
         return self.logits(x), state
 
     def step(self, ids: Int[Array, "b r"], state: DecodeState) -> tuple[Float[Array, "b r v"], DecodeState]:
         items, index = state.items, state.index
-        x, new = self.decoder.step(self.embed(ids), items["caches"], state.generated, index, items["mask"])
+        x, new = self.decoder.step(self.embed(ids), items["caches"], state.rows, index, items["mask"])
         return self.logits(x), DecodeState(items, new, index + 1)

@@ -260,7 +260,7 @@ class TransformerDecodable:
     config: TransformerConfig
 
     def prefill(
-        self, variables: Mapping[str, Any], inputs: Mapping[str, Array], beams: int, capacity: int
+        self, variables: Mapping[str, Any], inputs: Mapping[str, Array], rows: int, capacity: int
     ) -> tuple[Float[Array, "b v"], DecodeState]:
         """Encodes once an item, and keeps the cross attentions' keys and values beside those of the start.
 
@@ -276,7 +276,7 @@ class TransformerDecodable:
         out: Any = Transformer(c).apply(variables, ids, start, mask, method="prefill")
         logits, caches = out
         heads, dtype = c.decoder_heads, jnp.dtype(c.dtype)
-        new = [kv_cache.empty(b, beams, heads, capacity, c.width // heads, dtype) for _ in range(c.decoder_depth)]
+        new = [kv_cache.empty(b, rows, heads, capacity, c.width // heads, dtype) for _ in range(c.decoder_depth)]
         return logits, DecodeState({"caches": caches, "mask": mask}, new, jnp.zeros((), jnp.int32))
 
     def step(
@@ -284,7 +284,7 @@ class TransformerDecodable:
     ) -> tuple[Float[Array, "b r v"], DecodeState]:
         caches, mask = state.items["caches"], state.items["mask"]
         result: Any = Transformer(self.config).apply(
-            variables, ids, caches, state.generated, state.index, mask, method="step"
+            variables, ids, caches, state.rows, state.index, mask, method="step"
         )
         logits, rows = result
         return logits, DecodeState(state.items, rows, state.index + 1)

@@ -88,7 +88,7 @@ class TransformerModel(GeneratingModel):
         never = tuple(sorted({self.config.pad, self.config.start} - {self.config.eos}))
         return {"suppress": never, "forced_eos": self.config.forced_eos}
 
-    def check_length(self, length: int, new_tokens: int) -> None:
+    def check_room(self, length: int, new_tokens: int) -> None:
         """`length` is the source's; the decoder's start counts as one of its tokens."""
         most, needed = self.config.max_length, max(length, 1 + new_tokens)
         if most is not None and needed > most:
