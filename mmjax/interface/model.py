@@ -193,10 +193,11 @@ class Model(abc.ABC):
         return dict(self._compiled(self.variables, inputs))
 
     def pixels(self, images: Any) -> Array:
-        """Images as `preprocess` takes them -> pixel values [b, height, width, 3]; float arrays of rank 4 are ready."""
+        """Images as `preprocess` takes them -> pixel values [b, height, width, 3]; float arrays of rank 4, and of
+        rank 5 (tiles, frames of videos), are ready."""
         if isinstance(images, jax.Array):
             images = np.asarray(images)
-        if isinstance(images, np.ndarray) and images.ndim == 4 and images.dtype != np.uint8:
+        if isinstance(images, np.ndarray) and images.ndim in (4, 5) and images.dtype != np.uint8:
             return jnp.asarray(images)
         return jnp.asarray(self.preprocess(images))
 

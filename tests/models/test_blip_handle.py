@@ -297,6 +297,41 @@ def test_reranking_adds_the_cosine_to_the_logit():
     np.testing.assert_allclose([s for _, s in alone[0]], np.sort(logits[0])[::-1], atol=1e-5)
 
 
+def test_videos_are_retrieved_by_the_mean_of_their_frames():
+    """Features: the mean of the frames' projections before they are normalised. Scores: all frames' tokens at once."""
+    blip, texts = model("itm"), ["a red hen", "the boat in the sea"]
+    clips = [images(19, seed=seed) for seed in range(3)]
+    videos = np.stack([blip.frames(clip) for clip in clips])
+    picked = blip.pixels([clips[0][i] for i in (0, 2, 4, 6, 8, 10, 12, 14)])  # floor(19 / 8) = 2
+    np.testing.assert_array_equal(videos[0], picked)
+    head = {name: np.asarray(leaf) for name, leaf in blip.params["vision_proj"].items()}
+    tokens = np.asarray(blip.forward(picked)["last_hidden_state"])
+    mean = (tokens[:, 0] @ head["kernel"] + head["bias"]).mean(axis=0)
+    features = np.asarray(blip.encode_image(videos))
+    np.testing.assert_allclose(features[0], mean / np.linalg.norm(mean), atol=1e-5)
+
+    ids, mask = (np.asarray(x) for x in blip.columns(texts, 35))
+    states = blip.module.apply(
+        blip.variables, ids[:1], mask[:1], None, tokens.reshape(1, -1, tokens.shape[-1]), method="encode_pair"
+    )
+    logit = blip.module.apply(blip.variables, states, method="itm_logits")[0, 1]
+    scores = dict(blip.retrieve(texts, videos, k=3, rerank=3)[0])
+    cosine = features[0] @ np.asarray(blip.encode_text(texts))[0]
+    assert scores[0] == pytest.approx(float(logit + cosine), abs=1e-4)
+    with pytest.raises(MmjaxError, match="a video of 5 frames: 8 are taken"):
+        blip.frames(clips[0][:5])
+
+
+def test_where_a_text_is_in_its_image():
+    """Grad-CAM over the words, in the first of two layers: each patch has a weight, and other texts have others."""
+    blip, pictures = model("itm"), images(2)
+    maps, logits = blip.heat_maps(pictures, ["a red hen", "the boat"])
+    assert maps.shape == (2, 2, 2) and logits.shape == (2, 2) and (np.asarray(maps) >= 0).all()
+    other, _ = blip.heat_maps(pictures, ["two cat on a mat", "the boat"])
+    assert np.abs(other[0] - maps[0]).max() > 1e-4 * np.abs(maps[0]).max()
+    np.testing.assert_allclose(other[1], maps[1], rtol=1e-3, atol=1e-7)
+
+
 def test_texts_of_two_images_are_classified():
     blip, first, second = model("nlvr"), images(2), images(2, seed=1)
     texts = ["the left image", "two boat in the right image"]

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 
 from mmjax import tree
@@ -263,9 +264,15 @@ class Blip(nn.Module):
             outputs["decoder_logits"] = self.decode(decoder_ids, decoder_mask, *context, train)
         return outputs
 
-    def encode_image(self, images: Float[Array, "b height width 3"], train: bool = False) -> Float[Array, "b n d"]:
-        """The class token and the patches, after the final norm."""
-        return self.vision(images, train=train).tokens
+    def encode_image(
+        self, images: Float[Array, "b *f height width 3"], train: bool = False
+    ) -> Float[Array, "b *f n d"]:
+        """The class token and the patches, after the final norm; of a video [b, f, height, width, 3] those of each
+        frame."""
+        if images.ndim == 4:
+            return self.vision(images, train=train).tokens
+        tokens = self.vision(images.reshape(-1, *images.shape[2:]), train=train).tokens
+        return tokens.reshape(*images.shape[:2], *tokens.shape[1:])
 
     def encode_text(
         self, ids: Int[Array, "b l"], mask: Int[Array, "b l"] | None = None, train: bool = False
@@ -281,7 +288,8 @@ class Blip(nn.Module):
         other_tokens: Float[Array, "b n e"] | None = None,
         train: bool = False,
     ) -> Float[Array, "b l d"]:
-        """The text with cross attention to the image, from its ids: [ENC] first, which `with_first` puts there.
+        """The text with cross attention to the image, from its ids: [ENC] first, which `with_first` puts there. Of a
+        video [b, f, n, e] it attends to the tokens of all frames.
 
         other_tokens: of the second image. Raises MmjaxError for it in a network of one image, or none of two.
         """
@@ -289,6 +297,8 @@ class Blip(nn.Module):
         if two != (other_tokens is not None):
             raise MmjaxError(f"blip: two_images={two}: images of a text: {1 + (other_tokens is not None)}")
         context = image_tokens if other_tokens is None else jnp.stack([image_tokens, other_tokens], axis=1)
+        if context.ndim == 4 and not two:
+            context = rearrange(context, "b f n e -> b (f n) e")
         return self.text.run(self.text.embed(ids, train=train), mask, context, train=train)[-1]
 
     def encode_pair(
@@ -303,9 +313,11 @@ class Blip(nn.Module):
         system."""
         return self.encode_multimodal(with_first(ids, self.config.enc), mask, image_states, other_states)
 
-    def image_embeds(self, image_tokens: Float[Array, "b n d"]) -> Float[Array, "b e"]:
-        """Unit-norm features, from the class token."""
-        return l2_normalize(self.vision_proj(image_tokens[:, 0]))
+    def image_embeds(self, image_tokens: Float[Array, "b *f n d"]) -> Float[Array, "b e"]:
+        """Unit-norm features, from the class token; of a video the mean over frames of the projections, normalised
+        (eval_retrieval_video.py)."""
+        x = self.vision_proj(image_tokens[..., 0, :])
+        return l2_normalize(x if x.ndim == 2 else jnp.mean(x, axis=1))
 
     def text_embeds(self, text_states: Float[Array, "b l d"]) -> Float[Array, "b e"]:
         """Unit-norm features, from the first token ([CLS]) of the states of `encode_text`."""

@@ -91,6 +91,21 @@ class BlipModel(GroundingModel, MomentumModel, GeneratingModel):
         heads = {"generate": self.config.decoder is not None, "caption": self.writes_captions}
         return tuple(name for name in super().abilities if heads.get(name, True))
 
+    def frames(self, video: Any, count: int = 8) -> Array:
+        """Pixel values [count, height, width, 3] of equally spaced frames, for `encode_image` and `retrieve`:
+
+            videos = np.stack([model.frames(video) for video in videos])        # [n, 8, height, width, 3]
+            model.retrieve(texts, videos, k=10, rerank=128)
+
+        That is BLIP's zero-shot video-text retrieval (eval_retrieval_video.py): features are the mean over frames, and
+        the ITM head reads the tokens of all frames. Frame i is that of index i * floor(length / count).
+        video: images as `preprocess` takes them. Raises MmjaxError for fewer frames than `count`.
+        """
+        if len(video) < count:
+            raise MmjaxError(f"a video of {len(video)} frames: {count} are taken")
+        step = len(video) // count
+        return self.pixels([video[i * step] for i in range(count)])
+
     # ----------------------------------------------------------------------------------------------------------- arrays
 
     def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
