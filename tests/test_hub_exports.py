@@ -17,6 +17,9 @@ from mmjax.models.albef.network import ALONE, AlbefConfig
 from mmjax.models.albef.tasks import AlbefModel
 from mmjax.models.bert.network import BertConfig
 from mmjax.models.bert.tasks import BertModel
+from mmjax.models.blip.network import ALONE as BLIP_ALONE
+from mmjax.models.blip.network import BlipConfig
+from mmjax.models.blip.tasks import BlipModel
 from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
 from mmjax.models.clip.tasks import CLIPModel
 from mmjax.models.language.config import DecoderConfig
@@ -44,6 +47,16 @@ ALBEF = AlbefConfig(
     BertConfig(**BERT, pooler=False, cross_from=1),
     classes=3,
     **ALONE,
+)
+TEXT = BertConfig(**BERT, types=0, pooler=False, cross_from=0, init="normal")
+ANSWERS = BlipConfig(
+    dataclasses.replace(VIT, num_classes=0, rule="bicubic", init="timm"),
+    TEXT,
+    dataclasses.replace(TEXT, causal=True, mlm=True),
+    sep=3,
+    bos=TEXT.vocab_size - 2,
+    enc=TEXT.vocab_size - 1,
+    **BLIP_ALONE,
 )
 MOCO = MoCoConfig(dataclasses.replace(RESNET, stride_in_1x1=True, num_classes=0), version=2, hidden=16, dim=8)
 SIZES = (31, 29, 24, 2, 2, 3, 3, 48, 48)
@@ -114,6 +127,13 @@ CASES = {
     "bert/hf classes": (BertModel, BertConfig(**BERT, classes=3, epsilon=1e-3), "hf", ()),
     "bert/hf tokens": (BertModel, BertConfig(**BERT, pooler=False, token_classes=3), "hf", ()),
     "albef": (AlbefModel, ALBEF, "albef", ("vision.heads=4", "text.heads=3", "3 classes")),
+    "blip": (
+        BlipModel,
+        ANSWERS,
+        "blip",
+        ("vision.heads=4", "vision.epsilon", "text.heads=3", "decoder.heads=3", "sep=3"),
+    ),
+    "blip/hf": (BlipModel, ANSWERS, "hf", ()),
 }
 
 

@@ -218,9 +218,9 @@ def from_hf(hf_config: Mapping[str, Any]) -> ImagePreprocessing:
     else:
         resize = size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
     crop = crop if isinstance(crop, int) else crop.get("shortest_edge") or (crop["height"], crop["width"])
-    bicubic = kind.startswith(("CLIP", "ConvNext", "Llava"))
+    bicubic = kind.startswith(("Blip", "CLIP", "ConvNext", "Llava"))
     number = hf_config.get("resample", RESAMPLING["bicubic" if bicubic else "bilinear"])
-    mean, std = (CLIP_MEAN, CLIP_STD) if kind.startswith("Llava") else (HALF, HALF)
+    mean, std = (CLIP_MEAN, CLIP_STD) if kind.startswith(("Blip", "Llava")) else (HALF, HALF)
     pad = kind.startswith("LlavaImageProcessor") and hf_config.get("do_pad", False)
     normalize = hf_config.get("do_normalize", True)
     return ImagePreprocessing(

@@ -1,5 +1,6 @@
 """Preprocessing against Hugging Face's own processors (their PIL backend), and against torchvision's rules."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -37,6 +38,7 @@ def image(height: int, width: int) -> Image.Image:
         ("ViTImageProcessorPil", {"size": {"height": 29, "width": 41}, "resample": 3, "do_normalize": False}),
         ("ConvNextImageProcessorPil", {"size": {"shortest_edge": 224}, "image_mean": list(IMAGENET_MEAN)}),
         ("ConvNextImageProcessorPil", {}),
+        ("BlipImageProcessorPil", {"size": {"height": 41, "width": 41}}),
     ],
 )
 @pytest.mark.parametrize("height, width", [(61, 97), (97, 60), (40, 40)])
@@ -55,6 +57,8 @@ def test_older_forms_of_the_file_are_read():
     assert (resnet.resize, resnet.crop, resnet.resample) == (256, (224, 224), "bicubic")
     clip = from_hf(OLD_CLIP)
     assert (clip.resize, clip.crop, clip.resample) == (31, (29, 29), "bicubic")
+    blip = from_hf({"image_processor_type": "BlipImageProcessor", "size": {"height": 384, "width": 384}})
+    assert blip == dataclasses.replace(ImagePreprocessing.albef(384), crop_rounding="floor")
     vit = from_hf({"feature_extractor_type": "ViTFeatureExtractor", "size": 29})
     assert (vit.resize, vit.crop, vit.resample) == ((29, 29), None, "bilinear")
 
