@@ -288,8 +288,8 @@ def test_reranking_adds_the_cosine_to_the_logit():
     for row, row_mask in zip(enc, mask):
         columns = (np.tile(x, (4, 1)) for x in (row, row_mask))
         logits.append(np.asarray(blip.forward(pixels, *columns)["itm_score"][:, 1]))
-    results = blip.retrieve(texts, pictures, k=4, rerank=4)
-    for i, row in enumerate(results):
+    found = blip.retrieve(texts, pictures, k=4, rerank=4)
+    for i, row in enumerate(found):
         expected = logits[i] + cosines[:, i]
         np.testing.assert_allclose([score for _, score in row], np.sort(expected)[::-1], atol=1e-5)
         assert [j for j, _ in row] == np.argsort(-expected).tolist()

@@ -158,9 +158,9 @@ def test_ids_of_captions(pairs, prompted: bool, options: dict[str, Any]):
     reference, model, _ = pairs[CAPTIONER]
     pixels, ids = arrays()["pixel_values"], arrays(padded=False)["input_ids"][:, :4]
     ids[:, 0] = DEC
-    prompts = {"input_ids": torch.tensor(np.pad(ids, ((0, 0), (0, 1)), constant_values=SEP))} if prompted else {}
+    theirs = {"input_ids": torch.tensor(np.pad(ids, ((0, 0), (0, 1)), constant_values=SEP))} if prompted else {}
     with torch.no_grad():
-        expected = reference.generate(**tensors({"pixel_values": pixels}), **prompts, max_new_tokens=9, **options)
+        expected = reference.generate(**tensors({"pixel_values": pixels}), **theirs, max_new_tokens=9, **options)
     actual = model.generate(ids if prompted else None, pixel_values=pixels, max_new_tokens=9, **options)
     check_ids(actual, expected, prompt=4 if prompted else 1)
 

@@ -123,7 +123,7 @@ def hf_config(config: BlipConfig) -> dict[str, Any]:
     text = config.text or config.decoder
     assert text is not None
     kinds = {"BlipForQuestionAnswering": config.answers, "BlipForConditionalGeneration": config.decoder is not None}
-    name = next((name for name, applies in kinds.items() if applies), "BlipForImageTextRetrieval")
+    name = next((name for name, held in kinds.items() if held), "BlipForImageTextRetrieval")
     return {
         "architectures": [name],
         "model_type": "blip",

@@ -45,24 +45,24 @@ def _encoder_table(config: BertConfig) -> list[Entry]:
 
 
 def _decoder_entries(config: BertConfig) -> list[Entry]:
-    """A decoder with all arrays of its own; its output matrix and bias have two names each."""
+    """A decoder with all arrays of its own; its output matrix and bias stand under two names each."""
     entries = [moved(entry, "text_decoder.", "decoder") for entry in bert.hf_table(config)]
     return [replace(entry, save_copies=bool(entry.copies)) for entry in entries]
 
 
 def _share(encoder: list[Entry], decoder: list[Entry]) -> list[Entry]:
     """The entries of both where they share arrays: the names of the decoder's are copies of the encoder's."""
-    unshared = [entry for entry in decoder if is_unshared(entry.targets[0].removeprefix("params/decoder/"))]
+    own = [entry for entry in decoder if is_unshared(entry.targets[0].removeprefix("params/decoder/"))]
     names = {
         entry.targets[0].replace("/decoder/", "/text/", 1): (*entry.sources, *entry.copies)
         for entry in decoder
-        if entry not in unshared
+        if entry not in own
     }
     shared = [
         replace(entry, copies=names[entry.targets[0]], save_copies=True) if entry.targets[0] in names else entry
         for entry in encoder
     ]
-    return shared + unshared
+    return shared + own
 
 
 def table(config: BlipConfig) -> Table:

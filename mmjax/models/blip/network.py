@@ -28,7 +28,7 @@ class BlipConfig:
     """The sizes, and the heads on the encoders; class methods give the published configs.
 
     Attributes:
-        vision: the image encoder; its class token represents the image, cross attention is to all its tokens.
+        vision: the image encoder; its class token represents the image, cross attention reads all its tokens.
         text: the encoder of text alone and, with its cross attention, of text and image. None: a captioner has none.
             `merge_from`: texts are of two images (NLVR2).
         decoder: of captions, from the image's tokens; beside an encoder with which it does not share parameters, of
@@ -138,7 +138,7 @@ class BlipConfig:
 
     @property
     def answers(self) -> bool:
-        """Whether the decoder attends to the states of a question and its image, instead of the image's tokens."""
+        """Whether the decoder reads the states of a question and its image, instead of the image's tokens."""
         return self.text is not None and self.decoder is not None and not self.shared
 
     @property

@@ -98,7 +98,7 @@ class BlipModel(GroundingModel, MomentumModel, GeneratingModel):
             model.retrieve(texts, videos, k=10, rerank=128)
 
         That is BLIP's zero-shot video-text retrieval (eval_retrieval_video.py): features are the mean over frames, and
-        matching attends to the tokens of all frames. Frame i is that of index i * floor(length / count).
+        the ITM head reads the tokens of all frames. Frame i is that of index i * floor(length / count).
         video: images as `preprocess` takes them. Raises MmjaxError for fewer frames than `count`.
         """
         if len(video) < count:
@@ -199,8 +199,8 @@ class BlipModel(GroundingModel, MomentumModel, GeneratingModel):
         return {**inputs, "decoder_input_ids": start}
 
     def _prepare(self, prompts: Any, mask: Any, add_special_tokens: bool, *others: Any) -> dict[str, Any]:
-        """The decoder does not attend to the padding of questions that are strings, so that an answer does not depend
-        on the other questions. It attends to every column of ids, as in the original and in transformers."""
+        """Of questions that are strings the decoder does not see the padding, so that an answer does not depend on the
+        other questions. Of ids it sees every column, as in the original and in transformers."""
         self.decodable()
         inputs = super()._prepare(prompts, mask, add_special_tokens, *others)
         questions = self.config.answers and are_strings(prompts)
@@ -245,7 +245,7 @@ class BlipModel(GroundingModel, MomentumModel, GeneratingModel):
         """A caption of each image, without the prompt, by the original's beam search or nucleus sampling.
 
             model.caption([image])                              # as its scores on COCO: 3 beams
-            model.caption([image], top_p=0.9, seed=1)           # as CapFilt's synthetic captions
+            model.caption([image], top_p=0.9, seed=1)           # as CapFilt writes synthetic captions
             model.caption([image], repetition_penalty=1.1)      # as on NoCaps (eval_nocaps.py:44)
 
         images: as `preprocess` takes them, or pixel values [b, height, width, 3].
@@ -293,4 +293,4 @@ class BlipModel(GroundingModel, MomentumModel, GeneratingModel):
 
 def _check_pairs(images: ArrayLike, texts: ArrayLike) -> None:
     if len(images) != len(texts):
-        raise MmjaxError(f"{len(images)} images and {len(texts)} texts: blip takes them in pairs")
+        raise MmjaxError(f"{len(images)} images and {len(texts)} texts: blip reads them in pairs")
