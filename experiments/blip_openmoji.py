@@ -7,6 +7,10 @@ The whole of pre-training from random weights: contrast with momentum keys and q
 language modelling under an image. During training, on drawings whose names no training text has
 (`mmjax.data.openmoji`): retrieval by the features alone and with the ITM head on the nearest of them, and captions,
 scored by CIDEr against the drawing's name and its aliases.
+
+On two cores (Python 3.11, 400 steps, one seed) the loss falls from 13.2 to 8.5. The features rank the right one of 370
+names among their first ten for 15.7 % of the drawings, and of the drawings for 21.1 % of the names; chance is 2.7 %.
+With the ITM head 15.9 and 18.7 %. Captions have a CIDEr of 11.5 (of 1000), after 100 steps 1.8.
 """
 
 import dataclasses

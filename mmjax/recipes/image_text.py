@@ -29,7 +29,7 @@ from mmjax.training.method import Method
 
 @dataclasses.dataclass(frozen=True)
 class EncoderStart(ExperimentConfig):
-    """A recipe whose encoders start from models that were pre-trained apart, each from its own.
+    """A recipe whose encoders start from models that were pre-trained apart: one source for images, one for texts.
 
     Attributes:
         init_vision: a ViT of the network's size, such as DeiT-B: a file, a folder, a run or a hub id.

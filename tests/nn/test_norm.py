@@ -17,11 +17,11 @@ def test_unit_vectors_are_torchs(norm: float):
     x, slope = rng.normal(size=(2, 3, 7)).astype(np.float32)
     x *= np.float32(norm) / np.linalg.norm(x, axis=-1, keepdims=True)
     value, pull = jax.vjp(l2_normalize, jnp.asarray(x))
-    theirs = torch.from_numpy(x).requires_grad_()
-    expected = torch.nn.functional.normalize(theirs, dim=-1)
+    reference = torch.from_numpy(x).requires_grad_()
+    expected = torch.nn.functional.normalize(reference, dim=-1)
     expected.backward(torch.from_numpy(slope))
     np.testing.assert_allclose(value, expected.detach().numpy(), rtol=1e-5, atol=1e-7)
     gradient = pull(jnp.asarray(slope))[0]
-    assert theirs.grad is not None
-    scale = float(theirs.grad.abs().max())
-    np.testing.assert_allclose(gradient, theirs.grad.numpy(), atol=2e-5 * scale, rtol=0)
+    assert reference.grad is not None
+    scale = float(reference.grad.abs().max())
+    np.testing.assert_allclose(gradient, reference.grad.numpy(), atol=2e-5 * scale, rtol=0)

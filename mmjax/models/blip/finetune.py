@@ -30,7 +30,7 @@ from mmjax.types import Array, Batch, Float, Int, Mean, Means, Params, PRNGKeyAr
 class BlipRetrieval(BlipAlignment):
     """The sum of contrast_loss and matching_loss, in which all pairs of an image are right (blip_retrieval.py).
 
-    Hard negatives are found by the features of the encoders that are trained, without a floor. On COCO they come from
+    Hard negatives are sampled by the features of the encoders that are trained, without a floor. On COCO they come from
     the batches of all processes, on Flickr30K from the process's own: `negative_groups` 1, and None. Metrics:
     temperature, and those of `matching_metrics`.
     """
