@@ -107,15 +107,6 @@ def golden_dir() -> pathlib.Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """Skips most of LLVM's optimisations, whatever the environment sets: for modules whose programs compile for long.
-
-    XLA's own passes, and so the order of the sums, stay. Children take JAX_DISABLE_MOST_OPTIMIZATIONS=1.
-    """
-    yield from _compiled(quickly=True)
-
-
 @pytest.fixture
 def unchecked_arrays() -> Iterator[None]:
     """Wrong shapes reach the function, whose own message the test is of: `array_checker.py` is off."""
@@ -128,14 +119,14 @@ def unchecked_arrays() -> Iterator[None]:
 
 @pytest.fixture
 def full_compilation() -> Iterator[None]:
-    """All of LLVM's work: for tests that hold two programs to each other in the last bits, and for long trainings."""
-    yield from _compiled(quickly=False)
+    """All of LLVM's work: for tests that hold two programs to each other in the last bits, and for long trainings.
 
-
-def _compiled(quickly: bool) -> Iterator[None]:
+    All other tests skip most of its optimisations, as this file sets in the environment; children inherit that. XLA's
+    own passes, and so the order of the sums, stay.
+    """
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", quickly)
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -26,8 +26,6 @@ from mmjax.models.bert.network import BertConfig
 from mmjax.models.vit.network import ViTConfig
 from mmjax.text.wordpiece import SPECIAL, WordPieceTokenizer, wordpiece
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CAPTIONS = [
     *("A red hen.", "a boat", "two hens in the sea", "a yellow harbour", "the fence", "a blue boat", "hens on a fence"),
 ]

@@ -24,7 +24,7 @@ CONFIG = AlbefConfig(
 
 
 @pytest.fixture(scope="module")
-def case(quick_compilation):
+def case():
     rng = np.random.default_rng(3)
     images = rng.normal(size=(N, 12, 8, 3)).astype(np.float32)
     ids = rng.integers(1, 31, (M, L)).astype(np.int32)

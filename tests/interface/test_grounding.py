@@ -24,8 +24,6 @@ from mmjax.models.vit.network import ViTConfig
 from mmjax.nn.attention import dot_product_attention
 from mmjax.text.wordpiece import SPECIAL, WordPieceTokenizer, wordpiece
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 WORDS = ["a", "red", "blue", "square", "hen"]
 TOKENIZER = WordPieceTokenizer(wordpiece({word: i for i, word in enumerate([*SPECIAL, *WORDS])}, lower=True))
 PREPROCESS = ImagePreprocessing((12, 8), None, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))

@@ -22,8 +22,6 @@ from mmjax.training.partition import Partition
 from mmjax.training.state import create_state
 from mmjax.training.step import train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RNG, STEP = jax.random.key(4), jnp.int32(0)
 STILL = Optimizer(sgd(0.0, 0.0))
 

@@ -22,8 +22,6 @@ from mmjax.training.state import create_state
 from mmjax.training.step import train_step
 from mmjax.weights.table import load_table, save_table
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RNG = jax.random.key(4)
 
 

@@ -70,9 +70,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch, weights: dict[str, Any], tmp_path: p
     return config
 
 
-def test_the_encoders_stay_and_the_rest_learns(
-    recipe: Any, weights: dict[str, Any], tmp_path: pathlib.Path, quick_compilation
-):
+def test_the_encoders_stay_and_the_rest_learns(recipe: Any, weights: dict[str, Any], tmp_path: pathlib.Path):
     config = recipe(**SMALL, init_vision="eye", init_text="names")
     last = train(config, tmp_path / "run", lambda source: {"params": weights[source]}, str(FILE))
     assert np.isfinite(last["train/matching_auc"]) and 0 <= last["val/matching_auc"] <= 100

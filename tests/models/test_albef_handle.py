@@ -35,8 +35,6 @@ from mmjax.training.state import create_state
 from mmjax.weights.files import read_weights, write_safetensors
 from mmjax.weights.table import save_table
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CAPTIONS = ["a red hen on a fence", "a boat in a yellow harbour", "two hens", "the sea"]
 QUESTIONS = ["What colour is the hen?", "how many boats  are there"]
 ANSWERS = ["yes", "no", "red", "a hen", "two hens", "a boat"]

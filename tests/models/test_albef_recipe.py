@@ -32,7 +32,7 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch, quick_compilation) -> Any:
+def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
     """On 16 noise images instead of drawings; every fourth is held out."""
     config = load_experiment(FILE)
     images = np.random.default_rng(0).integers(0, 256, (16, 12, 12, 3)).astype(np.uint8)

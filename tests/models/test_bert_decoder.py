@@ -19,7 +19,6 @@ from mmjax.nn.masks import contrastive_mask, grounded_mask, padding_mask
 from mmjax.tree import flatten
 from mmjax.weights.table import load_table
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 B, L, S, E, N = 3, 7, 5, 22, 4
 DECODER = BertConfig(53, 35, 3, 5, 41, 19, types=0, pooler=False, mlm=True, cross_from=0, causal=True)
 QFORMER = dataclasses.replace(DECODER, cross_every=2, query_feed_forward=True, mlm=False, causal=False)

@@ -13,8 +13,6 @@ from mmjax.errors import MmjaxError
 from mmjax.models.bert.network import BertConfig
 from mmjax.models.blip.network import BlipConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def apply(config, params, name, *arrays):
     run = jax.jit(

@@ -20,8 +20,6 @@ from mmjax.text.wordpiece import WordPieceTokenizer, wordpiece
 from mmjax.weights.files import read_weights
 from mmjax.weights.table import save_table
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FORMS = {
     "pretraining": tiny.PRETRAINING,
     "retrieval": tiny.RETRIEVAL,

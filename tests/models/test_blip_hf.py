@@ -17,7 +17,7 @@ from mmjax.weights.files import read_weights
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
 DEC, SEP, PAD, VOCAB = 51, 3, 0, 53
 TEXT = {

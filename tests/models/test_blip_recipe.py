@@ -21,7 +21,7 @@ SMALL: dict[str, Any] = {
 
 
 def test_a_run_is_loaded_with_the_scores_and_captions_of_its_last_step(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, quick_compilation: Any
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ):
     """On 16 noise images instead of drawings; every fourth is held out."""
     recipe: Any = load_experiment(FILE)

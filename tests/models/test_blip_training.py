@@ -21,8 +21,6 @@ from mmjax.training.optimizer import Optimizer, adamw, sgd
 from mmjax.training.state import Carry, create_state
 from mmjax.training.step import train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RNG, STEP = jax.random.key(4), jnp.int32(0)
 PRETRAINING = BlipPretraining(tiny.still(tiny.PRETRAINING))
 RETRIEVAL = BlipRetrieval(tiny.still(tiny.RETRIEVAL))

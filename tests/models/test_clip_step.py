@@ -14,8 +14,6 @@ from mmjax.errors import MmjaxError
 from mmjax.models.clip.network import CLIPConfig
 from mmjax.models.clip.pretrain import CLIP
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 METHODS: dict[str, Any] = {"vit": CASES["clip/vit"].method, "resnet": CASES["clip/resnet"].method}
 
 

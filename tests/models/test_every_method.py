@@ -44,8 +44,6 @@ from mmjax.training.optimizer import Optimizer, adamw
 from mmjax.training.state import create_state
 from mmjax.training.step import train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIZE, LENGTH, VOCAB = 8, 7, 53
 TEXT = BertConfig(VOCAB, 12, 1, 2, 18, LENGTH, dropout=0.0, attention_dropout=0.0)
 VISION = ViTConfig(image_size=(8, 8), patch=4, width=12, depth=1, heads=2, hidden=18)

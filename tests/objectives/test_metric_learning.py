@@ -31,8 +31,6 @@ MINERS = {
     "soft margin": functools.partial(batch_hard_triplets, margin=None),
 }
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_pairs_by_hand():
     """Distances 5 and 0.6: similar ones cost their square, dissimilar ones only within the margin of 1."""

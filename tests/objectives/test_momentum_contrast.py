@@ -22,8 +22,6 @@ from mmjax.objectives.momentum_contrast import momentum_contrast
 B, D, Q = 48, 7, 13
 NAMES = ("image", "text", "image_keys", "text_keys", "image_queue", "text_queue")
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def units(seed: int, *shape: int) -> jax.Array:
     x = jax.random.normal(jax.random.key(seed), shape)

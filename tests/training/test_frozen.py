@@ -21,7 +21,6 @@ from mmjax.training.experiment import load_experiment
 from mmjax.training.frozen import FrozenStore, read_frozen
 from mmjax.training.loop import train
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXPERIMENT = os.fspath(pathlib.Path(__file__).with_name("small_language.py"))
 Config = load_experiment(EXPERIMENT)
 OPTIONS = {"bfloat16": {"dtype": "bfloat16"}, "int8": {"weights": "int8"}}

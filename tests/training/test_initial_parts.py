@@ -123,7 +123,7 @@ class Config(EncoderStart):
 
 
 def test_the_command_line_takes_them_and_says_where_each_parameter_came_from(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], quick_compilation: Any
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ):
     for name, model in SOURCES.items():
         mmjax.save(model, tmp_path / name)

@@ -20,7 +20,6 @@ from mmjax.training.checkpoint_format import CheckpointError, DamagedCheckpoint
 from mmjax.training.metrics import read_metrics
 from mmjax.training.workdir import Lock
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXPERIMENT = os.fspath(pathlib.Path(__file__).with_name("small_language.py"))
 WORKDIR = "gs://bucket/runs/small"
 

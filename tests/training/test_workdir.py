@@ -22,7 +22,6 @@ from mmjax.training.loop import train
 from mmjax.training.metrics import MetricsWriter, read_metrics
 from mmjax.training.workdir import Lock
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 EXPERIMENT = os.fspath(pathlib.Path(__file__).with_name("small_language.py"))
 Config = load_experiment(EXPERIMENT)
 
