@@ -64,7 +64,7 @@ def check(meta: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, Any
     new, metrics = jax.jit(lambda state, batch: train_step(method, optimizer, state, batch))(state, batch)
 
     ema = update_ema(state.ema, state.params, config.momentum)
-    network, _ = jax.jit(lambda v, image: method.module.apply(v, image, True, mutable=["batch_stats"]))(
+    network, _ = jax.jit(lambda v, image: method.network().apply(v, image, True, mutable=["batch_stats"]))(
         {"params": state.params, "batch_stats": stats["query"]}, batch["view_1"]
     )
     encode = jax.jit(method.encode, static_argnums=(3, 4))

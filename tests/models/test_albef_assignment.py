@@ -115,7 +115,11 @@ def test_the_published_size_and_file():
     """258,939,396 parameters; a tiny file with the same names is recognised by them and loads with the same values."""
     shapes = AlbefModel.shapes(AlbefConfig.assignment())["params"]
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == 258_939_396
-    rng, config = np.random.default_rng(2), tiny.ASSIGNMENT
+    # A file's network starts as the original's does, should it be initialised.
+    vision, text = (
+        dataclasses.replace(part, init=init) for part, init in ((tiny.VISION, "timm"), (tiny.ONE_AND_TWO, "normal"))
+    )
+    rng, config = np.random.default_rng(2), dataclasses.replace(tiny.ASSIGNMENT, vision=vision, text=text)
     sampled = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), AlbefModel.shapes(config))
     public = save_table(LAYOUTS[0].table(config), sampled)
     assert {key: public[key].shape for key in ("ta_head.weight", "ta_head.bias", "temp", "text_proj.weight")} == {
