@@ -124,7 +124,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
         output = run()
         if name in CASES:
             ids[name] = np.asarray(output).tolist()
-        seconds[name] = statistics.median(seconds_of(run) for _ in range(3))
+        seconds[name] = statistics.median(seconds_of(run) for _ in range(options.repeats))
     x, y = np.random.default_rng(0).random((1024, 1024), np.float32), np.zeros(64 << 20, np.float32)
     product, copy = (min(seconds_of(run) for _ in range(5)) for run in (lambda: x @ x, y.copy))
     return {"seconds": seconds, "ids": ids, "product": product, "copy": copy}
@@ -132,7 +132,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def child(side: str, options: argparse.Namespace) -> dict[str, Any]:
     arguments = [sys.executable, "-m", "experiments.benchmarks.captioning", "--child", side]
-    for field in ("batch", "side", "folder"):
+    for field in ("batch", "side", "folder", "repeats"):
         arguments += [f"--{field}", str(getattr(options, field))]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     result = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True, env=environment)
@@ -142,6 +142,9 @@ def child(side: str, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed calls of each case in a process, after one that is not"
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--side", type=int, default=SIDE)
