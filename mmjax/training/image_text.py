@@ -1,5 +1,6 @@
 """Training methods that ALBEF and BLIP share: momentum distillation, image-text contrast (ITC) and matching (ITM)."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -19,7 +20,7 @@ from mmjax.objectives.matching import (
     sample_negatives,
 )
 from mmjax.objectives.momentum_contrast import momentum_contrast
-from mmjax.training.method import Method
+from mmjax.training.method import Loss, Method
 from mmjax.training.queue import Queue, create_queue, enqueue
 from mmjax.training.rng import example_keys, named
 from mmjax.training.state import Carry
@@ -186,6 +187,39 @@ class Alignment(MomentumDistillation):
     groups: int = 1
     negative_groups: int | None = None
     blocks: int = 1
+
+    def loss(
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        rng: PRNGKeyArray,
+        step: Int[Array, ""],
+        axis_name: str | None = None,
+    ) -> tuple[Loss, tuple[Carry, Means]]:
+        """contrast_loss, matching_loss and those of `text_losses`, each with weight 1; queues are those of before."""
+        encoded = self.encode(params, carry, batch, rng, axis_name)
+        negatives = self.negatives(params, batch, encoded, rng, axis_name)
+        alpha = self.alpha(carry, step)
+        contrast = self.itc_loss(params, carry, batch, encoded, alpha, axis_name)
+        matching, metrics, _ = self.itm_loss(params, batch, encoded, negatives, rng, axis_name)
+        text_losses, text_metrics = self.text_losses(params, carry, batch, encoded, alpha, rng, axis_name)
+        next_carry = dataclasses.replace(carry, queues=self.next_queues(carry, batch, encoded, axis_name))
+        metrics = {**metrics, **text_metrics, "temperature": params["temperature"]}
+        return {"contrast_loss": contrast, "matching_loss": matching, **text_losses}, (next_carry, metrics)
+
+    def text_losses(
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        encoded: Encoded,
+        alpha: Float[Array, ""],
+        rng: PRNGKeyArray,
+        axis_name: str | None,
+    ) -> tuple[dict[str, Mean], Means]:
+        """Losses of texts under their images, by name, and their metrics: those of pre-training; retrieval has none."""
+        return {}, {}
 
     def encode(self, params: Params, carry: Carry, batch: Batch, rng: PRNGKeyArray, axis_name: str | None) -> Encoded:
         """Both encoders. The momentum encoders are in training mode too: their dropout is on."""

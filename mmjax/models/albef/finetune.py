@@ -1,6 +1,5 @@
 """ALBEF's fine-tuning: retrieval, entailment, pairs of images, answers to questions (arXiv 2107.07651, section 5)."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,23 +31,6 @@ class AlbefRetrieval(Alignment):
         c = self.config
         if not (c.embed_dim and c.matching and c.by_image):
             raise MmjaxError("albef: retrieval needs embed_dim, matching and by_image")
-
-    def loss(
-        self,
-        params: Params,
-        carry: Carry,
-        batch: Batch,
-        rng: PRNGKeyArray,
-        step: Int[Array, ""],
-        axis_name: str | None = None,
-    ) -> tuple[Loss, tuple[Carry, Means]]:
-        encoded = self.encode(params, carry, batch, rng, axis_name)
-        negatives = self.negatives(params, batch, encoded, rng, axis_name)
-        contrast = self.itc_loss(params, carry, batch, encoded, self.alpha(carry, step), axis_name)
-        matching, metrics, _ = self.itm_loss(params, batch, encoded, negatives, rng, axis_name)
-        next_carry = dataclasses.replace(carry, queues=self.next_queues(carry, batch, encoded, axis_name))
-        metrics |= {"temperature": params["temperature"]}
-        return {"contrast_loss": contrast, "matching_loss": matching}, (next_carry, metrics)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """ALBEF's pre-training: contrast, matching, and words under an image (arXiv 2107.07651; model_pretrain.py:88-214)."""
 
-import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -10,7 +9,6 @@ from mmjax.errors import MmjaxError
 from mmjax.models.albef.network import AlbefConfig
 from mmjax.objectives.language import IGNORED, distilled_token_cross_entropy, group_mean_weights, token_accuracy
 from mmjax.training.image_text import Alignment, Encoded, clamped_temperature
-from mmjax.training.method import Loss
 from mmjax.training.rng import example_keys, named
 from mmjax.training.state import Carry
 from mmjax.types import Array, Batch, Float, Int, Mean, Means, Params, PRNGKeyArray
@@ -39,24 +37,19 @@ class AlbefPretraining(Alignment):
         if not (c.text.mlm and c.embed_dim and c.matching) or c.by_image:
             raise MmjaxError("albef: pre-training needs text.mlm, embed_dim, matching, and no by_image")
 
-    def loss(
+    def text_losses(
         self,
         params: Params,
         carry: Carry,
         batch: Batch,
+        encoded: Encoded,
+        alpha: Float[Array, ""],
         rng: PRNGKeyArray,
-        step: Int[Array, ""],
-        axis_name: str | None = None,
-    ) -> tuple[Loss, tuple[Carry, Means]]:
-        encoded = self.encode(params, carry, batch, rng, axis_name)
-        negatives = self.negatives(params, batch, encoded, rng, axis_name)
-        masked, alpha = self.masks(batch, rng, axis_name), self.alpha(carry, step)
-        contrast = self.itc_loss(params, carry, batch, encoded, alpha, axis_name)
-        matching, itm_metrics, _ = self.itm_loss(params, batch, encoded, negatives, rng, axis_name)
-        mlm, mlm_metrics, _ = self.mlm_loss(params, carry, batch, encoded, masked, alpha, rng, axis_name)
-        metrics = {**itm_metrics, **mlm_metrics, "temperature": params["temperature"]}
-        next_carry = dataclasses.replace(carry, queues=self.next_queues(carry, batch, encoded, axis_name))
-        return {"contrast_loss": contrast, "matching_loss": matching, "mlm_loss": mlm}, (next_carry, metrics)
+        axis_name: str | None,
+    ) -> tuple[dict[str, Mean], Means]:
+        masked = self.masks(batch, rng, axis_name)
+        loss, metrics, _ = self.mlm_loss(params, carry, batch, encoded, masked, alpha, rng, axis_name)
+        return {"mlm_loss": loss}, metrics
 
     def masks(
         self, batch: Batch, rng: PRNGKeyArray, axis_name: str | None

@@ -1,6 +1,5 @@
 """BLIP's fine-tuning: retrieval, captions, answers to questions, pairs of images (arXiv 2201.12086, section 5)."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,23 +43,6 @@ class BlipRetrieval(BlipAlignment):
     def negative_keys(self, encoded: Encoded) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
         """The features of the encoders that are trained."""
         return encoded.image_embeds, encoded.text_embeds
-
-    def loss(
-        self,
-        params: Params,
-        carry: Carry,
-        batch: Batch,
-        rng: PRNGKeyArray,
-        step: Int[Array, ""],
-        axis_name: str | None = None,
-    ) -> tuple[Loss, tuple[Carry, Means]]:
-        encoded = self.encode(params, carry, batch, rng, axis_name)
-        negatives = self.negatives(params, batch, encoded, rng, axis_name)
-        contrast = self.itc_loss(params, carry, batch, encoded, self.alpha(carry, step), axis_name)
-        matching, metrics, _ = self.itm_loss(params, batch, encoded, negatives, rng, axis_name)
-        next_carry = dataclasses.replace(carry, queues=self.next_queues(carry, batch, encoded, axis_name))
-        metrics |= {"temperature": params["temperature"]}
-        return {"contrast_loss": contrast, "matching_loss": matching}, (next_carry, metrics)
 
 
 @dataclass(frozen=True)

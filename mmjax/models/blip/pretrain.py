@@ -1,7 +1,6 @@
 """BLIP's pre-training: contrast, matching and language modelling from one image pass (arXiv 2201.12086, section 3.2;
 blip_pretrain.py:97-212)."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +8,6 @@ from mmjax.errors import MmjaxError
 from mmjax.models.blip.network import BlipConfig, with_first
 from mmjax.objectives.language import group_mean_weights, next_tokens, token_accuracy, token_cross_entropy
 from mmjax.training.image_text import Alignment, Encoded, clamped_temperature
-from mmjax.training.method import Loss
 from mmjax.training.rng import named
 from mmjax.training.state import Carry
 from mmjax.types import Array, Batch, Float, Int, Mean, Means, Params, PRNGKeyArray
@@ -51,23 +49,18 @@ class BlipPretraining(BlipAlignment):
         if not (c.shared and c.embed_dim and c.matching) or c.by_image:
             raise MmjaxError("blip: pre-training needs shared, a decoder, embed_dim, matching, and no by_image")
 
-    def loss(
+    def text_losses(
         self,
         params: Params,
         carry: Carry,
         batch: Batch,
+        encoded: Encoded,
+        alpha: Float[Array, ""],
         rng: PRNGKeyArray,
-        step: Int[Array, ""],
-        axis_name: str | None = None,
-    ) -> tuple[Loss, tuple[Carry, Means]]:
-        encoded = self.encode(params, carry, batch, rng, axis_name)
-        negatives = self.negatives(params, batch, encoded, rng, axis_name)
-        contrast = self.itc_loss(params, carry, batch, encoded, self.alpha(carry, step), axis_name)
-        matching, itm_metrics, _ = self.itm_loss(params, batch, encoded, negatives, rng, axis_name)
-        lm, lm_metrics, _ = self.lm_loss(params, batch, encoded, rng, axis_name)
-        metrics = {**itm_metrics, **lm_metrics, "temperature": params["temperature"]}
-        next_carry = dataclasses.replace(carry, queues=self.next_queues(carry, batch, encoded, axis_name))
-        return {"contrast_loss": contrast, "matching_loss": matching, "lm_loss": lm}, (next_carry, metrics)
+        axis_name: str | None,
+    ) -> tuple[dict[str, Mean], Means]:
+        loss, metrics, _ = self.lm_loss(params, batch, encoded, rng, axis_name)
+        return {"lm_loss": loss}, metrics
 
     def lm_loss(
         self, params: Params, batch: Batch, encoded: Encoded, rng: PRNGKeyArray, axis_name: str | None
