@@ -17,7 +17,8 @@ from typing import ClassVar
 from mmjax.models.albef.network import AlbefConfig
 from mmjax.models.albef.pretrain import AlbefPretraining
 from mmjax.models.bert.network import BertConfig
-from mmjax.recipes.openmoji import MEAN, STD, OpenMojiPairs
+from mmjax.recipes.openmoji import OpenMojiPairs
+from mmjax.recipes.small_image_text import MEAN, STD
 from mmjax.text.captions import albef_caption
 
 

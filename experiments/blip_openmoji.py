@@ -26,7 +26,8 @@ from mmjax.models.bert.network import BertConfig
 from mmjax.models.blip.network import BlipConfig
 from mmjax.models.blip.pretrain import BlipPretraining
 from mmjax.models.blip.tasks import ADDED, BlipModel
-from mmjax.recipes.openmoji import MEAN, STD, OpenMojiPairs
+from mmjax.recipes.openmoji import OpenMojiPairs
+from mmjax.recipes.small_image_text import MEAN, STD
 from mmjax.text.captions import blip_caption
 from mmjax.text.wordpiece import WordPieceTokenizer
 from mmjax.training.experiment import Evaluation

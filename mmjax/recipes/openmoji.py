@@ -3,44 +3,30 @@
 import abc
 import dataclasses
 import functools
-import pathlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mmjax.data.caption_text import CleanText, EncodeCaption
 from mmjax.data.openmoji import ATTRIBUTION, OpenMoji, load_openmoji
-from mmjax.data.pipeline import Pipeline
-from mmjax.data.preprocess import ImagePreprocessing
+from mmjax.data.pipeline import Transform
+from mmjax.data.sources import Source
 from mmjax.data.transforms import RandomFlip, RandomResizedCrop
 from mmjax.evaluation.rerank import RerankEvaluation
 from mmjax.evaluation.retrieval import RetrievalEvaluation
 from mmjax.evaluation.two_stage import TwoStages
-from mmjax.models.vit.network import ViTConfig
-from mmjax.recipes.image_text import EncoderStart
+from mmjax.recipes.small_image_text import SmallImageText
 from mmjax.text.captions import caption_columns
-from mmjax.text.training import train_wordpiece
-from mmjax.text.wordpiece import WordPieceTokenizer
-from mmjax.training.experiment import Evaluation, save_tokenizer
+from mmjax.training.experiment import Evaluation
 from mmjax.training.image_text import Alignment
-from mmjax.training.optimizer import Optimizer, adamw, warmup_cosine
-
-MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 @dataclasses.dataclass(frozen=True)
-class OpenMojiPairs(EncoderStart, abc.ABC):
+class OpenMojiPairs(SmallImageText, abc.ABC):
     """A run of minutes on two cores. Experiments add the network and the method.
 
     Attributes:
         hold_out: the rule of the split, see `mmjax.data.openmoji`.
-        image_size, patch: sides in pixels, of the drawings and of a patch.
-        vocab_size: pieces of the tokenizer, trained on the training names.
-        length: tokens of a text, [CLS] included.
-        width, vision_depth, text_depth: of both encoders.
         queue: keys of earlier batches, a multiple of the batch. With so few drawings a longer queue holds most of them,
             and one of a drawing's negatives is then itself, from the epoch before.
         momentum: of the momentum encoders, for a shorter run than the papers'.
@@ -48,12 +34,10 @@ class OpenMojiPairs(EncoderStart, abc.ABC):
         k: drawings or names that the ITM head scores for each query.
 
     Of the class:
-        clean: how a text is cleaned. sep: whether [SEP] ends it. add_similarity: see `Reranker`.
+        add_similarity: see `Reranker`.
     """
 
     ramps: ClassVar[tuple[str, ...]] = ("warmup", "alpha_steps")
-    clean: ClassVar[Callable[[str], str]]
-    sep: ClassVar[bool]
     add_similarity: ClassVar[bool]
 
     steps: int = 400
@@ -62,20 +46,11 @@ class OpenMojiPairs(EncoderStart, abc.ABC):
     checkpoint_every: int = 100
     hold_out: Literal["name", "family"] = "name"
     image_size: int = 48
-    patch: int = 8
-    vocab_size: int = 1500
-    length: int = 16
-    width: int = 128
-    vision_depth: int = 3
-    text_depth: int = 4
     embed_dim: int = 128
     queue: int = 128
     momentum: float = 0.99
     alpha: float = 0.2
     alpha_steps: int = 200
-    learning_rate: float = 1e-3
-    warmup: int = 50
-    weight_decay: float = 0.05
     crop: float = 0.5
     k: int = 32
 
@@ -86,49 +61,20 @@ class OpenMojiPairs(EncoderStart, abc.ABC):
     def pairs(self) -> OpenMoji:
         return load_openmoji(self.image_size, hold_out=self.hold_out)
 
-    @functools.cached_property
-    def tokenizer(self) -> WordPieceTokenizer:
-        names = (self.clean(text) for texts in self.pairs.train.columns["texts"] for text in texts)
-        return train_wordpiece(names, self.vocab_size)
+    def tokenizer_texts(self) -> Iterator[str]:
+        """The names and their aliases."""
+        return (text for texts in self.pairs.train.columns["texts"] for text in texts)
 
-    @property
-    def vision(self) -> ViTConfig:
-        """With a wider initial spread than the published sizes, whose 0.02 is for 768 channels; texts likewise."""
-        side = (self.image_size, self.image_size)
-        return ViTConfig(self.width, self.vision_depth, self.width // 64, 4 * self.width, self.patch, side, init="vit")
-
-    @property
-    def text_sizes(self) -> dict[str, Any]:
-        """Fields of a BertConfig: sizes and spread."""
-        sizes = {"width": self.width, "depth": self.text_depth, "heads": self.width // 64, "hidden": 4 * self.width}
-        return sizes | {"positions": self.length, "pooler": False, "init_std": self.width**-0.5}
+    def source(self) -> Source:
+        return self.pairs.train
 
     @property
     def contrast(self) -> dict[str, Any]:
         """Fields of the network's config."""
         return {"embed_dim": self.embed_dim, "queue": self.queue, "momentum": self.momentum, "alpha": self.alpha}
 
-    def optimizer(self) -> Optimizer:
-        return Optimizer(adamw(warmup_cosine(self.learning_rate, self.steps, self.warmup), self.weight_decay))
-
-    def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the global batch."""
-        tokens = jax.ShapeDtypeStruct((self.batch_size, self.length), jnp.int32)
-        image = jax.ShapeDtypeStruct((self.batch_size, self.image_size, self.image_size, 3), jnp.uint8)
-        return {"image": image, "input_ids": tokens, "attention_mask": tokens}
-
-    def train_data(self) -> Pipeline:
-        crop = RandomResizedCrop(self.image_size, scale=(self.crop, 1.0))
-        encode = EncodeCaption(self.tokenizer, self.length, sep=self.sep)
-        return Pipeline(
-            self.pairs.train,
-            self.batch_size,
-            seed=self.seed,
-            transforms=(crop, RandomFlip(), CleanText(self.clean), encode),
-            workers=self.workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+    def image_transforms(self) -> tuple[Transform, ...]:
+        return RandomResizedCrop(self.image_size, scale=(self.crop, 1.0)), RandomFlip()
 
     def evaluations(self) -> tuple[Evaluation, ...]:
         """Retrieval on the held-out drawings: by the features, and with the ITM head on the nearest."""
@@ -154,12 +100,3 @@ class OpenMojiPairs(EncoderStart, abc.ABC):
             final_step=self.steps,
         )
         return features, reranking
-
-    @property
-    def preprocess(self) -> ImagePreprocessing:
-        size = (self.image_size, self.image_size)
-        return ImagePreprocessing(size, None, resample="bilinear", mean=MEAN, std=STD)
-
-    def save_assets(self, workdir: pathlib.Path) -> dict[str, Any]:
-        """The tokenizer, and the image preprocessing."""
-        return save_tokenizer(self.tokenizer, workdir) | {"preprocess": dataclasses.asdict(self.preprocess)}
