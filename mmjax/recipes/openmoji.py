@@ -1,102 +1,32 @@
-"""The base of the small recipes of ALBEF and BLIP on OpenMoji's drawings and their names, which pip brings."""
+"""OpenMoji's drawings and their names, which pip brings, as the pairs of the small recipes of ALBEF and BLIP."""
 
 import abc
 import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
-import numpy as np
-
-from mmjax.data.openmoji import ATTRIBUTION, OpenMoji, load_openmoji
+from mmjax.data.openmoji import OpenMoji, load_openmoji
 from mmjax.data.pipeline import Transform
-from mmjax.data.sources import Source
-from mmjax.data.transforms import RandomFlip, RandomResizedCrop
-from mmjax.evaluation.rerank import RerankEvaluation
-from mmjax.evaluation.retrieval import RetrievalEvaluation
-from mmjax.evaluation.two_stage import TwoStages
-from mmjax.recipes.small_image_text import SmallImageText
-from mmjax.text.captions import caption_columns
-from mmjax.training.experiment import Evaluation
-from mmjax.training.image_text import Alignment
+from mmjax.data.transforms import RandomResizedCrop
+from mmjax.recipes.small_pairs import SmallPairs
 
 
 @dataclasses.dataclass(frozen=True)
-class OpenMojiPairs(SmallImageText, abc.ABC):
-    """A run of minutes on two cores. Experiments add the network and the method.
+class OpenMojiPairs(SmallPairs, abc.ABC):
+    """Experiments add the network and the method.
 
     Attributes:
         hold_out: the rule of the split, see `mmjax.data.openmoji`.
-        queue: keys of earlier batches, a multiple of the batch. With so few drawings a longer queue holds most of them,
-            and one of a drawing's negatives is then itself, from the epoch before.
-        momentum: of the momentum encoders, for a shorter run than the papers'.
-        alpha: the momentum encoders' share of the targets; it rises over `alpha_steps` batches.
-        k: drawings or names that the ITM head scores for each query.
-
-    Of the class:
-        add_similarity: see `Reranker`.
+        crop: least share of a drawing's area in a crop.
     """
 
-    ramps: ClassVar[tuple[str, ...]] = ("warmup", "alpha_steps")
-    add_similarity: ClassVar[bool]
-
-    steps: int = 400
-    batch_size: int = 128
-    eval_every: int = 100
-    checkpoint_every: int = 100
     hold_out: Literal["name", "family"] = "name"
-    image_size: int = 48
-    embed_dim: int = 128
-    queue: int = 128
-    momentum: float = 0.99
-    alpha: float = 0.2
-    alpha_steps: int = 200
     crop: float = 0.5
-    k: int = 32
-
-    @abc.abstractmethod
-    def method(self) -> Alignment: ...
 
     @functools.cached_property
     def pairs(self) -> OpenMoji:
         return load_openmoji(self.image_size, hold_out=self.hold_out)
 
-    def tokenizer_texts(self) -> Iterator[str]:
-        """The names and their aliases."""
-        return (text for texts in self.pairs.train.columns["texts"] for text in texts)
-
-    def source(self) -> Source:
-        return self.pairs.train
-
-    @property
-    def contrast(self) -> dict[str, Any]:
-        """Fields of the network's config."""
-        return {"embed_dim": self.embed_dim, "queue": self.queue, "momentum": self.momentum, "alpha": self.alpha}
-
     def image_transforms(self) -> tuple[Transform, ...]:
-        return RandomResizedCrop(self.image_size, scale=(self.crop, 1.0)), RandomFlip()
-
-    def evaluations(self) -> tuple[Evaluation, ...]:
-        """Retrieval on the held-out drawings: by the features, and with the ITM head on the nearest."""
-        method, held_out = self.method(), self.pairs.held_out.columns
-        images, names = np.asarray(held_out["image"]), list(held_out["text"])
-        cleaned = [self.clean(name) for name in names]
-        texts = caption_columns(self.tokenizer, cleaned, self.length, sep=self.sep)
-        features = RetrievalEvaluation(
-            name="features",
-            encode_image=method.encode_image,
-            encode_text=method.encode_text,
-            images=images,
-            texts=texts,
-            final_step=self.steps,
-        )
-        stages = TwoStages(method.head, method.pixels)
-        reranking = RerankEvaluation(
-            reranker=stages.reranker(self.k, add_similarity=self.add_similarity),
-            first=functools.partial(stages.first, images, texts),
-            captions=names,
-            thumbnails=images,
-            attribution=ATTRIBUTION,
-            final_step=self.steps,
-        )
-        return features, reranking
+        crop = RandomResizedCrop(self.image_size, scale=(self.crop, 1.0))
+        return crop, *super().image_transforms()
