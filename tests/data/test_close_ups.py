@@ -27,7 +27,7 @@ def test_a_caption_names_the_kinds_and_colours_of_its_picture():
         assert picture.image.shape == (56, 56, 3) and np.array_equal(picture.image, record["image"])
         for number, (thing, box) in enumerate(zip(scene.things, picture.boxes())):
             x, y, width, height = box.astype(int)
-            assert 0 <= x and x + width <= 56 and 0 <= y and y + height <= 56 and max(width, height) >= 26
+            assert x >= 0 and x + width <= 56 and y >= 0 and y + height <= 56 and max(width, height) >= 26
             # The most saturated pixel of the thing has its colour's hue.
             pixels = picture.image[picture.mask(number)].astype(float)
             strongest = pixels[np.argmax(pixels.max(1) - pixels.min(1))]

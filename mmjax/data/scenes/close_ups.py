@@ -12,7 +12,7 @@ from mmjax.data.scenes.world import COLOURS, TEXTURES, Scene, Thing
 from mmjax.data.sources import Record
 from mmjax.errors import MmjaxError
 
-NAMES = "cat elephant fish butterfly apple banana bus bicycle rocket hat guitar key".split()
+NAMES = ["cat", "elephant", "fish", "butterfly", "apple", "banana", "bus", "bicycle", "rocket", "hat", "guitar", "key"]
 KINDS = tuple(next(sprite.index for sprite in SPRITES if sprite.name == name) for name in NAMES)
 """The sprites of close-ups: names of one word, and outlines that differ."""
 WINDOW = 2 * LARGE
