@@ -56,13 +56,25 @@ def contrastive_mask(n: int, l: int) -> Bool[Array, "1 1 n_l n_l"]:
 
 
 def media_mask(
-    starts: Bool[Array, "b l"] | Int[Array, "b l"], images: int, tokens: int, only_last: bool = True
+    starts: Bool[Array, "b l"] | Int[Array, "b l"],
+    images: int,
+    tokens: int,
+    only_last: bool = True,
+    earlier: Int[Array, " b"] | int = 0,
 ) -> Bool[Array, "b 1 l images_tokens"]:
     """The `images`, `tokens` keys each, to which a text token attends (OpenFlamingo, helpers.py:160-235).
 
     starts: True at the placeholder tokens of images; such a token attends to its own image already.
     only_last: the last image alone, as in all of OpenFlamingo's weights; else every image so far.
+    earlier: the number of images before the first token, in a cached prefix.
     """
-    images_so_far = jnp.cumsum(starts.astype(jnp.int32), axis=1)[:, None, :, None]
+    images_so_far = images_before(starts, earlier)[:, None, :, None]
     image = 1 + jnp.arange(images * tokens) // tokens
     return image == images_so_far if only_last else image <= images_so_far
+
+
+def images_before(
+    starts: Bool[Array, "b l"] | Int[Array, "b l"], earlier: Int[Array, " b"] | int = 0
+) -> Int[Array, "b l"]:
+    """The number of images up to each token, itself included; see `media_mask`."""
+    return jnp.cumsum(starts.astype(jnp.int32), axis=1) + jnp.reshape(jnp.asarray(earlier, jnp.int32), (-1, 1))
