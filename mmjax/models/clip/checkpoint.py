@@ -134,7 +134,7 @@ def openai_config(shapes: Shapes, config_json: ConfigJson, text: str = "", act: 
     if "quick_gelu" in model or "embed_dim" in model:
         act = "quick_gelu" if model.get("quick_gelu") else "gelu"
     return CLIPConfig(
-        _openai_vision(shapes, model.get("vision_cfg", {})),
+        openai_vision(shapes, model.get("vision_cfg", {})),
         CLIPTextConfig(length, vocabulary, width, depth, heads, hidden),
         embed_dim,
         act,
@@ -142,7 +142,8 @@ def openai_config(shapes: Shapes, config_json: ConfigJson, text: str = "", act: 
     )
 
 
-def _openai_vision(shapes: Shapes, vision_cfg: Mapping[str, Any]) -> ViTConfig | ResNetConfig:
+def openai_vision(shapes: Shapes, vision_cfg: Mapping[str, Any]) -> ViTConfig | ResNetConfig:
+    """The config of the image tower (keys "visual."). vision_cfg: of open_clip_config.json."""
     if "visual.proj" not in shapes:
         positions, channels = shapes["visual.attnpool.positional_embedding"]
         layers = tuple(_count(shapes, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))

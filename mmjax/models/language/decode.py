@@ -42,19 +42,14 @@ class DecoderSteps:
         if x is None:
             x = module.apply(variables, inputs["input_ids"], method="embed")
         x = jnp.asarray(x, c.dtype)
-        new_mask = inputs.get("attention_mask")
-        new_mask = jnp.ones(x.shape[:2], bool) if new_mask is None else new_mask.astype(bool)
         past: PrefixCache | None = inputs.get("past")
-        mask = new_mask if past is None else jnp.concatenate([past.mask, new_mask], -1)
-        position_ids = token_positions(mask)
-        caches = None if past is None else past.caches
-        total_length = mask.sum(-1, dtype=jnp.int32).max() + capacity - 1  # the last new token is not read
-        outputs: Any = module.apply(variables, x, mask, position_ids, caches, total_length, method="prefill")
-        last = new_mask.shape[1] - 1 - jnp.argmax(new_mask[:, ::-1], axis=-1)
-        final = jnp.take_along_axis(outputs[0], last[:, None, None], axis=1)[:, 0]
+        prompt = extended_prompt(x.shape[:2], inputs.get("attention_mask"), past, capacity)
+        arrays = (x, prompt.mask, prompt.position_ids, None if past is None else past.caches, prompt.total_length)
+        outputs: Any = module.apply(variables, *arrays, method="prefill")
+        final = last_states(outputs[0], prompt.mask[:, -x.shape[1] :])
         logits: Any = module.apply(variables, final, method="logits")
-        new = kv_cache.empty(x.shape[0], rows, c.kv_heads, capacity, c.head_width, x.dtype)
-        return logits, DecodeState(PrefixCache(tuple(outputs[1]), mask, position_ids), (new,) * c.depth, jnp.int32(0))
+        items = PrefixCache(tuple(outputs[1]), prompt.mask, prompt.position_ids)
+        return logits, DecodeState(items, new_slots(c, x.shape[0], rows, capacity, x.dtype), jnp.int32(0))
 
     def step(
         self, variables: Mapping[str, Any], ids: Int[Array, "b r"], state: DecodeState
@@ -63,6 +58,35 @@ class DecoderSteps:
         outputs: Any = self.module.apply(variables, ids, *past, state.rows, state.index, method="step")
         logits, new = outputs
         return logits, state._replace(rows=tuple(new), index=state.index + 1)
+
+
+class ExtendedPrompt(NamedTuple):
+    """A prompt with the tokens before it: see `Decoder.prefill`, whose arguments these are."""
+
+    mask: Bool[Array, "b s"]
+    position_ids: Int[Array, "b s"]
+    total_length: Int[Array, ""]
+
+
+def extended_prompt(
+    shape: tuple[int, ...], mask: Int[Array, "b l"] | None, past: PrefixCache | None, capacity: int
+) -> ExtendedPrompt:
+    """shape: (b, l) of the new tokens. capacity: the number of tokens to be generated."""
+    new = jnp.ones(shape, bool) if mask is None else mask.astype(bool)
+    joined = new if past is None else jnp.concatenate([past.mask, new], -1)
+    length = joined.sum(-1, dtype=jnp.int32).max() + capacity - 1  # no step processes the last new token
+    return ExtendedPrompt(joined, token_positions(joined), length)
+
+
+def last_states(x: Float[Array, "b l d"], mask: Bool[Array, "b l"]) -> Float[Array, "b d"]:
+    """The state of each row's last token."""
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=-1)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+
+
+def new_slots(config: DecoderConfig, b: int, rows: int, capacity: int, dtype: Any) -> tuple[KeyValues, ...]:
+    """Each layer's slots for generated tokens."""
+    return (kv_cache.empty(b, rows, config.kv_heads, capacity, config.head_width, dtype),) * config.depth
 
 
 def remember(state: DecodeState, row: int = 0, size: int | None = None) -> PrefixCache:
