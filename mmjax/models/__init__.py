@@ -44,6 +44,7 @@ SYSTEMS: tuple[System, ...] = (
     System("bert", "mmjax.models.bert", "BertModel"),
     System("albef", "mmjax.models.albef", "AlbefModel"),
     System("blip", "mmjax.models.blip", "BlipModel"),
+    System("flamingo", "mmjax.models.flamingo", "FlamingoModel"),
     System("segmentation", "mmjax.models.dense", "SegmentationModel"),
     System("detection", "mmjax.models.dense", "DetectionModel"),
 )

@@ -1,0 +1,64 @@
+"""Flamingo before the generation engine: the media's keys and values are computed once, in the prompt's pass."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.generation.decodable import DecodeState
+from mmjax.models.flamingo.network import Flamingo, FlamingoConfig, MediaCache
+from mmjax.models.language.decode import PrefixCache, extended_prompt, last_states, new_slots
+from mmjax.types import Array, Float, Int
+
+
+class FlamingoCache(NamedTuple):
+    """The tokens so far, and the media so far; leaves [b, ...]."""
+
+    text: PrefixCache
+    media: MediaCache
+
+
+@dataclass(frozen=True)
+class FlamingoSteps:
+    """A `mmjax.generation.decodable.Decodable` over the parameters of a `Flamingo`.
+
+    Its inputs: `input_ids` [b, l]; `attention_mask` [b, l]; `media` [b, t, q, e], from `Flamingo.encode_media`, absent
+    where no prompt has any; and `past`, a `FlamingoCache` of one item, which precedes every prompt.
+    """
+
+    config: FlamingoConfig
+
+    def prefill(
+        self, variables: Mapping[str, Any], inputs: Mapping[str, Any], rows: int, capacity: int
+    ) -> tuple[Float[Array, "b v"], DecodeState]:
+        module, c = Flamingo(self.config), self.config.decoder
+        ids, media = inputs["input_ids"], inputs.get("media")
+        past: FlamingoCache | None = inputs.get("past")
+        if past is not None:  # one prefix for all prompts
+            past = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(ids), *leaf.shape[1:])), past)
+        x: Any = module.apply(variables, ids, method="embed")
+        prompt = extended_prompt(ids.shape, inputs.get("attention_mask"), past and past.text, capacity)
+        arrays = (x, ids == self.config.image_token, media, prompt.mask, prompt.position_ids)
+        caches = (None, None) if past is None else (past.text.caches, past.media)
+        outputs: Any = module.apply(variables, *arrays, *caches, prompt.total_length, method="prefill")
+        final = last_states(outputs[0], prompt.mask[:, -ids.shape[1] :])
+        logits: Any = module.apply(variables, final, method="logits")
+        text = PrefixCache(tuple(outputs[1]), prompt.mask, prompt.position_ids)
+        slots = new_slots(c, len(ids), rows, capacity, x.dtype)
+        return logits, DecodeState(FlamingoCache(text, outputs[2]), slots, jnp.int32(0))
+
+    def step(
+        self, variables: Mapping[str, Any], ids: Int[Array, "b r"], state: DecodeState
+    ) -> tuple[Float[Array, "b r v"], DecodeState]:
+        past: FlamingoCache = state.items
+        arrays = (ids, past.media, *past.text, state.rows, state.index)
+        outputs: Any = Flamingo(self.config).apply(variables, *arrays, method="step")
+        logits, new = outputs
+        return logits, state._replace(rows=tuple(new), index=state.index + 1)
+
+
+def encode_prefix(config: FlamingoConfig, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> FlamingoCache:
+    """The cache of one prompt, the input `past` of those that continue it."""
+    return FlamingoSteps(config).prefill(variables, inputs, 1, 1)[1].items
