@@ -11,7 +11,7 @@ from mmjax.models.flamingo.decode import FlamingoSteps
 from mmjax.models.flamingo.network import CrossAttention, Flamingo, FlamingoConfig, ResamplerConfig
 from mmjax.models.flamingo.tasks import FlamingoModel
 from mmjax.models.language.config import DecoderConfig
-from mmjax.models.language.pretrain import output_layer
+from mmjax.models.language.network import output_layer
 from mmjax.models.vit.network import ViTConfig
 from mmjax.nn.masks import images_before, media_mask
 from mmjax.nn.resampler import Resampler

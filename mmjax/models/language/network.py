@@ -24,7 +24,7 @@ from mmjax.nn.norm import LayerNorm, RMSNorm
 from mmjax.nn.rotary import Rotary
 from mmjax.nn.stack import Before, Block, LayerCache, Stack
 from mmjax.nn.transformer import Dense, Init, Mlp, MultiHeadAttention, PositionInputs
-from mmjax.types import Array, Bool, Float, Int
+from mmjax.types import Array, Bool, Float, Int, Params
 
 INIT = nn.initializers.normal(0.02)
 
@@ -242,3 +242,12 @@ class Decoder(nn.Module):
             slopes = jnp.asarray(alibi_slopes(self.config.heads))
             return PositionInputs(bias=slopes[None, :, None, None] * keys[:, None, None, :].astype(jnp.float32))
         return PositionInputs()
+
+
+def output_layer(params: Params, config: DecoderConfig) -> dict[str, Any]:
+    """The arguments of `linear_cross_entropy` that turn the states of `Decoder.hidden` into logits."""
+    if config.tied:
+        added = (params["added_embedding"], None) if config.added_tokens else None
+        return {"kernel": params["token_embedding"], "tied": True, "added": added}
+    heads = [(params[name]["kernel"], params[name].get("bias")) for name in ("head", "added_head") if name in params]
+    return {"kernel": heads[0][0], "bias": heads[0][1], "added": heads[1] if config.added_tokens else None}

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mmjax.models.language.network import Decoder, DecoderConfig
+from mmjax.models.language.network import Decoder, DecoderConfig, output_layer
 from mmjax.objectives.language import linear_cross_entropy, next_tokens
 from mmjax.training.method import Loss, Method
 from mmjax.training.state import Carry
@@ -62,12 +62,3 @@ class CausalLM(Method):
         """For evaluations; see `mmjax.evaluation.perplexity`."""
         outputs: Any = Decoder(self.config).apply({"params": params}, ids, mask)
         return outputs["logits"]
-
-
-def output_layer(params: Params, config: DecoderConfig) -> dict[str, Any]:
-    """The arguments of `linear_cross_entropy` that turn the states of `Decoder.hidden` into logits."""
-    if config.tied:
-        added = (params["added_embedding"], None) if config.added_tokens else None
-        return {"kernel": params["token_embedding"], "tied": True, "added": added}
-    heads = [(params[name]["kernel"], params[name].get("bias")) for name in ("head", "added_head") if name in params]
-    return {"kernel": heads[0][0], "bias": heads[0][1], "added": heads[1] if config.added_tokens else None}
