@@ -310,6 +310,9 @@ class CheckpointWriter:
 
     def _run(self, state: Any, manifest: dict[str, Any], frozen: Collection[str]) -> None:
         step = manifest["step"]
+        if self._deleted:
+            self._error = CheckpointError(f"step {step} was not saved: {self.workdir} was deleted during the run")
+            return
         final = step_folder(self.workdir, step)
         temporary = self._folder / f"{TEMPORARY}{step}" if is_local(final) else final
         leaves = state_leaves(state)
@@ -330,6 +333,12 @@ class CheckpointWriter:
             self._error = CheckpointError(
                 f"step {step} was not saved to {final}{cause}, {size} bytes needed: {type(error).__name__}: {error}"
             )
+
+    @property
+    def _deleted(self) -> bool:
+        """Whether the workdir was deleted after the start: a checkpoint in a new one, without config.json, could not be
+        loaded. In an object store there are no folders to delete."""
+        return is_local(self.workdir) and not (self._folder.is_dir() or (self.workdir / "config.json").exists())
 
     def _write(self, temporary: epath.Path, final: epath.Path, arrays: dict[str, np.ndarray], manifest: Any) -> None:
         _discard(temporary)

@@ -7,6 +7,8 @@ an uninterrupted run.
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import time
@@ -143,6 +145,18 @@ def test_stopped_by_a_signal_it_saves_and_exits_zero(clean, runner, tmp_path, nu
     assert f"resumed {tmp_path} at step {saved}" in output
     assert manifest(tmp_path) == manifest(clean)
     assert losses(tmp_path) == losses(clean)
+
+
+def test_a_workdir_that_was_deleted_is_one_error_and_stays_deleted(runner, tmp_path):
+    workdir = tmp_path / "run"
+    run = runner.start(workdir, "--delay", 0.02, "--checkpoint-every", 0)
+    wait_for(run, lambda: 10 in losses(workdir) if (workdir / "metrics.jsonl").exists() else False)
+    shutil.rmtree(workdir)
+    run.send_signal(signal.SIGTERM)
+    output = run.communicate(timeout=20)[0]
+    assert run.returncode == 1, output[-3000:]
+    assert re.search(rf"error: step \d+ was not saved: {re.escape(str(workdir))} was deleted during the run", output)
+    assert output.count("error:") == 1 and "Traceback" not in output and not workdir.exists(), output[-3000:]
 
 
 def test_resume_on_other_devices_and_another_lift(clean, runner, tmp_path):
