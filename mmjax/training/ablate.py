@@ -28,7 +28,7 @@ from mmjax.training.console import RunConsole, duration
 from mmjax.training.experiment import ExperimentConfig, LoadWeights, batch_shapes, parse_overrides
 from mmjax.training.grid import Arm, Group, plan_groups
 from mmjax.training.in_flight import InFlight, Received
-from mmjax.training.initialize import initialize_from
+from mmjax.training.initialize import initialize_from, replaced_leaves
 from mmjax.training.interrupts import Interrupts
 from mmjax.training.lift import Lift, create_lift, initialise
 from mmjax.training.metrics import MetricsWriter, read_metrics
@@ -272,11 +272,11 @@ class _Ablation:
 
     def _fresh(self, config: Any, create: Any, seed: int) -> tuple[Any, str]:
         """A state before training on the host, and the report of `init_from`, empty without it."""
-        state = initialise(create, jax.random.key(seed))
-        source = ", ".join(config.init_sources())
+        rng, source = jax.random.key(seed), ", ".join(config.init_sources())
         if not source:
-            return state, ""
+            return initialise(create, rng), ""
         weights, partition = config.initial_weights(self.load_weights), config.optimizer().partition
+        state = initialise(create, rng, replaced_leaves(jax.eval_shape(create, rng), weights))
         return initialize_from(state, weights, source, partition, config.method().constrain)
 
     def _print(self, text: str) -> None:

@@ -45,7 +45,7 @@ def initialize_from(
     """A fresh host state with what it takes from `init_from` (see above), and a sentence that reports it.
 
     Args:
-        state: as `create_state` makes it, on the host.
+        state: as `create_state` makes it, on the host; those of `replaced_leaves` may be shapes alone.
         weights: see `LoadWeights`.
         source: the value of `init_from`, or of several such fields, for messages.
         partition: labels the frozen parameters; None: none.
@@ -74,6 +74,17 @@ def initialize_from(
         message += f"; fresh: {', '.join(fresh[:LISTED])}{' ...' if len(fresh) > LISTED else ''}"
     taken = {"params": params, "stats": stats, "ema": ema, "queues": queues, "extra": extra}
     return dataclasses.replace(state, **taken), message + report
+
+
+def replaced_leaves(state: TrainState, weights: Mapping[str, Any]) -> set[str]:
+    """Slash paths in a state, or in its shapes, of the leaves that `initialize_from` replaces whatever they hold.
+
+    A fresh state need not draw them: a tower that is loaded in bfloat16 is then at no time there in float32 too.
+    """
+    params, momentum = tree.flatten(weights["params"]), tree.flatten(weights.get("ema") or {})
+    copies = momentum or tree.flatten(state.params)
+    replaced = {f"params/{path}" for path in tree.flatten(state.params) if path in params}
+    return replaced | {f"ema/{path}" for path in tree.flatten(state.ema) if path in copies}
 
 
 FRESH = "fresh"

@@ -13,7 +13,7 @@ import abc
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
@@ -207,7 +207,7 @@ class MeshLift(Lift):
         """The sharding of every leaf of a state (or of its eval_shape)."""
 
         def sharding(path: Any, leaf: Any) -> NamedSharding:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            name = _slash(path)
             if not self.stacked:
                 return NamedSharding(self.mesh, self.spec(name, leaf))
             one = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
@@ -311,12 +311,26 @@ def _concatenate(steps: list[list[jax.Array]]) -> jax.Array:
     return jnp.concatenate([value.astype(jnp.float32).reshape(-1) for step in steps for value in step])
 
 
-def initialise(create: Callable[[Any], Any], rng: Any) -> Any:
+def initialise(create: Callable[[Any], Any], rng: Any, replaced: Collection[str] = ()) -> Any:
     """`create(rng)` as a host state, computed on this process's first device.
 
     Compiled: a forward pass whose shapes alone are used then costs nothing.
+
+    replaced: slash paths of leaves that are not computed, but come as their shapes: `init_from` replaces them.
     """
-    return jax.tree.map(_fetch, jax.jit(create)(rng))
+
+    def computed(rng: Any) -> dict[str, Any]:
+        leaves = jax.tree_util.tree_leaves_with_path(create(rng))
+        return {path: leaf for path, leaf in ((_slash(path), leaf) for path, leaf in leaves) if path not in replaced}
+
+    # Views of the device's buffers where it has the host's memory: this process donates them to nothing.
+    leaves = {path: leaf if _is_key(leaf) else np.asarray(leaf) for path, leaf in jax.jit(computed)(rng).items()}
+    shapes = jax.eval_shape(create, rng)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(_slash(path), leaf), shapes)
+
+
+def _slash(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def gather_json(value: Any) -> list[Any]:

@@ -20,7 +20,7 @@ from mmjax.training.checkpoint_format import CheckpointError, encode, frozen_key
 from mmjax.training.console import RunConsole
 from mmjax.training.experiment import ExperimentConfig, LoadWeights, batch_shapes
 from mmjax.training.in_flight import InFlight, Received
-from mmjax.training.initialize import initialize_from, origins_of
+from mmjax.training.initialize import initialize_from, origins_of, replaced_leaves
 from mmjax.training.interrupts import Interrupts
 from mmjax.training.lift import create_lift, gather_json, initialise
 from mmjax.training.metrics import MetricsWriter
@@ -147,11 +147,12 @@ class _Run:
             changes = "; ".join(f"{k} was {v}, is {now}" for k, (v, now) in changed.items() if v != now)
             self.console.print(f"resumed {self.workdir} at step {restored.step}" + (f" ({changes})" if changes else ""))
             return restored.state, restored.step
-        with self.console.activity("initialising the parameters"):
-            host = initialise(create, rng)
         source = ", ".join(self.config.init_sources())
-        if source:
-            weights = self.config.initial_weights(self.load_weights)
+        weights = self.config.initial_weights(self.load_weights) if source else None
+        replaced = replaced_leaves(template, weights) if weights is not None else ()
+        with self.console.activity("initialising the parameters"):
+            host = initialise(create, rng, replaced)
+        if weights is not None:
             self.origins = origins_of(host.params, weights, source)
             host, message = initialize_from(host, weights, source, self.optimizer.partition, method.constrain)
             self.console.print(message)

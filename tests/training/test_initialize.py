@@ -11,7 +11,8 @@ from mmjax.errors import MmjaxError
 from mmjax.nn import int8
 from mmjax.training import checkpoint
 from mmjax.training.checkpoint import CheckpointWriter
-from mmjax.training.initialize import initialize_from, origins_of
+from mmjax.training.initialize import initialize_from, origins_of, replaced_leaves
+from mmjax.training.lift import initialise
 from mmjax.training.partition import Partition
 from mmjax.training.queue import Queue
 
@@ -122,3 +123,27 @@ def test_each_parameter_has_an_origin():
     assert origins == {"head/kernel": "fresh", "stem/bias": "another", "stem/kernel": "a file"}
     _, message = initialize_from(state_of(2), weights, "a file, another")
     assert message == "initialised from a file: 1 arrays of stem; a file, another: 1 arrays of stem; fresh: head/kernel"
+
+
+def test_what_init_from_replaces_is_never_drawn():
+    """Those leaves are shapes until they are loaded; the result is that of a state with all of them."""
+
+    def create(rng):
+        state = toy.init()
+        params = jax.tree.map(lambda leaf: leaf + jax.random.normal(rng, leaf.shape), state.params)
+        return state.replace(params=params, ema={"stem": params["stem"]}, queues={}, rng=rng)
+
+    key, source = jax.random.key(3), state_of(1)
+    stem, kernel = {"stem": source.params["stem"]}, {"stem": {"kernel": source.params["stem"]["kernel"] + 1}}
+    for weights, momentum in (({"params": stem}, {"kernel", "bias"}), ({"params": stem, "ema": kernel}, {"kernel"})):
+        replaced = replaced_leaves(jax.eval_shape(create, key), weights)
+        assert replaced == {"params/stem/kernel", "params/stem/bias", *(f"ema/stem/{name}" for name in momentum)}
+        states = [initialise(create, key, paths) for paths in (replaced, ())]
+        shapes = {
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, leaf in jax.tree_util.tree_leaves_with_path(states[0])
+            if isinstance(leaf, jax.ShapeDtypeStruct)
+        }
+        assert shapes == replaced
+        one, two = (initialize_from(state, weights, "a file")[0] for state in states)
+        assert tree.tree_hash(one) == tree.tree_hash(two)
