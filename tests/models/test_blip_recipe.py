@@ -1,6 +1,7 @@
 """BLIP's small recipe from data to a loaded model that retrieves and writes captions."""
 
 import pathlib
+import shutil
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def test_a_run_is_loaded_with_the_scores_and_captions_of_its_last_step(
     held_out = list(range(0, 16, 4))
     pairs = OpenMoji(part("train", [i for i in range(16) if i not in held_out]), part("held out", held_out), (), {})
     monkeypatch.setattr(recipe, "pairs", property(lambda _: pairs))
-    last = train(recipe(**SMALL, steps=30), tmp_path, experiment_file=str(FILE))
+    last = train(recipe(**SMALL, steps=30, checkpoint_every=27), tmp_path, experiment_file=str(FILE))
     assert last["train/lm_loss"] < 3 and last["val/retrieval_n"] == last["val/captions_n"] == 4
     assert "train/matching_auc" in last and "val/captions_cider" in last
 
@@ -46,6 +47,15 @@ def test_a_run_is_loaded_with_the_scores_and_captions_of_its_last_step(
     assert all(set(caption.split()) <= {word for name in NAMES for word in name.split()} for caption in captions)
     examples = [line.split(" | ")[0] for line in _examples(tmp_path).splitlines()[1:]]
     assert examples == captions
+
+    # Killed between its checkpoints, a run ends in the same bits: momentum encoders and queues are in the checkpoint.
+    newest = tmp_path / "checkpoints" / "30"
+    manifest = (newest / "manifest.json").read_text()
+    shutil.rmtree(newest)
+    again = train(recipe(**SMALL, steps=30, checkpoint_every=27), tmp_path)
+    assert all(again[name] == value for name, value in last.items() if not name.startswith("perf/"))
+    assert (newest / "manifest.json").read_text() == manifest
+    assert all(part in manifest for part in ("queues/image/keys", "queues/text/keys", "ema/vision", "ema/text_proj"))
 
 
 def _examples(workdir: pathlib.Path) -> str:
