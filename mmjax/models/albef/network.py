@@ -4,7 +4,6 @@ whose upper half cross-attends to the image."""
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -12,7 +11,7 @@ from mmjax import tree
 from mmjax.errors import MmjaxError
 from mmjax.models.bert.network import Bert, BertConfig
 from mmjax.models.vit.network import ViT, ViTConfig
-from mmjax.nn.norm import l2_normalize
+from mmjax.nn.image_text import ImageTextHeads
 from mmjax.nn.transformer import torch_linear
 from mmjax.types import Array, Float, Int, Params
 
@@ -150,7 +149,7 @@ def _text(**fields: Any) -> BertConfig:
     return BertConfig(**{"pooler": False, "cross_from": 6, "init": "normal", **fields})
 
 
-class Albef(nn.Module):
+class Albef(ImageTextHeads):
     """Params: vision, text, and as configured vision_proj, text_proj, temperature, itm_head, cls_hidden and cls_head,
     ta_head, decoder.
 
@@ -165,19 +164,9 @@ class Albef(nn.Module):
         dtype: Any = {"dtype": c.dtype}
         self.vision = ViT(replace(c.vision, **dtype), self.axis_name)
         self.text = Bert(replace(c.text, **dtype), self.axis_name)
+        self.set_up_heads(c)
         if c.embed_dim:
-            self.vision_proj, self.text_proj = (
-                torch_linear(c.embed_dim, c.vision.width),
-                torch_linear(c.embed_dim, c.text.width),
-            )
             self.temperature = self.param("temperature", nn.initializers.constant(c.temperature), ())
-        if c.matching:
-            self.itm_head = torch_linear(2, c.text.width)
-        if c.classes:
-            self.cls_hidden, self.cls_head = (
-                torch_linear(c.text.width, c.text.width),
-                torch_linear(c.classes, c.text.width),
-            )
         if c.assigning:
             self.ta_head = torch_linear(3, c.text.width)
         if c.decoder is not None:
@@ -269,25 +258,10 @@ class Albef(nn.Module):
         """As `encode_multimodal`, with the arguments that `mmjax.interface.two_stage` has for every system."""
         return self.encode_multimodal(text_states, mask, image_states, other_states)
 
-    def image_embeds(self, image_tokens: Float[Array, "b n d"]) -> Float[Array, "b e"]:
-        """Unit-norm features, from the class token."""
-        return l2_normalize(self.vision_proj(image_tokens[:, 0]))
-
-    def text_embeds(self, text_states: Float[Array, "b l d"]) -> Float[Array, "b e"]:
-        """Unit-norm features, from the first token ([CLS]) of the states of `encode_text`."""
-        return l2_normalize(self.text_proj(text_states[:, 0]))
-
     def mlm_logits(
         self, states: Float[Array, "b l d"], positions: Int[Array, "b m"] | None = None
     ) -> Float[Array, "b l v"] | Float[Array, "b m v"]:
         return self.text.mlm_logits(states, positions)
-
-    def itm_logits(self, states: Float[Array, "b l d"]) -> Float[Array, "b 2"]:
-        """Logits of the first token; class 1: text and image match."""
-        return self.itm_head(states[:, 0]).astype(jnp.float32)
-
-    def classify(self, states: Float[Array, "b l d"]) -> Float[Array, "b c"]:
-        return self.cls_head(jax.nn.relu(self.cls_hidden(states[:, 0]))).astype(jnp.float32)
 
     def assign(self, states: Float[Array, "b l d"]) -> Float[Array, "b 3"]:
         """Logits of the first token; 0: the text belongs to the first image, 1: to the second, 2: to neither."""

@@ -4,7 +4,6 @@ in three roles: text encoder, image-grounded text encoder, image-grounded text d
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
@@ -13,8 +12,8 @@ from mmjax import tree
 from mmjax.errors import MmjaxError
 from mmjax.models.bert.network import Bert, BertConfig
 from mmjax.models.vit.network import ViT, ViTConfig
+from mmjax.nn.image_text import ImageTextHeads
 from mmjax.nn.norm import l2_normalize
-from mmjax.nn.transformer import torch_linear
 from mmjax.types import Array, ArrayLike, Float, Int, Params
 
 MOMENTUM = ("vision", "vision_proj", "text", "text_proj")
@@ -192,7 +191,7 @@ def _decoder() -> BertConfig:
     return _text(causal=True, mlm=True)
 
 
-class Blip(nn.Module):
+class Blip(ImageTextHeads):
     """Params: vision, and as configured text, vision_proj, text_proj, temperature, itm_head, cls_hidden and cls_head,
     decoder.
 
@@ -208,14 +207,7 @@ class Blip(nn.Module):
         self.vision = ViT(replace(c.vision, **dtype), self.axis_name)
         if c.text is not None:
             self.text = Bert(replace(c.text, **dtype), self.axis_name)
-            if c.embed_dim:
-                self.vision_proj = torch_linear(c.embed_dim, c.vision.width)
-                self.text_proj = torch_linear(c.embed_dim, c.text.width)
-            if c.matching:
-                self.itm_head = torch_linear(2, c.text.width)
-            if c.classes:
-                self.cls_hidden = torch_linear(c.text.width, c.text.width)
-                self.cls_head = torch_linear(c.classes, c.text.width)
+            self.set_up_heads(c)
         if c.temperature is not None:
             self.temperature = self.param("temperature", nn.initializers.constant(c.temperature), ())
         if c.decoder is not None:
@@ -318,18 +310,6 @@ class Blip(nn.Module):
         (eval_retrieval_video.py)."""
         x = self.vision_proj(image_tokens[..., 0, :])
         return l2_normalize(x if x.ndim == 2 else jnp.mean(x, axis=1))
-
-    def text_embeds(self, text_states: Float[Array, "b l d"]) -> Float[Array, "b e"]:
-        """Unit-norm features, from the first token ([CLS]) of the states of `encode_text`."""
-        return l2_normalize(self.text_proj(text_states[:, 0]))
-
-    def itm_logits(self, states: Float[Array, "b l d"]) -> Float[Array, "b 2"]:
-        """Logits of the first token of `encode_multimodal`; class 1: text and image match."""
-        return self.itm_head(states[:, 0]).astype(jnp.float32)
-
-    def classify(self, states: Float[Array, "b l d"]) -> Float[Array, "b c"]:
-        """Logits of the first token of `encode_multimodal`."""
-        return self.cls_head(jax.nn.relu(self.cls_hidden(states[:, 0]))).astype(jnp.float32)
 
     def decode(
         self,
