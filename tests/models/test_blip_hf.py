@@ -235,6 +235,13 @@ def test_weights_without_config_are_read_as_the_published_sizes(tmp_path: pathli
     assert "text.heads=2" in model.notes[0] and "vision.epsilon=1e-05" in model.notes[0]
 
 
+def test_transformers_blip_model_is_refused(tmp_path: pathlib.Path):
+    """Its pooler and projections are in no other BLIP; it is deprecated there."""
+    transformers.BlipModel(transformers.BlipConfig(**CONFIG)).save_pretrained(tmp_path)
+    with pytest.raises(MmjaxError, match=r"model.safetensors: this is transformers' BlipModel, .* BlipForImageText"):
+        mmjax.load(tmp_path)
+
+
 def test_what_transformers_has_no_class_for(tmp_path: pathlib.Path):
     for config, kind in ((tiny.PRETRAINING, "pre-training"), (tiny.NLVR, "NLVR2")):
         with pytest.raises(MmjaxError, match=f"transformers has no class for BLIP's network of {kind}"):

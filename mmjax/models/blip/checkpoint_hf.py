@@ -3,6 +3,9 @@
 The arrays are the original's under other names. What training needs beside the network (temperature, momentum encoders,
 queues) has no name here. config.json may leave out every field whose value is the default of transformers' classes:
 8 heads in the text's layers and an epsilon of 1e-5 in the ViT, both unlike the original's.
+
+transformers' BlipModel is refused: a pooler, projections without bias, an exponentiated temperature and a final norm
+that pooled images pass twice are no network of BLIP's authors, no public file has their weights, and it is deprecated.
 """
 
 import re
@@ -35,6 +38,8 @@ BLOCK_NAMES = (
     (".attn.proj.", ".self_attn.projection."),
 )
 """The same within a block of the ViT."""
+
+BLIP_MODEL = "text_model.embeddings.word_embeddings.weight"
 
 
 def hf_name(key: str) -> str:
@@ -77,7 +82,15 @@ def reduced(config: BlipConfig) -> BlipConfig:
 
 
 def config_of(shapes: Shapes, config_json: ConfigJson) -> BlipConfig:
-    """The config, from the arrays' shapes and config.json; defaults of transformers' classes fill the rest."""
+    """The config, from the arrays' shapes and config.json; defaults of transformers' classes fill the rest.
+
+    Raises MmjaxError for a BlipModel.
+    """
+    if BLIP_MODEL in shapes:
+        raise MmjaxError(
+            "this is transformers' BlipModel, whose pooler and projections are in no BLIP; there are "
+            "BlipForImageTextRetrieval (features and matching), BlipForConditionalGeneration, BlipForQuestionAnswering"
+        )
     text, vision = (dict((config_json or {}).get(f"{name}_config") or {}) for name in ("text", "vision"))
     renamed = {original_name(key): shape for key, shape in shapes.items()}
     fields: dict[str, Any] = {
@@ -177,8 +190,8 @@ def _sizes(part: BertConfig | ViTConfig) -> dict[str, Any]:
 
 
 def recognises(keys: Set[str], config_json: ConfigJson) -> bool:
-    """Whether these are the keys of one of the three classes; BLIP-2 has the same image encoder."""
-    return "vision_model.encoder.layers.0.self_attn.qkv.weight" in keys and bool({ENCODER, DECODER} & keys)
+    """Whether these are the keys of one of the classes; BLIP-2 has the same image encoder."""
+    return "vision_model.encoder.layers.0.self_attn.qkv.weight" in keys and bool({ENCODER, DECODER, BLIP_MODEL} & keys)
 
 
 HF = Layout(
