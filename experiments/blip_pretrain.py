@@ -6,11 +6,16 @@ epochs in batches of 2,880, as in the paper (the repository's file has 75 pairs 
         --init_text bert-base-uncased
 
 With ViT-L: `--large --batch_size 2400 --learning_rate 2e-4` (queue and batch still fit). The numbers of entries are the
-paper's, rounded; other ones are an error that names the flags. LAION's 115 M, a fifth an epoch, are not in it.
+paper's, rounded; other ones are an error that names the flags. The 129 M of the paper, with LAION's 115 M, of which an
+epoch has a fifth, and so the next file: `--rotating laion_0.json laion_1.json laion_2.json laion_3.json laion_4.json`,
+with the `--examples` of an epoch.
 """
 
 import dataclasses
+import pathlib
 
+from mmjax.data.image_text import ImageTextList
+from mmjax.data.sources import Rotation, Source
 from mmjax.models.blip.network import BlipConfig
 from mmjax.models.blip.pretrain import BlipPretraining
 from mmjax.recipes.blip import BlipRecipe
@@ -22,6 +27,7 @@ class Config(BlipRecipe):
     """The published recipe.
 
     Attributes:
+        rotating: more files, of which each epoch has one, in turn; of as many entries each as the shortest.
         groups: the paper's 32 processes.
         warmup: steps of the first epoch, from 1e-6 to learning_rate.
         decay: of the rate from epoch to epoch, to 1e-6 at least (the paper's text says 0.85).
@@ -36,6 +42,7 @@ class Config(BlipRecipe):
         "ccs_filtered.json",
         "ccs_synthetic_filtered.json",
     )
+    rotating: tuple[str, ...] = ()
     examples: int = 24_700_000
     size: int = 224
     length: int = 30
@@ -46,6 +53,11 @@ class Config(BlipRecipe):
     queue: int = 57_600
 
     crop_min = 0.2
+
+    def source(self) -> Source:
+        """The files, and with `rotating` one more in each epoch."""
+        parts = [ImageTextList(pathlib.Path(self.data) / file, self.images) for file in self.rotating]
+        return Rotation(super().source(), parts) if parts else super().source()
 
     @property
     def network(self) -> BlipConfig:

@@ -6,8 +6,8 @@
     state = batches.get_state()     # plain JSON; `iter(pipeline)` in another process, set_state(state): resumes
 
 Epochs. Each epoch is a permutation of the records, cut into whole batches: no record occurs twice in an epoch, and
-records that do not fill a batch are left to later epochs. Grain shuffles, runs the worker processes and transfers
-arrays from them.
+records that do not fill a batch are left to later epochs. Each epoch of a `Rotation` has other records. Grain shuffles,
+runs the worker processes and transfers arrays from them.
 
 Bad records. A record that raises `BadRecord` is replaced by the one at its position one batch later in the epoch
 (or, if that is bad too, by the next after it). So batches have a constant shape, the other records stay at their
@@ -32,7 +32,7 @@ import numpy as np
 from absl import flags
 
 from mmjax.data.decoding import BadRecord
-from mmjax.data.sources import Record, Source
+from mmjax.data.sources import Record, Rotation, Source
 from mmjax.errors import MmjaxError
 
 Transform: TypeAlias = grain.transforms.Map | grain.transforms.RandomMap | Callable[[Record], Record]
@@ -302,6 +302,8 @@ class _Loader(grain.transforms.Map):
         others = (position + self.pipeline.batch_size + k for k in range(n))
         for candidate in itertools.chain((position,), others):
             index = self.order[epoch * n + candidate % n] % n
+            if isinstance(self.pipeline.source, Rotation):
+                index = self.pipeline.source.index(epoch, index)
             if index in bad:
                 continue
             try:

@@ -118,6 +118,52 @@ class RandomAccess:
         return f"{self.name}[{index}]"
 
 
+class Rotation:
+    """A source whose epochs differ: all records of `always`, then those of one of `parts`, which take turns.
+
+    Part `epoch % len(parts)`, as BLIP's pre-training reads LAION (data/pretrain_dataset.py:39-45). Parts may differ in
+    length; of each, an epoch has as many records as the shortest has. `len` is that of an epoch. Indices are of
+    `always`, then of the first part, then of the second.
+
+    >>> numbers = Rotation(ArraySource(n=[0, 1]), [ArraySource(n=[2, 3]), ArraySource(n=[4, 5])])
+    >>> [[numbers[numbers.index(epoch, i)]["n"] for i in range(len(numbers))] for epoch in range(3)]
+    [[0, 1, 2, 3], [0, 1, 4, 5], [0, 1, 2, 3]]
+
+    Raises MmjaxError for no part.
+    """
+
+    def __init__(self, always: Source, parts: Sequence[Source]):
+        if not parts:
+            raise MmjaxError(f"{always.name}: nothing to rotate: a rotation needs a part")
+        self.sources = (always, *parts)
+        self.shortest = min(map(len, parts))
+        self.name = f"{always.name} + one of {', '.join(part.name for part in parts)}"
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(" ".join(source.fingerprint for source in self.sources).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.sources[0]) + self.shortest
+
+    def index(self, epoch: int, position: int) -> int:
+        """The index of the record at a position of an epoch."""
+        always, turn = len(self.sources[0]), epoch % (len(self.sources) - 1)
+        return position if position < always else position + turn * self.shortest
+
+    def __getitem__(self, index: int) -> Record:
+        source, local = self._located(index)
+        return source[local]
+
+    def record_name(self, index: int) -> str:
+        source, local = self._located(index)
+        return source.record_name(local)
+
+    def _located(self, index: int) -> tuple[Source, int]:
+        turn, local = divmod(index - len(self.sources[0]), self.shortest)
+        return (self.sources[0], index) if turn < 0 else (self.sources[1 + turn], local)
+
+
 IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 
 

@@ -123,6 +123,29 @@ def test_another_number_of_entries_is_refused_with_the_flags(folder: pathlib.Pat
         config.train_data()
 
 
+def test_each_epoch_of_blips_pretraining_has_the_next_of_the_rotating_files(folder: pathlib.Path):
+    """Three files of 2, 3 and 2 entries beside one of 5: an epoch has 7; also from the middle on."""
+    kind: Any = load_experiment(EXPERIMENTS / "blip_pretrain.py")
+    (folder / "train.json").write_text(json.dumps(CAPTIONS))
+    for i, size in enumerate((2, 3, 2)):
+        (folder / f"laion_{i}.json").write_text(json.dumps(CAPTIONS[i : i + size]))
+    fields = TINY | {"data": str(folder), "images": str(folder), "files": ("train.json",), "batch_size": 7, "queue": 7}
+    fields |= {"rotating": tuple(f"laion_{i}.json" for i in range(3)), "examples": 7}
+    pipeline = kind(**fields).train_data()
+    assert pipeline.steps_per_epoch == 1 and len(pipeline.source) == 7
+    batches = iter(pipeline)
+    epochs = [sorted(next(batches)["index"].tolist()) for _ in range(4)]
+    assert epochs == [[*range(5), *part] for part in ([5, 6], [7, 8], [9, 10], [5, 6])]
+    names = [pipeline.source.record_name(i) for i in (4, 6, 7, 10)]
+    files = [("train", 4), ("laion_0", 1), ("laion_1", 0), ("laion_2", 1)]
+    assert names == [f"{folder / file}.json[{i}]" for file, i in files]
+    again = iter(pipeline)
+    again.set_state(batches.get_state() | {"step": 2})
+    assert sorted(next(again)["index"].tolist()) == epochs[2]
+    with pytest.raises(MmjaxError, match="7 entries, schedules count epochs of 5: --examples 7 --steps 1"):
+        kind(**fields | {"examples": 5}).train_data()
+
+
 def rates(name: str, *steps: int) -> list[float]:
     """Learning rates of a recipe at steps: the updates of a parameter without decay, whose gradient is constant."""
     config: Any = load_experiment(EXPERIMENTS / f"{name}.py")()
