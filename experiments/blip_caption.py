@@ -12,9 +12,8 @@ from mmjax.data.caption_text import CleanText, EncodeCaption
 from mmjax.data.pipeline import Transform
 from mmjax.models.blip.finetune import BlipCaptioning
 from mmjax.models.blip.network import BlipConfig
+from mmjax.models.blip.tasks import PROMPT
 from mmjax.recipes.blip import BlipRecipe
-
-PROMPT = "a picture of"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,8 @@ ADDED = ("[DEC]", "[ENC]")
 """The ids that follow BERT's vocabulary (blip.py:186-191)."""
 ANSWERS = GenerationOptions(max_new_tokens=9, num_beams=3, beam_rules=BeamRules.v4_15())
 """Of written answers (blip_vqa.py:94-113): max_length=10 counts [DEC], and min_length=1 is [DEC] itself."""
+PROMPT = "a picture of"
+"""The beginning of captions, in fine-tuning and in use (configs/caption_coco.yaml)."""
 NUCLEUS: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "repetition_penalty": 1.1}
 """What the original samples with beside top_p (blip.py:147-157): transformers 4.15 has an implicit top_k of 50."""
 
@@ -232,7 +234,7 @@ class BlipModel(GroundingModel, MomentumModel, GeneratingModel):
     def caption(
         self,
         images: Any,
-        prompt: str | None = "a picture of",
+        prompt: str | None = PROMPT,
         *,
         max_length: int = 20,
         min_length: int = 5,
