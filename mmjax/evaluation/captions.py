@@ -44,8 +44,9 @@ def caption_scores(
     """ "bleu_1" to "bleu_4", "rouge_l" and "cider", all times 100 as papers print them: a perfect CIDEr is 1000.
 
     captions: one per image. references: any number of texts for each image. CIDEr weights n-grams by their rarity
-    among these images' references, so the CIDEr of a subset is not comparable with that of the whole set, and a single
-    image gets 0. Intervals resample images; CIDEr's weights stay those of the full set.
+    among these images' references, so the CIDEr of a subset is not comparable with that of the whole set. A single
+    image has no "cider": the script's is then always 0. Intervals resample images; CIDEr's weights stay those of the
+    full set.
     Raises MmjaxError: captions and references differ in number, there are none, or an image has no reference.
     """
     if not references or len(captions) != len(references):
@@ -61,7 +62,8 @@ def caption_scores(
         for order in range(1, ORDERS + 1)
     }
     rouge = np.array([rouge_l(*pair) for pair in zip(candidates, tokenized_references)])
-    for name, values in (("rouge_l", rouge), ("cider", cider(candidates, tokenized_references))):
+    several = {"cider": cider(candidates, tokenized_references)} if len(candidates) > 1 else {}
+    for name, values in ({"rouge_l": rouge} | several).items():
         scores[name] = _score(np.stack([values, np.ones(len(candidates))], 1), ratio, intervals)
     return scores
 

