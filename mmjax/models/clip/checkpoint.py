@@ -286,8 +286,11 @@ def _recognise(needed: str, open_clip: bool | None) -> Callable[[Set[str], Confi
     def recognise(keys: Set[str], config_json: ConfigJson) -> bool:
         if needed not in keys or not any(key.startswith(("visual.", "visual_projection")) for key in keys):
             return False
-        if any(key.startswith(("visual.trunk.", "text.transformer.embeddings.")) for key in keys):
-            return False  # open_clip around a tower of timm or of transformers
+        if any(
+            key.startswith(("visual.trunk.", "text.transformer.embeddings.", "text_model.encoder.layer."))
+            for key in keys
+        ):
+            return False  # open_clip around a tower of timm or of transformers; transformers' BlipModel
         return open_clip is None or open_clip == bool(
             config_json and ("model_cfg" in config_json or "vision_cfg" in config_json)
         )
