@@ -7,7 +7,16 @@ each side as the process may use. Every measurement is a process of its own, sin
 runs after them: it makes the step once for warming up, then `--steps` times. Processes alternate; the ratio is the
 median over rounds of ours by PyTorch's. Each process also times one large matrix product and a copy of memory, so that
 a round on a busy machine shows. --remat: ours with blocks computed again in the backward pass. Peak memory is the
-process's, with the program's compilation.
+process's, with the program's compilation. --memory: the bytes that our compiled step needs instead, without running it:
+its arguments, of which the state is donated, and its temporaries. At these sizes:
+
+    | network | state and batch GiB | temporaries GiB |
+    |---|---|---|
+    | ALBEF-base | 3.25 | 1.71 |
+    | BLIP-base | 3.77 | 2.40 |
+
+Rematerialisation saves no memory on a CPU: XLA's CPU compiler drops the barriers in front of what is computed again. A
+ViT of six blocks has 27 % more operations with it, and temporaries of 465 MiB instead of 470.
 """
 
 import argparse
@@ -37,12 +46,10 @@ def data(batch: int, side: int) -> dict[str, np.ndarray]:
     return {"image": image, "input_ids": ids * mask, "attention_mask": mask}
 
 
-def ours(name: str, batch: int, depth: int, side: int, remat: bool) -> Any:
-    """The step as a function without arguments; it keeps its state."""
+def program(name: str, batch: int, depth: int, side: int, remat: bool) -> Any:
+    """(the lift of the step, rng -> its first state, the batch)."""
     import dataclasses
     import functools
-
-    import jax
 
     from mmjax.models.albef.network import AlbefConfig
     from mmjax.models.albef.pretrain import AlbefPretraining
@@ -64,8 +71,26 @@ def ours(name: str, batch: int, depth: int, side: int, remat: bool) -> Any:
     )
     optimizer, examples = Optimizer(adamw(**ADAMW)), data(batch, side)
     lift = JitLift(functools.partial(train_step, method, optimizer))
-    state = lift.place(jax.jit(lambda rng: create_state(method, optimizer, rng, examples))(jax.random.key(0)))
-    states, placed = [state], lift.place_batch(examples)
+    return lift, lambda rng: create_state(method, optimizer, rng, examples), examples
+
+
+def memory(name: str, options: argparse.Namespace) -> tuple[float, float]:
+    """GiB of the compiled step's arguments and of its temporaries."""
+    import jax
+
+    lift, create, examples = program(name, options.batch, options.depth, options.side, options.remat)
+    state = jax.eval_shape(create, jax.random.key(0))
+    analysis = lift.compile(state, examples).memory_analysis()
+    return analysis.argument_size_in_bytes / 2**30, analysis.temp_size_in_bytes / 2**30
+
+
+def ours(name: str, batch: int, depth: int, side: int, remat: bool) -> Any:
+    """The step as a function without arguments; it keeps its state."""
+    import jax
+
+    lift, create, examples = program(name, batch, depth, side, remat)
+    # Drawn where it stays: `lift.place` would copy it.
+    states, placed = [jax.jit(create)(jax.random.key(0))], lift.place_batch(examples)
 
     def step() -> float:
         states[0], metrics = lift.step(states[0], placed)
@@ -115,10 +140,17 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=SIDE)
     parser.add_argument("--only", nargs="+", choices=list(NAMES), default=list(NAMES))
     parser.add_argument("--remat", action="store_true", help="also ours with rematerialisation")
+    parser.add_argument("--memory", action="store_true", help="bytes of our compiled step alone")
     parser.add_argument("--child", choices=("mmjax", "remat", "PyTorch"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(measure(options.child, options, options.only[0])))
+        return
+    if options.memory:
+        print("| network | state and batch GiB | temporaries GiB |")
+        print("|---|---|---|")
+        for name in options.only:
+            print("| {} | {:.2f} | {:.2f} |".format(NAMES[name], *memory(name, options)), flush=True)
         return
     sides = ["mmjax", "PyTorch"] + (["remat"] if options.remat else [])
     print("| network | mmjax s | PyTorch s | ratio | peak GiB: mmjax, PyTorch | product GFLOP/s | copy GB/s |")
