@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Self
 
 from mmjax.data.decoding import BadRecord
+from mmjax.data.labels import check_names
 from mmjax.data.sources import Record, read_bytes
 from mmjax.errors import MmjaxError
 
@@ -43,18 +44,10 @@ class ImageFolder:
         if unknown:
             raise MmjaxError(f"{self.root}: {', '.join(unknown)}: not among the classes {', '.join(self.classes)}")
         folders = self.classes or (".",)
-        images = [(label, path) for label, folder in enumerate(folders) for path in self._images(folder)]
+        images = [(label, path) for label, folder in enumerate(folders) for path in image_paths(self.root, folder)]
         if not images:
             raise MmjaxError(f"{self.root}: no image ({', '.join(sorted(SUFFIXES))}) in it")
         self.labels, self.paths = [label for label, _ in images], [path for _, path in images]
-
-    def _images(self, folder: str) -> list[str]:
-        paths = []
-        for parent, folders, files in os.walk(self.root / folder):
-            folders.sort()
-            inside = os.path.relpath(parent, self.root)
-            paths += [os.path.join(inside, f) for f in files if os.path.splitext(f)[1].lower() in SUFFIXES]
-        return sorted(paths)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -95,6 +88,25 @@ class ImageFolder:
         return hashlib.sha256("\n".join(self.paths).encode(errors="surrogateescape")).hexdigest()
 
 
+def image_paths(root: str | os.PathLike[str], folder: str = ".") -> list[str]:
+    """The paths below `root` of all images in root/folder, sorted.
+
+    Linked folders are entered, each real one once. Hidden names are not data: Jupyter and macOS leave copies beside
+    images (.ipynb_checkpoints, ._photo.png).
+    """
+    paths, entered = [], set()
+    for parent, folders, files in os.walk(os.path.join(root, folder), followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        images = (name for name in files if os.path.splitext(name)[1].lower() in SUFFIXES and name[0] != ".")
+        paths += [os.path.relpath(os.path.join(parent, name), root) for name in images]
+    return sorted(paths)
+
+
 def split_folders(root: str | os.PathLike[str]) -> tuple[ImageFolder, ImageFolder | None]:
     """(training images, test images): of root/train and root/test, val or validation; else all of root, and None.
 
@@ -116,13 +128,15 @@ def labelled_split(root: str | os.PathLike[str], held_out: float) -> tuple[Image
     """(training, held-out images) to train a classifier with: `split_folders`, or where there is no such split a share
     of each class; None with held_out=0.
 
-    Raises MmjaxError, also for fewer than two classes or a class without an image to train on.
+    Raises MmjaxError, also for fewer than two classes, a class without an image to train on, or one whose name is not
+    UTF-8.
     """
     if not 0 <= held_out < 1:
         raise MmjaxError(f"held_out={held_out}: a share from 0 to below 1")
     train, test = split_folders(root)
     if len(train.classes) < 2:
         raise MmjaxError(f"{train.root}: {', '.join(train.classes)} is its only class; a classifier needs two")
+    check_names(train.classes, train.root)
     empty = sorted({train.classes[i] for i in set(range(len(train.classes))) - set(train.labels)})
     if empty:
         raise MmjaxError(f"{train.root}: no image ({', '.join(sorted(SUFFIXES))}) of the classes {', '.join(empty)}")

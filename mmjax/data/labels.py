@@ -1,6 +1,7 @@
 """Class labels: whether those of a source fit a classifier, checked before a run starts; and the names of classes."""
 
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,8 +56,21 @@ def _first_label(source: Source) -> Any:
     raise MmjaxError(f"{source.name}: no readable record")
 
 
+def check_names(names: Sequence[str], source: object) -> None:
+    """Raises MmjaxError for a name that no JSON file can contain: of a folder whose name is not UTF-8."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise MmjaxError(f"{source}: the class {os.fsencode(name)!r}: its name is not UTF-8; rename it") from None
+
+
 def write_labels(names: Sequence[str], folder: pathlib.Path) -> None:
-    """Writes `labels.json` into a workdir or a model's folder, where `mmjax.load` reads the names."""
+    """Writes `labels.json` into a workdir or a model's folder, where `mmjax.load` reads the names.
+
+    Raises MmjaxError for a name that is not UTF-8.
+    """
+    check_names(names, folder / LABELS)
     (folder / LABELS).write_text(json.dumps(list(names), ensure_ascii=False, indent=1) + "\n")
 
 

@@ -21,7 +21,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from mmjax.data.decoding import BadRecord, open_image
-from mmjax.data.image_folder import SUFFIXES
+from mmjax.data.image_folder import SUFFIXES, image_paths
 from mmjax.data.preprocess import RESAMPLING, Resample
 from mmjax.data.sources import Record, read_bytes
 from mmjax.data.transforms import random_box, rgb_image
@@ -87,8 +87,7 @@ class MaskFolder:
 
 def _files(folder: pathlib.Path) -> dict[str, str]:
     """Path without suffix -> path, of all images below a folder."""
-    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    return {os.fspath(path.with_suffix("")): os.fspath(path) for path in paths}
+    return {os.path.splitext(path)[0]: path for path in image_paths(folder)}
 
 
 def mask_split(root: str | os.PathLike[str], held_out: float) -> tuple[MaskFolder, MaskFolder | None]:

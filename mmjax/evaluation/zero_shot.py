@@ -44,8 +44,11 @@ def prompts(
 ) -> tuple[list[str], Int[np.ndarray, " m"]]:
     """Every name of every class in every template, and the class index of each text.
 
-    classes: one name each, or several (FER2013 has "happy" and "smiling"). Raises MmjaxError for a template without {}.
+    classes: one name each, or several (FER2013 has "happy" and "smiling").
+    Raises MmjaxError for a single string instead of a list, no class, or a template without {}.
     """
+    if isinstance(classes, str):
+        raise MmjaxError(f"classes: {classes!r} is one string; a list has one name for each class")
     for template in templates:
         if template.count("{}") != 1:
             raise MmjaxError(f"templates: {template!r} needs one {{}} for the name")

@@ -1,8 +1,11 @@
 """Options of generation. Names and rules are those of transformers, except for its implicit top_k = 50."""
 
 import dataclasses
+import numbers
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mmjax.errors import MmjaxError
 
@@ -60,6 +63,12 @@ class BeamRules:
     def v5(cls) -> "BeamRules":
         """transformers 5, generation/utils.py, `_beam_search`."""
         return cls()
+
+
+def _real(value: Any) -> float:
+    if not isinstance(value, numbers.Real):
+        raise TypeError
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,8 @@ class GenerationOptions:
     suppress: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        """Raises MmjaxError for a value of another type, out of range, or at odds with another."""
+        self._check_types()
         least = {"max_new_tokens": 1, "num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1}
         least |= {"diversity_penalty": 0, "min_new_tokens": 0, "top_k": 0, "temperature": 0, "no_repeat_ngram_size": 0}
         for name, bound in least.items():
@@ -153,6 +164,24 @@ class GenerationOptions:
             raise MmjaxError("top_k and top_p apply to sampling: they need a temperature above 0")
         if self.early_stopping not in (True, False, "never"):
             raise MmjaxError(f"early_stopping={self.early_stopping!r}: True, False or 'never'")
+
+    def _check_types(self) -> None:
+        """NumPy's numbers become Python's, and lists of ids tuples, since options are hashed."""
+        convert: dict[type, Callable[[Any], Any]] = {
+            int: operator.index,
+            float: _real,
+            bool: lambda value: bool(operator.index(value)),
+            tuple[int, ...]: lambda value: tuple(map(operator.index, value)),
+        }
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type not in convert:
+                continue
+            try:
+                object.__setattr__(self, field.name, convert[field.type](value))
+            except TypeError:
+                kind = getattr(field.type, "__name__", field.type)
+                raise MmjaxError(f"{field.name}={value!r}: {kind} expected, not {type(value).__name__}") from None
 
     def replace(self, **changes: object) -> "GenerationOptions":
         """A copy with some values changed."""

@@ -273,6 +273,7 @@ def _load_public(path: pathlib.Path, layout_name: str | None) -> _Parts:
         _, config, fields = read_description(sidecar, f"{folder / 'config.json'}: {SIDECAR}")
     else:
         config = infer_config(weights, names, system, layout, config_json)
+        config = dataclasses.replace(config, **kind.folder_fields(folder))
         preprocess = from_hf(preprocess_json) if preprocess_json else kind.default_preprocess(config, layout.name)
         fields = {"preprocess": preprocess, "layout": layout.name}
         notes = notes_of(weights.file, layout, config, config_json, preprocess_json)

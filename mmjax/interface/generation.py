@@ -15,7 +15,7 @@ from mmjax.generation.decodable import Decodable
 from mmjax.generation.engine import generate, stream
 from mmjax.generation.options import GenerationOptions
 from mmjax.generation.stopping import Stops
-from mmjax.interface.inputs import check_inputs
+from mmjax.interface.inputs import check_ids, check_inputs
 from mmjax.interface.model import Model
 from mmjax.text.batches import Batches, Side
 from mmjax.text.stop_strings import stop_automaton
@@ -61,6 +61,14 @@ class GeneratingModel(Model):
     def num_logits(self) -> int:
         """The number of ids that the logits cover."""
         return self.num_ids
+
+    def id_counts(self) -> Mapping[str, int]:
+        return {"input_ids": self.num_ids, "decoder_input_ids": self.num_logits}
+
+    @property
+    def max_prompt_length(self) -> int | None:
+        """The maximum number of ids of a prompt; None: no maximum. Padding is not counted."""
+        return None
 
     def check_room(self, length: int, new_tokens: int) -> None:
         """Raises MmjaxError where a prompt of `length` with the new tokens exceeds the model's positions."""
@@ -186,13 +194,20 @@ class GeneratingModel(Model):
     # ------------------------------------------------------------------------------------------------------- the parts
 
     def options(self, **options: Any) -> GenerationOptions:
-        """Options with this model's ids for ends and padding. Raises MmjaxError for one that does not exist."""
+        """Options with this model's ids for ends and padding.
+
+        Raises MmjaxError for an option that does not exist, and for `suppress` of ids that do not exist or of all.
+        """
         known = {field.name for field in dataclasses.fields(GenerationOptions)}
         unknown = sorted(options.keys() - known)
         if unknown:
             raise MmjaxError(f"generate has no option {', '.join(unknown)}; there are {', '.join(sorted(known))}")
         merged = {"max_new_tokens": NEW_TOKENS, "eos": self.eos, "pad": self.pad, **self.fixed_options(), **options}
-        return GenerationOptions(**merged)
+        parsed = GenerationOptions(**merged)
+        check_ids({"suppress": parsed.suppress}, {"suppress": self.num_logits})
+        if len(set(parsed.suppress)) == self.num_logits:
+            raise MmjaxError(f"suppress: all {self.num_logits} ids, so that none is left")
+        return parsed
 
     def _visual(self, images: Any, pixel_values: Any) -> dict[str, Any]:
         """Inputs of `forward`; none where there is no image."""
@@ -216,7 +231,7 @@ class GeneratingModel(Model):
         ids, mask = self._inputs(prompts, mask, add_special_tokens)
         values = {"input_ids": ids, "attention_mask": mask, **visual}
         inputs = self.prompt_inputs(check_inputs(self.inputs(self.config), values, self.system))
-        self.check_room(inputs["attention_mask"].shape[1], new_tokens)
+        self.check_room(int(np.asarray(inputs["attention_mask"]).sum(1).max()), new_tokens)
         return inputs
 
     def _inputs(self, prompts: Any, mask: ArrayLike | None, add_special_tokens: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -232,8 +247,9 @@ class GeneratingModel(Model):
         valid = np.ones(ids.shape, np.int32) if mask is None else np.asarray(mask).astype(np.int32)
         if valid.shape != ids.shape:
             raise MmjaxError(f"attention_mask {list(valid.shape)} is not of the ids' shape {list(ids.shape)}")
-        if ids.min() < 0 or ids.max() >= self.num_ids:
-            raise MmjaxError(f"prompts: ids from {ids.min()} to {ids.max()}; there are {self.num_ids}")
+        check_ids({"prompts": ids}, {"prompts": self.num_ids})
+        if not valid.any(1).all():
+            raise MmjaxError(f"attention_mask: row {int(valid.any(1).argmin())} is all zeros: no token to go on from")
         return ids.astype(np.int32), valid
 
     def _encode(self, prompts: Any, add_special_tokens: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -242,7 +258,9 @@ class GeneratingModel(Model):
                 f"this {self.system} came without a tokenizer: pass ids, or set one: vlm.replace(tokenizer=)"
             )
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids, mask = self.tokenizer(texts, self.padding_side, BUCKETS, add_special_tokens)
+        maximum = self.max_prompt_length or BUCKETS[-1]
+        lengths = [*(size for size in BUCKETS if size < maximum), maximum]
+        ids, mask = self.tokenizer(texts, self.padding_side, lengths, add_special_tokens)
         empty = [text for text, row in zip(texts, mask) if not row.any()]
         if empty:
             raise MmjaxError(f"{empty[0]!r} has no token to go on from")

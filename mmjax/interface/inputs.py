@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from mmjax.errors import MmjaxError
 from mmjax.types import Array
@@ -58,6 +59,17 @@ def check_inputs(declared: Mapping[str, Input], values: Mapping[str, Any], syste
             if length != expected:
                 raise MmjaxError(f"{name} {list(array.shape)}: its axis {axis} is {expected} long in {other}")
     return arrays
+
+
+def check_ids(values: Mapping[str, Any], counts: Mapping[str, int]) -> None:
+    """Raises MmjaxError for an id outside 0 .. count - 1, which a table of `count` rows would silently clip.
+
+    values: ids by name, on the host. counts: the rows of the tables; names without one are not checked.
+    """
+    for name in values.keys() & counts.keys():
+        ids, count = np.asarray(values[name]), counts[name]
+        if ids.size and (ids.min() < 0 or ids.max() >= count):
+            raise MmjaxError(f"{name}: ids from {ids.min()} to {ids.max()}; there are {count}")
 
 
 def _needs(declared: Mapping[str, Input], missing: list[str]) -> str:

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
-from mmjax.interface.inputs import Input, check_inputs
+from mmjax.interface.inputs import Input, check_ids, check_inputs
 from mmjax.interface.summary import summary
 from mmjax.types import Array, ArrayLike, Params
 
@@ -83,6 +83,15 @@ class Model(abc.ABC):
     @abc.abstractmethod
     def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Everything that `forward` returns, as a pure function."""
+
+    def id_counts(self) -> Mapping[str, int]:
+        """The number of ids that exist, for each input of ids."""
+        return {}
+
+    @classmethod
+    def folder_fields(cls, folder: pathlib.Path) -> dict[str, Any]:
+        """Fields of the config that other files beside the weights determine."""
+        return {}
 
     @classmethod
     def default_preprocess(cls, config: Any, layout: str) -> ImagePreprocessing:
@@ -186,10 +195,12 @@ class Model(abc.ABC):
         pixel_values: float32, channels last. input_ids: int [b, l]. attention_mask: int or bool [b, l], 1 = a token.
         others: token_type_ids, decoder_input_ids (the start token first), decoder_attention_mask, ...
         Returns transformers' names and shapes; feature maps are [b, height, width, c].
-        Raises MmjaxError for an input that the system does not take, a missing one, and wrong ranks or dtypes.
+        Raises MmjaxError for an input that the system does not take, a missing one, wrong ranks or dtypes, and ids that
+        do not exist.
         """
         values = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask, **others}
         inputs = check_inputs(self.inputs(self.config), values, self.system)
+        check_ids(inputs, self.id_counts())
         return dict(self._compiled(self.variables, inputs))
 
     def pixels(self, images: Any) -> Array:

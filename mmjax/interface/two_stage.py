@@ -13,6 +13,7 @@ from mmjax.evaluation.features import batched, similarities
 from mmjax.evaluation.rerank import nearest
 from mmjax.evaluation.two_stage import TwoStages
 from mmjax.interface.image_text import ImageTextModel, are_features, are_texts, ranked
+from mmjax.interface.inputs import check_ids
 from mmjax.interface.model import LENGTHS, top_k_labels
 from mmjax.text.captions import TextRules, caption_columns
 from mmjax.text.wordpiece import WordPieceTokenizer, fitting
@@ -58,6 +59,9 @@ class TwoStageModel(ImageTextModel):
         """The config of the encoder of captions and questions, which has `vocab_size` and `positions`."""
         return self.config.text
 
+    def id_counts(self) -> Mapping[str, int]:
+        return dict.fromkeys(("input_ids", "decoder_input_ids"), self.text_config.vocab_size)
+
     def similarity(self, images: Array, texts: Array) -> Float[Array, "n m"]:
         """Of features of images and of texts; pure."""
         return similarities(images, texts)
@@ -94,10 +98,11 @@ class TwoStageModel(ImageTextModel):
         """(ids, mask) of captions or questions, or of ids.
 
         length: the number of columns. None: the length of the longest text, at most the network's positions.
-        Raises MmjaxError for no text, or strings without a tokenizer that fits.
+        Raises MmjaxError for no text, strings without a tokenizer that fits, or ids that do not exist.
         """
         if are_texts(texts) and isinstance(texts, np.ndarray | jax.Array):
             ids = np.asarray(texts, np.int32)
+            check_ids({"input_ids": ids}, self.id_counts())
             return ids, np.ones_like(ids)
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:

@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mmjax.weights.records import ZIP_ERRORS, Arrays, Record, Weights
+from mmjax.weights.records import ZIP_ERRORS, Arrays, Record, Weights, check_downloaded
 from mmjax.weights.table import Shape, WeightsError
 from mmjax.weights.torch_file import read_torch
 
@@ -56,6 +56,7 @@ def read_weights(path: str | os.PathLike[str], *, allow_nan: bool = False) -> We
     path = pathlib.Path(path)
     if not path.is_file():
         raise WeightsError(f"{path}: there is no such file")
+    check_downloaded(path)
     metadata: Mapping[str, str] = {}
     if path.name.endswith(".index.json"):
         records = _read_index(path)
@@ -227,13 +228,13 @@ def _read_index(path: pathlib.Path) -> dict[str, Record]:
         shard = path.with_name(name)
         if not shard.is_file():
             raise WeightsError(f"{path}: the shard {name} is not there")
+        check_downloaded(shard)
         inside = _read_safetensors(shard)[0] if name.endswith(".safetensors") else read_torch(shard)
         expected = {key for key, file in weight_map.items() if file == name}
-        if expected != inside.keys():
-            problems = [f"{key} is missing" for key in sorted(expected - inside.keys())]
-            problems += [f"{key} is not in the index" for key in sorted(inside.keys() - expected)]
-            raise WeightsError(f"{shard} does not fit {path.name}: {'; '.join(problems)}")
-        records.update(inside)
+        if missing := sorted(expected - inside.keys()):
+            raise WeightsError(f"{shard} does not fit {path.name}: it lacks {', '.join(missing)}")
+        # Savers leave buffers in shards that the index does not list, and the index is what decides.
+        records.update({key: inside[key] for key in expected})
     return records
 
 
@@ -267,6 +268,10 @@ def _npy_record(path: pathlib.Path, archive: zipfile.ZipFile, member: zipfile.Zi
         raise WeightsError(f"{name} is not an array: {error}") from None
     if dtype.hasobject:
         raise WeightsError(f"{name} holds pickled objects, which are never loaded")
+    if dtype == np.dtype("V2"):  # NumPy stores bfloat16 as bytes without a type
+        dtype = np.dtype(ml_dtypes.bfloat16)
+    elif dtype.kind == "V":
+        raise WeightsError(f"{name}: {dtype}, bytes without a type")
     if member.file_size - start != math.prod(shape) * dtype.itemsize:
         raise WeightsError(f"{name}: {dtype} {list(shape)} does not fit its {member.file_size - start} bytes")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.weights.records import Arrays, Record, Weights
+from mmjax.weights.records import Arrays, Record, Weights, check_downloaded
 from mmjax.weights.table import Op, Shape, WeightsError
 
 MAGIC = b"GGUF"
@@ -66,6 +66,7 @@ def read_gguf(path: str | os.PathLike[str], *, allow_nan: bool = False) -> GGUF:
     path = pathlib.Path(path)
     if not path.is_file():
         raise WeightsError(f"{path}: there is no such file")
+    check_downloaded(path)
     with path.open("rb") as file:
         head = file.read(4)
         if head != MAGIC:

@@ -1,5 +1,6 @@
 """The contents of a weight file of any format: arrays by key, with shapes and dtypes known before any is read."""
 
+import pathlib
 import struct
 import zipfile
 import zlib
@@ -66,3 +67,16 @@ class Weights:
     dtypes: Mapping[str, np.dtype]
     file: str
     metadata: Mapping[str, str]
+
+
+def check_downloaded(path: pathlib.Path) -> None:
+    """Raises WeightsError for what an incomplete download leaves in place of weights: nothing, Git LFS's pointer to
+    them, or a web page."""
+    with path.open("rb") as file:
+        start = file.read(256)
+    if not start:
+        raise WeightsError(f"{path}: an empty file")
+    if start.startswith(b"version https://git-lfs"):
+        raise WeightsError(f"{path}: a Git LFS pointer, not the weights: `git lfs pull` fetches them")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise WeightsError(f"{path}: a web page, not weights: the server answered the download with an error")

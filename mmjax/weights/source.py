@@ -68,13 +68,15 @@ def files_to_download(repository: str, names: Iterable[str]) -> list[str]:
     """One copy of the weights, and all configs, tokenizers and templates beside it.
 
     names: every file of the repository. Sub-folders hold other formats (onnx/, original/) and other copies; only chat
-        templates are taken from one. Safetensors come before PyTorch files, a single file before shards.
+        templates and sentence-transformers' pooling are taken from them. Safetensors come before PyTorch files, a
+        single file before shards.
     Raises MmjaxError: no weights, or several files and no rule which of them is meant.
     """
     every = sorted(names)
     top = [name for name in every if "/" not in name]
     small = [name for name in top if name.endswith(SMALL) and not name.endswith(".index.json")]
     small += [name for name in every if name.startswith("additional_chat_templates/")]
+    small += [name for name in every if re.fullmatch(r"\d+_Pooling/config\.json", name)]
     preferred = next((name for name in NAMES if name in top), None)
     if preferred is not None:
         shards = SHARDS.get(preferred)
@@ -100,7 +102,7 @@ def find_weight_file(path: pathlib.Path) -> pathlib.Path:
     for name in NAMES:
         if (path / name).is_file():
             return path / name
-    candidates = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    candidates = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.name[0] != ".")
     if len(candidates) == 1:
         return candidates[0]
     names = ", ".join(file.name for file in candidates)

@@ -1,5 +1,6 @@
 """Folders of labelled images: the split, and the errors."""
 
+import os
 import pathlib
 
 import pytest
@@ -90,3 +91,24 @@ def test_what_cannot_be_trained_on_is_one_error(tmp_path, made, share, words):
         folder(root, **made)
     with pytest.raises(MmjaxError, match=words):
         labelled_split(root, share)
+
+
+def test_hidden_copies_are_not_data_and_links_are_followed_once(tmp_path):
+    root, far = folder(tmp_path / "photos", cat=2, ant=1), folder(tmp_path / "far", bird=3)
+    for copy in (".ipynb_checkpoints/0-checkpoint.png", "._1.png"):
+        (root / "cat" / copy).parent.mkdir(exist_ok=True)
+        (root / "cat" / copy).write_bytes(b"no image")
+    (root / "cow").symlink_to(far / "bird")
+    (root / "cat" / "more").symlink_to(far)
+    (root / "cat" / "circle").symlink_to(root / "cat")
+    source = ImageFolder(root)
+    assert source.classes == ("ant", "cat", "cow")
+    assert [source.labels.count(label) for label in range(3)] == [1, 2 + 3, 3]
+    assert not any(part.startswith(".") for path in source.paths for part in pathlib.Path(path).parts)
+
+
+def test_a_class_whose_name_is_not_text_is_refused_before_training(tmp_path):
+    folder(tmp_path, cat=2)
+    os.mkdir(os.fsencode(tmp_path) + b"/caf\xe9")
+    with pytest.raises(MmjaxError, match=r"caf\\xe9': its name is not UTF-8"):
+        labelled_split(tmp_path, 0.5)

@@ -154,7 +154,7 @@ def tensor(name: bytes = b"w", dims=(32,), kind: int = 0, offset: int = 0) -> by
 
 HUGE = 2**63
 DAMAGED = {
-    "empty": (b"", "not a GGUF file"),
+    "empty": (b"", "an empty file"),
     "other": (b"PK\x03\x04" + b"0" * 99, "not a GGUF file"),
     "magic alone": (b"GGUF", "cut or damaged"),
     "version 1": (header(version=1), "version 1"),

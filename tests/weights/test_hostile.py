@@ -9,10 +9,12 @@ import struct
 import time
 import zipfile
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from mmjax.weights.files import read_weights, write_safetensors
+from mmjax.weights.gguf import read_gguf
 from mmjax.weights.table import WeightsError
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -24,7 +26,7 @@ def safetensors(header: bytes | dict, data: bytes = b"\0" * 8, length: int | Non
 
 
 HOSTILE_SAFETENSORS = {
-    "empty": (b"", "not a safetensors file"),
+    "empty": (b"", "an empty file"),
     "lying length": (safetensors({"w": F32}, length=2**62), "its header should be 4611686018427387904 bytes"),
     "header too large": (safetensors(b"{" + b" " * (2**23 + 8) + b"}"), "a header of"),
     "not an object": (safetensors(b"[1, 2]"), "does not begin with '{'"),
@@ -83,15 +85,49 @@ def test_an_index_cannot_leave_its_folder(tmp_path, target):
     assert str(index) in str(caught.value) and "w is said to be in" in str(caught.value)
 
 
-def test_an_index_must_agree_with_its_shards(tmp_path):
-    write_safetensors(tmp_path / "a.safetensors", {"w": np.ones(2), "stray": np.ones(2)})
+def test_an_index_decides_what_its_shards_contain(tmp_path):
+    write_safetensors(tmp_path / "a.safetensors", {"w": np.ones(2), "buffer": np.ones(2), "v": np.zeros(2)})
+    write_safetensors(tmp_path / "b.safetensors", {"v": np.full(2, 3.0)})
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"w": "a.safetensors", "v": "a.safetensors"}}))
-    with pytest.raises(WeightsError, match="v is missing; stray is not in the index"):
+    index.write_text(json.dumps({"weight_map": {"w": "a.safetensors", "v": "b.safetensors"}}))
+    arrays = read_weights(index).arrays
+    assert sorted(arrays) == ["v", "w"] and arrays["v"][0] == 3
+    index.write_text(json.dumps({"weight_map": {"w": "a.safetensors", "u": "a.safetensors"}}))
+    with pytest.raises(WeightsError, match=r"a\.safetensors does not fit model\.safetensors\.index\.json: it lacks u"):
         read_weights(index)
     index.write_text(json.dumps({"weight_map": {"w": "gone.safetensors"}}))
     with pytest.raises(WeightsError, match=r"the shard gone\.safetensors is not there"):
         read_weights(index)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.npz", "w.bin", "w.pth", "w.gguf", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "a Git LFS pointer"),
+        (b"\n<!DOCTYPE html><html>Access denied</html>", "a web page"),
+        (b"", "an empty file"),
+    ],
+)
+def test_what_a_failed_download_leaves_is_named(tmp_path, name, content, message):
+    file = tmp_path / ("a.safetensors" if name.endswith(".json") else name)
+    file.write_bytes(content)
+    if name.endswith(".json"):
+        (tmp_path / name).write_text(json.dumps({"weight_map": {"w": "a.safetensors"}}))
+    read = read_gguf if name.endswith(".gguf") else read_weights
+    with pytest.raises(WeightsError, match=message) as caught:
+        read(tmp_path / name)
+    assert str(file) in str(caught.value)
+
+
+def test_npz_bfloat16_has_no_type_in_the_file(tmp_path):
+    values = np.asarray([[1.5, -2.25]], ml_dtypes.bfloat16)
+    np.savez(tmp_path / "w.npz", w=values)
+    array = read_weights(tmp_path / "w.npz").arrays["w"]
+    assert array.dtype == ml_dtypes.bfloat16 and array.tolist() == values.tolist()
+    np.savez(tmp_path / "x.npz", w=np.zeros(2, "V3"))
+    with pytest.raises(WeightsError, match="bytes without a type"):
+        read_weights(tmp_path / "x.npz")
 
 
 # -------------------------------------------------------------------------------------------------------------- pickles

@@ -52,6 +52,17 @@ REPOSITORIES = {
         ["additional_chat_templates/tool_use.jinja", "chat_template.jinja", "model.safetensors", *SMALL],
         ["fp16/model.safetensors"],
     ),
+    "sentence-transformers/all-MiniLM-L6-v2": (
+        [
+            "1_Pooling/config.json",
+            "modules.json",
+            "sentence_bert_config.json",
+            "model.safetensors",
+            "vocab.txt",
+            *SMALL,
+        ],
+        ["onnx/model.onnx", "pytorch_model.bin", "train_script.py", "2_Normalize/.gitkeep"],
+    ),
     "Qwen/one-file-gguf": (["model-q4_k_m.gguf"], ["README.md"]),
 }
 

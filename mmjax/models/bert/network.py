@@ -42,6 +42,8 @@ class BertConfig:
             results from this block on, before it their mean is used. None: there is one context.
         query_feed_forward: the first tokens may be queries, with feed-forwards of their own (BLIP-2's Q-Former).
         causal: a token attends to itself and to earlier ones: a decoder.
+        pooling: of the last states to a text's vector (`BertModel.encode_text`): their mean, the first token's, or the
+            maximum of each channel. sentence_length: the tokens of such a text, at most.
         init: of matrices and tables: "truncated" at twice `init_std` and not scaled up again, as in TensorFlow, so that
             their spread is 0.88 of it; or "normal", as in the PyTorch originals (Hugging Face, ALBEF, BLIP).
         init_std: Hugging Face's initializer_range. 0.02 is for hundreds of channels.
@@ -71,6 +73,8 @@ class BertConfig:
     merge_from: int | None = None
     query_feed_forward: bool = False
     causal: bool = False
+    pooling: Literal["mean", "cls", "max"] = "mean"
+    sentence_length: int = 256
     init: Literal["truncated", "normal"] = "truncated"
     init_std: float = 0.02
     remat: bool = False

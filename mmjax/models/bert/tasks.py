@@ -11,9 +11,10 @@ import numpy as np
 
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.features import batched
-from mmjax.interface.inputs import TEXTS, Input
+from mmjax.interface.inputs import TEXTS, Input, check_ids
 from mmjax.interface.model import LENGTHS, Model, top_k_labels
 from mmjax.models.bert.network import Bert, BertConfig
+from mmjax.models.bert.sentences import sentence_fields
 from mmjax.nn.norm import l2_normalize
 from mmjax.text.answer_spans import best_answers, windows
 from mmjax.text.tagged_words import word_sequences, words_of
@@ -40,9 +41,16 @@ class BertModel(Model):
     def example(cls, config: BertConfig) -> dict[str, jax.ShapeDtypeStruct]:
         return {"input_ids": jax.ShapeDtypeStruct((1, min(config.positions, 8)), jnp.int32)}
 
+    def id_counts(self) -> Mapping[str, int]:
+        return {"input_ids": self.config.vocab_size, "token_type_ids": max(self.config.types, 1)}
+
     @classmethod
     def num_classes(cls, config: BertConfig) -> int:
         return config.classes or config.token_classes
+
+    @classmethod
+    def folder_fields(cls, folder: pathlib.Path) -> dict[str, Any]:
+        return sentence_fields(folder)
 
     @classmethod
     def load_tokenizer(cls, file: pathlib.Path) -> WordPieceTokenizer | None:
@@ -80,14 +88,19 @@ class BertModel(Model):
         return result | logits
 
     @functools.cached_property
-    def _mean(self) -> Callable[..., Array]:
-        """(variables, ids, mask, types) -> the mean over a text's tokens, special ones too, of unit length."""
+    def _sentences(self) -> Callable[..., Array]:
+        """(variables, ids, mask, types) -> the pooled states of a text's tokens, special ones too, of unit length."""
 
         def encode(variables: Any, ids: Array, mask: Array, types: Array) -> Array:
             out: Any = self.module.apply(variables, ids, mask, types)
-            weights = mask.astype(jnp.float32)[..., None]
-            total = jnp.sum(out["states"][-1].astype(jnp.float32) * weights, axis=1)
-            return l2_normalize(total / jnp.maximum(weights.sum(1), 1e-9))
+            states, keep = out["states"][-1].astype(jnp.float32), mask.astype(bool)[..., None]
+            if self.config.pooling == "cls":
+                pooled = states[:, 0]
+            elif self.config.pooling == "max":
+                pooled = jnp.max(jnp.where(keep, states, -jnp.inf), axis=1)
+            else:
+                pooled = jnp.sum(jnp.where(keep, states, 0), axis=1) / jnp.maximum(keep.sum(1), 1)
+            return l2_normalize(pooled)
 
         return jax.jit(encode)
 
@@ -104,19 +117,23 @@ class BertModel(Model):
     # ------------------------------------------------------------------------------------------------------------ texts
 
     def encode_text(
-        self, texts: str | Sequence[str] | ArrayLike, batch_size: int = 64, length: int = 256
+        self, texts: str | Sequence[str] | ArrayLike, batch_size: int = 64, length: int | None = None
     ) -> Float[Array, "b d"]:
-        """Unit-norm sentence vectors, as of all-MiniLM-L6-v2: the mean of the last states over a text's tokens.
+        """Unit-norm sentence vectors, as of sentence-transformers: the last states of a text's tokens, pooled as the
+        config's `pooling` says; all-MiniLM-L6-v2 takes their mean.
 
-        texts: strings, or ids [b, l] without padding. length: tokens of a string at most.
+        texts: strings, or ids [b, l] without padding.
+        length: the tokens of a string, at most; None: the config's `sentence_length`.
+        Raises MmjaxError for ids that do not exist.
         """
         if isinstance(texts, np.ndarray | jax.Array) and texts.dtype.kind in "iu":
             inputs = {"input_ids": np.asarray(texts, np.int32)}
+            check_ids(inputs, self.id_counts())
             inputs |= {"attention_mask": np.ones_like(inputs["input_ids"])}
             inputs |= {"token_type_ids": np.zeros_like(inputs["input_ids"])}
         else:
-            inputs = self._encoded(texts, None, length)
-        return batched(functools.partial(self._mean, self.variables), batch_size, *inputs.values())
+            inputs = self._encoded(texts, None, length or self.config.sentence_length)
+        return batched(functools.partial(self._sentences, self.variables), batch_size, *inputs.values())
 
     def fill_mask(self, texts: str | Sequence[str], top: int = 5) -> list[list[tuple[str, float]]]:
         """For each [MASK], in the order of the texts, the most probable pieces and their probabilities, best first.

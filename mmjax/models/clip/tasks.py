@@ -17,7 +17,7 @@ from mmjax.evaluation.features import batched, similarities
 from mmjax.evaluation.zero_shot import TEMPLATES, class_embeddings, prompts
 from mmjax.interface.image_classifier import Headless, at_size
 from mmjax.interface.image_text import ImageTextModel
-from mmjax.interface.inputs import IMAGES_AND_TEXTS, Input
+from mmjax.interface.inputs import IMAGES_AND_TEXTS, Input, check_ids
 from mmjax.interface.model import top_k_labels
 from mmjax.models.clip.network import CLIP, CLIPConfig
 from mmjax.models.vit.network import ViTConfig
@@ -123,12 +123,16 @@ class CLIPModel(ImageTextModel):
         """Unit-norm features of images as `preprocess` takes them, or of pixel values [b, height, width, 3]."""
         return batched(functools.partial(self._encoders[0], self.variables), batch_size, self.pixels(images))
 
+    def id_counts(self) -> Mapping[str, int]:
+        return {"input_ids": self.config.text.vocab_size}
+
     def encode_text(self, texts: str | Sequence[str] | ArrayLike, batch_size: int = 256) -> Float[Array, "b e"]:
         """Unit-norm features of strings, or of ids [b, l]. Raises MmjaxError for strings without a tokenizer."""
         return batched(functools.partial(self._encoders[1], self.variables), batch_size, self._ids(texts))
 
     def _ids(self, texts: Any) -> Array:
         if isinstance(texts, np.ndarray | jax.Array) and texts.dtype.kind in "iu":
+            check_ids({"input_ids": texts}, self.id_counts())
             return jnp.asarray(texts, jnp.int32)
         if self.tokenizer is None:
             raise MmjaxError(
@@ -155,6 +159,7 @@ class CLIPModel(ImageTextModel):
 
         labels: a name a class, or several names each, of which the first is returned. templates: each with a {} for the
         name; features are averaged over them.
+        Raises MmjaxError for a single string, no label, or a template without {}.
         """
         texts, owners = prompts(labels, templates)
         classes = class_embeddings(self.encode_text(texts), owners, len(labels))

@@ -53,6 +53,10 @@ class LanguageModel(GeneratingModel):
             raise MmjaxError("generate needs prompts: this model has no token that a text begins with (bos)")
         return bos
 
+    @property
+    def max_prompt_length(self) -> int | None:
+        return self.config.context if isinstance(self.config.positions, Learned) else None
+
     def check_room(self, length: int, new_tokens: int) -> None:
         if isinstance(self.config.positions, Learned) and length + new_tokens > self.config.context:
             lengths = f"{length} ids of prompt" + (f" and {new_tokens} new ones" if new_tokens else "")

@@ -88,6 +88,10 @@ class TransformerModel(GeneratingModel):
         never = tuple(sorted({self.config.pad, self.config.start} - {self.config.eos}))
         return {"suppress": never, "forced_eos": self.config.forced_eos}
 
+    @property
+    def max_prompt_length(self) -> int | None:
+        return self.config.max_length
+
     def check_room(self, length: int, new_tokens: int) -> None:
         """`length` is the source's; the decoder's start counts as one of its tokens."""
         most, needed = self.config.max_length, max(length, 1 + new_tokens)
