@@ -7,8 +7,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Column, Table
 
-from mmjax.cli.images import read_image
 from mmjax.cli.loading import load
+from mmjax.data.decoding import read_image
 from mmjax.data.masks import palette
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.pictures import detected_picture, png, segmented_picture
@@ -21,7 +21,7 @@ def segment(source: str, image: str, out: str, mask: str | None) -> None:
         raise MmjaxError(
             f"{source}: {model.system} does not segment; mmjax train experiments/segment.py makes a network"
         )
-    pixels, names = read_image(image), model.class_names()
+    pixels, names = np.asarray(read_image(image)), model.class_names()
     (classes,) = model.segment(pixels)
     table = Table(Column("class", overflow="fold"), "pixels")
     shares = np.bincount(classes.ravel(), minlength=len(names)) / classes.size
@@ -48,7 +48,7 @@ def detect(source: str, image: str, threshold: float, out: str) -> None:
         raise MmjaxError(
             f"{source}: {model.system} does not detect; mmjax train experiments/detect.py makes a detector"
         )
-    pixels = read_image(image)
+    pixels = np.asarray(read_image(image))
     (detections,) = model.detect(pixels, threshold)
     table = Table(Column("class", overflow="fold"), "score", "x", "y", "width", "height")
     for name, score, box in detections:

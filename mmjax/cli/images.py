@@ -1,6 +1,5 @@
 """The verbs that apply a model to images: classify (texts too), retrieve."""
 
-import pathlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -12,7 +11,7 @@ from rich.table import Column, Table
 
 from mmjax.cli.evaluate import image_features, read_images, text_features
 from mmjax.cli.loading import load
-from mmjax.data.decoding import decode_image
+from mmjax.data.decoding import read_image
 from mmjax.data.image_folder import ImageFolder
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.retrieval import top_candidates
@@ -55,14 +54,6 @@ def _names(labels: str | None) -> list[str]:
     return names
 
 
-def read_image(file: str) -> np.ndarray:
-    """uint8 [height, width, 3]. Raises MmjaxError naming the file."""
-    path = pathlib.Path(file)
-    if not path.is_file():
-        raise MmjaxError(f"{file}: no such image")
-    return decode_image(path.read_bytes(), file)
-
-
 def retrieve(
     source: str,
     image: str | None,
@@ -98,7 +89,7 @@ def retrieve(
     if text is not None:
         query_features, query_image = text_features(model, [text]), None
     else:
-        query_image = read_image(image or "")
+        query_image = np.asarray(read_image(image or ""))
         query_features = image_features(model, [query_image])
     nearest = np.asarray(top_candidates(query_features, features, min(k, len(images))))[0]
     cosines = _l2_normalize(features[nearest]) @ _l2_normalize(query_features)[0]

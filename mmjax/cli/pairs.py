@@ -4,11 +4,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from mmjax.cli.images import read_image, show
+from mmjax.cli.images import show
 from mmjax.cli.loading import load
+from mmjax.data.decoding import read_image
 from mmjax.data.task_lists import read_answers
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.features import similarities
@@ -78,7 +80,7 @@ def ground(source: str, file: str, text: str, out: str, block: int | None) -> No
     x, y, width, height = grounding.box
     box = f"x {x:.0f}, y {y:.0f}, width {width:.0f}, height {height:.0f}"
     Console(markup=False, emoji=False).print(f"{text}: {box} (match {100 * grounding.probability:.1f} %)")
-    pathlib.Path(out).write_bytes(png(heat_picture(image, grounding.heat, grounding.box, text)))
+    pathlib.Path(out).write_bytes(png(heat_picture(np.asarray(image), grounding.heat, grounding.box, text)))
     print(out)
 
 

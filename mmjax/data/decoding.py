@@ -9,9 +9,13 @@ For captions: UTF-8 only (a byte-order mark is dropped), control characters beco
 what is then empty or longer than `max_characters` is refused.
 """
 
+import http.client
 import io
+import os
+import pathlib
 import struct
 import threading
+import urllib.request
 import warnings
 import zlib
 
@@ -23,6 +27,9 @@ from mmjax.errors import MmjaxError
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 50_000_000
 """150 MB of RGB; Pillow itself only warns below 179 million."""
+MAX_BYTES = 50_000_000
+TIMEOUT = 20
+"""Of downloads: bytes, and seconds without an answer."""
 MAX_CHARACTERS = 10_000
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ANIMATED = ("GIF", "WEBP", "PNG")
@@ -82,6 +89,8 @@ def open_image(data: bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Ima
 
 def to_rgb(image: Image.Image, name: str = "") -> Image.Image:
     """Decodes an opened image to upright 8-bit RGB; transparency is laid on white. Raises BadRecord."""
+    if image.mode in ("I", "F"):
+        raise BadRecord("image: mode", name, f"pixels of mode {image.mode!r} have no agreed range")
     try:
         image.load()  # a phone's JPEG with several pictures in it gives its first
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
@@ -108,6 +117,35 @@ def upright_size(image: Image.Image, name: str = "") -> tuple[int, int]:
 def decode_image(data: bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """An encoded image -> uint8 [height, width, 3], by the rules above. Raises BadRecord."""
     return np.asarray(to_rgb(open_image(data, name, max_pixels), name))
+
+
+def read_image(source: str | os.PathLike[str]) -> Image.Image:
+    """The image in a file or at an address (http, https), by the rules above.
+
+    An address has `TIMEOUT` seconds for each answer, and may not send more than `MAX_BYTES`.
+    Raises MmjaxError naming the source: no such file, a folder, no answer, or what is no image (BadRecord).
+    """
+    name = os.fspath(source)
+    if name.startswith(("http://", "https://")):
+        data = _download(name)
+    else:
+        try:
+            data = pathlib.Path(name).read_bytes()
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            raise MmjaxError(f"{name}: {'no such image' if missing else error.strerror}") from None
+    return to_rgb(open_image(data, name), name)
+
+
+def _download(address: str) -> bytes:
+    try:
+        with urllib.request.urlopen(address, timeout=TIMEOUT) as answer:
+            data = answer.read(MAX_BYTES + 1)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise MmjaxError(f"{address}: it could not be downloaded: {error}") from None
+    if len(data) > MAX_BYTES:
+        raise MmjaxError(f"{address}: more than {MAX_BYTES} bytes")
+    return data
 
 
 def _translate(error: Exception, name: str) -> BadRecord:

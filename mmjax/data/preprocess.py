@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from mmjax.channels import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD
+from mmjax.data.decoding import read_image, to_rgb
 from mmjax.data.tiles import cut
 from mmjax.errors import MmjaxError
 
@@ -256,16 +257,19 @@ def _several(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
 
 
 def as_image(image: ImageLike) -> Image.Image:
-    """An RGB PIL image of anything that is an image; transparency is dropped, as the originals' convert("RGB") does."""
+    """An RGB PIL image of a file, an address, a PIL image or a uint8 array, by the rules of `mmjax.data.decoding`: the
+    same pixels as in training.
+
+    Raises MmjaxError naming the file: no such file, or no image in it; and for arrays of other dtypes and ranks.
+    """
     if isinstance(image, str | pathlib.Path):
-        with Image.open(image) as file:
-            return file.convert("RGB")
+        return read_image(image)
     if not isinstance(image, np.ndarray):
-        return image.convert("RGB")
+        return to_rgb(image, getattr(image, "filename", ""))
     array = image
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise MmjaxError(
             f"an image is a PIL image, a file name or a uint8 array [height, width, 3]; this is {array.dtype} "
             f"{list(array.shape)}"
         )
-    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array).convert("RGB")
+    return to_rgb(Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array))

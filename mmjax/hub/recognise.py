@@ -29,6 +29,10 @@ def recognise(
                 continue  # two keys of one name: some other layout's file
             if candidate.recognise(names.keys(), config_json):
                 fitting.append((system, candidate, names))
+    if len(fitting) > 1 and layout is None:
+        # `unwrap` drops keys without a weight, which may decide.
+        keys = {key.rpartition("/")[2] for key in weights.arrays}
+        fitting = [one for one in fitting if one[1].decides(keys, config_json)] or fitting
     if len(fitting) == 1:
         return fitting[0]
     if fitting:

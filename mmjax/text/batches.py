@@ -1,6 +1,7 @@
 """Batches of texts of unequal length as one array of ids, for all tokenizers of language models."""
 
 import abc
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,6 +11,18 @@ from jaxtyping import Int
 from mmjax.errors import MmjaxError
 
 Side = Literal["left", "right"]
+SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def list_of_strings(texts: str | Sequence[str]) -> list[str]:
+    """One text or several, as a list. Raises MmjaxError for what is not text: no string, or half a character."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise MmjaxError(f"a tokenizer takes strings, not {type(text).__name__}: {text!r}")
+        if SURROGATES.search(text):
+            raise MmjaxError(f"{text!r} is no Unicode text: a lone surrogate, half of a character")
+    return texts
 
 
 class Batches(abc.ABC):
@@ -46,10 +59,7 @@ class Batches(abc.ABC):
         truncate: truncate longer texts at their end; special tokens stay.
         Raises MmjaxError: not a string, a text longer than `length`, or padding without a padding id.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        wrong = next((text for text in texts if not isinstance(text, str)), None)
-        if wrong is not None:
-            raise MmjaxError(f"a tokenizer takes strings, not {type(wrong).__name__}: {wrong!r}")
+        texts = list_of_strings(texts)
         if padding_side not in ("left", "right"):
             raise MmjaxError(f"padding_side={padding_side!r}: left or right")
         sequences = self.encode(texts, add_special_tokens)

@@ -24,6 +24,7 @@ from jaxtyping import Int
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from mmjax.errors import MmjaxError
+from mmjax.text.batches import list_of_strings
 
 try:
     from ftfy import fix_text as _ftfy  # type: ignore[import-not-found]
@@ -85,10 +86,7 @@ class CLIPTokenizer:
         truncate: whether longer texts are truncated, as open_clip always does; else they raise MmjaxError, as by
             default in OpenAI's tokenizer.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        wrong = next((text for text in texts if not isinstance(text, str)), None)
-        if wrong is not None:
-            raise MmjaxError(f"a tokenizer takes strings, not {type(wrong).__name__}: {wrong!r}")
+        texts = list_of_strings(texts)
         encoded = self.tokenizer.encode_batch([self.clean(text) for text in texts])
         for text, encoding in zip(texts, encoded):
             if not truncate and encoding.overflowing:

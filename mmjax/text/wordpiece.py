@@ -16,6 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from mmjax.errors import MmjaxError
+from mmjax.text.batches import list_of_strings
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUES = "##"
@@ -55,7 +56,8 @@ class WordPieceTokenizer:
 
     def pieces(self, texts: str | Sequence[str]) -> list[list[int]]:
         """Ids of each text, without [CLS] and [SEP]."""
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(_strings(texts), add_special_tokens=False)]
+        encodings = self.tokenizer.encode_batch(list_of_strings(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def words(self, text: str) -> list[str]:
         """A text split at blanks and punctuation, as before WordPiece, without normalisation."""
@@ -197,14 +199,6 @@ def cut(a: Sequence[int], b: Sequence[int] | None, capacity: int) -> tuple[Seque
     m, n = (m - alone, n) if m > n else (m, n - alone)
     rest = over - alone
     return a[: m - rest // 2], b[: n - (rest - rest // 2)]
-
-
-def _strings(texts: str | Sequence[str]) -> list[str]:
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    wrong = next((text for text in texts if not isinstance(text, str)), None)
-    if wrong is not None:
-        raise MmjaxError(f"a tokenizer takes strings, not {type(wrong).__name__}: {wrong!r}")
-    return texts
 
 
 def _lowers(config: pathlib.Path, vocabulary: dict[str, int]) -> bool:

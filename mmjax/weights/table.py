@@ -207,6 +207,8 @@ class Layout:
 
     name: "hf", "torchvision", "openai", ...: what `mmjax.export(model, dir, layout=name)` takes.
     recognise(keys, config_json): whether a file with these keys (after `unwrap`) and config.json is of this layout.
+    decides(keys, config_json): of layouts with the same keys, whether keys without a weight or a config.json decide for
+        this one. Where they decide for none, `load` needs `layout=`.
     config(shapes, config_json): our config, from the arrays' shapes by key and the config.json beside them, if any.
     table(config): the table; its sources are the names that an export writes.
     hf_config(config): the config.json that an export writes beside the weights.
@@ -227,6 +229,7 @@ class Layout:
     recognise: Callable[[Set[str], Mapping[str, Any] | None], bool]
     config: Callable[[Mapping[str, Shape], Mapping[str, Any] | None], Any]
     table: Callable[[Any], Table]
+    decides: Callable[[Set[str], Mapping[str, Any] | None], bool] = lambda keys, config_json: False
     hf_config: Callable[[Any], dict[str, Any]] | None = None
     reduce: Callable[[Any], Any] | None = None
     file: str = "model.safetensors"

@@ -1,7 +1,9 @@
 """Untrusted images and captions: each failure has a reason, and valid ones are decoded correctly."""
 
+import http.server
 import io
 import resource
+import threading
 import time
 import warnings
 
@@ -10,7 +12,10 @@ import pytest
 from hostile_images import CASES, JPEG, NOISE, PNG, encode, gif
 from PIL import Image, ImageSequence
 
-from mmjax.data.decoding import MAX_CHARACTERS, BadRecord, clean_caption, decode_image
+from mmjax.data import decoding
+from mmjax.data.decoding import MAX_CHARACTERS, BadRecord, clean_caption, decode_image, read_image
+from mmjax.data.preprocess import as_image
+from mmjax.errors import MmjaxError
 
 SMOOTH = np.add.outer(np.arange(41) * 3, np.arange(53) * 2)[..., None].repeat(3, 2).astype(np.uint8)
 
@@ -123,3 +128,67 @@ def test_captions_that_are_cleaned():
     assert clean_caption("a\0b\x1bc\u0085d") == "a b c d"
     assert clean_caption("Käse 🧀 e\u0301") == "Käse 🧀 e\u0301"
     assert clean_caption("e" + "\u0301" * (MAX_CHARACTERS - 1)).startswith("e")
+
+
+def sources(folder):
+    """Files of every mode whose conversion to RGB is a choice."""
+    logo = np.zeros((9, 11, 4), np.uint8)
+    logo[2:6, 3:8] = (200, 30, 10, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    images = {
+        "alpha.png": Image.fromarray(logo),
+        "palette.png": Image.fromarray(logo).quantize(4),
+        "grey_alpha.png": Image.fromarray(logo).convert("LA"),
+        "grey16.png": Image.fromarray(np.arange(99, dtype=np.uint16).reshape(9, 11) * 600),
+        "bit.png": Image.fromarray(logo[..., 3] > 0),
+        "turned.jpg": Image.fromarray(SMOOTH),
+        "cmyk.jpg": Image.fromarray(SMOOTH).convert("CMYK"),
+    }
+    for name, image in images.items():
+        image.save(folder / name, **({"exif": exif} if name == "turned.jpg" else {}))
+    return [folder / name for name in images]
+
+
+@pytest.mark.filterwarnings("ignore:Palette images")
+def test_a_file_and_a_pil_image_have_the_pixels_of_training(tmp_path):
+    for file in sources(tmp_path):
+        trained = decode_image(file.read_bytes())
+        with Image.open(file) as image:
+            assert np.array_equal(as_image(image), trained), file
+        assert np.array_equal(as_image(file), trained) and np.array_equal(as_image(str(file)), trained)
+    white = np.asarray(as_image(np.zeros((2, 2, 4), np.uint8)))
+    assert (white == 255).all()  # an array with alpha 0
+
+
+def test_what_is_no_image_is_named(tmp_path):
+    (tmp_path / "text.jpg").write_bytes(b"<html>404</html>")
+    for name, message in (("text.jpg", "not an image"), ("absent.jpg", "no such image"), ("", "Is a directory")):
+        with pytest.raises(MmjaxError, match=message) as caught:
+            read_image(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
+
+
+def test_addresses_are_read_within_limits(monkeypatch):
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/a.png" else 404)
+            self.end_headers()
+            self.wfile.write(PNG)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    try:
+        assert np.array_equal(read_image(f"{address}/a.png"), decode_image(PNG))
+        with pytest.raises(MmjaxError, match=r"/b\.png: it could not be downloaded: HTTP Error 404"):
+            read_image(f"{address}/b.png")
+        monkeypatch.setattr(decoding, "MAX_BYTES", 10)
+        with pytest.raises(MmjaxError, match="more than 10 bytes"):
+            read_image(f"{address}/a.png")
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -221,6 +221,19 @@ def test_archives_of_openai_hold_sizes_that_are_no_weights(tmp_path):
     assert back.params["logit_scale"].shape == () and int(back.stats["vision"]["stem_bn1"]["count"]) == 0
 
 
+def test_keys_that_two_layouts_share_need_a_layout(tmp_path):
+    """OpenAI's and open_clip's weights have the same keys and different activations."""
+    vision = ViTConfig.clip(22, 11, 64, 1, 1, 256)
+    config = dataclasses.replace(VIT, vision=vision, text=dataclasses.replace(TEXT, width=64, heads=1), act="gelu")
+    mmjax.export(model(config), tmp_path / "exported", layout="open_clip")
+    bare = tmp_path / "epoch_32.safetensors"
+    bare.write_bytes((tmp_path / "exported" / "open_clip_model.safetensors").read_bytes())
+    with pytest.raises(MmjaxError, match=r"clip/openai, clip/open_clip; choose one with layout="):
+        mmjax.load(bare)
+    for layout, act in (("open_clip", "gelu"), ("clip/openai", "quick_gelu")):
+        assert mmjax.load(bare, layout=layout).config.act == act
+
+
 # ---------------------------------------------------------------------------------------------------------- pretraining
 
 

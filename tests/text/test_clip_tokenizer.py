@@ -15,6 +15,7 @@ from parity.wheels import CACHE, wheel
 
 from mmjax.errors import MmjaxError
 from mmjax.text import clip_tokenizer
+from mmjax.text.batches import list_of_strings
 from mmjax.text.clip_tokenizer import CLIPTokenizer, byte_symbols, clean, train_clip_tokenizer
 
 CAPTIONS = [f"a {size} {kind} on a {place}" for size in ("big", "small") for kind in ("cat", "dog", "bird")
@@ -68,6 +69,12 @@ def small() -> CLIPTokenizer:
 
 
 # ------------------------------------------------------------------------------------------------------------- by hand
+
+
+@pytest.mark.parametrize("text", ["a \ud83d cat", 3])
+def test_what_is_no_text_is_named(text):
+    with pytest.raises(MmjaxError, match="lone surrogate" if isinstance(text, str) else "not int: 3"):
+        list_of_strings(["a cat", text])
 
 
 def test_byte_symbols_are_gpt2s():

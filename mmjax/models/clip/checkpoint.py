@@ -280,22 +280,26 @@ def hf_config(config: CLIPConfig) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------- layouts
 
 
-def _recognise(needed: str, open_clip: bool | None) -> Callable[[Set[str], ConfigJson], bool]:
-    """Recognises a layout by a key, and two layouts with the same keys by the presence of open_clip's config."""
+def _recognise(needed: str) -> Callable[[Set[str], ConfigJson], bool]:
+    """Recognises a layout by a key."""
 
     def recognise(keys: Set[str], config_json: ConfigJson) -> bool:
         if needed not in keys or not any(key.startswith(("visual.", "visual_projection")) for key in keys):
             return False
-        if any(
-            key.startswith(("visual.trunk.", "text.transformer.embeddings.", "text_model.encoder.layer."))
-            for key in keys
-        ):
-            return False  # open_clip around a tower of timm or of transformers; transformers' BlipModel
-        return open_clip is None or open_clip == bool(
-            config_json and ("model_cfg" in config_json or "vision_cfg" in config_json)
-        )
+        # open_clip around a tower of timm or of transformers; transformers' BlipModel
+        others = ("visual.trunk.", "text.transformer.embeddings.", "text_model.encoder.layer.")
+        return not any(key.startswith(others) for key in keys)
 
     return recognise
+
+
+def _is_open_clip(keys: Set[str], config_json: ConfigJson) -> bool:
+    return config_json is not None and ("model_cfg" in config_json or "vision_cfg" in config_json)
+
+
+def _is_openai(keys: Set[str], config_json: ConfigJson) -> bool:
+    """OpenAI's archives contain sizes. Their activation differs from that of open_clip's files with the same keys."""
+    return not _is_open_clip(keys, config_json) and (config_json is not None or "input_resolution" in keys)
 
 
 IGNORED = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask")
@@ -303,25 +307,27 @@ CUSTOM = ("text.", "gelu")
 
 OPENAI = Layout(
     "openai",
-    _recognise("text_projection", False),
+    _recognise("text_projection"),
     openai_config,
     openai_table,
+    _is_openai,
     ignored=IGNORED,
     file="model.safetensors",
     assumed={"act": ""},
 )
 OPEN_CLIP = Layout(
     "open_clip",
-    _recognise("text_projection", True),
+    _recognise("text_projection"),
     lambda shapes, config_json: openai_config(shapes, config_json, act="gelu"),
     openai_table,
+    _is_open_clip,
     hf_config=lambda config: {"model_cfg": open_clip_config(config)},
     file="open_clip_model.safetensors",
     ignored=IGNORED,
 )
 OPEN_CLIP_CUSTOM_TEXT = Layout(
     "open_clip_custom_text",
-    _recognise("text.text_projection", None),
+    _recognise("text.text_projection"),
     lambda shapes, config_json: openai_config(shapes, config_json, *CUSTOM),
     lambda config: openai_table(config, "text."),
     hf_config=lambda config: {"model_cfg": open_clip_config(config) | {"custom_text": True}},
@@ -331,7 +337,7 @@ OPEN_CLIP_CUSTOM_TEXT = Layout(
 )
 HF = Layout(
     "hf",
-    _recognise("text_projection.weight", None),
+    _recognise("text_projection.weight"),
     hf_config_of,
     hf_table,
     hf_config=hf_config,
