@@ -27,7 +27,7 @@ def sentence_fields(folder: pathlib.Path) -> dict[str, Any]:
             )
     paths = [str(module.get("path")) for module in modules if str(module.get("type", "")).endswith("Pooling")]
     pooling = folder / (paths[0] if paths else "1_Pooling") / "config.json"
-    fields = {"pooling": _pooling(pooling)} if pooling.is_file() else {}
+    fields: dict[str, Any] = {"pooling": _pooling(pooling)} if pooling.is_file() else {}
     length = folder / "sentence_bert_config.json"
     if length.is_file() and (value := parse_json(length.read_bytes(), length).get("max_seq_length")):
         fields["sentence_length"] = int(value)
