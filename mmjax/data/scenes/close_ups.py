@@ -16,17 +16,17 @@ NAMES = ["cat", "elephant", "fish", "butterfly", "apple", "banana", "bus", "bicy
 KINDS = tuple(next(sprite.index for sprite in SPRITES if sprite.name == name) for name in NAMES)
 """The sprites of close-ups: names of one word, and outlines that differ."""
 WINDOW = 2 * LARGE
-"""The side of the part of the canvas that shows, in its pixels: two large things side by side."""
+"""The side of the part of the canvas that shows, in its pixels: four cells, each for one large thing."""
 EDGE = (CANVAS - WINDOW) // 2
-SIDES = (EDGE + LARGE // 2, EDGE + WINDOW - LARGE // 2)
-"""The least and the greatest coordinate of a centre."""
+JITTER = 1
+"""The most pixels of the canvas by which a thing is off the middle of its cell, in each direction."""
 
 
 class CloseUps(SceneSource):
     """{"image": uint8 [size, size, 3], "text": "a red cat and a blue bus", "image_id": int}
 
-    Two things are beside or above each other, each in the colours of `COLOURS`; half the pictures show one alone. There
-    are 96 captions of one thing and 4,224 of two of different kinds.
+    Each thing is near the middle of one of four cells, in one of the eight colours; half the pictures show one alone.
+    There are 96 captions of one thing and 4,224 of two of different kinds.
     """
 
     def __init__(self, length: int, split: Split = "train", *, seed: int = 0, size: int = WINDOW):
@@ -47,14 +47,10 @@ class CloseUps(SceneSource):
     def scene(self, index: int) -> Scene:
         rng = self.rng(index, "close-up")
         kinds = rng.sample(KINDS, rng.randint(1, 2))
-        centres = [_centre(rng) for _ in kinds]
-        if len(kinds) == 2:
-            axis = rng.randrange(2)  # of the direction in which one lies beside the other
-            for centre, side in zip(centres, SIDES):
-                centre[axis] = side
-        rng.shuffle(centres)
+        cells = rng.sample(range(4), len(kinds))
         things = tuple(
-            Thing(kind, rng.choice(COLOURS), True, rng.random() < 0.5, *centre) for kind, centre in zip(kinds, centres)
+            Thing(kind, rng.choice(COLOURS), True, rng.random() < 0.5, *_centre(rng, cell))
+            for kind, cell in zip(kinds, cells)
         )
         grey = rng.randint(170, 245)
         red, green, blue = (min(grey + rng.randint(-14, 14), 255) for _ in range(3))
@@ -71,5 +67,8 @@ class CloseUps(SceneSource):
         return replace(picture, image=picture.image[part, part], owner=picture.owner[part, part], windows=windows)
 
 
-def _centre(rng: random.Random) -> list[int]:
-    return [rng.randint(*SIDES), rng.randint(*SIDES)]
+def _centre(rng: random.Random, cell: int) -> tuple[int, int]:
+    """(x, y) of a thing in a cell: these are numbered row by row."""
+    row, column = divmod(cell, 2)
+    x, y = (EDGE + LARGE // 2 + LARGE * each + rng.randint(-JITTER, JITTER) for each in (column, row))
+    return x, y
