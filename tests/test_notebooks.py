@@ -130,3 +130,32 @@ def test_language(run, tmp_path):
     reused = [int(line.split("[")[1].split()[0]) for line in text.splitlines() if "ids cached" in line]
     assert len(reused) == 2 and reused[0] == 0
     assert pictures(notebook) == 2
+
+
+SMALL = (
+    "--width 64 --vision_depth 1 --batch_size 16 --queue 16 --beams 1 --web_images 64 --clean_images 32 "
+    "--held_out_images 16 --warmup 1 --k 4"
+)
+
+
+def test_align_and_bootstrap(run):
+    notebook, folder = run("04_align_and_bootstrap.ipynb", steps=3, tuning_steps=2, flags=SMALL)
+    text = printed(notebook)
+    assert "64 pairs to learn from, 32 wrong" in text
+    for name in ("features", "reranked"):
+        assert f"{name:9} R@1: " in text
+    for name in ("greedy", "3 beams", "nucleus 0.9"):
+        assert f"{name:12} CIDEr " in text
+    job = json.loads((folder / "workdirs/bootstrap/bootstrapped/capfilt.json").read_text())
+    assert job["counts"]["images"] == 32 and job["counts"]["web"] == 32 and job["counts"]["synthetic"] >= 30
+    right = sum(line["text"] == line["right"] for line in _noisy(32))
+    assert f"web       right {100 * right / 32:3.0f} %" in text
+    assert pictures(notebook) == 5
+
+
+def _noisy(count):
+    """The first pairs of 64 noisy ones."""
+    from experiments.blip_capfilt import Config
+
+    web = Config(web_images=64).web
+    return [web[index] for index in range(count)]
