@@ -19,7 +19,7 @@ import nbformat
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LIMIT = 300_000
+LIMIT = 380_000
 SETTINGS = {
     "01_quickstart": {"steps": "120"},
     "02_momentum_ablation": {"steps": "40", "flags": "--batch_size 64 --queue 512 --width 16 --warmup 4"},
@@ -45,7 +45,7 @@ def store(name: str) -> None:
     }
     for colours in (256, 128, 64, 32):
         text = nbformat.writes(cleaned(notebook, colours, hidden), indent=1)
-        if len(text) < LIMIT:
+        if len(text.encode()) < LIMIT:
             break
     path.write_text(text + "\n")
     print(f"{path.name}: {len(text)} bytes, pictures of {colours} colours")
