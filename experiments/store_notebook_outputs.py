@@ -3,7 +3,7 @@
     python experiments/store_notebook_outputs.py 01_quickstart 03_language
 
 Settings are small enough for a few minutes on two CPU cores; the notebooks name them. The pictures have as
-many colours as fit in 300 KB; progress bars and warnings on stderr are dropped.
+many colours as fit in 380 KB; progress bars and warnings on stderr are dropped.
 """
 
 import base64
