@@ -1,5 +1,6 @@
 """load, save and export, on a system defined for these tests: one folder of code and one line in SYSTEMS."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -242,8 +243,10 @@ def test_missing_unexpected_and_misshapen_keys_are_listed_in_one_error(tmp_path,
 
 
 def test_nan_weights_are_refused(tmp_path, toy):
+    """And admitted by the argument that the message names."""
     with pytest.raises(WeightsError, match=r"model\.safetensors: mean holds 1 values"):
         mmjax.load(changed(tmp_path, toy, mean=np.array([1, 2, np.nan, 3, 4], np.float32)))
+    assert int(np.isnan(mmjax.load(tmp_path, allow_nan=True).stats["mean"]).sum()) == 1
 
 
 def test_a_config_that_cannot_be_determined_is_an_error(tmp_path, toy):
@@ -269,6 +272,56 @@ def test_two_layouts_that_fit_need_a_choice(tmp_path, toy, monkeypatch):
     assert mmjax.load(tmp_path, layout="twin").layout == "twin"
     with pytest.raises(WeightsError, match="layout='other' fits them"):
         mmjax.load(tmp_path, layout="other")
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "{}",
+        "module._orig_mod.{}",
+        "_orig_mod.module.{}",
+        "model_state_dict/{}",
+        "state_dict/model.{}",
+        "state_dict_ema/{}",
+    ],
+)
+def test_checkpoints_of_training_loops_are_loaded(tmp_path, toy, wrapped):
+    mmjax.export(toy, tmp_path / "a")
+    arrays = read_weights(tmp_path / "a" / "model.safetensors").arrays
+    arrays = {wrapped.format(key): array for key, array in arrays.items()} | {"optimizer/step": np.zeros(1)}
+    arrays = arrays if "/" in wrapped else {key: array for key, array in arrays.items() if "/" not in key}
+    (tmp_path / "b").mkdir()
+    write_safetensors(tmp_path / "b" / "model.safetensors", arrays)
+    (tmp_path / "b" / "config.json").write_bytes((tmp_path / "a" / "config.json").read_bytes())
+    assert tree_hash(mmjax.load(tmp_path / "b").params) == tree_hash(toy.params)
+
+
+def test_weights_at_a_path_are_loaded(tmp_path, toy):
+    mmjax.export(toy, tmp_path)
+    arrays = read_weights(tmp_path / "model.safetensors").arrays
+    both = {f"trainer/student.{key}": array + 1 for key, array in arrays.items()}
+    both |= {f"trainer/teacher.{key}": array for key, array in arrays.items()}
+    write_safetensors(tmp_path / "model.safetensors", both)
+    with pytest.raises(WeightsError, match="unknown architecture"):
+        mmjax.load(tmp_path)
+    assert tree_hash(mmjax.load(tmp_path, weights_at="trainer/teacher").params) == tree_hash(toy.params)
+    with pytest.raises(WeightsError, match="nothing at 'trainer/nobody'; it has trainer"):
+        mmjax.load(tmp_path, weights_at="trainer/nobody")
+
+
+@pytest.mark.torch
+def test_settings_beside_the_weights_are_placeholders(tmp_path, toy):
+    torch = pytest.importorskip("torch")
+    mmjax.export(toy, tmp_path)
+    state = {key: torch.tensor(array) for key, array in read_weights(tmp_path / "model.safetensors").arrays.items()}
+    settings = argparse.Namespace(lr=0.1, out=pathlib.Path("runs"), names={"a"}, ids=[np.int64(3)])
+    loop = {"args": settings, "best": np.float64(0.5), "rng": np.random.get_state(), "device": torch.device("cpu")}
+    (tmp_path / "model.safetensors").unlink()
+    for legacy in (False, True):
+        torch.save(
+            {**loop, "model_state_dict": state}, tmp_path / "last.pth", _use_new_zipfile_serialization=not legacy
+        )
+        assert tree_hash(mmjax.load(tmp_path / "last.pth").params) == tree_hash(toy.params)
 
 
 def test_a_cut_file_and_a_pickle_with_code_are_refused(tmp_path, toy):

@@ -35,7 +35,7 @@ from mmjax.hub.description import (
     read_json,
     system_called,
 )
-from mmjax.hub.recognise import RenamedArrays, infer_config, recognise
+from mmjax.hub.recognise import RenamedArrays, infer_config, inside, recognise
 from mmjax.interface.config import differences
 from mmjax.interface.model import Model
 from mmjax.nn import int8
@@ -71,6 +71,8 @@ def load(
     source: Source,
     *,
     layout: str | None = None,
+    weights_at: str | None = None,
+    allow_nan: bool = False,
     dtype: Literal["float32", "bfloat16"] | None = None,
     weights: Literal["int8"] | None = None,
 ) -> Model:
@@ -79,6 +81,8 @@ def load(
     source: a folder (Hugging Face's, an export, or one of `save`), a weight file, a workdir of `mmjax train` or one of
         its checkpoints, or a hub id such as "google/vit-base-patch16-224".
     layout: "system/layout" or "layout", for files that more than one layout could have written.
+    weights_at: the path of the weights in a training loop's checkpoint, "trainer/network": dictionaries and attributes.
+    allow_nan: admit NaN and infinity in a public file.
     dtype: of the parameters and of the computation. By default as the file's layout prescribes, which is float32.
     weights: "int8": the matrices of a language model or T5, embeddings too, are stored in int8 with a float32 scale a
         channel, for a frozen model that is large for its device (extra int8); activations stay in `dtype`.
@@ -110,7 +114,7 @@ def load(
     elif is_own(folder) and (path.is_dir() or path.name == WEIGHTS):
         parts = _load_own(folder)
     else:
-        parts = _load_public(path, layout)
+        parts = _load_public(path, layout, weights_at, allow_nan)
     return _assemble(parts, dtype, weights)
 
 
@@ -255,13 +259,16 @@ class _Parts(NamedTuple):
     fields: dict[str, Any]
 
 
-def _load_public(path: pathlib.Path, layout_name: str | None) -> _Parts:
+def _load_public(
+    path: pathlib.Path, layout_name: str | None, weights_at: str | None = None, allow_nan: bool = False
+) -> _Parts:
     file = find_weight_file(path)
     folder = file.parent
     if file.suffix == ".gguf":
-        weights, config_json, tokenizer = _read_gguf(file)
+        weights, config_json, tokenizer = _read_gguf(file, allow_nan)
     else:
-        weights, tokenizer = read_weights(file), None
+        weights, tokenizer = read_weights(file, allow_nan=allow_nan), None
+        weights = weights if weights_at is None else inside(weights, weights_at)
         config_json = read_json(folder / "config.json") or read_json(folder / "open_clip_config.json")
     sidecar = (config_json or {}).get(SIDECAR)
     if sidecar is not None and layout_name is None:
@@ -285,12 +292,12 @@ def _load_public(path: pathlib.Path, layout_name: str | None) -> _Parts:
     return _Parts(kind, config, variables, fields | {"notes": notes})
 
 
-def _read_gguf(file: pathlib.Path) -> tuple[Weights, dict[str, Any], Any]:
+def _read_gguf(file: pathlib.Path, allow_nan: bool) -> tuple[Weights, dict[str, Any], Any]:
     """(weights and config in Hugging Face's form, tokenizer): all in one file."""
     from mmjax.text.gguf_tokenizer import tokenizer_from_gguf
     from mmjax.weights import gguf
 
-    contents = gguf.read_gguf(file)
+    contents = gguf.read_gguf(file, allow_nan=allow_nan)
     return gguf.hf_weights(contents), gguf.hf_config(contents), tokenizer_from_gguf(contents.metadata, str(file))
 
 

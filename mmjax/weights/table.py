@@ -201,14 +201,16 @@ class Entry:
 Table: TypeAlias = tuple[Entry, ...]
 
 
+PARALLEL = ("_orig_mod.", "module.", "_orig_mod.")
+"""Prefixes of torch.compile and DistributedDataParallel, in either order."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """One public form of a system's weights: how to recognise it, size the model from it, read and write it.
 
     name: "hf", "torchvision", "openai", ...: what `mmjax.export(model, dir, layout=name)` takes.
     recognise(keys, config_json): whether a file with these keys (after `unwrap`) and config.json is of this layout.
-    decides(keys, config_json): of layouts with the same keys, whether keys without a weight or a config.json decide for
-        this one. Where they decide for none, `load` needs `layout=`.
     config(shapes, config_json): our config, from the arrays' shapes by key and the config.json beside them, if any.
     table(config): the table; its sources are the names that an export writes.
     hf_config(config): the config.json that an export writes beside the weights.
@@ -216,28 +218,30 @@ class Layout:
         leaves out the others and reports them.
     file: the name of the weight file that an export writes: a .safetensors or a .npz.
     wrappers: dictionaries around the weights in a torch file ({"state_dict": {...}, "epoch": 3}); the first is taken.
-    strip: prefixes taken from every key that has them, in this order.
+    strip: prefixes taken from every key that has them, in this order, after those of `PARALLEL`.
     renames: (regular expression, replacement) pairs applied to every key afterwards, in order: older spellings,
         absent prefixes.
     ignored: globs of keys that carry no weight (`*` spans dots); they are dropped.
     assumed: {field of the config: the dotted key of config.json that determines it, "" if none does}, for the fields
         that no array determines and that published files have in several values. Without the key, `config` assumes the
         usual value, and `load` notes it. "preprocess" means the image preprocessing.
+    decides(keys, config_json): of layouts with the same keys, whether keys without a weight or a config.json decide for
+        this one. Where they decide for none, `load` needs `layout=`.
     """
 
     name: str
     recognise: Callable[[Set[str], Mapping[str, Any] | None], bool]
     config: Callable[[Mapping[str, Shape], Mapping[str, Any] | None], Any]
     table: Callable[[Any], Table]
-    decides: Callable[[Set[str], Mapping[str, Any] | None], bool] = lambda keys, config_json: False
     hf_config: Callable[[Any], dict[str, Any]] | None = None
     reduce: Callable[[Any], Any] | None = None
     file: str = "model.safetensors"
-    wrappers: tuple[str, ...] = ("state_dict", "model")
-    strip: tuple[str, ...] = ("module.",)
+    wrappers: tuple[str, ...] = ("state_dict", "model_state_dict", "model", "state_dict_ema")
+    strip: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     assumed: Mapping[str, str] = field(default_factory=dict)
+    decides: Callable[[Set[str], Mapping[str, Any] | None], bool] = lambda keys, config_json: False
 
     def unwrap(self, keys: Iterable[str], file: str = "") -> dict[str, str]:
         """{key in the table's spelling: key in the file}. Keys outside the wrapper, if there is one, are dropped."""
@@ -251,7 +255,7 @@ class Layout:
         names: dict[str, str] = {}
         for key in inside:
             name = key.removeprefix(start)
-            for prefix in self.strip:
+            for prefix in (*PARALLEL, *self.strip):
                 name = name.removeprefix(prefix)
             for pattern, replacement in self.renames:
                 name = re.sub(pattern, replacement, name)

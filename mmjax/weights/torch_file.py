@@ -2,7 +2,8 @@
 
 A PyTorch file is a pickle beside raw storages. A pickle is a program; this module interprets the part of it that
 describes nested dictionaries of tensors. It knows the few globals below, maps each to an inert record, and stops at any
-other name with an error that names it. Python's unpickler never reads the file.
+other name with an error that names it. Settings beside the weights become placeholders. Python's unpickler never reads
+the file.
 
 Three containers are read: the zip of PyTorch >= 1.6, TorchScript archives (the same zip; its classes become plain
 trees of attributes: OpenAI's CLIP files), and the format before 1.6 (five pickles, then the storages).
@@ -119,6 +120,23 @@ CALLABLES: Mapping[str, Callable[..., Any]] = {
 """The ten globals that may be called, and the function called instead of each."""
 
 
+class Inert:
+    """A value that carries no weight, of a class that is not even imported: a placeholder."""
+
+    def __init__(self, *_: Any):
+        pass
+
+
+INERT = re.compile(
+    r"argparse\.Namespace|types\.SimpleNamespace|pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path"
+    r"|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtype|ndarray)|_codecs\.encode|__builtin__\.set|builtins\.set"
+    r"|collections\.(defaultdict|Counter)|builtins\.(int|float|list|dict)|datetime\.(datetime|date|timedelta)"
+    r"|torch\.(device|serialization\._get_layout|(b?float(16|32|64)|int(8|16|32|64)|bool))"
+    r"|omegaconf\.[\w.]+|yacs\.config\.CfgNode|easydict\.EasyDict"
+)
+"""What training loops save beside weights: settings, paths, numbers, states of random generators."""
+
+
 def _natural(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**62
 
@@ -199,12 +217,15 @@ class Machine:
             stack.append(self.since_mark())
         elif name in ("APPEND", "APPENDS"):
             items = [stack.pop()] if name == "APPEND" else self.since_mark()
-            _as(list, stack[-1]).extend(items)
+            if not isinstance(stack[-1], Inert):
+                _as(list, stack[-1]).extend(items)
         elif name in ("SETITEM", "SETITEMS", "DICT"):
             items = list(self.pop(2)) if name == "SETITEM" else self.since_mark()
             if name == "DICT":
                 stack.append({})
-            _as(dict, stack[-1]).update({_key(key): value for key, value in zip(items[::2], items[1::2], strict=True)})
+            if not isinstance(stack[-1], Inert):
+                pairs = zip(items[::2], items[1::2], strict=True)
+                _as(dict, stack[-1]).update({_key(key): value for key, value in pairs})
         else:
             raise ValueError(f"the opcode {name} has no business in a weight file")
 
@@ -226,19 +247,21 @@ class Machine:
             return STORAGES[name]
         if name in CALLABLES:
             return CALLABLES[name]
+        if INERT.fullmatch(name):
+            return Inert
         if self.scripted and name.startswith("__torch__."):
             return Script
         raise ValueError(f"it asks for {name[:200]}; only tensors and dictionaries are read, no code is run")
 
     def call(self, target: Any, arguments: Any) -> Any:
-        if target is not Script and target not in CALLABLES.values():
+        if target not in (Script, Inert) and target not in CALLABLES.values():
             raise ValueError("it calls something that is not a function")
         return target(*_as(tuple, arguments))
 
     def build(self, target: Any, state: Any) -> Any:
         if isinstance(target, Script):
             target.fields.update(_as(dict, state))
-        elif not isinstance(target, dict):  # an OrderedDict's attributes (PyTorch's _metadata) carry no weight
+        elif not isinstance(target, dict | Inert):  # an OrderedDict's attributes (PyTorch's _metadata) carry no weight
             raise ValueError("it sets attributes of something that is not a module")
         return target
 

@@ -172,8 +172,8 @@ def hostile_pickles(canary: pathlib.Path) -> dict[str, tuple[bytes, str]]:
         "builtins.eval": (pickle.dumps({"w": Call(eval, touch)}, 4), "builtins.eval"),
         "nested": (pickle.dumps([{"a": ({"b": Call(exec, touch)},)}], 4), "builtins.exec"),
         "foreign": (
-            b"\x80\x02}X\x01\0\0\0wcnumpy.core.multiarray\n_reconstruct\n)Rs.",
-            "numpy.core.multiarray._reconstruct",
+            b"\x80\x02}X\x01\0\0\0wcnumpy.testing._private.utils\nrunstring\n)Rs.",
+            "numpy.testing._private.utils.runstring",
         ),
         "torch but not listed": (b"\x80\x02ctorch.hub\nload\n(X\x01\0\0\0xtR.", "torch.hub.load"),
         "by extension": (b"\x80\x02\x82\x01.", "EXT1"),

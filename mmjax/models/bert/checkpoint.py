@@ -307,7 +307,7 @@ HF = Layout(
     hf_config_of,
     hf_table,
     hf_config=hf_config,
-    strip=("module.", "0.auto_model."),
+    strip=("0.auto_model.",),
     renames=(
         (r"^(embeddings|encoder|pooler)\.", r"bert.\1."),
         (r"LayerNorm\.gamma$", "LayerNorm.weight"),

@@ -155,7 +155,6 @@ NPZ = Layout(
     table=lambda config: _table(config, OLD, "MlpBlock_3", POSITIONS),
     file="model.npz",
     wrappers=WRAPPERS,
-    strip=(),
 )
 """storage.googleapis.com/vit_models: imagenet21k, imagenet21k+imagenet2012, augreg, sam; hybrids too."""
 
@@ -166,7 +165,6 @@ NPZ_LINEN = Layout(
     table=lambda config: _table(config, LINEN, "MlpBlock_0", "pos_embedding"),
     file="model.npz",
     wrappers=WRAPPERS,
-    strip=(),
     renames=((r"^Transformer/(posembed_input/)?pos_embedding$", "pos_embedding"),),
 )
 """big_vision, and vit_jax's own training runs."""
@@ -178,6 +176,5 @@ NPZ_SCAN = Layout(
     table=lambda config: _table(config, LINEN, "MlpBlock_0", "pos_embedding", scan=True),
     file="model.npz",
     wrappers=WRAPPERS,
-    strip=(),
 )
 """big_vision with `scan=True`: all blocks in one array each."""

@@ -147,8 +147,8 @@ DINOV2 = Layout(
     recognise=lambda keys, _: _recognises(keys) and "mask_token" in keys and "decoder_embed.weight" not in keys,
     config=config,
     table=table,
-    wrappers=("teacher", "state_dict", "model"),
-    strip=("module.", "backbone."),
+    wrappers=("teacher", "state_dict", "model_state_dict", "model", "state_dict_ema"),
+    strip=("backbone.",),
     renames=((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),),  # cut in chunks for FSDP; the second number counts through
     ignored=("dino_head.*", "ibot_head.*"),
 )
