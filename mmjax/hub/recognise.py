@@ -73,7 +73,8 @@ def inside(weights: Weights, at: str) -> Weights:
         tops = sorted({key.partition("/")[0] for key in weights.arrays if "/" in key})
         raise WeightsError(f"{weights.file}: nothing at {at!r}; it has {', '.join(tops) or 'no dictionaries'}")
     arrays = RenamedArrays(weights.arrays, names)
-    shapes, dtypes = ({name: all[key] for name, key in names.items()} for all in (weights.shapes, weights.dtypes))
+    shapes = {name: weights.shapes[key] for name, key in names.items()}
+    dtypes = {name: weights.dtypes[key] for name, key in names.items()}
     return Weights(arrays, shapes, dtypes, weights.file, weights.metadata)
 
 
