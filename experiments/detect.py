@@ -8,7 +8,7 @@
 data: a COCO file of instances (mmjax.data.boxes); or the word scenes: pictures of sprites made on demand, whose
 held-out sprites are an evaluation of their own. AP needs pycocotools: pip install "mmjax[detection]".
 
-    --tune head          pyramid and head on the frozen encoder
+    --tune head          pyramid and head on the frozen encoder; with --store_maps --no-flip its maps are computed once
     --tune 3             also the encoder's last three blocks
     --tune all           everything, deeper layers more slowly (--layer_decay)
 """
@@ -91,12 +91,15 @@ class Config(DenseRecipe):
         b, side, most = self.batch_size, self.side, self.most
         shapes = {"image": ((b, side, side, 3), jnp.uint8), "boxes": ((b, most, 4), jnp.float32)}
         shapes["labels"] = ((b, most), jnp.int32)
-        return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+        return self.with_maps({name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()})
 
     # ------------------------------------------------------------------------------------------------------------- data
 
     def train_data(self) -> Pipeline:
-        return self.pipeline(self.sources["train"], ResizeWithBoxes(self.side, self.most, self.flip))
+        resize = ResizeWithBoxes(self.side, self.most, self.flip)
+        if self.store_maps:
+            return self.pipeline(self.stored(self.sources["train"], resize, self.flip))
+        return self.pipeline(self.sources["train"], resize)
 
     def evaluations(self) -> tuple[Evaluation, ...]:
         return tuple(self._evaluation(*item) for item in self.sources.items() if item[0] != "train")

@@ -7,7 +7,7 @@
 data: a folder with images/, masks/ and classes.txt, or with train/ and val/ of that form (mmjax.data.masks); or the
 word scenes: pictures of sprites made on demand, whose held-out sprites are an evaluation of their own.
 
-    --tune head          a head on the frozen encoder
+    --tune head          a head on the frozen encoder; with --store_maps --no-augment its maps are computed once
     --tune 3             also the encoder's last three blocks
     --tune all           everything, deeper layers more slowly (--layer_decay)
 """
@@ -78,15 +78,19 @@ class Config(DenseRecipe):
     def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the global batch."""
         shape = (self.batch_size, self.side, self.side)
-        return {"image": jax.ShapeDtypeStruct((*shape, 3), jnp.uint8), "mask": jax.ShapeDtypeStruct(shape, jnp.uint8)}
+        shapes = {"image": jax.ShapeDtypeStruct((*shape, 3), jnp.uint8), "mask": jax.ShapeDtypeStruct(shape, jnp.uint8)}
+        return self.with_maps(shapes)
 
     # ------------------------------------------------------------------------------------------------------------- data
 
     def train_data(self) -> Pipeline:
         classes = len(self.classes)
+        resize = ResizeWithMask(self.side, classes)
+        if self.store_maps:
+            return self.pipeline(self.stored(self.folders[0], resize, self.augment))
         if self.augment:
             return self.pipeline(self.folders[0], RandomCropWithMask(self.side, classes, (self.crop, 1.0)))
-        return self.pipeline(self.folders[0], ResizeWithMask(self.side, classes))
+        return self.pipeline(self.folders[0], resize)
 
     def evaluations(self) -> tuple[Evaluation, ...]:
         held_out = self.folders[1]

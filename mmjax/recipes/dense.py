@@ -8,18 +8,26 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from mmjax import hub
 from mmjax.data.labels import write_labels
-from mmjax.data.pipeline import Pipeline
+from mmjax.data.pipeline import Pipeline, batches
 from mmjax.data.preprocess import ImagePreprocessing
+from mmjax.data.sources import ArraySource
 from mmjax.errors import MmjaxError
+from mmjax.evaluation.features import Extractor
 from mmjax.interface.image_classifier import Headless, ImageClassifier
 from mmjax.models import SYSTEMS
+from mmjax.models.dense.detect import Detection
+from mmjax.models.dense.frozen import MAPS, flat_maps, in_dtype
 from mmjax.models.dense.pyramid import without_pooling
+from mmjax.models.dense.segment import Segmentation
 from mmjax.training.experiment import ExperimentConfig, LoadWeights
 from mmjax.training.finetune import HEAD, Layers, partition, tuning_optimizer
 from mmjax.training.optimizer import Optimizer, warmup_cosine
+from mmjax.types import Array, Params
 
 SCENES = "scenes"
 """The value of `data` for pictures that are made on demand (mmjax.data.scenes)."""
@@ -35,6 +43,8 @@ class DenseRecipe(ExperimentConfig, abc.ABC):
         tune: "head", "all", or the number of last blocks. Unless all is trained, batch normalisation uses the stored
             statistics, which do not change.
         from_scratch: the encoder of init_from with random weights, for comparison.
+        store_maps: the feature maps of all training images are computed once and stay in memory. Only with tune=head
+            and without augmentation.
         image_size: side of the images, pixels; None: that of the model's preprocessing. Whole images are squashed.
         learning_rate: of the head, peak; warmup over a tenth of the steps and half a cosine. None: 1e-3 for the head
             alone, else 1e-4.
@@ -52,6 +62,7 @@ class DenseRecipe(ExperimentConfig, abc.ABC):
     test_scenes: int = 500
     tune: Literal["head", "all"] | int = "head"
     from_scratch: bool = False
+    store_maps: bool = False
     image_size: int | None = None
     learning_rate: float | None = None
     layer_decay: float = 0.75
@@ -62,6 +73,14 @@ class DenseRecipe(ExperimentConfig, abc.ABC):
     @abc.abstractmethod
     def classes(self) -> tuple[str, ...]:
         """The names of the classes."""
+
+    @abc.abstractmethod
+    def method(self) -> Segmentation | Detection:
+        """Of the encoder `start` and a new head."""
+
+    @abc.abstractmethod
+    def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the global batch."""
 
     @functools.cached_property
     def start(self) -> Headless:
@@ -104,12 +123,51 @@ class DenseRecipe(ExperimentConfig, abc.ABC):
             decay=self.layer_decay,
         )
 
+    @functools.cached_property
+    def encoder(self) -> tuple[Params, Params]:
+        """(parameters, batch statistics) that training starts from."""
+        if not self.from_scratch:
+            return self.start.params, self.start.stats
+        method = self.method()
+        zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in self.example_batch().items()}
+        params, carry = jax.jit(method.init)(jax.random.key(self.seed), zeros)
+        return jax.device_get((params["backbone"], carry.stats.get("backbone", {})))
+
     def initial_weights(self, load: LoadWeights) -> Mapping[str, Any]:
         """The weights of the encoder; the head is initialised."""
-        if self.from_scratch:
-            return {"params": {}, "stats": {}}
-        stats = {"backbone": self.start.stats} if self.start.stats else {}
-        return {"params": {"backbone": self.start.params}, "stats": stats}
+        params, stats = self.encoder
+        return {"params": {"backbone": params}, "stats": {"backbone": stats} if stats else {}}
+
+    def with_maps(self, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the global batch, with the stored maps where there are any."""
+        if not self.store_maps:
+            return shapes
+        maps = jax.eval_shape(self._maps, self.start.params, self.start.stats, shapes["image"])
+        return shapes | {MAPS: jax.ShapeDtypeStruct(maps.shape, maps.dtype)}
+
+    def _maps(self, params: Params, stats: Params, images: Array) -> Array:
+        method = self.method()
+        return flat_maps(in_dtype(method.config), params, stats, method.pixels(images))
+
+    def stored(self, source: Any, resize: Any, augmented: bool) -> ArraySource:
+        """The readable records of a source, resized, with their maps.
+
+        Raises MmjaxError where the maps would not stay the same: augmentation, or a trained encoder.
+        """
+        if augmented or self.tune != "head":
+            other = "augmentation" if augmented else f"tune={self.tune}"
+            raise MmjaxError(f"store_maps: {other} changes the maps in each epoch; need tune=head and no augmentation")
+        size, bad = min(64, len(source)), self.max_bad_fraction
+        once = Pipeline(
+            source, size, shuffle=False, epochs=1, drop_remainder=False,
+            transforms=(resize,), workers=self.workers, max_bad_fraction=bad,
+        )  # fmt: skip
+        parts = list(batches(once))
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        _, first = np.unique(columns.pop("index"), return_index=True)  # not what replaces an unreadable record
+        columns = {name: column[first] for name, column in columns.items()}
+        maps = Extractor(self._maps, batch_size=size)(*self.encoder, columns["image"], source.name)
+        return ArraySource(name=source.name, **columns, **{MAPS: maps})
 
     def pipeline(self, source: Any, *transforms: Any) -> Pipeline:
         return Pipeline(

@@ -260,7 +260,6 @@ def test_scenes_are_data_and_from_scratch_takes_no_weights(models, tmp_path):
         pytest.importorskip(package)
     fields = {"data": "scenes", "scenes": 16, "test_scenes": 8, "image_size": 33}
     config = configured(models, tmp_path, "vit", **fields, from_scratch=True)
-    assert config.initial_weights(None) == {"params": {}, "stats": {}}
     train(config, tmp_path / "run", experiment_file=str(FILE))
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     scores = {key: value for line in lines for key, value in json.loads(line).items()}
@@ -269,6 +268,27 @@ def test_scenes_are_data_and_from_scratch_takes_no_weights(models, tmp_path):
     end = tree.flatten(checkpoint.load_params(tmp_path / "run")["params"]["backbone"])
     kernel = "encoder/block_0/mlp/up/kernel"
     assert not np.array_equal(end[kernel], tree.flatten(config.start.params)[kernel])
+    np.testing.assert_array_equal(end[kernel], tree.flatten(config.encoder[0])[kernel])  # random, frozen
+
+
+def test_stored_maps_train_the_same_head(models, shapes, tmp_path):
+    fields = {"augment": False, "held_out": 0.0, "steps": 4, "from_scratch": True, "learning_rate": 1e-2}
+    ends = []
+    for store_maps in (False, True):
+        config = configured(models, shapes, "moco", **fields, store_maps=store_maps)
+        train(config, tmp_path / str(store_maps))
+        ends.append(tree.flatten(checkpoint.load_params(tmp_path / str(store_maps))["params"]))
+    assert ends[0].keys() == ends[1].keys()
+    for path, leaf in ends[0].items():
+        np.testing.assert_allclose(leaf, ends[1][path], rtol=1e-3, atol=1e-4, err_msg=path)
+    assert np.abs(ends[0]["head/logits0/bias" if "head/logits0/bias" in ends[0] else "head/logits1/bias"]).max() > 5e-3
+
+
+@pytest.mark.parametrize(("fields", "name"), [({}, "augmentation"), ({"augment": False, "tune": 1}, "tune=1")])
+def test_maps_that_change_are_not_stored(models, shapes, fields, name):
+    config = configured(models, shapes, "vit", store_maps=True, **fields)
+    with pytest.raises(MmjaxError, match=f"store_maps: {name} changes the maps"):
+        config.train_data()
 
 
 WRONG = {

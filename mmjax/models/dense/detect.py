@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from mmjax.channels import IMAGENET_MEAN, IMAGENET_STD
 from mmjax.errors import MmjaxError
-from mmjax.models.dense.detector import DetectionConfig, Detector
+from mmjax.models.dense.detector import DetectionConfig, DetectionHead, Detector
+from mmjax.models.dense.frozen import MAPS, in_dtype, unflattened
 from mmjax.objectives.detection import centre_ness, generalised_iou, sigmoid_focal
 from mmjax.training.classification import RGB
 from mmjax.training.method import Loss, Method, loss_terms
@@ -48,11 +49,12 @@ def assign(
 class Detection(Method):
     """Batches are {"image": uint8 [b, height, width, 3], "boxes": float32 [b, m, 4], "labels": int [b, m]}.
 
-    Boxes are x, y, width, height in pixels of the image; rows with a negative label are no box. Losses, as FCOS's:
-    "class", focal; "box", 1 - generalised IoU, weighted by the centre-ness; "centre", its cross-entropy. Each is a sum
-    over points, divided by the number of points with a box (of their weights); an image counts as one point at least,
-    so that the division never fails. A label past the classes makes the loss NaN, so that the step refuses it.
-    Metrics: accuracy, the share of those points whose most probable class is their box's.
+    With the column "maps" (`mmjax.models.dense.frozen`), only the head is computed; the encoder is then frozen. Boxes
+    are x, y, width, height in pixels of the image; rows with a negative label are no box. Losses, as FCOS's: "class",
+    focal; "box", 1 - generalised IoU, weighted by the centre-ness; "centre", its cross-entropy. Each is a sum over
+    points, divided by the number of points with a box (of their weights); an image counts as one point at least, so
+    that the division never fails. A label past the classes makes the loss NaN, so that the step refuses it. Metrics:
+    accuracy, the share of those points whose most probable class is their box's.
 
     Attributes: mean, std, stored_statistics, bn_groups: as of `Segmentation`.
     """
@@ -80,25 +82,35 @@ class Detection(Method):
         step: Int[Array, ""],
         axis_name: str | None = None,
     ) -> tuple[Loss, tuple[Carry, Means]]:
-        variables = {"params": params} | ({"batch_stats": carry.stats} if carry.stats else {})
-        trained = not self.stored_statistics
-        result: Any = Detector(self.config, axis_name).apply(
-            variables,
-            self.pixels(batch["image"]),
-            trained,
-            self.bn_groups,
-            rngs={"dropout": rng},
-            mutable=["batch_stats"] if trained else [],
-        )
-        outputs, new = result
+        outputs, stats = self._outputs(params, carry.stats, batch, rng, axis_name)
         labels, distances = assign(outputs, batch["boxes"], batch["labels"])
         terms = loss_terms(self._losses(outputs, labels, distances))
         known = jnp.all(batch["labels"] < self.config.classes)
         terms = {name: Mean(jnp.where(known, term.total, jnp.nan), term.count) for name, term in terms.items()}
         right = jax.lax.stop_gradient(outputs["logits"]).argmax(-1) == labels
         accuracy = Mean.of(1.0 * right, labels >= 0)
-        stats = new.get("batch_stats", carry.stats)
         return dict(terms), (dataclasses.replace(carry, stats=stats), {"accuracy": accuracy})
+
+    def _outputs(
+        self, params: Params, stats: Params, batch: Batch, rng: PRNGKeyArray, axis_name: str | None
+    ) -> tuple[dict[str, Array], Params]:
+        """(outputs in training, statistics after this batch)."""
+        c, images = self.config, batch["image"]
+        if MAPS in batch:
+            maps = unflattened(in_dtype(c), batch[MAPS], *images.shape[1:3])
+            outputs: Any = DetectionHead(c, name="head").apply({"params": params["head"]}, maps)
+            return outputs, stats
+        variables = {"params": params} | ({"batch_stats": stats} if stats else {})
+        trained = not self.stored_statistics
+        result: Any = Detector(c, axis_name).apply(
+            variables,
+            self.pixels(images),
+            trained,
+            self.bn_groups,
+            rngs={"dropout": rng},
+            mutable=["batch_stats"] if trained else [],
+        )
+        return result[0], result[1].get("batch_stats", stats)
 
     def _losses(self, outputs: dict[str, Array], labels: Int[Array, "b L"], distances: Float[Array, "b L 4"]) -> Means:
         positive = labels >= 0

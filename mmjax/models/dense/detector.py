@@ -15,6 +15,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from mmjax.errors import MmjaxError
+from mmjax.models.dense.frozen import in_dtype
 from mmjax.models.dense.network import ConvBlock
 from mmjax.models.dense.pyramid import LEVELS, Backbone, Maps, Pyramid, feature_maps, resized
 from mmjax.models.resnet.network import ResNetConfig, geometries
@@ -186,6 +187,5 @@ class Detector(nn.Module):
     ) -> dict[str, Array]:
         """train_backbone: with the encoder's dropout and statistics of the batch."""
         c = self.config
-        backbone = dataclasses.replace(c.backbone, dtype=c.dtype)
-        maps = feature_maps(backbone, pixels, train_backbone, bn_groups, self.axis_name)
+        maps = feature_maps(in_dtype(c), pixels, train_backbone, bn_groups, self.axis_name)
         return DetectionHead(c, name="head")(maps)

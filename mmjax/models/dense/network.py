@@ -8,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 
 from mmjax.errors import MmjaxError
+from mmjax.models.dense.frozen import in_dtype
 from mmjax.models.dense.pyramid import Backbone, Maps, Pyramid, feature_maps, resized
 from mmjax.models.vit.network import ViTConfig
 from mmjax.nn.activation import relu
@@ -57,7 +58,8 @@ class LinearHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, maps: Maps) -> Float[Array, "b rows columns c"]:
+    def __call__(self, maps: Maps, train: bool = False) -> Float[Array, "b rows columns c"]:
+        del train  # it has no dropout
         size = maps[0].shape[1:3]
         total: Any = 0.0
         for i, x in enumerate(maps):
@@ -127,6 +129,13 @@ def _cells(size: int, n: int) -> Float[np.ndarray, "n size"]:
     return matrix
 
 
+def head_of(config: SegmentationConfig, axis_name: str | None = None) -> LinearHead | UPerHead:
+    """The module "head", called as (maps, train)."""
+    if config.head == "linear":
+        return LinearHead(config.classes, config.dtype, name="head")
+    return UPerHead(config, axis_name, name="head")
+
+
 class Segmenter(nn.Module):
     """Images -> float32 logits of each pixel's classes.
 
@@ -147,10 +156,5 @@ class Segmenter(nn.Module):
     ) -> Float[Array, "b height width c"]:
         """train: with dropout in the head. train_backbone: with the encoder's own, and statistics of the batch."""
         c = self.config
-        backbone = dataclasses.replace(c.backbone, dtype=c.dtype)
-        maps = feature_maps(backbone, pixels, train_backbone, bn_groups, self.axis_name)
-        if c.head == "linear":
-            logits = LinearHead(c.classes, c.dtype, name="head")(maps)
-        else:
-            logits = UPerHead(c, self.axis_name, name="head")(maps, train)
-        return resized(logits, *pixels.shape[1:3])
+        maps = feature_maps(in_dtype(c), pixels, train_backbone, bn_groups, self.axis_name)
+        return resized(head_of(c, self.axis_name)(maps, train), *pixels.shape[1:3])

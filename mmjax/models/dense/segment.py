@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from mmjax.channels import IMAGENET_MEAN, IMAGENET_STD
 from mmjax.data.masks import IGNORED
 from mmjax.errors import MmjaxError
-from mmjax.models.dense.network import SegmentationConfig, Segmenter
+from mmjax.models.dense.frozen import MAPS, in_dtype, unflattened
+from mmjax.models.dense.network import SegmentationConfig, Segmenter, head_of
+from mmjax.models.dense.pyramid import resized
 from mmjax.objectives.classification import softmax_cross_entropy
 from mmjax.training.classification import RGB
 from mmjax.training.method import Loss, Method
@@ -22,7 +24,8 @@ from mmjax.types import Array, ArrayLike, Batch, Float, Int, Mean, Means, Params
 class Segmentation(Method):
     """Batches are {"image": uint8 [b, height, width, 3], "mask": uint8 [b, height, width]}. Metrics: pixels' accuracy.
 
-    Pixels of value 255 do not count. Another value that is no class makes the loss NaN, so that the step refuses it.
+    With the column "maps" (`mmjax.models.dense.frozen`), only the head is computed; the encoder is then frozen. Pixels
+    of value 255 do not count. Another value that is no class makes the loss NaN, so that the step refuses it.
 
     Attributes:
         mean, std: of the channels in [0, 1].
@@ -54,17 +57,7 @@ class Segmentation(Method):
         step: Int[Array, ""],
         axis_name: str | None = None,
     ) -> tuple[Loss, tuple[Carry, Means]]:
-        variables = {"params": params} | ({"batch_stats": carry.stats} if carry.stats else {})
-        trained = not self.stored_statistics
-        logits, new = Segmenter(self.config, axis_name).apply(
-            variables,
-            self.pixels(_column(batch, "image")),
-            True,
-            trained,
-            self.bn_groups,
-            rngs={"dropout": named(rng, "dropout")},
-            mutable=["batch_stats"] if trained else [],
-        )
+        logits, stats = self._logits(params, carry.stats, batch, named(rng, "dropout"), axis_name)
         mask = _column(batch, "mask").astype(jnp.int32)
         counted = mask != IGNORED
         labels = jnp.where(counted, mask, 0)
@@ -72,8 +65,29 @@ class Segmentation(Method):
         value = Mean.of(entropies, counted.ravel())
         value = Mean(jnp.where(jnp.all(labels < self.config.classes), value.total, jnp.nan), value.count)
         right = jax.lax.stop_gradient(logits).argmax(-1) == labels
-        stats = new.get("batch_stats", carry.stats)
         return value, (dataclasses.replace(carry, stats=stats), {"accuracy": Mean.of(1.0 * right, counted)})
+
+    def _logits(
+        self, params: Params, stats: Params, batch: Batch, rng: PRNGKeyArray, axis_name: str | None
+    ) -> tuple[Float[Array, "b height width c"], Params]:
+        """(logits in training, statistics after this batch)."""
+        c, images, rngs = self.config, _column(batch, "image"), {"dropout": rng}
+        if MAPS in batch:
+            maps = unflattened(in_dtype(c), batch[MAPS], *images.shape[1:3])
+            logits: Any = head_of(c, axis_name).apply({"params": params["head"]}, maps, True, rngs=rngs)
+            return resized(logits, *images.shape[1:3]), stats
+        variables = {"params": params} | ({"batch_stats": stats} if stats else {})
+        trained = not self.stored_statistics
+        result: Any = Segmenter(c, axis_name).apply(
+            variables,
+            self.pixels(images),
+            True,
+            trained,
+            self.bn_groups,
+            rngs=rngs,
+            mutable=["batch_stats"] if trained else [],
+        )
+        return result[0], result[1].get("batch_stats", stats)
 
     def pixels(self, images: ArrayLike) -> Float[Array, "b height width 3"]:
         """uint8 images -> normalised float32; floats count as normalised already."""
