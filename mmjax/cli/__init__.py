@@ -106,7 +106,7 @@ def _ablate(verbs: argparse._SubParsersAction) -> None:
         action="append",
         default=[],
         metavar="NAME=A,B,C",
-        help="a hyper-parameter or field and its values; twice or more: their grid",
+        help="a hyper-parameter or field and its values; twice or more: their grid; {seed} is the arm's seed",
     )
     verb.add_argument("--seeds", metavar="0,1,2", help="every choice of values with each seed")
     help_text = "how the arms run in one program; auto: the fastest measured on this backend"

@@ -44,9 +44,10 @@ def train(experiment: str, workdir: str | None, fields: Sequence[str], distribut
 def ablate(flags: argparse.Namespace, fields: Sequence[str]) -> None:
     from mmjax.training.ablate import ablate as run
     from mmjax.training.experiment import load_experiment, parse_overrides
+    from mmjax.training.grid import with_seed
 
     kind = load_experiment(flags.experiment)
-    parse_overrides(kind, fields, f"mmjax ablate {flags.experiment}", print)
+    parse_overrides(kind, with_seed(fields, 0), f"mmjax ablate {flags.experiment}", print)
     run(
         kind,
         parse_over(flags.over),

@@ -26,7 +26,7 @@ from mmjax.training.arms import ArmLoop, choose, over_arms, stack, stacked_shape
 from mmjax.training.checkpoint_format import encode, frozen_keys
 from mmjax.training.console import RunConsole, duration
 from mmjax.training.experiment import ExperimentConfig, LoadWeights, batch_shapes, parse_overrides
-from mmjax.training.grid import Arm, Group, plan_groups
+from mmjax.training.grid import Arm, Group, first_values, plan_groups, with_seed
 from mmjax.training.in_flight import InFlight, Received
 from mmjax.training.initialize import initialize_from, replaced_leaves
 from mmjax.training.interrupts import Interrupts
@@ -58,7 +58,8 @@ def ablate(
     Args:
         kind: the experiment's Config class.
         over: name -> values as on the command line, two names or more give their grid. A name is a hyper-parameter of
-            the method, "learning_rate" (the whole schedule is scaled), or a field of the config.
+            the method, "learning_rate" (the whole schedule is scaled), or a field of the config. "{seed}" in a value of
+            a field, or in `arguments`, is the arm's seed: "init_from": ["runs/a{seed}", "runs/b{seed}"].
         arguments: overrides for all arms, as `parse_overrides` takes them.
         seeds: of initialisation and of the draws in the step; by default the experiment's one. The data's order has the
             experiment's seed in every arm.
@@ -99,6 +100,7 @@ class _Ablation:
         if not (self.console.is_terminal or self.console.is_jupyter):
             self.console.width = 200  # a file has no edge that would cut the table
         self.lifts: list[tuple[ExperimentConfig, int, Lift]] = []
+        self.evaluations: list[tuple[ExperimentConfig, tuple[Any, ...]]] = []
         self.writers: list[MetricsWriter] = []
 
     def plan(
@@ -109,9 +111,11 @@ class _Ablation:
         seeds: Sequence[int] | None,
         sequential: bool,
     ) -> None:
-        base: Any = parse_overrides(kind, arguments, prog="mmjax ablate")
+        first = (seeds or (0,))[0]
+        base: Any = parse_overrides(kind, with_seed(arguments, first), prog="mmjax ablate")
+        self.kind, self.arguments = kind, arguments
         self.base, self.over, self.seeds = base, {name: list(values) for name, values in over.items()}, seeds
-        create = _creation(base)
+        create = _creation(parse_overrides(kind, first_values(base, arguments, over, first), prog="mmjax ablate"))
         hparams = sorted(jax.eval_shape(create, jax.random.key(0)).hparams)
         self.groups = plan_groups(kind, arguments, over, seeds, hparams)
         if sequential:
@@ -145,7 +149,8 @@ class _Ablation:
             write_file(self.workdir / "ablation.json", (json.dumps(summary, indent=2) + "\n").encode())
         with attempt(self.workdir / "ablation.png"):
             ablation_report.plot(self.workdir / "ablation.png", summary, curves)
-        self.console.print(ablation_report.table(summary))
+        for table in ablation_report.tables(summary):
+            self.console.print(table)
         self.console.print(f"{self.workdir}/ablation.json, ablation.png", markup=False, soft_wrap=True)
         return summary
 
@@ -203,12 +208,21 @@ class _Ablation:
         self.lifts.append((group.config, arms, lift))
         return lift
 
+    def _evaluations(self, config: ExperimentConfig) -> tuple[Any, ...]:
+        """The evaluations of a config; arms run one after another share their data and compiled functions."""
+        for known, evaluations in self.evaluations:
+            if known == config:
+                return evaluations
+        recipe: Any = config
+        self.evaluations.append((config, tuple(recipe.evaluations())))
+        return self.evaluations[-1][1]
+
     def _run_group(self, group: Group, folder: epath.Path) -> list[dict[str, Any]] | None:
         """Trains and evaluates a group's arms; None if a signal came."""
         recipe: Any = group.config
         lift, data = self._lift(group), iter(recipe.train_data())
         host, start = self._initial_state(group, folder, data)
-        evaluations = tuple(recipe.evaluations())
+        evaluations = self._evaluations(group.config)
         for arm in group.arms:
             self._arm(arm).mkdir(parents=True, exist_ok=True)
         self.writers = [
@@ -258,9 +272,9 @@ class _Ablation:
 
     def _untrained(self) -> list[dict[str, Any]]:
         """The scores of the networks before training, one a seed."""
-        recipe: Any = self.base
-        evaluations, results = tuple(recipe.evaluations()), []
+        evaluations, results = self._evaluations(self.base), []
         for seed in dict.fromkeys(arm.seed for group in self.groups for arm in group.arms):
+            recipe: Any = parse_overrides(self.kind, with_seed(self.arguments, seed), prog="mmjax ablate")
             state = self._fresh(recipe, _creation(recipe), seed)[0]
             metrics: dict[str, Any] = {}
             for evaluation in evaluations:

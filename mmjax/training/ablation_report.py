@@ -26,6 +26,10 @@ def summary(
     """{"results": one an arm, "table": one a choice of values, seeds together}, ready for JSON; with `untrained` also
     {"untrained": {"results": one a seed, "metrics"}}.
 
+    With several seeds, "paired" of each row but the first has the differences to the first row, of the same seed: mean,
+    std, n, and "above", the number of seeds whose difference is positive. Arms of one seed have the same first weights
+    and data.
+
     results: {"values": name -> text, "seed", "metrics": name -> number}. published: name -> {value: number or word}, of
     an experiment that repeats a paper's ablation; used where one name alone is varied. untrained: {"seed", "metrics"}
     of the networks before training.
@@ -33,14 +37,18 @@ def summary(
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for result in results:
         groups.setdefault(tuple(result["values"].values()), []).append(result)
-    table = []
+    table: list[dict[str, Any]] = []
+    first: list[Mapping[str, Any]] = []
     for values, members in groups.items():
         row: dict[str, Any] = {"values": dict(zip(over, values)), "metrics": _spreads(members)}
         if len(over) == 1:
             name = next(iter(over))
             row["published"] = lookup((published or {}).get(name, {}), values[0])
+        if table and len(members) > 1:
+            row["paired"] = _paired(members, first)
         table.append(row)
-    contents = {"results": [dict(result) for result in results], "table": table}
+        first = first or members
+    contents: dict[str, Any] = {"results": [dict(result) for result in results], "table": table}
     if untrained:
         contents[UNTRAINED] = {"results": [dict(result) for result in untrained], "metrics": _spreads(untrained)}
     return contents
@@ -72,6 +80,20 @@ def _spread(members: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
     return {"mean": float(np.mean(finite)) if finite else None, "std": std, "n": len(finite)}
 
 
+def _paired(members: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The spreads of the differences to the reference of the same seed."""
+    by_seed = {member["seed"]: member["metrics"] for member in reference}
+    differences = []
+    for member in members:
+        other = by_seed.get(member["seed"], {})
+        pairs = {name: (value, other.get(name)) for name, value in member["metrics"].items()}
+        differences.append({"metrics": {n: a - b for n, (a, b) in pairs.items() if a is not None and b is not None}})
+    spreads = _spreads(differences)
+    for name, spread in spreads.items():
+        spread["above"] = sum(one["metrics"].get(name, 0) > 0 for one in differences)
+    return spreads
+
+
 def lookup(published: Mapping[Any, Any], text: str) -> Any:
     """The published figure for a value as it was written on the command line; None if there is none."""
     for value, figure in published.items():
@@ -92,6 +114,30 @@ def shown_metrics(ablation: Mapping[str, Any]) -> list[str]:
     chosen = [*val[: COLUMNS - 1], "train/loss", *(name for name in first if name.startswith(MEAN))]
     refused = any((row["metrics"].get("train/skipped_updates") or {}).get("mean") for row in ablation["table"])
     return [name for name in chosen if name in first] + (["train/skipped_updates"] if refused else [])
+
+
+def tables(ablation: Mapping[str, Any]) -> list[Table]:
+    """For `rich.print`: the table, and with several seeds the differences to its first row."""
+    paired = [row for row in ablation["table"] if "paired" in row]
+    if not paired:
+        return [table(ablation)]
+    names, metrics = list(ablation["over"]), shown_metrics(ablation)
+    values = ", ".join(f"{name}={value}" for name, value in ablation["table"][0]["values"].items())
+    title = f"difference to {values} of the same seed, mean ± standard deviation (seeds above it)"
+    differences = Table(title=title, title_justify="left", min_width=min(len(title), 80))
+    for name in [*names, *metrics]:
+        differences.add_column(name, justify="right", overflow="fold")
+    for row in paired:
+        cells = [_difference(row["paired"].get(name)) for name in metrics]
+        differences.add_row(*(row["values"][name] for name in names), *cells)
+    return [table(ablation), differences]
+
+
+def _difference(spread: Mapping[str, Any] | None) -> str:
+    if spread is None or spread["mean"] is None:
+        return ""
+    std = "" if spread["std"] is None else f" ± {spread['std']:.2g}"
+    return f"{spread['mean']:+.3g}{std} ({spread['above']}/{spread['n']})"
 
 
 def table(ablation: Mapping[str, Any]) -> Table:
@@ -164,8 +210,10 @@ def _loss_panel(axes: Any, ablation: Mapping[str, Any], curves: Mapping[str, Seq
 
 
 def _values_panel(axes: Any, ablation: Mapping[str, Any], name: str) -> None:
-    """Values of the first name along the axis, evenly spaced; a line for each of the others'."""
+    """Values of the first name along the axis, evenly spaced; a line for each of the others', or for each seed."""
     first, *others = ablation["over"]
+    if not others:
+        _seed_lines(axes, ablation, name)
     lines: dict[str, list[tuple[int, float, float]]] = {}
     for row in ablation["table"]:
         spread = row["metrics"].get(name)
@@ -181,10 +229,32 @@ def _values_panel(axes: Any, ablation: Mapping[str, Any], name: str) -> None:
     untrained = ablation.get(UNTRAINED, {}).get("metrics", {}).get(name)
     if untrained is not None and untrained["mean"] is not None:
         axes.axhline(untrained["mean"], color="grey", linestyle=":", linewidth=1, label=UNTRAINED)
-    axes.set_xticks(range(len(ablation["over"][first])), ablation["over"][first])
+    axes.set_xticks(range(len(ablation["over"][first])), _ticks(ablation["over"][first]))
     axes.set_title(name, fontsize=9)
     axes.set_xlabel(first, fontsize=8)
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.3)
     if (others and lines) or untrained is not None:
         axes.legend(fontsize=6)
+
+
+def _seed_lines(axes: Any, ablation: Mapping[str, Any], name: str) -> None:
+    """The values of each seed, where there are several: whether one arm is above another in all of them."""
+    (first,) = ablation["over"]
+    order = list(ablation["over"][first])
+    lines: dict[int, list[tuple[int, float]]] = {}
+    for result in ablation["results"]:
+        value = result["metrics"].get(name)
+        if value is not None and math.isfinite(value):
+            lines.setdefault(result["seed"], []).append((order.index(result["values"][first]), value))
+    for points in lines.values() if len(lines) > 1 else ():
+        axes.plot(*zip(*sorted(points)), ".-", color="C0", markersize=3, linewidth=0.6, alpha=0.45)
+
+
+def _ticks(values: Sequence[str]) -> list[str]:
+    """Values without the folders that they share, where they are paths."""
+    paths = [value.rstrip("/").split("/") for value in values]
+    shared = 0
+    while len(paths) > 1 and all(len(path) > shared + 1 and path[shared] == paths[0][shared] for path in paths):
+        shared += 1
+    return ["/".join(path[shared:]) for path in paths]

@@ -10,6 +10,8 @@ from mmjax.training.experiment import ExperimentConfig, parse_overrides
 from mmjax.training.optimizer import LEARNING_RATE_SCALE
 
 LEARNING_RATE = "learning_rate"
+SEED = "{seed}"
+"""In a value or an override: the arm's seed. `init_from=runs/{seed}` starts each seed from a run of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,21 +86,40 @@ def plan_groups(
     hparams: Sequence[str],
 ) -> list[Group]:
     """The grid of `over`, cut into groups that can share a program."""
-    base = parse_overrides(kind, arguments, prog="mmjax ablate")
+    first = parse_overrides(kind, with_seed(arguments, (seeds or (0,))[0]), prog="mmjax ablate")
     groups: list[tuple[ExperimentConfig, list[Arm]]] = []  # configs may hold dicts: compared, not hashed
     for chosen in itertools.product(*over.values()):
         values = dict(zip(over, chosen))
         flags, numbers = list(arguments), {}
         for name, text in values.items():
-            hparam = _hparam(base, hparams, name, text)
+            hparam = _hparam(first, hparams, name, text)
             if hparam is None:
-                flags += [f"--{find_field(base, name)}", text]
+                flags += [f"--{find_field(first, name)}", text]
             else:
                 numbers[hparam[0]] = hparam[1]
-        config = parse_overrides(kind, flags, prog="mmjax ablate") if len(flags) > len(arguments) else base
-        arms = next((arms for known, arms in groups if known == config), None)
-        if arms is None:
-            arms = []
-            groups.append((config, arms))
-        arms += [Arm(values, seed, numbers) for seed in (seeds or (base.seed,))]
+        for seed in seeds or (first.seed,):
+            config = parse_overrides(kind, with_seed(flags, seed), prog="mmjax ablate")
+            arms = next((arms for known, arms in groups if known == config), None)
+            if arms is None:
+                arms = []
+                groups.append((config, arms))
+            arms.append(Arm(values, seed, numbers))
     return [Group(config, tuple(arms)) for config, arms in groups]
+
+
+def first_values(base: Any, arguments: Sequence[str], over: Mapping[str, Sequence[str]], seed: int) -> list[str]:
+    """The overrides with the first value of each name that is a field of text.
+
+    Without `init_from`, for one, there is no method, whose hyper-parameters determine what the other names are.
+    """
+    flags = list(arguments)
+    for name, values in over.items():
+        field = find_field(base, name)
+        if field is not None and isinstance(fields(base)[field], str | None):
+            flags += [f"--{field}", values[0]]
+    return with_seed(flags, seed)
+
+
+def with_seed(arguments: Sequence[str], seed: int) -> list[str]:
+    """The overrides of an arm, with its seed in place of `SEED`."""
+    return [argument.replace(SEED, str(seed)) for argument in arguments]

@@ -23,7 +23,7 @@ from mmjax.training.ablate import ablate
 from mmjax.training.arms import over_arms, stack, stacked_shapes, take
 from mmjax.training.checkpoint_format import state_leaves
 from mmjax.training.experiment import load_experiment
-from mmjax.training.grid import find_field, plan_groups
+from mmjax.training.grid import find_field, first_values, plan_groups
 from mmjax.training.lift import MeshLift, create_lift
 from mmjax.training.loop import train
 from mmjax.training.metrics import read_metrics
@@ -234,6 +234,36 @@ def test_names_and_values_that_are_nothing(kind, tmp_path):
         ablate(kind, {}, tmp_path)
     assert find_field(kind(), "learning_rate") == "optimizer_config.learning_rate"
     assert find_field(kind(), "mesh.fsdp") == "mesh.fsdp"
+
+
+def test_the_seed_of_an_arm_in_a_value_and_in_the_overrides(kind):
+    over, arguments = {"init_from": ["a/{seed}", "b"]}, ["--seed", "{seed}", "--steps", "9"]
+    groups = plan_groups(kind, arguments, over, [1, 2], [])
+    rows = [(group.config.init_from, group.config.seed, [arm.seed for arm in group.arms]) for group in groups]
+    assert rows == [("a/1", 1, [1]), ("a/2", 2, [2]), ("b", 1, [1]), ("b", 2, [2])]
+    assert groups[0].arms[0].values == groups[1].arms[0].values == {"init_from": "a/{seed}"}
+    assert [len(group.arms) for group in plan_groups(kind, [], over, [1, 2], [])] == [1, 1, 2]
+    assert first_values(kind(), ["--steps", "9"], over | {"momentum": ["0"]}, 2) == [
+        "--steps", "9", "--init_from", "a/2",
+    ]  # fmt: skip
+
+
+def test_differences_are_of_the_same_seed():
+    values = {"0": {0: 10.0, 1: 20.0, 2: 31.0}, "0.9": {2: 33.0, 0: 13.0, 1: 19.0}}
+    results = [
+        {"arm": f"{m},{s}", "values": {"momentum": m}, "seed": s, "metrics": {"val/norm": value}}
+        for m, seeds in values.items()
+        for s, value in seeds.items()
+    ]
+    outputs = {"over": {"momentum": ["0", "0.9"]}, "steps": 5} | ablation_report.summary({"momentum": [""]}, results)
+    assert "paired" not in outputs["table"][0]
+    expected = {"mean": pytest.approx(4 / 3), "std": pytest.approx(np.std([3, -1, 2], ddof=1)), "n": 3, "above": 2}
+    assert outputs["table"][1]["paired"] == {"val/norm": expected}
+    console = Console(width=120, file=io.StringIO())
+    for table in ablation_report.tables(outputs):
+        console.print(table)
+    assert "difference to momentum=0 of the same seed" in console.file.getvalue()
+    assert "+1.33 ± 2.1 (2/3)" in console.file.getvalue()
 
 
 def test_published_figures_stand_beside_ours():
