@@ -65,6 +65,20 @@ def mean_iou(counts: Float[np.ndarray, "*n 3 c"]) -> Float[np.ndarray, "*n"]:
     return np.nanmean(class_ious(counts), -1)
 
 
+def miou_score(counts: Int[np.ndarray, "n 3 c"]) -> Score:
+    """`mean_iou` of all images, with an interval that resamples them; chance is the most common class everywhere."""
+    total = counts.sum(0)[1]
+    return _score(counts, mean_iou, 100.0 * total.max() / total.sum() / int((total > 0).sum()))
+
+
+def _score(counts: Int[np.ndarray, "n 3 c"], metric: Callable[[np.ndarray], np.ndarray], chance: float | None) -> Score:
+    n, _, classes = counts.shape
+    low, high = bootstrap_interval(
+        counts.reshape(n, -1), lambda sums: metric(sums.reshape(*sums.shape[:-1], 3, classes))
+    )
+    return Score(float(metric(counts.sum(0))), n, low, high, chance)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class SegmentationEvaluation(ScoredEvaluation):
     """`<name>_mIoU`, `<name>_accuracy` (of pixels) and, of at most 20 classes, `<name>_IoU/<class>`.
@@ -119,28 +133,20 @@ class SegmentationEvaluation(ScoredEvaluation):
             yield images[new], batch["mask"][new], predicted[new]
 
     def _scores(self, counts: Int[np.ndarray, "n 3 c"]) -> dict[str, Score]:
-        n, _, classes = counts.shape
-        total = counts.sum(0)
+        total, classes = counts.sum(0), counts.shape[-1]
         pixels = total[1].sum()
         if not pixels:
             raise MmjaxError(f"{self.name}: no pixel of {self.data.source.name} has a class")
-        common = total[1].max() / pixels
-        occurring = int((total[1] > 0).sum())
-        flat = counts.reshape(n, -1)
-
-        def score(metric: Callable[[np.ndarray], np.ndarray], chance: float | None) -> Score:
-            low, high = bootstrap_interval(flat, lambda sums: metric(sums.reshape(*sums.shape[:-1], 3, classes)))
-            return Score(float(metric(total)), n, low, high, chance)
 
         scores = {
-            f"{self.name}_mIoU": score(mean_iou, 100.0 * common / occurring),
-            f"{self.name}_accuracy": score(
-                lambda c: 100.0 * c[..., 0, :].sum(-1) / c[..., 1, :].sum(-1), 100.0 * common
+            f"{self.name}_mIoU": miou_score(counts),
+            f"{self.name}_accuracy": _score(
+                counts, lambda c: 100.0 * c[..., 0, :].sum(-1) / c[..., 1, :].sum(-1), 100.0 * total[1].max() / pixels
             ),
         }
         if classes <= LISTED:
             for k, name in enumerate(self.class_names):
                 if total[1:, k].any():
                     # A resample may lack the class; its interval is then over the others.
-                    scores[f"{self.name}_IoU/{name}"] = score(lambda c, k=k: class_ious(c)[..., k], None)
+                    scores[f"{self.name}_IoU/{name}"] = _score(counts, lambda c, k=k: class_ious(c)[..., k], None)
         return scores
