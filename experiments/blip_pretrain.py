@@ -5,6 +5,9 @@ epochs in batches of 2,880, as in the paper (the repository's file has 75 pairs 
     mmjax train experiments/blip_pretrain.py --data pretrain --images / --init_vision facebook/deit-base-patch16-224 \
         --init_text bert-base-uncased
 
+A chip has the whole state, 3.76 GiB with ViT-B and 7.08 with ViT-L (parameters 1.77, Adam's moments 3.54, momentum
+encoders 1.66, queues 0.11); `--mesh.fsdp 4` divides it. The step's temporaries have not been planned.
+
 With ViT-L: `--large --batch_size 2400 --learning_rate 2e-4` (queue and batch still fit). The numbers of entries are the
 paper's, rounded; other ones are an error that names the flags. The 129 M of the paper, with LAION's 115 M, of which an
 epoch has a fifth, and so the next file: `--rotating laion_0.json laion_1.json laion_2.json laion_3.json laion_4.json`,
