@@ -46,7 +46,8 @@ def load_lora(model: Model, folder: str | os.PathLike[str], layout: str = "hf") 
     wrong = {name: config[name] for name, plain in PLAIN.items() if config.get(name, plain) not in (plain, [])}
     if config.get("peft_type") != "LORA" or wrong:
         raise MmjaxError(f"{file}: {wrong or 'not there, or not of peft_type LORA'}: plain LoRA is read")
-    weights = read_weights(pathlib.Path(folder) / WEIGHTS)
+    files = [pathlib.Path(folder) / WEIGHTS, pathlib.Path(folder) / "adapter_model.bin"]
+    weights = read_weights(next((each for each in files if each.is_file()), files[0]))
     public = _layout(model, layout)
     targets, base = _targets(model, public), tree.flatten(split_lora(model.params)[1])
     adapters: dict[str, Any] = {}

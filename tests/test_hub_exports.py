@@ -24,6 +24,7 @@ from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
 from mmjax.models.clip.tasks import CLIPModel
 from mmjax.models.language.config import DecoderConfig
 from mmjax.models.language.tasks import LanguageModel
+from mmjax.models.llava.tasks import LlavaModel
 from mmjax.models.moco.network import MoCoConfig
 from mmjax.models.moco.tasks import MoCoModel
 from mmjax.models.resnet.network import ResNetConfig
@@ -32,6 +33,7 @@ from mmjax.models.t5.network import T5Config
 from mmjax.models.t5.tasks import T5Model
 from mmjax.models.transformer.network import TransformerConfig
 from mmjax.models.transformer.tasks import TransformerModel
+from mmjax.models.vision_language.network import MlpConnector, VisionLanguageConfig
 from mmjax.models.vit.network import ViTConfig
 from mmjax.models.vit.tasks import ViTModel
 from mmjax.tree import tree_hash
@@ -62,6 +64,13 @@ MOCO = MoCoConfig(dataclasses.replace(RESNET, stride_in_1x1=True, num_classes=0)
 SIZES = (31, 29, 24, 2, 2, 3, 3, 48, 48)
 TRANSFORMER = TransformerConfig(*SIZES, False, False, True, scale_embedding=False)
 OPT = DecoderConfig.opt(24, 2, 3, vocab_size=31, hidden=48, context=16, eos=(3, 5))
+LLAVA = VisionLanguageConfig(
+    ViTConfig.clip(12, 4, 24, 2, 3, 48),
+    DecoderConfig.llama(24, 2, 3, 48, vocab_size=31, pad=0),
+    grids=((2, 1), (1, 2)),
+    merge="spatial_unpad",
+    image_token=30,
+)
 T5 = T5Config(31, 24, 2, 2, 3, 8, 48, "gelu", True, False, False, epsilon=1e-3, eos=(2, 5))
 
 
@@ -134,6 +143,13 @@ CASES = {
         ("vision.heads=4", "vision.epsilon", "text.heads=3", "decoder.heads=3", "sep=3"),
     ),
     "blip/hf": (BlipModel, ANSWERS, "hf", ()),
+    "llava/hf": (LlavaModel, LLAVA, "hf", ()),
+    "llava": (
+        LlavaModel,
+        dataclasses.replace(LLAVA, connector=MlpConnector(1), merge="spatial", image_token=-200, template="vicuna_v1"),
+        "llava",
+        (),
+    ),
 }
 
 

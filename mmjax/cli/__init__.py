@@ -266,17 +266,22 @@ def _run_generate(flags: argparse.Namespace) -> None:
 
 
 def _chat(verbs: argparse._SubParsersAction) -> None:
-    description = "Chat with a language model, one line per turn. The end of input ends the chat."
+    description = (
+        "Chat with a language model, one line per turn. The end of input ends the chat, Ctrl-C an answer. With a model "
+        "that sees images, a line /image FILE adds one to the next turn."
+    )
     verb = _add(verbs, "chat", lambda flags, _: _run_chat(flags), description)
     verb.add_argument("source", metavar="MODEL", help="a workdir, a folder, a weight file (GGUF too) or a hub id")
     verb.add_argument("--system", metavar="TEXT", help="system message; default: the template's")
+    verb.add_argument("--image", action="append", default=[], metavar="FILE", help="of the first turn; repeatable")
     _generation_flags(verb)
 
 
 def _run_chat(flags: argparse.Namespace) -> None:
     from mmjax.cli import generation
 
-    generation.chat(flags.source, flags.system, _loading_options(flags), _generation_options(flags))
+    options = _loading_options(flags), _generation_options(flags)
+    generation.chat(flags.source, flags.system, flags.image, *options)
 
 
 def _convert(verbs: argparse._SubParsersAction) -> None:

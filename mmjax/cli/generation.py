@@ -6,6 +6,7 @@ from typing import Any
 
 import rich
 
+from mmjax.cli.images import read_image
 from mmjax.cli.loading import load
 from mmjax.errors import MmjaxError
 from mmjax.interface.generation import GeneratingModel
@@ -28,18 +29,37 @@ def generate(source: str, prompts: Sequence[str], loading: dict[str, Any], optio
             print(f"{prompt if model.padding_side == 'left' else ''}{text}")
 
 
-def chat(source: str, system: str | None, loading: dict[str, Any], options: dict[str, Any]) -> None:
-    """A conversation: each line of standard input is a turn."""
-    from mmjax.models.language.conversation import Conversation
-    from mmjax.models.language.tasks import LanguageModel
+def chat(
+    source: str, system: str | None, images: Sequence[str], loading: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """A conversation: each line of standard input is a turn; a line `/image FILE` is an image of the next one.
+
+    images: those of the first turn. Ctrl-C stops an answer, and what there is of it stays in the conversation.
+    """
+    from mmjax.interface.chat import ChatModel
+    from mmjax.interface.conversation import Conversation
 
     model = load(source, **loading)
-    if not isinstance(model, LanguageModel):
+    if not isinstance(model, ChatModel):
         raise MmjaxError(f"{model.system} is not a language model for chat")
+    if images and "pixel_values" not in model.inputs(model.config):
+        raise MmjaxError(f"--image: {model.system} sees no images")
     conversation = Conversation(model, system, **options)
+    waiting = [read_image(file) for file in images]
     for line in _lines():
-        if line:
-            _print_pieces(conversation.say(line))
+        command, _, rest = line.partition(" ")
+        try:
+            if command == "/image":
+                waiting.append(read_image(rest.strip()))
+            elif line:
+                turn, waiting = waiting, []
+                _print_pieces(conversation.say(line, turn))
+        except KeyboardInterrupt:
+            print()
+        except MmjaxError as error:
+            if not sys.stdin.isatty():
+                raise
+            print(f"error: {error}", file=sys.stderr)
 
 
 def _lines() -> Iterator[str]:

@@ -15,6 +15,7 @@ from mmjax.data.task_lists import read_answers
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.features import similarities
 from mmjax.evaluation.pictures import heat_picture, png
+from mmjax.interface.answers import AnsweringModel
 
 
 def load_able(source: str, ability: str) -> Any:
@@ -51,6 +52,8 @@ def answer(source: str, file: str, questions: Sequence[str], answers: str | None
         raise MmjaxError(f"--top {top} --k {k}: at least 1")
     choices = None if answers is None else _choices(answers)
     model, image = load_able(source, "answer"), read_image(file)
+    if choices is not None and not isinstance(model, AnsweringModel):
+        raise MmjaxError(f"--answers: this {model.system} ranks no list; without it the model writes its answers")
     images = [image] * len(questions)
     if choices is None:
         table = Table(Column("question", overflow="fold"), "answer")

@@ -55,12 +55,12 @@ IGNORED_FIELDS = frozenset(
         *("dtype", "remat", "init", "init_std", "head_bias", "zero_init_residual", "init_temperature", "init_bias"),
         *("dropout", "attention_dropout", "activation_dropout", "drop_path", "bn_momentum"),
         *("temperature", "momentum", "alpha", "queue", "by_image", "holds_state"),
-        *("rule", "crop_rounding"),
+        *("rule", "crop_rounding", "pad_images", "template"),
     }
 )
 """Fields that do not change what a loaded model computes on inputs of the config's size: layouts lack most of them, and
 an export does not count them as lost. `rule` interpolates positions to other image sizes, and `crop_rounding`
-halves odd margins."""
+halves odd margins; `pad_images` and `template` are of the preprocessing and of chats."""
 
 
 class LossyExport(MmjaxError):
@@ -166,7 +166,7 @@ def export(model: Model, folder: Source, layout: str = "hf", *, lossy: bool = Tr
     """
     _refuse_int8(model, "exported")
     chosen = _layout(model, layout)
-    model, left_out = _reduced(model, chosen)
+    model, left_out = _reduced(model.for_layout(layout), chosen)
     arrays = save_table(chosen.table(model.config), jax.tree.map(np.asarray, _variables(model)))
     config_json = None if chosen.hf_config is None else chosen.hf_config(model.config)
     losses = (*left_out, *_losses(model, chosen, arrays, config_json))

@@ -67,11 +67,15 @@ class GeneratingModel(Model):
 
     @property
     def max_prompt_length(self) -> int | None:
-        """The maximum number of ids of a prompt; None: no maximum. Padding is not counted."""
-        return None
+        """The maximum number of ids of a prompt, the config's `capacity`; None: no maximum. Padding is not counted."""
+        return getattr(self.config, "capacity", None)
 
     def check_room(self, length: int, new_tokens: int) -> None:
-        """Raises MmjaxError where a prompt of `length` with the new tokens exceeds the model's positions."""
+        """Raises MmjaxError where a prompt of `length` with the new tokens is more than there are positions for."""
+        capacity = self.max_prompt_length
+        if capacity is not None and length + new_tokens > capacity:
+            lengths = f"{length} ids of prompt" + (f" and {new_tokens} new ones" if new_tokens else "")
+            raise MmjaxError(f"{lengths} are more than this model has positions for ({capacity})")
 
     def beginning(self) -> int:
         """The id that a text without a prompt begins with. Raises MmjaxError where there is none."""

@@ -13,7 +13,8 @@ from mmjax.types import Array
 class Input(NamedTuple):
     """One input of `forward`.
 
-    axes: a name or a length for each axis, "b height width 3"; axes of one name have one length within a call.
+    axes: a name or a length for each axis, "b height width 3"; axes of one name have one length within a call. Several
+        ranks are separated by "|": "n height width 3 | n tiles height width 3".
     dtype: "float", or "int", which a mask of booleans is too. required: whether every call needs it.
     """
 
@@ -34,6 +35,15 @@ IMAGES_AND_TEXTS = {
 """Images, texts or both."""
 
 
+PROMPTS = {
+    "pixel_values": Input("images height width 3 | images tiles height width 3", "float"),
+    "input_ids": Input("b l", required=True),
+    "attention_mask": Input("b l"),
+    "image_sizes": Input("images 2"),
+}
+"""Texts with images in them; the sizes are heights and widths before preprocessing."""
+
+
 def check_inputs(declared: Mapping[str, Input], values: Mapping[str, Any], system: str) -> dict[str, Array]:
     """The values as arrays, without those that are None.
 
@@ -48,10 +58,10 @@ def check_inputs(declared: Mapping[str, Input], values: Mapping[str, Any], syste
         raise MmjaxError(f"forward of {system}: {problem}. It takes {takes}")
     lengths: dict[str, tuple[int, str]] = {}
     for name, array in arrays.items():
-        axes = declared[name].axes.split()
+        axes = next((form for form in _forms(declared[name]) if len(form) == array.ndim), [])
         kinds = jnp.floating if declared[name].dtype == "float" else jnp.integer
         right = jnp.issubdtype(array.dtype, kinds) or (kinds is jnp.integer and array.dtype == bool)
-        if not right or array.ndim != len(axes) or any(a.isdigit() and int(a) != n for a, n in zip(axes, array.shape)):
+        if not right or not axes or any(a.isdigit() and int(a) != n for a, n in zip(axes, array.shape)):
             hint = "; preprocess(images) makes them" if name == "pixel_values" else ""
             raise MmjaxError(f"{name} should be {_kind(declared[name])}, not {array.dtype} {list(array.shape)}{hint}")
         for axis, length in zip(axes, array.shape):
@@ -76,5 +86,11 @@ def _needs(declared: Mapping[str, Input], missing: list[str]) -> str:
     return f"it needs {', '.join(missing)}" if missing else f"it needs one of {', '.join(declared)}"
 
 
+def _forms(declared: Input) -> list[list[str]]:
+    """The axes, for each rank that it may have."""
+    return [form.split() for form in declared.axes.split("|")]
+
+
 def _kind(declared: Input) -> str:
-    return f"{declared.dtype}s [{', '.join(declared.axes.split())}]"
+    forms = (f"[{', '.join(form)}]" for form in _forms(declared))
+    return f"{declared.dtype}s {' or '.join(forms)}"

@@ -157,6 +157,10 @@ class Model(abc.ABC):
         """The initial weights of a run that starts from this model: see `mmjax.training.experiment.LoadWeights`."""
         return {"params": self.params, "stats": self.stats}
 
+    def for_layout(self, layout: str) -> Self:
+        """The model as an export in this layout writes it."""
+        return self
+
     def headless(self, classes: int, size: int | None = None) -> Any:
         """An `mmjax.interface.image_classifier.Headless`: this image encoder before a new head of `classes` classes.
 

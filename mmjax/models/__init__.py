@@ -45,6 +45,7 @@ SYSTEMS: tuple[System, ...] = (
     System("albef", "mmjax.models.albef", "AlbefModel"),
     System("blip", "mmjax.models.blip", "BlipModel"),
     System("flamingo", "mmjax.models.flamingo", "FlamingoModel"),
+    System("llava", "mmjax.models.llava", "LlavaModel"),
     System("segmentation", "mmjax.models.dense", "SegmentationModel"),
     System("detection", "mmjax.models.dense", "DetectionModel"),
 )

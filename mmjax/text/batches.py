@@ -82,9 +82,16 @@ class Batches(abc.ABC):
             raise MmjaxError(
                 "texts of unequal length need padding, and this tokenizer has neither a pad nor an eos token"
             )
-        ids = np.full((len(sequences), width), self.pad or 0, np.int32)
-        mask = np.zeros_like(ids)
-        for index, sequence in enumerate(sequences):
-            span = slice(width - len(sequence), width) if side == "left" else slice(0, len(sequence))
-            ids[index, span], mask[index, span] = sequence, 1
-        return ids, mask
+        return padded(sequences, width, self.pad or 0, side)
+
+
+def padded(
+    sequences: Sequence[Sequence[int]], width: int, pad: int, side: Side
+) -> tuple[Int[np.ndarray, "b l"], Int[np.ndarray, "b l"]]:
+    """(ids, attention mask), int32, of sequences of at most `width` ids."""
+    ids = np.full((len(sequences), width), pad, np.int32)
+    mask = np.zeros_like(ids)
+    for index, sequence in enumerate(sequences):
+        span = slice(width - len(sequence), width) if side == "left" else slice(0, len(sequence))
+        ids[index, span], mask[index, span] = sequence, 1
+    return ids, mask

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from mmjax.errors import MmjaxError
 from mmjax.text import tokenizer_files
@@ -38,19 +38,24 @@ def bpe_of_pieces(pieces: Sequence[str], scores: Sequence[float], kinds: Sequenc
 
 
 def sentencepiece_tokenizer(
-    model: Any, dummy_prefix: bool = True, charsmap: bytes = b"", squeeze: bool = False
+    model: Any, dummy_prefix: bool = True, charsmap: bytes = b"", squeeze: bool = False, legacy: bool = True
 ) -> tokenizers.Tokenizer:
     """A SentencePiece model with its normaliser and decoder.
 
     dummy_prefix: adds a space before a text, and after every special token in it, as llama.cpp and transformers'
-        `legacy` form do. charsmap: compiled normalisation rules (such as NFKC).
+        `legacy` form do; with legacy=False only before a text that begins with no special token.
+    charsmap: compiled normalisation rules (such as NFKC).
     squeeze: strips spaces at both ends and collapses runs of them.
     """
     tokenizer = tokenizers.Tokenizer(model)
     steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
     steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")] if squeeze else []
-    steps += [normalizers.Prepend(SPACE)] if dummy_prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    steps += [normalizers.Prepend(SPACE)] if dummy_prefix and legacy else []
+    if dummy_prefix and not legacy:
+        tokenizer.normalizer = normalizers.Sequence(steps)
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     ends: list[Any] = [decoders.Strip(" ", 1, 0)] if dummy_prefix else []
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *ends]
@@ -65,10 +70,10 @@ def unigram_of_model(proto: Any) -> tokenizers.Tokenizer:
     return _surrounded(models.Unigram(pieces, kinds.index(UNKNOWN), BYTE in kinds), proto)
 
 
-def _surrounded(model: Any, proto: Any) -> tokenizers.Tokenizer:
+def _surrounded(model: Any, proto: Any, legacy: bool = True) -> tokenizers.Tokenizer:
     spec = proto.normalizer_spec
     tokenizer = sentencepiece_tokenizer(
-        model, spec.add_dummy_prefix, spec.precompiled_charsmap, spec.remove_extra_whitespaces
+        model, spec.add_dummy_prefix, spec.precompiled_charsmap, spec.remove_extra_whitespaces, legacy
     )
     for piece in proto.pieces:
         if piece.type in (UNKNOWN, CONTROL, USER_DEFINED):
@@ -80,7 +85,8 @@ def read_sentencepiece(file: pathlib.Path) -> Parts:
     """Reads a .model file (tokenizer.model, spiece.model) and the files beside it, as for a tokenizer.json.
 
     A BPE (LLaMA) adds bos before a text and a Unigram (T5) eos after it, unless tokenizer_config.json has
-    add_bos_token and add_eos_token. Raises MmjaxError naming the file, or that the package sentencepiece is missing.
+    add_bos_token and add_eos_token. Its "legacy" is a BPE's, see `sentencepiece_tokenizer`. Raises MmjaxError naming
+    the file, or that the package sentencepiece is missing.
     """
     if not file.is_file():
         raise MmjaxError(f"{file}: no such file")
@@ -92,7 +98,8 @@ def read_sentencepiece(file: pathlib.Path) -> Parts:
     try:
         if kind == BPE:
             columns = [piece.score for piece in proto.pieces], [piece.type for piece in proto.pieces]
-            tokenizer = _surrounded(bpe_of_pieces(names, *columns), proto)
+            legacy = tokenizer_files.config_beside(file).get("legacy") is not False
+            tokenizer = _surrounded(bpe_of_pieces(names, *columns), proto, legacy)
         else:
             tokenizer = unigram_of_model(proto)
     except Exception as error:  # the library raises bare Exception

@@ -10,8 +10,8 @@ from models.tiny_text import chat_tokenizer, save_tiny_decoder, tiny_decoder
 import mmjax
 from mmjax import cli
 from mmjax.errors import MmjaxError
+from mmjax.interface.conversation import Conversation
 from mmjax.interface.inputs import IMAGES_AND_TEXTS
-from mmjax.models.language.conversation import Conversation
 from mmjax.models.language.network import Decoder
 from mmjax.models.language.tasks import LanguageModel
 from mmjax.models.t5.network import T5Config
@@ -101,9 +101,9 @@ def test_a_conversation_resumes_from_its_cache(model, monkeypatch):
     ids = model.tokenizer(first, add_special_tokens=False)[0][0].tolist()
     talk.messages[-1]["content"] = "the sea"
     del answer
-    read = talk._cached_ids
+    read = talk._cached
     assert read[: len(ids)] == ids
-    talk._cached_ids = ids
+    talk._cached = ids
     talk._past = talk._past._replace(mask=np.arange(talk._past.mask.shape[1])[None] < len(ids))
     reply = "".join(talk.say("which of them is yellow?"))
     assert talk.reused == len(ids) > 10

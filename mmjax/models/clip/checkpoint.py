@@ -4,6 +4,7 @@ The head counts are in no file of weights: OpenAI's heads are 64 wide, other wid
 from the config beside the weights, or from the published sizes where there is none.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Set
 from typing import Any
@@ -203,20 +204,26 @@ def hf_table(config: CLIPConfig) -> Table:
         Entry("text_projection.weight", "params/text/projection/kernel", linear),
         Entry("visual_projection.weight", "params/vision_projection/kernel", linear),
     ]
+    return (*entries, *hf_tower_table(vision), *_hf_blocks("text", text.depth))
+
+
+def hf_tower_table(vision: ViTConfig) -> Table:
+    """The image tower alone, as in CLIPVisionModel; its parameters are under params/vision."""
     around = ("class_embedding", "position_embedding.weight", "patch_embedding.weight")
     around = (*(f"embeddings.{name}" for name in around), "pre_layrnorm", "post_layernorm")
-    entries += _tower(vision, "vision_model", around)
-    for tower, depth in (("vision", vision.depth), ("text", text.depth)):
-        for i in range(depth):
-            source, target = f"{tower}_model.encoder.layers.{i}", f"{tower}/encoder/block_{i}"
-            for j in (1, 2):
-                entries += _norm(f"{source}.layer_norm{j}", f"{target}/norm_{j}")
-            for ours, public in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "out")):
-                entries += _dense(f"{source}.self_attn.{public}_proj", f"{target}/attention/{ours}")
-            entries += _dense(f"{source}.mlp.fc1", f"{target}/mlp/up") + _dense(
-                f"{source}.mlp.fc2", f"{target}/mlp/down"
-            )
-    return tuple(entries)
+    return (*_tower(vision, "vision_model", around), *_hf_blocks("vision", vision.depth))
+
+
+def _hf_blocks(tower: str, depth: int) -> list[Entry]:
+    entries = []
+    for i in range(depth):
+        source, target = f"{tower}_model.encoder.layers.{i}", f"{tower}/encoder/block_{i}"
+        for j in (1, 2):
+            entries += _norm(f"{source}.layer_norm{j}", f"{target}/norm_{j}")
+        for name in ("q", "k", "v", "out"):
+            entries += _dense(f"{source}.self_attn.{name}_proj", f"{target}/attention/{name}")
+        entries += _dense(f"{source}.mlp.fc1", f"{target}/mlp/up") + _dense(f"{source}.mlp.fc2", f"{target}/mlp/down")
+    return entries
 
 
 def hf_config_of(shapes: Shapes, config_json: ConfigJson) -> CLIPConfig:
@@ -235,15 +242,7 @@ def hf_config_of(shapes: Shapes, config_json: ConfigJson) -> CLIPConfig:
         # 2 is a mistake in the configs of OpenAI's weights, and means the largest id.
         None if text.get("eos_token_id", 49407) == 2 else text.get("eos_token_id", 49407),
     )
-    channels, _, patch, _ = shapes["vision_model.embeddings.patch_embedding.weight"]
-    vision_config = ViTConfig.clip(
-        round((shapes["vision_model.embeddings.position_embedding.weight"][0] - 1) ** 0.5) * patch,
-        patch,
-        channels,
-        _count(shapes, r"vision_model\.encoder\.layers\.(\d+)\."),
-        vision.get("num_attention_heads", 12),
-        shapes["vision_model.encoder.layers.0.mlp.fc1.weight"][0],
-    )
+    vision_config = hf_tower_config(shapes, vision.get("num_attention_heads", 12))
     acts = {part.get("hidden_act", "quick_gelu") for part in (text, vision)}
     epsilons = {part.get("layer_norm_eps", 1e-5) for part in (text, vision)}
     if len(acts) != 1 or not acts <= ACTIVATIONS.keys() or epsilons != {1e-5}:
@@ -251,30 +250,50 @@ def hf_config_of(shapes: Shapes, config_json: ConfigJson) -> CLIPConfig:
     return CLIPConfig(vision_config, text_config, shapes["text_projection.weight"][0], ACTIVATIONS[acts.pop()])
 
 
+def hf_tower_config(shapes: Shapes, heads: int, **fields: Any) -> ViTConfig:
+    """The config of the image tower; its heads are in no array. fields: of `ViTConfig`."""
+    width, _, patch, _ = shapes["vision_model.embeddings.patch_embedding.weight"]
+    return ViTConfig.clip(
+        round((shapes["vision_model.embeddings.position_embedding.weight"][0] - 1) ** 0.5) * patch,
+        patch,
+        width,
+        _count(shapes, r"vision_model\.encoder\.layers\.(\d+)\."),
+        heads,
+        shapes["vision_model.encoder.layers.0.mlp.fc1.weight"][0],
+        **fields,
+    )
+
+
 def hf_config(config: CLIPConfig) -> dict[str, Any]:
     """config.json of a CLIPModel."""
-    act = next(name for name, ours in ACTIVATIONS.items() if ours == config.act)
-    towers: dict[str, dict[str, Any]] = {}
-    for name, tower in (("text_config", config.text), ("vision_config", config.vision)):
-        assert isinstance(tower, CLIPTextConfig | ViTConfig)
-        towers[name] = {
-            "model_type": f"clip_{name.removesuffix('_config')}_model",
-            "hidden_size": tower.width,
-            "intermediate_size": tower.hidden,
-            "num_hidden_layers": tower.depth,
-            "num_attention_heads": tower.heads,
-            "hidden_act": act,
-            "layer_norm_eps": 1e-5,
-            "projection_dim": config.embed_dim,
-        }
     text, vision = config.text, config.vision
     assert isinstance(vision, ViTConfig)
     # For transformers eos_token_id=2 means to pool at the largest id.
-    towers["text_config"] |= {"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length}
-    towers["text_config"] |= {"eos_token_id": 2 if text.eos is None else text.eos, "bos_token_id": None}
-    towers["vision_config"] |= {"image_size": config.image_size, "patch_size": vision.patch, "num_channels": 3}
+    of_text = _hf_sizes("text", text, config.act, config.embed_dim) | {"vocab_size": text.vocab_size}
+    of_text |= {"max_position_embeddings": text.context_length, "bos_token_id": None}
+    of_text |= {"eos_token_id": 2 if text.eos is None else text.eos}
+    of_vision = hf_tower_fields(dataclasses.replace(vision, act=config.act), config.embed_dim)  # type: ignore[arg-type]
     hf_config = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.embed_dim}
-    return hf_config | {"logit_scale_init_value": 2.6592} | towers
+    return hf_config | {"logit_scale_init_value": 2.6592, "text_config": of_text, "vision_config": of_vision}
+
+
+def hf_tower_fields(vision: ViTConfig, embed_dim: int) -> dict[str, Any]:
+    """The vision_config of a config.json."""
+    fields = _hf_sizes("vision", vision, vision.act, embed_dim)
+    return fields | {"image_size": vision.image_size[0], "patch_size": vision.patch, "num_channels": 3}
+
+
+def _hf_sizes(name: str, tower: CLIPTextConfig | ViTConfig, act: str, embed_dim: int) -> dict[str, Any]:
+    return {
+        "model_type": f"clip_{name}_model",
+        "hidden_size": tower.width,
+        "intermediate_size": tower.hidden,
+        "num_hidden_layers": tower.depth,
+        "num_attention_heads": tower.heads,
+        "hidden_act": next(public for public, ours in ACTIVATIONS.items() if ours == act),
+        "layer_norm_eps": 1e-5,
+        "projection_dim": embed_dim,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts

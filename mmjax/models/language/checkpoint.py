@@ -46,9 +46,8 @@ FIRST = {
 
 def _recognise(keys: Set[str], config_json: ConfigJson | None) -> bool:
     """Whether there is a token embedding and no other tower, as in language models alone."""
-    return bool(FIRST & keys) and not any(
-        key.startswith(("visual", "vision", "encoder.", "model.encoder")) for key in keys
-    )
+    others = ("visual", "vision", "encoder.", "model.encoder", "model.vision", "model.mm_projector")
+    return bool(FIRST & keys) and not any(key.startswith(others) for key in keys)
 
 
 def config_of(shapes: Mapping[str, Shape], config_json: ConfigJson | None) -> DecoderConfig:

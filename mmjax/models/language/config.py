@@ -89,6 +89,16 @@ class DecoderConfig:
     dtype: str = "float32"
     remat: bool = False
 
+    @property
+    def capacity(self) -> int | None:
+        """The longest sequence that there are positions for; None: any."""
+        return self.context if isinstance(self.positions, Learned) else None
+
+    @property
+    def keys_depend_on_length(self) -> bool:
+        """Whether a key is another in a longer text (LongRope), so that no cache of a shorter one serves it."""
+        return isinstance(self.positions, Rotary) and self.positions.longrope is not None
+
     # ------------------------------------------------------------------------------------------------------- families
 
     @classmethod

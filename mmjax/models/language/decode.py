@@ -1,9 +1,11 @@
 """The decoder before the generation engine: its prompt once, then a token at a time."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 
@@ -120,3 +122,7 @@ def empty_prefix(config: DecoderConfig, size: int) -> PrefixCache:
     zeros = jnp.zeros((1, config.kv_heads, size, config.head_width), config.dtype)
     mask = jnp.zeros((1, size), bool)
     return PrefixCache((LayerCache(KeyValues(zeros, zeros)),) * config.depth, mask, token_positions(mask))
+
+
+compiled_remember = functools.partial(jax.jit, static_argnums=1)(lambda state, size: remember(state, 0, size))
+"""`remember` for the first row of a generation, compiled for each size."""

@@ -1,6 +1,6 @@
 """LanguageModel: continues texts, and chats."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -8,17 +8,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mmjax.errors import MmjaxError
-from mmjax.interface.generation import GeneratingModel
+from mmjax.generation.decodable import DecodeState
+from mmjax.interface.chat import ChatModel, ChatPrompt
 from mmjax.interface.inputs import TEXTS, Input
-from mmjax.models.language.config import DecoderConfig, Learned
-from mmjax.models.language.decode import DecoderSteps
+from mmjax.models.language.config import DecoderConfig
+from mmjax.models.language.decode import DecoderSteps, PrefixCache, compiled_remember, empty_prefix
 from mmjax.models.language.network import Decoder
+from mmjax.text.chat_template import Message
 from mmjax.types import Array
 
-Message = Mapping[str, Any]
 
-
-class LanguageModel(GeneratingModel):
+class LanguageModel(ChatModel):
     """A decoder-only language model with its weights."""
 
     system: ClassVar[str] = "language"
@@ -53,31 +53,19 @@ class LanguageModel(GeneratingModel):
             raise MmjaxError("generate needs prompts: this model has no token that a text begins with (bos)")
         return bos
 
-    @property
-    def max_prompt_length(self) -> int | None:
-        return self.config.context if isinstance(self.config.positions, Learned) else None
-
-    def check_room(self, length: int, new_tokens: int) -> None:
-        if isinstance(self.config.positions, Learned) and length + new_tokens > self.config.context:
-            lengths = f"{length} ids of prompt" + (f" and {new_tokens} new ones" if new_tokens else "")
-            raise MmjaxError(f"{lengths} are more than this model has positions for ({self.config.context})")
-
     # ---------------------------------------------------------------------------------------------------- conversations
 
-    def chat(self, messages: str | Sequence[Message], **options: Any) -> str:
-        """The assistant's next turn.
-
-        messages: the user's message, or a conversation so far: [{"role": "user", "content": "..."}, ...].
-        options: as of `generate`. Raises MmjaxError where the tokenizer has no chat template.
-        """
-        return self.generate(self._conversation(messages), add_special_tokens=False, **options)
-
-    def stream_chat(self, messages: str | Sequence[Message], **options: Any) -> Iterator[str]:
-        """The same, piece by piece; see `stream`."""
-        return self.stream(self._conversation(messages), add_special_tokens=False, **options)
-
-    def _conversation(self, messages: str | Sequence[Message]) -> str:
+    def chat_prompt(self, messages: Sequence[Message]) -> ChatPrompt:
         if self.tokenizer is None:
             raise MmjaxError("a chat needs a tokenizer with a chat template")
-        conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
-        return self.tokenizer.chat(conversation)
+        return ChatPrompt(self.tokenizer.chat(messages))
+
+    def empty_past(self, size: int) -> PrefixCache:
+        return empty_prefix(self.config, size)
+
+    def remember(self, state: DecodeState, size: int) -> PrefixCache:
+        return compiled_remember(state, size)
+
+    @property
+    def reuses(self) -> bool:
+        return not self.config.keys_depend_on_length

@@ -366,12 +366,13 @@ class Tower(nn.Module):
     """Images -> the tokens [n, p, d] of one layer, for a network that stands on a ViT; parameters as of `ViT`.
 
     layer: of its states, counted as a list is: 0 what enters the blocks, -2 what the last but one gives (LLaVA);
-        None: the last after the final norm. class_token: keep the tokens before the patches.
+        None: the last after the final norm; of several the channels are concatenated.
+    class_token: keep the tokens before the patches.
     axis_name: as in `ViT`.
     """
 
     config: ViTConfig
-    layer: int | None = None
+    layer: int | tuple[int, ...] | None = None
     class_token: bool = True
     axis_name: str | None = None
 
@@ -381,7 +382,10 @@ class Tower(nn.Module):
 
     def __call__(self, images: Float[Array, "n height width 3"], train: bool = False) -> Float[Array, "n p d"]:
         out = self.vit(images, train=train)
-        tokens = out.tokens if self.layer is None else out.states[self.layer]
+        if isinstance(self.layer, tuple):
+            tokens = jnp.concatenate([out.states[layer] for layer in self.layer], axis=-1)
+        else:
+            tokens = out.tokens if self.layer is None else out.states[self.layer]
         return tokens if self.class_token else tokens[:, self.config.prefix :]
 
 

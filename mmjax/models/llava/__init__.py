@@ -1,0 +1,1 @@
+"""LLaVA: images as a prefix of features in the prompt of a language model."""

@@ -1,0 +1,39 @@
+"""The language model of a `VisionLanguage` before the generation engine."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mmjax.generation.decodable import DecodeState
+from mmjax.models.language.config import DecoderConfig
+from mmjax.models.language.decode import DecoderSteps
+from mmjax.models.language.network import Decoder
+from mmjax.types import Array, Float, Int
+
+
+@dataclass(frozen=True)
+class LanguageSteps:
+    """A `mmjax.generation.decodable.Decodable`: `DecoderSteps` over the part `language` of the parameters.
+
+    Its inputs are those of `DecoderSteps`; images are in `inputs_embeds`, so that no program depends on their number.
+    """
+
+    config: DecoderConfig
+
+    def prefill(
+        self, variables: Mapping[str, Any], inputs: Mapping[str, Any], rows: int, capacity: int
+    ) -> tuple[Float[Array, "b v"], DecodeState]:
+        return self._steps.prefill(_language(variables), inputs, rows, capacity)
+
+    def step(
+        self, variables: Mapping[str, Any], ids: Int[Array, "b r"], state: DecodeState
+    ) -> tuple[Float[Array, "b r v"], DecodeState]:
+        return self._steps.step(_language(variables), ids, state)
+
+    @property
+    def _steps(self) -> DecoderSteps:
+        return DecoderSteps(Decoder(self.config))
+
+
+def _language(variables: Mapping[str, Any]) -> dict[str, Any]:
+    return {"params": variables["params"]["language"]}
