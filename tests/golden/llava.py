@@ -15,11 +15,13 @@ from mmjax.models.llava.checkpoint import ORIGINAL
 from mmjax.models.llava.tasks import LlavaModel
 from mmjax.models.llava.templates import PLACEHOLDER, TEMPLATES
 from mmjax.models.vision_language.network import VisionLanguage
+from mmjax.models.vision_language.pretrain import PrefixLM
 from mmjax.objectives.language import linear_cross_entropy, next_tokens
 from mmjax.text.batches import padded
 from mmjax.text.image_prompts import encode_with_images, expand, feature_index
 from mmjax.text.packing import IGNORED
 from mmjax.text.tokenizer import Tokenizer
+from mmjax.training.state import Carry
 from mmjax.weights.table import load_table, save_table
 
 
@@ -70,9 +72,10 @@ def fixed_size(model: LlavaModel, inputs: dict[str, np.ndarray], table: Any) -> 
             positions = np.arange(batch["mask"].shape[1]) * batch["mask"]
             outputs["position_ids"] = positions
     del outputs["trunc_attention_mask"]
-    return (
-        outputs | trained(model, pixels, prepared(model, ids, mask, labels), table) | generated(model, inputs, pixels)
-    )
+    batch = prepared(model, ids, mask, labels)
+    outputs |= trained(model, pixels, batch, table)
+    np.testing.assert_allclose(loss_of_rows(model, pixels, batch), outputs["loss"], rtol=1e-5)
+    return outputs | generated(model, inputs, pixels)
 
 
 def prepared(
@@ -124,6 +127,18 @@ def embed(model: LlavaModel, params: Any, pixels: Any, batch: dict[str, np.ndarr
         return embeds * batch["mask"][..., None]
 
     return jax.jit(run)(variables, pixels)
+
+
+def loss_of_rows(model: LlavaModel, pixels: Any, batch: dict[str, np.ndarray]) -> Any:
+    """As `PrefixLM` has it: each row with all images, and their features numbered within the row."""
+    method, names = PrefixLM(model.config), {"input_ids": "ids", "attention_mask": "mask", "labels": "labels"}
+    rows = {name: jnp.asarray(batch[key]) for name, key in names.items()} | {
+        "feature_index": jnp.asarray(batch["index"])
+    }
+    rows["image"] = jnp.broadcast_to(pixels, (len(batch["ids"]), *pixels.shape))
+    return jax.jit(lambda params, rows: method.loss(params, Carry(), rows, jax.random.key(0), jnp.int32(0))[0].value)(
+        model.params, rows
+    )
 
 
 def trained(model: LlavaModel, pixels: Any, batch: dict[str, np.ndarray], table: Any) -> dict[str, Any]:

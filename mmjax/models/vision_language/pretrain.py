@@ -1,0 +1,85 @@
+"""Training on the answers to prompts with images: LLaVA's two stages, and all that put features in a prompt."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax.errors import MmjaxError
+from mmjax.models.language.network import output_layer
+from mmjax.models.vision_language.network import VisionLanguage, VisionLanguageConfig
+from mmjax.objectives.language import linear_cross_entropy, next_tokens
+from mmjax.training.method import Loss, Method
+from mmjax.training.state import Carry
+from mmjax.types import Array, Batch, Float, Int, Mean, Means, Params, PRNGKeyArray
+
+
+@dataclass(frozen=True)
+class PrefixLM(Method):
+    """Next tokens after a prefix with images; what is trained is the optimizer's partition.
+
+    Batches: {"image": [b, k, h, w, 3], the pictures of each row, uint8 or normalised floats; "input_ids",
+    "attention_mask", "labels", "feature_index": int32 [b, l]}. labels: ids, -100 for what is not learned.
+    feature_index: -1 for a token, else the number of a feature among those of the row's pictures, feature j of picture
+    i being i * p + j; k * p is the newline. A row without images has pictures too, which it does not use: all batches
+    run the same program.
+
+    The loss is the mean over all labels, computed without the logits of a whole batch in memory. A batch without any
+    has the loss NaN, which the step refuses and counts. Metrics: nll, in nats a token, and supervised_tokens a row.
+
+    Attributes:
+        mean, std: of the channels in [0, 1], for uint8 images.
+    """
+
+    config: VisionLanguageConfig
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+    def init(self, rng: PRNGKeyArray, batch: Batch) -> tuple[Params, Carry]:
+        """Uses only the shapes of `batch`."""
+        pixels = jnp.zeros((1, *batch["image"].shape[2:]))
+        ids = jnp.zeros((1, batch["input_ids"].shape[1]), jnp.int32)
+        return VisionLanguage(self.config).init(rng, pixels, ids, ids)["params"], Carry()
+
+    def loss(
+        self,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        rng: PRNGKeyArray,
+        step: Int[Array, ""],
+        axis_name: str | None = None,
+    ) -> tuple[Loss, tuple[Carry, Means]]:
+        labels = next_tokens(batch["labels"])
+        hidden = self._run(params, batch, "hidden", axis_name)
+        layer = output_layer(params["language"], self.config.decoder)
+        outputs = linear_cross_entropy(hidden, labels=labels, **layer)
+        counted = Mean(outputs.loss.count, jnp.float32(len(labels)))
+        return outputs.loss, (carry, {"nll": outputs.nll, "supervised_tokens": counted})
+
+    def logits(self, params: Params, batch: Batch) -> Float[Array, "b l v"]:
+        """float32, for evaluations."""
+        return self._run(params, batch, "decode", None)["logits"]
+
+    def _run(self, params: Params, batch: Batch, method: str, axis_name: str | None) -> Any:
+        network, variables = VisionLanguage(self.config, axis_name), {"params": params}
+        features: Any = network.apply(variables, self._pixels(batch["image"]), method="encode_image")
+        index = self._rows(batch["feature_index"], batch["image"].shape[1], features.shape[1])
+        embeds = network.apply(variables, batch["input_ids"], index, features, method="embed")
+        return network.apply(variables, embeds, batch["attention_mask"], method=method)
+
+    def _pixels(self, images: Array) -> Array:
+        """[b, k, h, w, 3] -> normalised float32 [b * k, h, w, 3]."""
+        pixels = images.reshape(-1, *images.shape[2:])
+        if pixels.dtype != jnp.uint8:
+            return pixels
+        if self.mean is None or self.std is None:
+            raise MmjaxError("uint8 images need mean and std; floats are taken as normalised")
+        return (pixels.astype(jnp.float32) / 255 - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+
+    def _rows(self, index: Int[Array, "b l"], pictures: int, tokens: int) -> Int[Array, "b l"]:
+        """A row's features among those of the whole batch; its newline is the one of all."""
+        b, own = index.shape[0], pictures * tokens
+        rows = jnp.where(index == own, b * own, index + own * jnp.arange(b)[:, None])
+        return jnp.where(index < 0, -1, rows)

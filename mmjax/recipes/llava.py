@@ -1,0 +1,272 @@
+"""Base of LLaVA's two stages: conversations as ids, labels and an index of features, and the network's start."""
+
+import abc
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax import hub
+from mmjax.data.decoding import BadRecord, decode_image
+from mmjax.data.instructions import InstructionList
+from mmjax.data.pipeline import Pipeline
+from mmjax.data.preprocess import ImagePreprocessing
+from mmjax.data.sources import Record
+from mmjax.errors import MmjaxError
+from mmjax.interface.model import Model
+from mmjax.models.language.tasks import LanguageModel
+from mmjax.models.llava.tasks import LlavaModel
+from mmjax.models.llava.templates import PLACEHOLDER, Template, template_called
+from mmjax.models.vision_language.network import MlpConnector, VisionLanguageConfig
+from mmjax.models.vision_language.pretrain import PrefixLM
+from mmjax.text.packing import IGNORED
+from mmjax.text.tokenizer import Tokenizer
+from mmjax.training.experiment import Evaluation, ExperimentConfig, LoadWeights, save_tokenizer
+from mmjax.tree import flatten
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeConversation(grain.transforms.Map):
+    """A record of `InstructionList` -> what `PrefixLM` takes, of one shape.
+
+    image: uint8 [pictures, h, w, 3]; input_ids, attention_mask, labels, feature_index: int32 [length].
+    Raises BadRecord, with the beginning of the text: more images than `pictures`, an image beyond `length`, no label
+    that is not ignored.
+
+    Attributes:
+        tokens: features of a picture.
+    """
+
+    template: Template
+    tokenizer: Tokenizer
+    preprocess: ImagePreprocessing
+    tokens: int
+    length: int
+    pictures: int = 1
+
+    def map(self, element: Record) -> Record:
+        images = element["images"]
+        if len(images) > self.pictures:
+            raise BadRecord("conversation: images", detail=f"{len(images)} images, pictures={self.pictures}")
+        example = self.template.example(self.tokenizer, element["turns"], bool(images), self.length)
+        ids, labels, index = self.expanded(example.ids, example.labels)
+        if index[self.length :].max(initial=-1) >= 0:
+            raise BadRecord("conversation: too long", detail=f"an image is beyond length={self.length}")
+        if (labels[1 : self.length] == IGNORED).all():
+            text = self.template.prompt(element["turns"]) if self.template.style != "plain" else element["turns"][0]
+            raise BadRecord("conversation: no label", detail=f"every label is ignored, length={self.length}: {text!r}")
+        columns = {
+            "input_ids": (ids, self.tokenizer.pad or 0),
+            "labels": (labels, IGNORED),
+            "feature_index": (index, -1),
+        }
+        columns["attention_mask"] = (np.ones_like(ids), 0)
+        padded = {name: self._padded(column, fill) for name, (column, fill) in columns.items()}
+        return {**padded, "image": self._pixels(images)}
+
+    def expanded(self, ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids, labels, index) with each image as its features; a placeholder's id becomes 0."""
+        repeats = np.where(ids == PLACEHOLDER, self.tokens, 1)
+        ids, labels = np.repeat(ids, repeats), np.repeat(labels, repeats)
+        index = np.full(len(ids), -1, np.int32)
+        visual = ids == PLACEHOLDER
+        index[visual] = np.arange(visual.sum())
+        return np.where(visual, 0, ids).astype(np.int32), np.where(visual, IGNORED, labels).astype(np.int32), index
+
+    def _padded(self, column: np.ndarray, fill: int) -> np.ndarray:
+        row = np.full(self.length, fill, np.int32)
+        row[: len(column)] = column[: self.length]
+        return row
+
+    def _pixels(self, images: tuple[bytes, ...]) -> np.ndarray:
+        height, width = self.preprocess.size or (0, 0)
+        pixels = np.zeros((self.pictures, height, width, 3), np.uint8)
+        for i, image in enumerate(images):
+            pixels[i] = self.preprocess.to_uint8(decode_image(image))
+        return pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaStage(ExperimentConfig, abc.ABC):
+    """What both stages share. The rates are constant but for a warmup of 3 % and half a cosine, without decay.
+
+    Attributes:
+        data: a file of conversations, see `mmjax.data.instructions`; required.
+        images: the folder of its images; None: the file's.
+        length: ids of a row after images became features; the original's is 2048.
+        pictures: the greatest number of images of a row.
+        learning_rate: the highest.
+        dtype, remat: of the computation.
+    """
+
+    unit: ClassVar[str] = "conversations"
+
+    data: str | None = None
+    images: str | None = None
+    length: int = 2048
+    pictures: int = 1
+    learning_rate: float = 1e-3
+    dtype: str = "float32"
+    remat: bool = False
+
+    @property
+    @abc.abstractmethod
+    def template(self) -> Template:
+        """Of the training texts."""
+
+    @property
+    @abc.abstractmethod
+    def network(self) -> VisionLanguageConfig:
+        """The config that is trained and saved."""
+
+    @property
+    @abc.abstractmethod
+    def tokenizer(self) -> Tokenizer:
+        """The language model's."""
+
+    @property
+    @abc.abstractmethod
+    def preprocess(self) -> ImagePreprocessing:
+        """Of the images, to pictures of the tower's size."""
+
+    @functools.cached_property
+    def source(self) -> InstructionList:
+        if self.data is None:
+            raise MmjaxError("--data FILE.json: conversations in LLaVA's format to train on")
+        return InstructionList(self.data, self.images)
+
+    @property
+    def plain(self) -> PrefixLM:
+        """The method without adapters."""
+        config = dataclasses.replace(self.network, dtype=self.dtype, remat=self.remat)
+        return PrefixLM(config, self.preprocess.mean, self.preprocess.std)
+
+    def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the global batch."""
+        row = jax.ShapeDtypeStruct((self.batch_size, self.length), jnp.int32)
+        shape = (self.batch_size, self.pictures, *self.network.vision.image_size, 3)
+        names = ("input_ids", "attention_mask", "labels", "feature_index")
+        return {**dict.fromkeys(names, row), "image": jax.ShapeDtypeStruct(shape, jnp.uint8)}
+
+    def train_data(self) -> Pipeline:
+        encode = EncodeConversation(
+            self.template, self.tokenizer, self.preprocess, self.network.tile_tokens, self.length, self.pictures
+        )
+        return Pipeline(
+            self.source,
+            self.batch_size,
+            seed=self.seed,
+            transforms=(encode,),
+            workers=self.workers,
+            max_bad_fraction=self.max_bad_fraction,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        return ()
+
+    def model(self) -> tuple[str, VisionLanguageConfig]:
+        return "llava", self.network
+
+    def save_assets(self, workdir: pathlib.Path) -> dict[str, Any]:
+        return save_tokenizer(self.tokenizer, workdir) | {"preprocess": dataclasses.asdict(self.preprocess)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts(LlavaStage, abc.ABC):
+    """A stage that starts from a vision tower and a language model, and a fresh connector between them.
+
+    Attributes:
+        init_vision: a CLIP, or a ViT: a file, a folder, a run or a hub id; required.
+        init_language: a language model with its tokenizer; required.
+        layers: of the connector; 1: a matrix (LLaVA v1).
+    """
+
+    init_vision: str | None = None
+    init_language: str | None = None
+    layers: int = 2
+
+    def init_sources(self) -> tuple[str, ...]:
+        return tuple(source for source in (self.init_vision, self.init_language) if source is not None)
+
+    @functools.cached_property
+    def parts(self) -> tuple[Model, LanguageModel]:
+        """The loaded vision model and language model."""
+        if self.init_vision is None or self.init_language is None:
+            raise MmjaxError("--init_vision MODEL --init_language MODEL: what stage 1 connects")
+        vision, language = hub.load(self.init_vision), hub.load(self.init_language)
+        if not isinstance(language, LanguageModel) or language.tokenizer is None:
+            raise MmjaxError(f"{self.init_language}: not a language model with a tokenizer")
+        if vision.system not in ("clip", "vit"):
+            raise MmjaxError(f"{self.init_vision}: a {vision.system}; the tower is a ViT's or CLIP's")
+        return vision, language
+
+    @property
+    def network(self) -> VisionLanguageConfig:
+        vision, language = self.parts
+        tower = dataclasses.replace(getattr(vision.config, "tower", vision.config), num_classes=0)
+        connector = MlpConnector(self.layers)
+        return VisionLanguageConfig(tower, language.config, connector, template="vicuna_v1", pad_images=True)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.parts[1].tokenizer
+
+    @property
+    def preprocess(self) -> ImagePreprocessing:
+        return self.parts[0].preprocess
+
+    def initial_weights(self, load: LoadWeights) -> Mapping[str, Any]:
+        vision, language = self.parts
+        tower = vision.params.get("vision", vision.params)
+        tower = {name: leaf for name, leaf in tower.items() if name not in ("head", "head_distilled")}
+        params = {"vision": tower, "language": language.params}
+        origins = {
+            path: {"vision": self.init_vision, "language": self.init_language}[path.split("/")[0]]
+            for path in flatten(params)
+        }
+        return {"params": params, "origins": origins}
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole(LlavaStage, abc.ABC):
+    """A stage that starts from a whole LLaVA: `init_from`, such as the workdir of stage 1."""
+
+    @functools.cached_property
+    def start(self) -> LlavaModel:
+        """The loaded model. Raises MmjaxError for another system, or one that cuts images in tiles."""
+        if self.init_from is None:
+            raise MmjaxError("--init_from MODEL: a LLaVA, such as the workdir of stage 1")
+        model = hub.load(self.init_from)
+        if not isinstance(model, LlavaModel) or model.tokenizer is None:
+            raise MmjaxError(f"{self.init_from}: not a LLaVA with a tokenizer")
+        if model.config.grids:
+            raise MmjaxError(f"{self.init_from}: tiles of any resolution are not trained by this recipe")
+        return model
+
+    @property
+    def network(self) -> VisionLanguageConfig:
+        return self.start.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.start.tokenizer
+
+    @property
+    def template(self) -> Template:
+        return template_called(self.network.template or "vicuna_v1")
+
+    @property
+    def preprocess(self) -> ImagePreprocessing:
+        """Padded to squares, as the original's second stage does."""
+        return dataclasses.replace(self.start.preprocess, pad=True)
+
+    def initial_weights(self, load: LoadWeights) -> Mapping[str, Any]:
+        return {"params": self.start.params}
