@@ -35,6 +35,8 @@ from mmjax.models.t5.network import T5Config
 from mmjax.models.t5.pretrain import T5Seq2Seq
 from mmjax.models.transformer.network import TransformerConfig
 from mmjax.models.transformer.pretrain import Translation
+from mmjax.models.vision_language.network import VisionLanguageConfig
+from mmjax.models.vision_language.pretrain import PrefixLM
 from mmjax.models.vit.network import ViTConfig
 from mmjax.models.vit.supervised import ViTClassifier
 from mmjax.training.accumulate import batch_gradient
@@ -49,6 +51,7 @@ TEXT = BertConfig(VOCAB, 12, 1, 2, 18, LENGTH, dropout=0.0, attention_dropout=0.
 VISION = ViTConfig(image_size=(8, 8), patch=4, width=12, depth=1, heads=2, hidden=18)
 CONTRAST = CLIPConfig(ViTConfig.clip(8, 4, 12, 1, 2, 18), CLIPTextConfig(LENGTH, VOCAB, 12, 1, 2, 18), 7)
 TRANSFORMER = TransformerConfig(VOCAB, None, 12, 1, 1, 2, 2, 18, 18, dropout=0.0)
+PREFIX = VisionLanguageConfig(ViTConfig.clip(8, 4, 12, 2, 2, 18), DecoderConfig.llama(12, 1, 2, 18, vocab_size=VOCAB))
 RESNET = ResNetConfig((1, 1), "basic", "cifar", 3, (3, 5), num_classes=5)
 
 
@@ -96,6 +99,7 @@ METHODS: dict[str, Callable[[str], Method]] = {
     "albef_answers": lambda d: AlbefAnswering(replace(tiny.still(tiny.ANSWERS), dtype=d)),
     "blip_captions": lambda d: BlipCaptioning(replace(tiny_blip.still(tiny_blip.CAPTIONER), dtype=d)),
     "blip_answers": lambda d: BlipAnswering(replace(tiny_blip.still(tiny_blip.VQA), dtype=d)),
+    "prefix": lambda d: PrefixLM(replace(PREFIX, dtype=d)),
     "blip_classes": lambda d: BlipClassification(replace(tiny_blip.still(tiny_blip.NLVR), dtype=d)),
 }
 """Methods whose gradient is the same for any cut of a batch."""
@@ -115,7 +119,17 @@ WITHIN_A_BATCH: dict[str, Callable[[str], Method]] = {
 """Methods whose examples interact: negatives or statistics of the micro-batch differ from those of the batch."""
 
 
+def prefix_batch(seed: int) -> dict[str, np.ndarray]:
+    """Two pictures a row, of four features each; a row has features of none, of the first or of both."""
+    columns, rng = batch(seed), np.random.default_rng(seed)
+    index = np.where(columns["attention_mask"] * rng.integers(0, 2, (SIZE, LENGTH)), rng.integers(0, 8, LENGTH), -1)
+    image = rng.normal(size=(SIZE, 2, 8, 8, 3)).astype(np.float32)
+    return columns | {"feature_index": index.astype(np.int32), "image": image}
+
+
 def batch_of(name: str, seed: int = 0) -> dict[str, np.ndarray]:
+    if name == "prefix":
+        return prefix_batch(seed)
     return tiny.batch(seed) if name.startswith(("albef", "blip")) else batch(seed)
 
 
