@@ -263,6 +263,31 @@ def test_a_saved_model_is_the_same(tmp_path):
     assert "answer, chat, generate" in repr(again)
 
 
+def test_an_id_for_images_changes_no_answer(model):
+    """`<image>` is then a token of the vocabulary, and a text is encoded in one piece."""
+    other = model.with_image_id()
+    token = other.config.image_token
+    assert other.tokenizer.tokenizer.token_to_id("<image>") == token and other.for_layout("hf") is other
+    ids = other.encode_prompt(PROMPTS[2], [4, 4])
+    assert [token if id == -200 else id for id in model.encode_prompt(PROMPTS[2], [4, 4])] == ids
+    images = [picture(1), picture(2)]
+    texts = [each.generate(PROMPTS[2], images=images, max_new_tokens=6) for each in (model, other)]
+    assert texts[0] == texts[1]
+
+
+def test_a_connector_without_parameters(tmp_path):
+    model = tiny_llava(connector=IdentityConnector())
+    mmjax.export(model, tmp_path, "llava", lossy=False)
+    again = mmjax.load(tmp_path)
+    assert again.config == model.config and "connector" not in again.params
+    inputs = {"pixel_values": model.preprocess([picture(0)]), "input_ids": np.asarray([[1] + [-200] * 4 + [5]])}
+    outputs = again.forward(**inputs)
+    features = np.asarray(outputs["image_hidden_states"])[0]
+    np.testing.assert_allclose(np.asarray(outputs["hidden_states"][0])[0, 1:5], features, atol=1e-6)
+    with pytest.raises(MmjaxError, match="a connector of two layers"):
+        mmjax.export(model, tmp_path / "hf", "hf")
+
+
 def test_int8_answers_close_to_float32(tmp_path):
     model = tiny_llava()
     mmjax.hub.save(model, tmp_path)

@@ -27,7 +27,8 @@ def tiny_llava(seed: int = 0, **fields) -> LlavaModel:
     params = {**params, "language": {**params["language"], "head": {"kernel": kernel}}}
     # Answers depend on images: attention is sharp, and the features of two images differ by more than a bias.
     params = map_with_path(lambda path, leaf: 4 * leaf if "attention" in path else leaf, params)
-    params["connector"] = map_with_path(lambda path, leaf: leaf * 3 * ("kernel" in path), params["connector"])
+    if "connector" in params:
+        params["connector"] = map_with_path(lambda path, leaf: leaf * 3 * ("kernel" in path), params["connector"])
     model = LlavaModel(config, params, tokenizer=tokenizer)
     return model.replace(preprocess=LlavaModel.default_preprocess(config, "llava"))
 
