@@ -9,7 +9,7 @@ from flax import linen as nn
 from mmjax.types import Array
 
 
-def rematerialised(run: Callable[..., Array], block: nn.Module, x: Array, *others: Any) -> Array:
+def rematerialised(run: Callable[..., Any], block: nn.Module, x: Array, *others: Any) -> Any:
     """`run(block, x, *others)`, of which the arguments alone are stored.
 
     The gradient of x waits for those of the weights. TPU's scheduler would put the latter's products off to the end
@@ -19,7 +19,7 @@ def rematerialised(run: Callable[..., Array], block: nn.Module, x: Array, *other
     def forward(block: nn.Module, *arguments: Any) -> Any:
         return nn.vjp(nn.remat(run), block, *arguments)
 
-    def backward(pull: Callable[[Array], Any], dy: Array) -> Any:
+    def backward(pull: Callable[[Any], Any], dy: Any) -> Any:
         d_params, dx, *rest = pull(dy)
         return *jax.lax.optimization_barrier((d_params, dx)), *rest
 

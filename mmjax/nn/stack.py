@@ -193,16 +193,20 @@ def standard_block(
     init_with: Init | None = None,
     dtype: Any = jnp.float32,
     axis_name: str | None = None,
+    key_bias: bool = True,
     **fields: Any,
 ) -> Block:
-    """A `Block` with layer norms, as many heads of keys as of queries, and biases everywhere: ViT, BERT, CLIP.
+    """A `Block` with layer norms, as many heads of keys as of queries, and biases everywhere, but with `key_bias=False`
+    of keys: ViT, BERT, CLIP.
 
     hidden: the feed-forward's middle. attention_dropout, activation_dropout: of the attention's weights, and after the
     feed-forward's activation. fields: of `Block`.
     """
     parts: dict[str, Any] = {"init_with": init_with or Init(), "dtype": dtype, "axis_name": axis_name}
     norm = functools.partial(LayerNorm, epsilon, dtype)
-    attention = functools.partial(MultiHeadAttention, heads, width, causal=causal, dropout=attention_dropout, **parts)
+    attention = functools.partial(
+        MultiHeadAttention, heads, width, causal=causal, dropout=attention_dropout, key_bias=key_bias, **parts
+    )
     mlp = functools.partial(Mlp, hidden, act, gated, activation_dropout, **parts)
     return Block(norm, attention, mlp, axis_name=axis_name, **fields)
 
@@ -283,14 +287,25 @@ class Stack(nn.Module):
         positions: PositionInputs = NO_POSITIONS,
         past: Sequence[LayerCache] | None = None,
         before: Before | None = None,
+        train: bool = False,
+        queries: int = 0,
     ) -> tuple[Float[Array, "b l d"], list[LayerCache]]:
-        """The last block's output, and each block's keys and values. past: those of the tokens before x."""
+        """The last block's output, and each block's keys and values. past: those of the tokens before x.
+
+        Gradients flow through what is cached, so that tokens can be trained on those of an earlier pass (BLIP-2).
+        """
+
+        def run(
+            block: Block, x: Array, mask: Any, context: Any, context_mask: Any, positions: Any, past: Any
+        ) -> tuple[Array, LayerCache]:
+            return block.prefill(x, mask, context, context_mask, train, queries, positions, past)
+
         caches = []
         for i, block in enumerate(self.blocks):
             x = x if before is None else before(i, x)
             context_inputs = (context, context_mask) if block.cross else (None, None)
-            cached = None if past is None else past[i]
-            x, cache = block.prefill(x, mask, *context_inputs, positions=positions, past=cached)
+            inputs: Any = (x, mask, *context_inputs, positions, None if past is None else past[i])
+            x, cache = rematerialised(run, block, *inputs) if self.remat and train else run(block, *inputs)
             caches.append(cache)
         return x, caches
 

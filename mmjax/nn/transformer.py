@@ -105,7 +105,8 @@ class MultiHeadAttention(nn.Module):
         causal: in a pass over a whole sequence a token attends to itself and to earlier ones.
         dropout: rate on the attention weights. axis_name: the mapped axis that cuts the batch, for dropout alone.
         kv_heads: heads of keys and values, which divide `heads`; None: as many.
-        qkv_bias, out_bias: which products have one. scale: of the scores; None: 1 / sqrt(head width).
+        qkv_bias, out_bias: which products have one. key_bias: False: that of the keys has none (EVA).
+        scale: of the scores; None: 1 / sqrt(head width).
         clip: queries, keys and values are clamped to +-clip (MPT). make_qk_norm: makes the norms over all heads of
             queries and of keys together.
         zero_masked: a query that may attend to nothing gets zero, not the mean of all values.
@@ -125,6 +126,7 @@ class MultiHeadAttention(nn.Module):
     axis_name: str | None = None
     kv_heads: int | None = None
     qkv_bias: bool = True
+    key_bias: bool = True
     out_bias: bool = True
     scale: float | None = None
     clip: float | None = None
@@ -137,7 +139,8 @@ class MultiHeadAttention(nn.Module):
             raise MmjaxError(f"{self.heads} heads do not divide the width {inner}, or {kv_heads} not the heads")
         init, self.head_width = self.init_with, inner // self.heads
         self.q = Dense(inner, self.qkv_bias, self.dtype, init.qkv if init.q is None else init.q)
-        self.k, self.v = (Dense(self.head_width * kv_heads, self.qkv_bias, self.dtype, init.qkv) for _ in range(2))
+        self.k = Dense(self.head_width * kv_heads, self.qkv_bias and self.key_bias, self.dtype, init.qkv)
+        self.v = Dense(self.head_width * kv_heads, self.qkv_bias, self.dtype, init.qkv)
         self.out = Dense(self.width, self.out_bias, self.dtype, init.out)
         if self.make_qk_norm is not None:
             self.q_norm, self.k_norm = self.make_qk_norm(), self.make_qk_norm()

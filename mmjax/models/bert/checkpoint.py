@@ -45,6 +45,10 @@ def _encoder(config: BertConfig, layer: str, dense: Dense, norm: Dense) -> list[
         entries += dense(f"{source}.intermediate.dense", f"{target}/mlp/up")
         entries += dense(f"{source}.output.dense", f"{target}/mlp/down")
         entries += norm(f"{source}.output.LayerNorm", f"{target}/norm_2")
+        if config.query_feed_forward:  # under the names of BLIP-2's Q-Former
+            entries += dense(f"{source}.intermediate_query.dense", f"{target}/query_mlp/up")
+            entries += dense(f"{source}.output_query.dense", f"{target}/query_mlp/down")
+            entries += norm(f"{source}.output_query.LayerNorm", f"{target}/query_norm")
     return entries
 
 
@@ -178,7 +182,7 @@ def hf_config_of(shapes: Shapes, config_json: ConfigJson) -> BertConfig:
 
 
 def config_of_part(shapes: Shapes, start: str, heads: int | None, **fields: Any) -> BertConfig:
-    """The config of a BERT within another network: ALBEF's and BLIP's encoders and decoders.
+    """The config of a BERT within another network: ALBEF's and BLIP's encoders and decoders, BLIP-2's Q-Former.
 
     start: the prefix of `embeddings.` and `encoder.` in its keys. heads: None: each is 64 wide. fields: what the keys
     do not determine.
@@ -189,7 +193,8 @@ def config_of_part(shapes: Shapes, start: str, heads: int | None, **fields: Any)
     for match in filter(None, matches):
         layers.setdefault(match[2], set()).add(int(match[1]))
     depth = len(layers["attention.self.query.weight"])
-    twin, merged = layers.get("crossattention.self0.query.weight"), layers.get("crossattention.output.merge_layer.bias")
+    twin, merged = (layers.get(f"crossattention.{key}") for key in ("self0.query.weight", "output.merge_layer.bias"))
+    crossed = sorted(twin or layers.get("crossattention.self.query.weight", ()))
     sizes: dict[str, Any] = {
         "vocab_size": vocabulary,
         "width": width,
@@ -198,7 +203,9 @@ def config_of_part(shapes: Shapes, start: str, heads: int | None, **fields: Any)
         "hidden": shapes[f"{start}encoder.layer.0.intermediate.dense.weight"][0],
         "positions": shapes[f"{start}embeddings.position_embeddings.weight"][0],
         "types": shapes.get(f"{start}embeddings.token_type_embeddings.weight", (0,))[0],
-        "cross_from": min(twin or layers.get("crossattention.self.query.weight", ()), default=None),
+        "cross_from": crossed[0] if crossed else None,
+        "cross_every": ([*crossed[1:], depth][0] - crossed[0]) if crossed else 1,
+        "query_feed_forward": "intermediate_query.dense.weight" in layers,
         "merge_from": min(merged or (depth,)) if twin else None,
         "init": "normal",
     }

@@ -1,6 +1,7 @@
 """BERT's encoder and its heads (arXiv 1810.04805; google-research/bert modeling.py)."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -301,6 +302,21 @@ class Bert(nn.Module):
 
     # -------------------------------------------------------------------------------------------------- token by token
 
+    def run_cached(
+        self,
+        x: Float[Array, "b l d"],
+        attention_mask: Int[Array, "b l"] | Bool[Array, "#b 1 l s"] | None = None,
+        context: Float[Array, "b m e"] | None = None,
+        train: bool = False,
+        queries: int = 0,
+        past: Sequence[LayerCache] | None = None,
+    ) -> tuple[Float[Array, "b l d"], list[LayerCache]]:
+        """The last block's output of `run`, and the keys and values of all blocks.
+
+        past: those of the tokens before x, which `attention_mask` covers too: s = past + l.
+        """
+        return self.encoder.prefill(x, _mask(attention_mask), context, past=past, train=train, queries=queries)
+
     def prefill(
         self,
         ids: Int[Array, "b l"],
@@ -325,9 +341,13 @@ class Bert(nn.Module):
         index: Int[Array, ""],
         prompt_mask: Bool[Array, "b l"],
         context_mask: Bool[Array, "b m"] | None = None,
+        queries: int = 0,
     ) -> tuple[Float[Array, "b r v"], list[KeyValues]]:
-        """The logits after one more token a row, and the rows' keys and values with that token's in slot `index`."""
-        position_ids = jnp.broadcast_to(jnp.sum(prompt_mask, axis=1, keepdims=True) + index, ids.shape)
+        """The logits after one more token a row, and the rows' keys and values with that token's in slot `index`.
+
+        queries: the number of the prompt's first keys that are of queries, which have no position.
+        """
+        position_ids = jnp.broadcast_to(jnp.sum(prompt_mask, axis=1, keepdims=True) - queries + index, ids.shape)
         rows = (rearrange(x, "b r -> (b r) 1") for x in (ids, position_ids))
         x = rearrange(self.embed(next(rows), position_ids=next(rows)), "(b r) 1 d -> b r d", b=len(ids))
         x, new = self.encoder.step(x, caches, new, index, prompt_mask, context_mask)

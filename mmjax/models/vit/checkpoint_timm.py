@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Set
 from typing import Any
 
+import numpy as np
+
 from mmjax.errors import MmjaxError
 from mmjax.models.vit.network import ViTConfig
 from mmjax.weights.table import Entry, Layout, Op, Shape, Table, chain, conv, linear, reshape, same, split
@@ -66,13 +68,25 @@ def table(config: ViTConfig) -> Table:
     return tuple(entries)
 
 
+def _without_key_bias(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    q, k, v = np.split(x, 3)
+    if k.any():
+        raise ValueError("the keys have a bias, and the network has key_bias=False")
+    return q, v
+
+
+no_key_bias = Op("no_key_bias", _without_key_bias, lambda q, v: np.concatenate([q, np.zeros_like(q), v]), divides=True)
+"""One array of the file, with zeros as the bias of the keys <-> the biases of queries and of values."""
+
+
 def _block(config: ViTConfig, source: str, target: str) -> list[Entry]:
-    parts = [f"params/{target}/attention/{name}" for name in ("q", "k", "v")]
-    kernels, biases = tuple(f"{part}/kernel" for part in parts), tuple(f"{part}/bias" for part in parts)
+    parts = {name: f"params/{target}/attention/{name}" for name in ("q", "k", "v")}
+    kernels = tuple(f"{part}/kernel" for part in parts.values())
+    biases = tuple(f"{part}/bias" for name, part in parts.items() if config.key_bias or name != "k")
     entries = [
         *norm(f"{source}.norm1", f"{target}/norm_1"),
         Entry(f"{source}.attn.qkv.weight", kernels, chain(split(3), linear)),
-        Entry(f"{source}.attn.qkv.bias", biases, split(3)),
+        Entry(f"{source}.attn.qkv.bias", biases, split(3) if config.key_bias else no_key_bias),
         *dense(f"{source}.attn.proj", f"{target}/attention/out"),
         *norm(f"{source}.norm2", f"{target}/norm_2"),
     ]
@@ -130,7 +144,8 @@ def config(shapes: Mapping[str, Shape], config_json: Mapping[str, Any] | None) -
 
 
 def _recognises(keys: Set[str]) -> bool:
-    return {"patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"} <= keys
+    needed = {"patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"}
+    return needed <= keys and "blocks.0.attn.q_bias" not in keys  # EVA's
 
 
 TIMM = Layout(

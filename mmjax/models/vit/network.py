@@ -39,6 +39,8 @@ class ViTConfig:
     norm_after_pool: the final norm acts on the pooled vector, not on the tokens (timm's `fc_norm`, MAE fine-tuned).
     representation: width of the tanh layer before the head (`pre_logits`; Hugging Face: `pooler`); None: there is none.
     act, gated, epsilon, layer_scale: of the blocks. gelu_tanh with Google's own numbers, gelu in every torch port.
+    key_bias: whether the keys of attention have a bias beside queries and values: not in EVA.
+    norm_epsilon: of the final norm; None: `epsilon`. BLIP-2's has its own.
     dropout, attention_dropout, drop_path: rates in training; drop_path is the last block's.
     remat: recomputes blocks in the backward pass.
     init: "vit": Xavier as Google's code, "moco_v3": the same with the patch projection Xavier too, "normal": N(0, 0.02)
@@ -73,6 +75,8 @@ class ViTConfig:
     gated: bool = False
     epsilon: float = 1e-6
     layer_scale: float | None = None
+    key_bias: bool = True
+    norm_epsilon: float | None = None
     root: RootConfig | None = None
     dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -184,6 +188,12 @@ class ViTConfig:
         return cls(**(_dinov2(registers) | size | fields))
 
     @classmethod
+    def g14_eva(cls, **fields: Any) -> "ViTConfig":
+        """EVA-CLIP's g/14 without its last block, as in BLIP-2 (LAVIS eva_vit.py:428-455), 986 M."""
+        size: dict[str, Any] = {"width": 1408, "depth": 39, "heads": 16, "hidden": 6144, "patch": 14}
+        return cls(**(size | {"key_bias": False, "init": "timm", "rule": "bicubic"} | fields))
+
+    @classmethod
     def clip(
         cls, image_size: int, patch: int, width: int, depth: int, heads: int, hidden: int, **fields: Any
     ) -> "ViTConfig":
@@ -262,6 +272,7 @@ class ViT(nn.Module):
             "gated": c.gated,
             "epsilon": c.epsilon,
             "layer_scale": c.layer_scale,
+            "key_bias": c.key_bias,
             "dropout": c.dropout,
             "attention_dropout": c.attention_dropout,
             "activation_dropout": c.dropout,
@@ -271,7 +282,7 @@ class ViT(nn.Module):
         }
         encoder = Stack(c.depth, functools.partial(standard_block, **block), None, c.drop_path, c.remat, name="encoder")
         states = encoder(x, train=train)
-        norm = LayerNorm(c.epsilon, c.dtype, name="norm")
+        norm = LayerNorm(c.epsilon if c.norm_epsilon is None else c.norm_epsilon, c.dtype, name="norm")
         if c.norm_after_pool:
             tokens, normed = states[-1], states
             pooled = norm(self._pool(tokens))
