@@ -1,4 +1,5 @@
-"""Training methods that ALBEF and BLIP share: momentum distillation, image-text contrast (ITC) and matching (ITM)."""
+"""Training methods that ALBEF, BLIP and BLIP-2 share: momentum distillation, image-text contrast (ITC) and matching
+(ITM), and the loss of captions."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from flax import struct
 
 from mmjax.channels import CLIP_MEAN, CLIP_STD
 from mmjax.nn.groups import take_in_group
-from mmjax.objectives.language import IGNORED
+from mmjax.objectives.language import IGNORED, group_mean_weights, next_tokens, token_accuracy, token_cross_entropy
 from mmjax.objectives.matching import (
     has_negative,
     matching_loss,
@@ -27,26 +28,16 @@ from mmjax.training.state import Carry
 from mmjax.types import Array, Batch, Float, Int, Mean, Means, Params, PRNGKeyArray
 
 
-class ImageTextConfig(Protocol):
+class PairConfig(Protocol):
     """A network's config, a frozen dataclass.
 
-    embed_dim: width of the contrast's space; 0: there is none. queue: keys of earlier batches in the contrast.
-    by_image: pairs have an image id. momentum, alpha: initial hyper-parameters. momentum_parts: names of the parameter
-    subtrees with a momentum copy, of those that the network has.
+    embed_dim: width of the contrast's space; 0: there is none. by_image: pairs have an image id.
     """
 
     @property
     def embed_dim(self) -> int: ...
     @property
-    def queue(self) -> int: ...
-    @property
     def by_image(self) -> bool: ...
-    @property
-    def momentum(self) -> float: ...
-    @property
-    def alpha(self) -> float: ...
-    @property
-    def momentum_parts(self) -> tuple[str, ...]: ...
 
     def network(self, axis_name: str | None = None) -> nn.Module:
         """The module. Its methods: encode_image, encode_text, encode_multimodal, all with `train`; image_embeds,
@@ -62,6 +53,23 @@ class ImageTextConfig(Protocol):
         ...
 
 
+class ImageTextConfig(PairConfig, Protocol):
+    """A network's config with momentum encoders.
+
+    queue: keys of earlier batches in the contrast. momentum, alpha: initial hyper-parameters. momentum_parts: names of
+    the parameter subtrees with a momentum copy, of those that the network has.
+    """
+
+    @property
+    def queue(self) -> int: ...
+    @property
+    def momentum(self) -> float: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def momentum_parts(self) -> tuple[str, ...]: ...
+
+
 @dataclass(frozen=True)
 class ForwardPasses(Method):
     """The network's passes over batches; no state beside the parameters.
@@ -70,7 +78,7 @@ class ForwardPasses(Method):
         mean, std: of the channels in [0, 1], for images that come as uint8.
     """
 
-    config: ImageTextConfig
+    config: PairConfig
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
 
@@ -104,6 +112,117 @@ class ForwardPasses(Method):
         return (image.astype(jnp.float32) / 255 - mean) / std
 
 
+@struct.dataclass
+class EncodedPairs:
+    """The outputs of both encoders for a batch; of several features an image they are [b, q, e] (BLIP-2)."""
+
+    image: Float[Array, "b n d"]
+    text: Float[Array, "b l d"]
+    image_embeds: Float[Array, "b *q e"]
+    text_embeds: Float[Array, "b e"]
+
+
+@dataclass(frozen=True)
+class Matching(ForwardPasses):
+    """Image-text matching (ITM) with hard negatives: ALBEF, BLIP, and BLIP-2's first stage.
+
+    Attributes:
+        groups: parts of the global batch, in which pairs meet the keys and the hard negatives of their own part alone:
+            one a process in the original (8).
+        negative_groups: the same for the hard negatives alone; None: `groups`.
+
+    Of the class:
+        negative_floor: see `negative_log_weights`.
+        matching_tokens: the first states of a pair that the ITM head reads; None: all.
+    """
+
+    negative_floor: ClassVar[float] = 0.0
+    matching_tokens: ClassVar[int | None] = 1
+
+    groups: int = 1
+    negative_groups: int | None = None
+
+    def encode_image(self, params: Params, state: Any, images: Array) -> Float[Array, "b e"]:
+        """Unit features of images, for evaluations beside training."""
+        return self.head(params, "image_embeds", self.head(params, "encode_image", self.pixels(images)))
+
+    def encode_text(self, params: Params, state: Any, texts: Batch) -> Float[Array, "b e"]:
+        """Unit features of {"input_ids", "attention_mask"} [b, l]."""
+        states = self.head(params, "encode_text", texts["input_ids"], texts["attention_mask"])
+        return self.head(params, "text_embeds", states)
+
+    def negative_weights(
+        self, params: Params, batch: Batch, encoded: EncodedPairs, axis_name: str | None
+    ) -> tuple[Float[Array, "b m"], Float[Array, "b m"]]:
+        """Logs of the weights by which each text's negative image and each image's negative text are sampled."""
+        options: dict[str, Any] = {"groups": self._negative_groups, "axis_name": axis_name, "ids": self._ids(batch)}
+        options |= {"floor": self.negative_floor}
+        image_keys, text_keys = self.negative_keys(encoded)
+        images = negative_log_weights(encoded.text_embeds, image_keys, params["temperature"], **options)
+        texts = negative_log_weights(encoded.image_embeds, text_keys, params["temperature"], **options)
+        return images, texts
+
+    def negative_keys(self, encoded: EncodedPairs) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
+        """The features of images and of texts that hard negatives are compared by."""
+        return encoded.image_embeds, encoded.text_embeds
+
+    def multimodal_texts(self, batch: Batch, encoded: EncodedPairs) -> Array:
+        """The texts [b, l, ...] that `encode_multimodal` of the network takes: here the states of `encode_text`."""
+        return encoded.text
+
+    def negatives(
+        self, params: Params, batch: Batch, encoded: EncodedPairs, rng: PRNGKeyArray, axis_name: str | None
+    ) -> tuple[Int[Array, "b"], Int[Array, "b"]]:
+        """Indices in the group: of a negative image for each text, and of a negative text for each image."""
+        weights = self.negative_weights(params, batch, encoded, axis_name)
+        keys = (example_keys(named(rng, name), len(w), axis_name) for name, w in zip(("images", "texts"), weights))
+        images, texts = (sample_negatives(key, w) for key, w in zip(keys, weights))
+        return images, texts
+
+    def itm_loss(
+        self,
+        params: Params,
+        batch: Batch,
+        encoded: EncodedPairs,
+        negatives: tuple[Int[Array, "b"], Int[Array, "b"]],
+        rng: PRNGKeyArray,
+        axis_name: str | None,
+    ) -> tuple[Mean, Means, Float[Array, "three_b 2"]]:
+        """Image-text matching: the loss, its metrics, and the logits of the pairs, of (text, negative image) and of
+        (negative text, image). Negatives keep their gradient."""
+        images, texts = negatives
+
+        def other(x: Array, indices: Array) -> Array:
+            return take_in_group(x, indices, self._negative_groups, axis_name)
+
+        def fuse(text: Array, mask: Array, image: Array, name: str) -> Array:
+            rngs = named(rng, name)
+            return self.run(params, "encode_multimodal", text, mask, image, rng=rngs, axis_name=axis_name)
+
+        text, mask = self.multimodal_texts(batch, encoded), batch["attention_mask"]
+        positive = fuse(text, mask, encoded.image, "multimodal")
+        negative = fuse(
+            _interleaved(text, other(text, texts)),
+            _interleaved(mask, other(mask, texts)),
+            _interleaved(other(encoded.image, images), encoded.image),
+            "multimodal/negatives",
+        )
+        # As one product of [3 b, d] where the ITM head reads the first token alone.
+        chosen = slice(self.matching_tokens)
+        states = jnp.concatenate([positive[:, chosen], negative[::2, chosen], negative[1::2, chosen]])
+        logits = self.head(params, "itm_logits", states)
+        counted = has_negative(len(positive), self._ids(batch), self._negative_groups, axis_name)
+        metrics: Means = {**matching_metrics(logits, counted, axis_name)}
+        return matching_loss(logits, counted), metrics, logits
+
+    @property
+    def _negative_groups(self) -> int:
+        return self.groups if self.negative_groups is None else self.negative_groups
+
+    def _ids(self, batch: Batch) -> Int[Array, "b"] | None:
+        return batch["image_id"] if self.config.by_image else None
+
+
 @dataclass(frozen=True)
 class MomentumDistillation(ForwardPasses):
     """Momentum encoders beside the network, whose outputs are soft targets (ALBEF, arXiv 2107.07651, section 3.3).
@@ -115,6 +234,7 @@ class MomentumDistillation(ForwardPasses):
             original (Pretrain.py:61-64); 0: it is alpha from the start.
     """
 
+    config: ImageTextConfig
     alpha_steps: int = 0
 
     def init(self, rng: PRNGKeyArray, batch: Batch) -> tuple[Params, Carry]:
@@ -148,20 +268,16 @@ class MomentumDistillation(ForwardPasses):
 
 
 @struct.dataclass
-class Encoded:
+class Encoded(EncodedPairs):
     """The outputs of both encoders and of their momentum copies for a batch."""
 
-    image: Float[Array, "b n d"]
-    text: Float[Array, "b l d"]
-    image_embeds: Float[Array, "b e"]
-    text_embeds: Float[Array, "b e"]
     teacher_image: Float[Array, "b n d"]
     image_keys: Float[Array, "b e"]
     text_keys: Float[Array, "b e"]
 
 
 @dataclass(frozen=True)
-class Alignment(MomentumDistillation):
+class Alignment(MomentumDistillation, Matching):
     """ITC and ITM, which pre-training and retrieval share (ALBEF model_pretrain.py, model_retrieval.py; BLIP
     blip_pretrain.py, blip_retrieval.py).
 
@@ -173,19 +289,9 @@ class Alignment(MomentumDistillation):
     as one process of the original is; queues are those of before the whole batch (`mmjax.training.state.Carry`).
 
     Attributes:
-        groups: parts of the global batch, in which pairs meet the keys and the hard negatives of their own part alone:
-            one a process in the original (8).
-        negative_groups: the same for the hard negatives alone; None: `groups`.
         blocks: number of blocks that the contrast's logits are computed in (see `momentum_contrast`).
-
-    Of the class:
-        negative_floor: see `negative_log_weights`.
     """
 
-    negative_floor: ClassVar[float] = 0.0
-
-    groups: int = 1
-    negative_groups: int | None = None
     blocks: int = 1
 
     def loss(
@@ -234,14 +340,10 @@ class Alignment(MomentumDistillation):
         teacher_image, _, image_keys, text_keys = outputs(self.teacher(params, carry), "teacher")
         return Encoded(*outputs(params, "student"), teacher_image, image_keys, text_keys)
 
-    def encode_image(self, params: Params, state: Any, images: Array) -> Float[Array, "b e"]:
-        """Unit features of images, for evaluations beside training."""
-        return self.head(params, "image_embeds", self.head(params, "encode_image", self.pixels(images)))
-
-    def encode_text(self, params: Params, state: Any, texts: Batch) -> Float[Array, "b e"]:
-        """Unit features of {"input_ids", "attention_mask"} [b, l]."""
-        states = self.head(params, "encode_text", texts["input_ids"], texts["attention_mask"])
-        return self.head(params, "text_embeds", states)
+    def negative_keys(self, encoded: EncodedPairs) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
+        """The features of images and of texts that hard negatives are compared by: the momentum encoders'."""
+        assert isinstance(encoded, Encoded)
+        return encoded.image_keys, encoded.text_keys
 
     def itc_loss(
         self,
@@ -282,75 +384,26 @@ class Alignment(MomentumDistillation):
             keys = {name: jax.lax.all_gather(value, axis_name, tiled=True) for name, value in keys.items()}
         return {name: enqueue(carry.queues[name], value) for name, value in keys.items()}
 
-    def negative_weights(
-        self, params: Params, batch: Batch, encoded: Encoded, axis_name: str | None
-    ) -> tuple[Float[Array, "b m"], Float[Array, "b m"]]:
-        """Logs of the weights by which each text's negative image and each image's negative text are sampled."""
-        options: dict[str, Any] = {"groups": self._negative_groups, "axis_name": axis_name, "ids": self._ids(batch)}
-        options |= {"floor": self.negative_floor}
-        image_keys, text_keys = self.negative_keys(encoded)
-        images = negative_log_weights(encoded.text_embeds, image_keys, params["temperature"], **options)
-        texts = negative_log_weights(encoded.image_embeds, text_keys, params["temperature"], **options)
-        return images, texts
 
-    def negative_keys(self, encoded: Encoded) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
-        """The features of images and of texts that hard negatives are compared by: the momentum encoders'."""
-        return encoded.image_keys, encoded.text_keys
+LABEL_SMOOTHING = 0.1
+"""Of every loss of BLIP's decoder (models/med.py:914), and of BLIP-2's (Qformer.py:1076)."""
 
-    def multimodal_texts(self, batch: Batch, encoded: Encoded) -> Array:
-        """The texts [b, l, ...] that `encode_multimodal` of the network takes: here the states of `encode_text`."""
-        return encoded.text
 
-    def negatives(
-        self, params: Params, batch: Batch, encoded: Encoded, rng: PRNGKeyArray, axis_name: str | None
-    ) -> tuple[Int[Array, "b"], Int[Array, "b"]]:
-        """Indices in the group: of a negative image for each text, and of a negative text for each image."""
-        weights = self.negative_weights(params, batch, encoded, axis_name)
-        keys = (example_keys(named(rng, name), len(w), axis_name) for name, w in zip(("images", "texts"), weights))
-        images, texts = (sample_negatives(key, w) for key, w in zip(keys, weights))
-        return images, texts
+def caption_loss(
+    logits: Float[Array, "b l v"],
+    ids: Int[Array, "b l"],
+    mask: Int[Array, "b l"],
+    groups: int = 1,
+    axis_name: str | None = None,
+) -> tuple[Mean, Means]:
+    """The loss of each text's next tokens, and the metric lm_accuracy in [0, 1].
 
-    def itm_loss(
-        self,
-        params: Params,
-        batch: Batch,
-        encoded: Encoded,
-        negatives: tuple[Int[Array, "b"], Int[Array, "b"]],
-        rng: PRNGKeyArray,
-        axis_name: str | None,
-    ) -> tuple[Mean, Means, Float[Array, "three_b 2"]]:
-        """Image-text matching: the loss, its metrics, and the logits of the pairs, of (text, negative image) and of
-        (negative text, image). Negatives keep their gradient."""
-        images, texts = negatives
-
-        def other(x: Array, indices: Array) -> Array:
-            return take_in_group(x, indices, self._negative_groups, axis_name)
-
-        def fuse(text: Array, mask: Array, image: Array, name: str) -> Array:
-            rngs = named(rng, name)
-            return self.run(params, "encode_multimodal", text, mask, image, rng=rngs, axis_name=axis_name)
-
-        text, mask = self.multimodal_texts(batch, encoded), batch["attention_mask"]
-        positive = fuse(text, mask, encoded.image, "multimodal")
-        negative = fuse(
-            _interleaved(text, other(text, texts)),
-            _interleaved(mask, other(mask, texts)),
-            _interleaved(other(encoded.image, images), encoded.image),
-            "multimodal/negatives",
-        )
-        # As one product of [3 b, d]: the ITM head reads the first token alone.
-        first = jnp.concatenate([positive[:, :1], negative[::2, :1], negative[1::2, :1]])
-        logits = self.head(params, "itm_logits", first)
-        counted = has_negative(len(positive), self._ids(batch), self._negative_groups, axis_name)
-        metrics: Means = {**matching_metrics(logits, counted, axis_name)}
-        return matching_loss(logits, counted), metrics, logits
-
-    @property
-    def _negative_groups(self) -> int:
-        return self.groups if self.negative_groups is None else self.negative_groups
-
-    def _ids(self, batch: Batch) -> Int[Array, "b"] | None:
-        return batch["image_id"] if self.config.by_image else None
+    ids: [DEC] first; [SEP] is a target. The loss is the mean of the groups' means over tokens.
+    """
+    labels = next_tokens(ids, mask)
+    weights = group_mean_weights(labels, groups, axis_name)
+    loss = token_cross_entropy(logits, labels, weights=weights, label_smoothing=LABEL_SMOOTHING).loss
+    return loss, {"lm_accuracy": token_accuracy(logits, labels)}
 
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.001, 0.5

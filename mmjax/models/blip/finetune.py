@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from mmjax.errors import MmjaxError
 from mmjax.models.blip.network import BlipConfig, with_first
-from mmjax.models.blip.pretrain import LABEL_SMOOTHING, BlipAlignment
+from mmjax.models.blip.pretrain import BlipAlignment
 from mmjax.objectives.classification import hits, softmax_cross_entropy
 from mmjax.objectives.language import (
     IGNORED,
@@ -18,7 +18,7 @@ from mmjax.objectives.language import (
     token_accuracy,
     token_cross_entropy,
 )
-from mmjax.training.image_text import Encoded, ForwardPasses
+from mmjax.training.image_text import LABEL_SMOOTHING, EncodedPairs, ForwardPasses
 from mmjax.training.method import Loss
 from mmjax.training.rng import named
 from mmjax.training.state import Carry
@@ -40,7 +40,7 @@ class BlipRetrieval(BlipAlignment):
         if not (c.embed_dim and c.matching and c.by_image):
             raise MmjaxError("blip: retrieval needs embed_dim, matching and by_image")
 
-    def negative_keys(self, encoded: Encoded) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
+    def negative_keys(self, encoded: EncodedPairs) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
         """The features of the encoders that are trained."""
         return encoded.image_embeds, encoded.text_embeds
 

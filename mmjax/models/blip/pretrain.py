@@ -6,14 +6,10 @@ from typing import ClassVar
 
 from mmjax.errors import MmjaxError
 from mmjax.models.blip.network import BlipConfig, with_first
-from mmjax.objectives.language import group_mean_weights, next_tokens, token_accuracy, token_cross_entropy
-from mmjax.training.image_text import Alignment, Encoded, clamped_temperature
+from mmjax.training.image_text import Alignment, Encoded, EncodedPairs, caption_loss, clamped_temperature
 from mmjax.training.rng import named
 from mmjax.training.state import Carry
 from mmjax.types import Array, Batch, Float, Int, Mean, Means, Params, PRNGKeyArray
-
-LABEL_SMOOTHING = 0.1
-"""Of every loss of the decoder (models/med.py:914)."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +19,7 @@ class BlipAlignment(Alignment):
 
     config: BlipConfig
 
-    def multimodal_texts(self, batch: Batch, encoded: Encoded) -> Int[Array, "b l"]:
+    def multimodal_texts(self, batch: Batch, encoded: EncodedPairs) -> Int[Array, "b l"]:
         """The ids with [ENC] first: the image-grounded encoder begins at the embeddings."""
         return with_first(batch["input_ids"], self.config.enc)
 
@@ -69,11 +65,6 @@ class BlipPretraining(BlipAlignment):
 
         [DEC] is first, [SEP] is a target. The loss is the mean of the groups' means over tokens.
         """
-        mask = batch["attention_mask"]
-        ids = with_first(batch["input_ids"], self.config.bos)
-        inputs = (ids, mask, encoded.image)
-        logits = self.run(params, "decode", *inputs, axis_name=axis_name, rng=named(rng, "decode"))
-        labels = next_tokens(ids, mask)
-        weights = group_mean_weights(labels, self.groups, axis_name)
-        loss = token_cross_entropy(logits, labels, weights=weights, label_smoothing=LABEL_SMOOTHING).loss
-        return loss, {"lm_accuracy": token_accuracy(logits, labels)}, logits
+        texts = with_first(batch["input_ids"], self.config.bos), batch["attention_mask"]
+        logits = self.run(params, "decode", *texts, encoded.image, axis_name=axis_name, rng=named(rng, "decode"))
+        return *caption_loss(logits, *texts, self.groups, axis_name), logits
