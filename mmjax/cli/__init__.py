@@ -160,7 +160,9 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
     )
     verb.add_argument("--annotations", metavar="FILE", help="vqa: the official human answers")
     verb.add_argument("--k", type=int, metavar="K", help="vqa, retrieval: length of the shortlists (default 128)")
-    help_text = "retrieval: the score of a pair; default: the original's, itm for ALBEF, itm+similarity for BLIP"
+    help_text = (
+        "retrieval: the score of a pair; default: the original's, itm for ALBEF, itm+similarity for BLIP and BLIP-2"
+    )
     verb.add_argument("--formula", choices=["itm", "itm+similarity"], help=help_text)
     verb.add_argument("--refer", metavar="DIR", help="grounding: the folder of refs(unc).p and instances.json")
     verb.add_argument("--proposals", metavar="FILE", help="grounding: a detector's boxes (dets.json)")
@@ -211,9 +213,9 @@ def _retrieve(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--folder", metavar="DIR", help="the images to search; default: MODEL/images, if a run has them")
     verb.add_argument("-k", type=int, default=5, help="number of images (default 5)")
     verb.add_argument("--picture", metavar="FILE", default="retrieved.png", help="default: retrieved.png")
-    help_text = "rank the K nearest again by the ITM head (ALBEF, BLIP); needs --text"
+    help_text = "rank the K nearest again by the ITM head (ALBEF, BLIP, BLIP-2); needs --text"
     verb.add_argument("--rerank", type=int, default=0, metavar="K", help=help_text)
-    help_text = "its score; default: the original's, itm for ALBEF, itm+similarity for BLIP"
+    help_text = "its score; default: the original's, itm for ALBEF, itm+similarity for BLIP and BLIP-2"
     verb.add_argument("--formula", choices=["itm", "itm+similarity"], help=help_text)
 
 

@@ -15,7 +15,9 @@ def add_verbs(verbs: argparse._SubParsersAction, add: Add) -> None:
 
 
 def _match(verbs: argparse._SubParsersAction, add: Add) -> None:
-    description = "Print the probability that each text belongs to an image, and their similarity (ALBEF, BLIP)."
+    description = (
+        "Print the probability that each text belongs to an image, and their similarity (ALBEF, BLIP, BLIP-2)."
+    )
     verb = add(verbs, "match", lambda flags, _: _run_match(flags), description)
     verb.add_argument("source", metavar="MODEL", help=MODEL)
     verb.add_argument("images", nargs="+", metavar="IMAGE")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from rich.console import Console
@@ -14,7 +15,8 @@ from mmjax.cli.loading import load
 from mmjax.data.decoding import read_image
 from mmjax.data.image_folder import ImageFolder
 from mmjax.errors import MmjaxError
-from mmjax.evaluation.retrieval import top_candidates
+from mmjax.evaluation.features import finite, similarities
+from mmjax.interface.image_text import ImageTextModel
 from mmjax.training.storage import local_copy
 
 
@@ -91,8 +93,11 @@ def retrieve(
     else:
         query_image = np.asarray(read_image(image or ""))
         query_features = image_features(model, [query_image])
-    nearest = np.asarray(top_candidates(query_features, features, min(k, len(images))))[0]
-    cosines = _l2_normalize(features[nearest]) @ _l2_normalize(query_features)[0]
+    unit = jnp.asarray(_l2_normalize(query_features)), jnp.asarray(_l2_normalize(features))
+    compare = model.similarity if isinstance(model, ImageTextModel) else similarities
+    scores = finite("cosines", np.asarray(compare(*unit)))[0]
+    nearest = np.argsort(-scores, kind="stable")[:k]
+    cosines = scores[nearest]
     names = [index.record_name(int(indices[i])) for i in nearest]
     _show_nearest(f"nearest to {text or image}", "cosine", names, cosines)
     _draw(picture, text or str(image), query_image, [images[i] for i in nearest], cosines)

@@ -13,7 +13,6 @@ from mmjax.cli.loading import load
 from mmjax.data.decoding import read_image
 from mmjax.data.task_lists import read_answers
 from mmjax.errors import MmjaxError
-from mmjax.evaluation.features import similarities
 from mmjax.evaluation.pictures import heat_picture, png
 from mmjax.interface.answers import AnsweringModel
 
@@ -35,7 +34,7 @@ def match(source: str, files: Sequence[str], texts: Sequence[str]) -> None:
     probabilities = model.match([images[i] for i, _ in pairs], [texts[j] for _, j in pairs]).tolist()
     cosines = None
     if "encode_image" in model.abilities:
-        cosines = similarities(model.encode_image(images), model.encode_text(list(texts))).tolist()
+        cosines = model.similarity(model.encode_image(images), model.encode_text(list(texts))).tolist()
     table = Table(Column("image", overflow="fold"), "text", "match", *([] if cosines is None else ["cosine"]))
     for (i, j), probability in zip(pairs, probabilities):
         cosine = [] if cosines is None else [f"{cosines[i][j]:.3f}"]

@@ -146,6 +146,21 @@ def similarities(queries: Float[Array, "n e"], candidates: Float[Array, "m e"]) 
     return jnp.matmul(queries, candidates.T, precision="highest")
 
 
+def nearest_similarities(queries: Float[Array, "n *q e"], candidates: Float[Array, "m *q e"]) -> Float[Array, "n m"]:
+    """Of items with one feature [n, e] or several [n, q, e] each: the product of the nearest pair (BLIP-2).
+
+    One item of `queries` at a time, so that no array is larger than [q, m q].
+    """
+    queries, candidates = (x if x.ndim == 3 else x[:, None] for x in (queries, candidates))
+    flat = candidates.reshape(-1, candidates.shape[-1])
+
+    def of_one(query: Array) -> Array:
+        products = jnp.matmul(query, flat.T, precision="highest")
+        return jnp.max(products.reshape(-1, *candidates.shape[:2]), axis=(0, 2))
+
+    return jax.lax.map(of_one, queries)
+
+
 def finite(name: str, features: Any) -> Any:
     """The features unchanged. Raises MmjaxError, naming the argument, for NaN and infinities.
 

@@ -44,12 +44,14 @@ class Grounding(NamedTuple):
 
 
 class GroundingModel(TwoStageModel):
-    """Heat maps and boxes of texts, for a network with an ITM head, and its text encoder at `text/encoder`.
+    """Heat maps and boxes of texts, for a network with an ITM head whose cross attention is at `cross_attends`.
 
     Source: ALBEF Grounding.py:69-101; LAVIS blip_image_text_matching.py, compute_gradcam.
     """
 
     grounding_rules: ClassVar[GroundingRules]
+    cross_attends: ClassVar[str] = "text/encoder"
+    """The path of the stack with cross attention to the image; its first name is that of its config."""
 
     @property
     def abilities(self) -> tuple[str, ...]:
@@ -95,8 +97,8 @@ class GroundingModel(TwoStageModel):
     ) -> tuple[Float[Array, "b rows columns"], Float[Array, "b 2"]]:
         """The Grad-CAM of the i-th text in the i-th image, [b, rows, columns] of patches; and the ITM logits [b, 2].
 
-        The mean, over heads and tokens, of the weights of a layer's cross attention times the positive part of their
-        gradient, that of the ITM logit of class 1.
+        The mean, over heads and `map_rows`, of the weights of a layer's cross attention times the positive part of
+        their gradient, that of the ITM logit of class 1.
         block: see `grounding_block`.
         """
         self._check_matching()
@@ -128,10 +130,10 @@ class GroundingModel(TwoStageModel):
         self, variables: Mapping[str, Any], block: int, ids: Array, mask: Array, pixels: Array
     ) -> tuple[Array, Array]:
         # Rematerialised blocks would not pass the gradient on.
-        text, parts = self.text_config, {name: getattr(self.config, name) for name in ("text", "decoder")}
-        plain = {name: dataclasses.replace(part, remat=False) for name, part in parts.items() if part is not None}
+        part = self.cross_attends.split("/")[0]
+        plain: Any = {part: dataclasses.replace(getattr(self.config, part), remat=False)}
         module = self.build(dataclasses.replace(self.config, **plain))
-        path = f"text/encoder/block_{block}/cross_attention/weights"
+        path = f"{self.cross_attends}/block_{block}/cross_attention/weights"
         image_states = self.apply(variables, "encode_image", pixels)
         inputs = ids, mask, self.apply(variables, "encode_text", ids, mask), image_states
 
@@ -142,16 +144,21 @@ class GroundingModel(TwoStageModel):
             [weights] = tree.flatten(stored["intermediates"])[path]
             return jnp.sum(logits[:, 1]), (weights, logits)
 
-        zeros = jnp.zeros((len(ids), text.heads, ids.shape[1], image_states.shape[1]))
+        counted = self.map_rows(mask)
+        zeros = jnp.zeros((len(ids), self.text_config.heads, counted.shape[1], image_states.shape[1]))
         gradients, (weights, logits) = jax.grad(score, has_aux=True)(zeros)
         heat = jnp.mean(weights * jax.nn.relu(gradients), axis=1)[:, :, 1:]  # without the class token
-        counted = mask.astype(heat.dtype)
-        if self.grounding_rules.words_only:
-            positions, lengths = jnp.arange(ids.shape[1]), mask.sum(1, keepdims=True)
-            counted = ((positions > 0) & (positions < lengths - 1)).astype(heat.dtype)
         heat = jnp.einsum("bln,bl->bn", heat, counted) / jnp.maximum(counted.sum(1, keepdims=True), 1)
         rows, columns = (side // self.config.vision.patch for side in pixels.shape[1:3])
         return heat.reshape(-1, rows, columns), logits
+
+    def map_rows(self, mask: Array) -> Float[Array, "b r"]:
+        """1 for the rows of the cross attention that a map is the mean of, the tokens' here; 0 for the others."""
+        counted = mask == 1
+        if self.grounding_rules.words_only:
+            positions, lengths = jnp.arange(mask.shape[1]), mask.sum(1, keepdims=True)
+            counted = (positions > 0) & (positions < lengths - 1)
+        return counted.astype(jnp.float32)
 
     def _sizes(self, images: Any) -> list[tuple[int, int]]:
         """(height, width) of each image. Raises MmjaxError where the network does not see all of it."""

@@ -11,7 +11,7 @@ import numpy as np
 from mmjax.evaluation.features import similarities
 from mmjax.interface.model import Model
 from mmjax.nn.norm import l2_normalize
-from mmjax.types import Array, Float
+from mmjax.types import Array, ArrayLike, Float
 
 
 class ImageTextModel(Model):
@@ -32,7 +32,11 @@ class ImageTextModel(Model):
         Strings are always texts: open image files first.
         """
         queries, candidates = self._features(queries), self._features(candidates)
-        return ranked(similarities(queries, candidates), k)
+        return ranked(self.similarity(queries, candidates), k)
+
+    def similarity(self, queries: ArrayLike, candidates: ArrayLike) -> Float[Array, "n m"]:
+        """Of features of images or of texts with those of images or of texts; pure."""
+        return similarities(jnp.asarray(queries), jnp.asarray(candidates))
 
     def _features(self, items: Any) -> Array:
         if are_texts(items):
@@ -48,8 +52,9 @@ def are_texts(items: Any) -> bool:
 
 
 def are_features(items: Any) -> bool:
-    """Whether items are features, floats [n, e]."""
-    return isinstance(items, np.ndarray | jax.Array) and items.ndim == 2 and jnp.issubdtype(items.dtype, jnp.floating)
+    """Whether items are features, floats [n, e], or several of an item, [n, q, e]."""
+    arrays = isinstance(items, np.ndarray | jax.Array) and items.ndim in (2, 3)
+    return arrays and jnp.issubdtype(items.dtype, jnp.floating)
 
 
 def ranked(scores: Float[Array, "n m"], k: int) -> list[list[tuple[int, float]]]:

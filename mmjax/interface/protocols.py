@@ -23,7 +23,7 @@ from mmjax.evaluation.classification import accuracy
 from mmjax.evaluation.grounding import Referred, grounding_scores
 from mmjax.evaluation.report import Score
 from mmjax.evaluation.rerank import RerankEvaluation
-from mmjax.evaluation.retrieval import ranks_of_features
+from mmjax.evaluation.retrieval import ranks_of_features, ranks_of_scores
 from mmjax.evaluation.two_stage import TwoStages
 from mmjax.evaluation.vqa import HumanAnswers, vqa_scores
 from mmjax.interface.answers import AnsweringModel
@@ -134,7 +134,11 @@ def retrieval(
     texts, owner = texts[: int((owner < n).sum())], owner[owner < n]
     if not k:
         features = [model.encode_image([_image(source, r) for r in records]) for records in _chunks(source, n, track)]
-        ranks = ranks_of_features(jnp.concatenate(features)[:n], model.encode_text(list(texts)), owner)
+        images, text_features = jnp.concatenate(features)[:n], model.encode_text(list(texts))
+        if images.ndim == 2:
+            ranks = ranks_of_features(images, text_features, owner)
+        else:  # several features of an image
+            ranks = ranks_of_scores(model.similarity(images, text_features), owner)
         return Protocol(ranks.scores() | ranks.mean_recalls(), {"formula": "similarity"})
     preprocess, add = model.preprocess, model.add_similarity if add_similarity is None else add_similarity
     chunks = _chunks(source, n, track)

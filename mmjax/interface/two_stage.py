@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.errors import MmjaxError
-from mmjax.evaluation.features import batched, similarities
+from mmjax.evaluation.features import batched
 from mmjax.evaluation.rerank import nearest
 from mmjax.evaluation.two_stage import TwoStages
 from mmjax.interface.image_text import ImageTextModel, are_features, are_texts, ranked
@@ -61,10 +61,6 @@ class TwoStageModel(ImageTextModel):
 
     def id_counts(self) -> Mapping[str, int]:
         return dict.fromkeys(("input_ids", "decoder_input_ids"), self.text_config.vocab_size)
-
-    def similarity(self, images: Array, texts: Array) -> Float[Array, "n m"]:
-        """Of features of images and of texts; pure."""
-        return similarities(images, texts)
 
     @functools.cached_property
     def stages(self) -> TwoStages:

@@ -22,7 +22,9 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from mmjax.errors import MmjaxError
-from mmjax.types import Array, Float
+from mmjax.objectives.classification import softmax_cross_entropy
+from mmjax.objectives.language import IGNORED
+from mmjax.types import Array, Float, Int
 
 _product = functools.partial(jnp.matmul, precision="highest")
 """True float32 products: by default TPUs multiply in bfloat16 and GPUs in TF32, and a logit scale of 100 amplifies
@@ -116,6 +118,44 @@ def info_nce(
     positive = jnp.sum(query * key, -1)
     _, negative = by_rows(lambda c, block: (c, _logsumexp(_product(block, queue.T), 1)), jnp.zeros(()), query, blocks)
     return jnp.mean(jnp.logaddexp(positive, negative) - positive)
+
+
+def nearest_query_loss(
+    image: Float[Array, "b q d"],
+    text: Float[Array, "b d"],
+    temperature: Float[Array, ""] | float,
+    *,
+    label_smoothing: float = 0.0,
+    ids: Int[Array, "b"] | None = None,
+    detached: bool = False,
+    axis_name: str | None = None,
+) -> Float[Array, ""]:
+    """Mean of the cross-entropies of images against all texts and of texts against all images, in which an image's
+    nearest query counts for each text: BLIP-2 (arXiv 2301.12597, section 3.1; LAVIS blip2_qformer.py:129-171).
+
+    Args:
+        image, text: unit vectors; row i of one belongs to row i of the other.
+        temperature: divides the cosines.
+        label_smoothing: the share of a label that is spread evenly over the whole batch (0.1).
+        ids: image id of each pair. All candidates of the same id are positives with equal shares (retrieval). None, or
+            `IGNORED`: only the pair itself is positive.
+        detached: candidates have no gradient, a row's own neither, as where the original gathers them from several
+            processes: a direction then trains the encoder of its queries alone.
+    """
+    image, text = (x.astype(jnp.float32) for x in (image, text))
+    images, texts = _gathered(image, axis_name), _gathered(text, axis_name)
+    if detached:
+        images, texts = jax.lax.stop_gradient((images, texts))
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * len(text)
+    positive = (first + jnp.arange(len(text)))[:, None] == jnp.arange(len(texts))
+    if ids is not None:
+        candidates = ids if axis_name is None else jax.lax.all_gather(ids, axis_name, tiled=True)
+        positive = positive | ((ids[:, None] == candidates) & (ids != IGNORED)[:, None])
+    label = positive / jnp.sum(positive, axis=1, keepdims=True)
+    target = (1 - label_smoothing) * label + label_smoothing / len(texts)
+    of_images = jnp.max(jnp.einsum("bqd,md->bqm", image, texts, precision="highest"), axis=1) / temperature
+    of_texts = jnp.max(jnp.einsum("bd,mqd->bmq", text, images, precision="highest"), axis=2) / temperature
+    return jnp.mean(softmax_cross_entropy(of_images, target) + softmax_cross_entropy(of_texts, target)) / 2
 
 
 def in_batch_nce(

@@ -17,8 +17,8 @@ from mmjax.types import Array, Bool, Float, Int, Key, Mean
 
 
 def negative_log_weights(
-    query: Float[Array, "b d"],
-    keys: Float[Array, "b d"],
+    query: Float[Array, "b *q d"],
+    keys: Float[Array, "b *q d"],
     temperature: Float[Array, ""] | float,
     *,
     ids: Int[Array, "b"] | None = None,
@@ -33,7 +33,8 @@ def negative_log_weights(
 
     Args:
         query, keys: unit vectors of one modality and of the other. ALBEF's and BLIP's keys come from the momentum
-            encoders, those of BLIP's retrieval from the encoders that make the queries.
+            encoders, those of BLIP's retrieval from the encoders that make the queries. Of several vectors of an item
+            [b, q, d] the nearest pair counts (BLIP-2's images).
         ids: image id of each pair: rows with the same id are not negatives. None, or `IGNORED`: only the query's
             matching key is excluded.
         floor: 1e-4 in BLIP's pre-training (models/blip_pretrain.py:155), which makes easy negatives more probable.
@@ -43,8 +44,12 @@ def negative_log_weights(
     """
     query, keys = jax.lax.stop_gradient((query.astype(jnp.float32), keys.astype(jnp.float32)))
     candidates = group_rows(keys, groups, axis_name)
-    queries = query.reshape(len(candidates), -1, query.shape[-1])
-    similarity = jnp.einsum("grd,gmd->grm", queries, candidates, precision="highest")
+    queries = query.reshape(len(candidates), -1, *query.shape[1:])
+    if queries.ndim == candidates.ndim == 3:
+        similarity = jnp.einsum("grd,gmd->grm", queries, candidates, precision="highest")
+    else:
+        several = (x if x.ndim == 4 else x[:, :, None] for x in (queries, candidates))
+        similarity = jnp.einsum("grpd,gmqd->grmpq", *several, precision="highest").max(axis=(3, 4))
     similarity = similarity / jax.lax.stop_gradient(temperature)
     weights = jnp.logaddexp(jax.nn.log_softmax(similarity), jnp.log(floor)).reshape(len(query), -1)
     return jnp.where(_are_negatives(len(query), ids, groups, axis_name), weights, -jnp.inf)

@@ -94,7 +94,7 @@ def config_of(shapes: Shapes, config_json: ConfigJson) -> BlipConfig:
     text, vision = (dict((config_json or {}).get(f"{name}_config") or {}) for name in ("text", "vision"))
     renamed = {original_name(key): shape for key, shape in shapes.items()}
     fields: dict[str, Any] = {
-        "act": _act(text, "text_config"),
+        "act": activation_of(text, "text_config"),
         "epsilon": text.get("layer_norm_eps", 1e-12),
         "dropout": text.get("hidden_dropout_prob", 0.0),
         "attention_dropout": text.get("attention_probs_dropout_prob", 0.0),
@@ -120,11 +120,14 @@ def _vision(shapes: Shapes, vision: Mapping[str, Any] | None) -> ViTConfig:
     config = vision_config(
         {key.removeprefix(start): shape for key, shape in shapes.items() if key.startswith(start)}, args, False
     )
-    fields: dict[str, Any] = {"epsilon": vision.get("layer_norm_eps", 1e-5), "act": _act(vision, "vision_config")}
+    fields: dict[str, Any] = {
+        "epsilon": vision.get("layer_norm_eps", 1e-5),
+        "act": activation_of(vision, "vision_config"),
+    }
     return replace(config, attention_dropout=vision.get("attention_dropout", 0.0), **fields)
 
 
-def _act(part: Mapping[str, Any], name: str) -> str:
+def activation_of(part: Mapping[str, Any], name: str) -> str:
     act = part.get("hidden_act", "gelu")
     if act not in HF_ACTIVATIONS:
         raise MmjaxError(f"config.json: {name}.hidden_act={act!r}: one of {', '.join(HF_ACTIVATIONS)}")
@@ -150,7 +153,7 @@ def hf_config(config: BlipConfig) -> dict[str, Any]:
 def _text_json(text: BertConfig, config: BlipConfig) -> dict[str, Any]:
     return {
         "model_type": "blip_text_model",
-        **_sizes(text),
+        **sizes(text),
         "vocab_size": text.vocab_size,
         "encoder_hidden_size": config.vision.width,
         "max_position_embeddings": text.positions,
@@ -167,14 +170,14 @@ def _text_json(text: BertConfig, config: BlipConfig) -> dict[str, Any]:
 def _vision_json(vision: ViTConfig) -> dict[str, Any]:
     return {
         "model_type": "blip_vision_model",
-        **_sizes(vision),
+        **sizes(vision),
         "image_size": vision.image_size[0],
         "patch_size": vision.patch,
         "attention_dropout": vision.attention_dropout,
     }
 
 
-def _sizes(part: BertConfig | ViTConfig) -> dict[str, Any]:
+def sizes(part: BertConfig | ViTConfig) -> dict[str, Any]:
     """The fields that both halves have. Raises MmjaxError for an activation without a name in transformers."""
     act = next((name for name, value in HF_ACTIVATIONS.items() if value == part.act), None)
     if act is None:

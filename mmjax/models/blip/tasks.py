@@ -2,20 +2,18 @@
 
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.features import similarities
-from mmjax.generation.engine import generate
 from mmjax.generation.options import BeamRules, GenerationOptions
-from mmjax.generation.stopping import Stops
 from mmjax.interface.answers import AnswerRules
-from mmjax.interface.generation import GeneratingModel, are_strings
+from mmjax.interface.captioning import CaptioningModel
+from mmjax.interface.generation import are_strings
 from mmjax.interface.grounding import GroundingModel, GroundingRules
 from mmjax.interface.inputs import IMAGES_AND_TEXTS, PIXELS, Input
 from mmjax.interface.momentum import MomentumModel, image_pairs
@@ -36,7 +34,7 @@ NUCLEUS: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "repetition_penalty"
 """What the original samples with beside top_p (blip.py:147-157): transformers 4.15 has an implicit top_k of 50."""
 
 
-class BlipModel(GroundingModel, MomentumModel, GeneratingModel):
+class BlipModel(GroundingModel, MomentumModel, CaptioningModel):
     """A loaded BLIP: captions, answers, features, matching, retrieval, grounding, and classes of image pairs.
 
         model = mmjax.load("Salesforce/blip-image-captioning-base")
@@ -167,15 +165,6 @@ class BlipModel(GroundingModel, MomentumModel, GeneratingModel):
     def answers_questions(self) -> bool:
         return self.config.answers
 
-    @property
-    def eos(self) -> tuple[int, ...]:
-        sep = self.config.sep if self.tokenizer is None else self.tokenizer.sep
-        return () if sep is None else (sep,)
-
-    @property
-    def pad(self) -> int:
-        return self.config.pad
-
     def decodable(self) -> BlipDecodable:
         """The `Decodable` for generation. Raises MmjaxError for a network without a decoder."""
         return BlipDecodable(self.config)
@@ -213,23 +202,10 @@ class BlipModel(GroundingModel, MomentumModel, GeneratingModel):
 
         add_special_tokens: False: without [DEC]; questions always have theirs.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if self.config.answers:
-            ids, mask = self.columns(texts, question=True)
-            return np.asarray(with_first(ids, self.config.enc)), mask
-        sequences = [[self.config.bos] * add_special_tokens + ids for ids in self.fitting_tokenizer().pieces(texts)]
-        if not all(sequences):
-            raise MmjaxError("a prompt without a token: add_special_tokens=False leaves out [DEC]")
-        longest = max(map(len, sequences))
-        ids = [[self.pad] * (longest - len(row)) + row for row in sequences]
-        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in sequences]
-        return np.asarray(ids, np.int32), np.asarray(mask, np.int32)
-
-    def stops(self, stop: str | Sequence[str], inputs: Mapping[str, Any]) -> Stops | None:
-        """Raises MmjaxError for stop strings."""
-        if self.strings(stop):
-            raise MmjaxError("stop: texts of blip end at [SEP]; its lower-cased word pieces have no stop strings")
-        return None
+        if not self.config.answers:
+            return super()._encode(prompts, add_special_tokens)
+        ids, mask = self.columns([prompts] if isinstance(prompts, str) else list(prompts), question=True)
+        return np.asarray(with_first(ids, self.config.enc)), mask
 
     def caption(
         self,
@@ -263,28 +239,12 @@ class BlipModel(GroundingModel, MomentumModel, GeneratingModel):
         """
         if not self.writes_captions:
             raise MmjaxError("this blip has no decoder of captions: pre-trained ones and captioners have one")
-        tokenizer = self.fitting_tokenizer()
-        ids = [self.config.bos, *(tokenizer.pieces(prompt)[0] if prompt else [])]
-        if max_length <= len(ids):
-            raise MmjaxError(f"max_length={max_length} counts [DEC] and the prompt: {prompt!r} has {len(ids)} ids")
-        settings: dict[str, Any] = {"max_new_tokens": max_length - len(ids)}
-        settings["min_new_tokens"] = max(min_length - len(ids), 0)
+        ids, settings = self.caption_start(prompt, max_length, min_length)
         if top_p is None:
             settings |= {"num_beams": num_beams, "beam_rules": BeamRules.v4_15()}
         else:
             settings |= {"top_p": top_p, **NUCLEUS}
-        parsed, decodable = self.options(**(settings | options)), self.decodable()
-        self.check_room(len(ids), parsed.max_new_tokens)
-        captions: list[Any] = []
-        pixels, key = self.pixels(images), jax.random.key(seed)
-        size = min(batch_size, len(pixels))
-        for start in range(0, len(pixels), size):
-            rows = np.minimum(np.arange(start, start + size), len(pixels) - 1)  # the last batch with copies
-            inputs = {"pixel_values": pixels[rows], "input_ids": jnp.tile(jnp.asarray([ids], jnp.int32), (size, 1))}
-            rng = jax.random.fold_in(key, start)
-            captions += list(np.asarray(generate(decodable, self.variables, inputs, parsed, rng).ids))
-        texts = [[self._text(row, parsed.eos, ()) for row in item] for item in captions[: len(pixels)]]
-        return [item[0] if parsed.num_return_sequences == 1 else item for item in texts]
+        return self.captions_of(images, ids, self.options(**(settings | options)), seed, batch_size)
 
     def answer_decoder(self) -> tuple[BertDecodable, dict[str, Any]]:
         return self.decodable().decoder, {"params": self.params["decoder"]}
