@@ -20,6 +20,8 @@ from mmjax.models.bert.tasks import BertModel
 from mmjax.models.blip.network import ALONE as BLIP_ALONE
 from mmjax.models.blip.network import BlipConfig
 from mmjax.models.blip.tasks import BlipModel
+from mmjax.models.blip2.network import Blip2Config
+from mmjax.models.blip2.tasks import Blip2Model
 from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
 from mmjax.models.clip.tasks import CLIPModel
 from mmjax.models.language.config import DecoderConfig
@@ -59,6 +61,18 @@ ANSWERS = BlipConfig(
     bos=TEXT.vocab_size - 2,
     enc=TEXT.vocab_size - 1,
     **BLIP_ALONE,
+)
+QFORMER = dataclasses.replace(TEXT, cross_every=2, query_feed_forward=True, mlm=True)
+STAGE_1 = Blip2Config(
+    dataclasses.replace(ANSWERS.vision, epsilon=1e-6, norm_epsilon=1e-5, key_bias=False),
+    QFORMER,
+    queries=3,
+    embed_dim=5,
+    bos=TEXT.vocab_size - 1,
+    sep=None,
+)
+STAGE_1_HF = dataclasses.replace(
+    STAGE_1, vision=ANSWERS.vision, qformer=dataclasses.replace(QFORMER, mlm=False), temperature=None
 )
 MOCO = MoCoConfig(dataclasses.replace(RESNET, stride_in_1x1=True, num_classes=0), version=2, hidden=16, dim=8)
 SIZES = (31, 29, 24, 2, 2, 3, 3, 48, 48)
@@ -143,6 +157,8 @@ CASES = {
         ("vision.heads=4", "vision.epsilon", "text.heads=3", "decoder.heads=3", "sep=3"),
     ),
     "blip/hf": (BlipModel, ANSWERS, "hf", ()),
+    "blip2/lavis": (Blip2Model, STAGE_1, "lavis", ("vision.heads=4", "qformer.heads=3")),
+    "blip2/hf": (Blip2Model, STAGE_1_HF, "hf", ()),
     "llava/hf": (LlavaModel, LLAVA, "hf", ()),
     "llava": (
         LlavaModel,

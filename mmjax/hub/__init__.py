@@ -35,7 +35,7 @@ from mmjax.hub.description import (
     read_json,
     system_called,
 )
-from mmjax.hub.recognise import RenamedArrays, infer_config, inside, recognise
+from mmjax.hub.recognise import RenamedArrays, infer_config, inside, recognise, with_parts
 from mmjax.interface.config import differences
 from mmjax.interface.model import Model
 from mmjax.nn import int8
@@ -55,12 +55,13 @@ IGNORED_FIELDS = frozenset(
         *("dtype", "remat", "init", "init_std", "head_bias", "zero_init_residual", "init_temperature", "init_bias"),
         *("dropout", "attention_dropout", "activation_dropout", "drop_path", "bn_momentum"),
         *("temperature", "momentum", "alpha", "queue", "by_image", "holds_state"),
-        *("rule", "crop_rounding", "pad_images", "template"),
+        *("rule", "crop_rounding", "pad_images", "template", "key_bias", "vision_dtype"),
     }
 )
 """Fields that do not change what a loaded model computes on inputs of the config's size: layouts lack most of them, and
 an export does not count them as lost. `rule` interpolates positions to other image sizes, and `crop_rounding`
-halves odd margins; `pad_images` and `template` are of the preprocessing and of chats."""
+halves odd margins; `pad_images` and `template` are of the preprocessing and of chats; `key_bias` adds one value to all
+scores of a query, which has no effect."""
 
 
 class LossyExport(MmjaxError):
@@ -199,9 +200,16 @@ def _reduced(model: Model, layout: Layout) -> tuple[Model, tuple[str, ...]]:
     if config == model.config:
         return model, ()
     variables, expected = flatten(_variables(model)), flatten(model.shapes(config))
-    left_out = {"/".join(path.split("/")[:2]) for path in variables.keys() - expected.keys()}
+    left_out = {_left_out(path, expected) for path in variables.keys() - expected.keys()}
     trees = unflatten({path: variables[path] for path in expected})
     return model.replace(config=config, params=trees["params"], stats=trees.get("stats", {})), tuple(sorted(left_out))
+
+
+def _left_out(path: str, remaining: Mapping[str, Any]) -> str:
+    """The largest subtree with this path of which nothing remains."""
+    names = path.split("/")
+    starts = ("/".join(names[:depth]) for depth in range(2, len(names)))
+    return next((start for start in starts if not any(other.startswith(f"{start}/") for other in remaining)), path)
 
 
 def _variables(model: Model) -> dict[str, Any]:
@@ -274,6 +282,7 @@ def _load_public(
     if sidecar is not None and layout_name is None:
         layout_name = f"{sidecar.get('system')}/{sidecar.get('layout')}"
     system, layout, names = recognise(weights, config_json, layout_name)
+    weights, names = with_parts(weights, names, layout, folder)
     kind, notes = system.model, ()
     preprocess_json = read_json(folder / "preprocessor_config.json")
     if sidecar is not None:

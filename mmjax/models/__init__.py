@@ -44,6 +44,7 @@ SYSTEMS: tuple[System, ...] = (
     System("bert", "mmjax.models.bert", "BertModel"),
     System("albef", "mmjax.models.albef", "AlbefModel"),
     System("blip", "mmjax.models.blip", "BlipModel"),
+    System("blip2", "mmjax.models.blip2", "Blip2Model"),
     System("flamingo", "mmjax.models.flamingo", "FlamingoModel"),
     System("llava", "mmjax.models.llava", "LlavaModel"),
     System("segmentation", "mmjax.models.dense", "SegmentationModel"),

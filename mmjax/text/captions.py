@@ -9,7 +9,7 @@
     . ! " ( ) * # : ; ~     deleted                     blanks in captions, deleted from questions
     - /                     blanks                      kept
     <person>                person (captions only)      kept
-    words kept              30, questions at test 50    30 (NLVR2 and videos 40), questions 50
+    words kept              30, questions at test 50    30 (NLVR2 and videos 40; BLIP-2 50), questions 50
     ids                     [CLS] text                  [CLS] text [SEP]
 
 All four lower-case. In captions runs of blanks then become one; in questions they stay, so that there is an empty word
@@ -85,6 +85,7 @@ class TextRules(NamedTuple):
 
 ALBEF_RULES = TextRules(albef_caption, functools.partial(albef_question, words=50), sep=False, length=30)
 BLIP_RULES = TextRules(blip_caption, blip_question, sep=True, length=35)
+BLIP2_RULES = TextRules(functools.partial(blip_caption, words=50), blip_question, sep=True, length=35)
 
 
 def caption_columns(

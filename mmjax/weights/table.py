@@ -227,6 +227,8 @@ class Layout:
         usual value, and `load` notes it. "preprocess" means the image preprocessing.
     decides(keys, config_json): of layouts with the same keys, whether keys without a weight or a config.json decide for
         this one. Where they decide for none, `load` needs `layout=`.
+    parts: {name of a file: prefix}: files that may lie beside the weights, with a part that these may lack. Their keys
+        get the prefix.
     """
 
     name: str
@@ -242,6 +244,7 @@ class Layout:
     ignored: tuple[str, ...] = ()
     assumed: Mapping[str, str] = field(default_factory=dict)
     decides: Callable[[Set[str], Mapping[str, Any] | None], bool] = lambda keys, config_json: False
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     def unwrap(self, keys: Iterable[str], file: str = "") -> dict[str, str]:
         """{key in the table's spelling: key in the file}. Keys outside the wrapper, if there is one, are dropped."""

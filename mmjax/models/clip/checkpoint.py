@@ -68,7 +68,7 @@ def openai_table(config: CLIPConfig, text: str = "") -> Table:
         *_norm(f"{text}ln_final", "text/norm"),
     ]
     for i in range(config.text.depth):
-        entries += _openai_block(f"{text}transformer.resblocks.{i}", f"text/encoder/block_{i}")
+        entries += openai_block(f"{text}transformer.resblocks.{i}", f"text/encoder/block_{i}")
     vision = config.vision
     if isinstance(vision, ResNetConfig):
         return tuple(entries + _resnet(vision))
@@ -76,11 +76,11 @@ def openai_table(config: CLIPConfig, text: str = "") -> Table:
     entries += _tower(vision, "visual", around)
     entries.append(Entry("visual.proj", "params/vision_projection/kernel"))
     for i in range(vision.depth):
-        entries += _openai_block(f"visual.transformer.resblocks.{i}", f"vision/encoder/block_{i}")
+        entries += openai_block(f"visual.transformer.resblocks.{i}", f"vision/encoder/block_{i}")
     return tuple(entries)
 
 
-def _openai_block(source: str, target: str) -> list[Entry]:
+def openai_block(source: str, target: str) -> list[Entry]:
     kernels, biases = (tuple(f"params/{target}/attention/{x}/{y}" for x in "qkv") for y in ("kernel", "bias"))
     return [
         *_norm(f"{source}.ln_1", f"{target}/norm_1"),
