@@ -33,7 +33,7 @@ class EncoderStart(ExperimentConfig):
 
     Attributes:
         init_vision: a ViT of the network's size, such as DeiT-B: a file, a folder, a run or a hub id.
-        init_text: a BERT of the network's size, such as bert-base-uncased; for BLIP's decoder too.
+        init_text: a BERT of the network's size, such as bert-base-uncased; for BLIP's decoder and BLIP-2's queries too.
             `init_from` is a model of the whole network instead of these.
     """
 
@@ -57,7 +57,7 @@ class EncoderStart(ExperimentConfig):
         system, network = recipe.model()
         model = next(each.model for each in SYSTEMS if each.name == system)
         expected = model.shapes(network)["params"]
-        parts = tuple(part for part in ("text", "decoder") if part in expected)
+        parts = tuple(part for part in ("text", "decoder", "qformer") if part in expected)
         return initial_parts(load, expected, network.vision, self.init_vision, self.init_text, parts)
 
     def whole_weights(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,7 +1,8 @@
 """Initial weights of an image-text network from encoders that were pre-trained apart, each for its part.
 
     vision    a ViT (DeiT-B for ALBEF and BLIP): without its head; positions resized to the network's grid
-    text      a BERT: its embeddings and blocks, and the MLM head where the network has one; not the pooler
+    text      a BERT: its embeddings and blocks, and the MLM head where the network has one; not the pooler. The
+              feed-forwards of queries are copies of the text's (BLIP-2, blip2_qformer.py:75-79)
 
 A source is a model of one encoder, or one that has an encoder as a part of that name (CLIP's "vision"). What the
 network has beyond it, cross attention and rows of the vocabulary, starts afresh.
@@ -89,6 +90,11 @@ def _text(source: Params, expected: Params, name: str) -> Params:
     if blocks != depth:
         raise MmjaxError(f"{name}: {blocks} text blocks, the network has {depth}")
     leaves, targets = tree.flatten(source), tree.flatten(expected)
+    copies = {"/query_mlp/": "/mlp/", "/query_norm/": "/norm_2/"}
+    for path in targets:
+        for name, original in copies.items():
+            if name in path and path not in leaves and path.replace(name, original) in leaves:
+                leaves[path] = leaves[path.replace(name, original)]
     tables = {"embeddings/words": _grown, "mlm_bias": _grown, "embeddings/positions": _cut}
     for path, fitted in tables.items():
         if path in leaves and path in targets:

@@ -161,6 +161,22 @@ def warmup_epoch_decay(
     return schedule
 
 
+def warmup_epoch_cosine(
+    peak: float, epochs: int, steps_per_epoch: int, warmup: int, start: float, end: float
+) -> Schedule:
+    """From `start` to `peak` over `warmup` steps of the first epoch, which cuts a longer warmup off; each later epoch
+    has one rate, which follows half a cosine from `peak` to `end` (LAVIS optims.py:56-132)."""
+
+    def schedule(step: Any) -> Any:
+        step = jnp.asarray(step)
+        epoch = step // steps_per_epoch
+        rising = jnp.minimum(peak, start + (peak - start) * step / max(warmup, 1))
+        falling = end + 0.5 * (peak - end) * (1 + jnp.cos(jnp.pi * jnp.minimum(epoch / epochs, 1)))
+        return jnp.where(epoch == 0, rising, falling)
+
+    return schedule
+
+
 def staircase(base: float, boundaries: tuple[int, ...], factor: float = 0.1) -> Schedule:
     """`base`, multiplied by `factor` at each boundary."""
     return optax.piecewise_constant_schedule(base, dict.fromkeys(boundaries, factor))

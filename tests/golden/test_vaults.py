@@ -30,7 +30,8 @@ SYSTEMS = {
     "marian": "transformer",
     "albef_": "albef",
     "blip_": "blip",
-    "blip2_": "blip2",
+    "blip2_stage1": "blip2",
+    "blip2_opt": "blip2_opt",
     "flamingo_": "flamingo",
     "llava_": "llava",
 }

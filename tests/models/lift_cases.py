@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import tiny_albef as tiny
 import tiny_blip
+import tiny_blip2
 
 from mmjax.models.albef.assignment import TextAssignment
 from mmjax.models.albef.finetune import AlbefAnswering, AlbefClassification, AlbefRetrieval
 from mmjax.models.blip.finetune import BlipCaptioning, BlipRetrieval
 from mmjax.models.blip.pretrain import BlipPretraining
+from mmjax.models.blip2.network import FROZEN_TOWER
+from mmjax.models.blip2.pretrain import Blip2Pretraining
 from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
 from mmjax.models.clip.pretrain import CLIP
 from mmjax.models.dense.detect import Detection
@@ -262,4 +265,16 @@ BLIP = {
     ),
 }
 
-CASES: dict[str, Case] = CLASSIFIERS | DENSE | MOCO | CONTRASTIVE | LANGUAGE | ALBEF | BLIP
+# ------------------------------------------------------------------------------------------------------------- BLIP-2
+
+# With dropout, behind a frozen image encoder.
+BLIP2 = {
+    "blip2/pretraining": Case(
+        Blip2Pretraining(tiny_blip2.PRETRAINING, groups=8),
+        tiny_blip2.batch,
+        Optimizer(sgd(0.03, 0.9), Partition(FROZEN_TOWER)),
+        rounding=KEY_BIASES,
+    ),
+}
+
+CASES: dict[str, Case] = CLASSIFIERS | DENSE | MOCO | CONTRASTIVE | LANGUAGE | ALBEF | BLIP | BLIP2

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_albef as tiny
 import tiny_blip
+import tiny_blip2
 
 from mmjax import tree
 from mmjax.models.albef.finetune import AlbefAnswering, AlbefClassification, AlbefRetrieval
@@ -19,6 +20,7 @@ from mmjax.models.bert.network import BertConfig
 from mmjax.models.bert.pretrain import BERT
 from mmjax.models.blip.finetune import BlipAnswering, BlipCaptioning, BlipClassification, BlipRetrieval
 from mmjax.models.blip.pretrain import BlipPretraining
+from mmjax.models.blip2.pretrain import Blip2Pretraining
 from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
 from mmjax.models.clip.pretrain import CLIP
 from mmjax.models.dense.detect import Detection
@@ -114,6 +116,7 @@ WITHIN_A_BATCH: dict[str, Callable[[str], Method]] = {
     "albef_retrieval": lambda d: AlbefRetrieval(replace(tiny.still(tiny.RETRIEVAL), dtype=d)),
     "blip_retrieval": lambda d: BlipRetrieval(replace(tiny_blip.still(tiny_blip.RETRIEVAL), temperature=0.1, dtype=d)),
     "blip": lambda d: BlipPretraining(replace(tiny_blip.still(tiny_blip.PRETRAINING), dtype=d)),
+    "blip2": lambda d: Blip2Pretraining(replace(tiny_blip2.still(tiny_blip2.PRETRAINING), dtype=d)),
     "albef": lambda d: tiny.pretraining(replace(tiny.still(tiny.PRETRAINING), dtype=d)),
 }
 """Methods whose examples interact: negatives or statistics of the micro-batch differ from those of the batch."""
@@ -130,6 +133,8 @@ def prefix_batch(seed: int) -> dict[str, np.ndarray]:
 def batch_of(name: str, seed: int = 0) -> dict[str, np.ndarray]:
     if name == "prefix":
         return prefix_batch(seed)
+    if name.startswith("blip2"):
+        return tiny_blip2.batch(seed)
     return tiny.batch(seed) if name.startswith(("albef", "blip")) else batch(seed)
 
 

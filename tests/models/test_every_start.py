@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import tiny_albef as tiny
 import tiny_blip
+import tiny_blip2
 from test_every_method import CONTRAST, METHODS, RESNET, batch_of
 
 from mmjax import tree
 from mmjax.models.albef.finetune import AlbefRetrieval
 from mmjax.models.blip.finetune import BlipRetrieval
 from mmjax.models.blip.pretrain import BlipPretraining
+from mmjax.models.blip2.pretrain import Blip2Pretraining
 from mmjax.models.clip.pretrain import CLIP
 from mmjax.models.moco.network import MoCoConfig
 from mmjax.models.moco.pretrain import MoCoMethod
@@ -31,6 +33,7 @@ STARTS = METHODS | {
     "albef_retrieval": lambda _: AlbefRetrieval(tiny.RETRIEVAL),
     "blip_pretraining": lambda _: BlipPretraining(tiny_blip.PRETRAINING),
     "blip_retrieval": lambda _: BlipRetrieval(tiny_blip.RETRIEVAL),
+    "blip2_pretraining": lambda _: Blip2Pretraining(tiny_blip2.PRETRAINING),
 }
 
 

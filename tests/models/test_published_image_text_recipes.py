@@ -1,4 +1,4 @@
-"""The published recipes of ALBEF and BLIP: their constants, and one step of each on tiny annotation files."""
+"""The published recipes of ALBEF, BLIP and BLIP-2: their constants, and one step of each on tiny annotation files."""
 
 import dataclasses
 import functools
@@ -50,6 +50,7 @@ ENTRIES: dict[str, Any] = {
     "blip_retrieval": CAPTIONS,
     "blip_vqa": QUESTIONS,
     "blip_nlvr": PAIRS,
+    "blip2_stage1": CAPTIONS,
 }
 TINY: dict[str, Any] = {
     "steps": 1, "batch_size": 4, "examples": COUNT, "workers": 0, "lift": "jit", "size": 16, "length": 8, "groups": 1,
@@ -72,6 +73,10 @@ def small(network: Any, vocab_size: int) -> Any:
     """The network of a recipe at tiny sizes."""
     vision = dataclasses.replace(network.vision, width=8, depth=1, heads=1, hidden=9, patch=8)
     sizes = {"vocab_size": vocab_size, "width": 8, "heads": 1, "hidden": 9, "positions": 16}
+    if hasattr(network, "qformer"):
+        qformer = dataclasses.replace(network.qformer, **sizes, depth=2)
+        ids = {"bos": vocab_size - 1, "sep": 3}
+        return dataclasses.replace(network, vision=vision, qformer=qformer, queries=3, embed_dim=6, **ids)
 
     def text(config: Any) -> Any:
         if config is None:
@@ -171,6 +176,23 @@ def test_the_published_schedules():
     expected = [1e-6, (1e-6 + 3e-4) / 2, 3e-4, 2.7e-4, 3e-4 * 0.9**19, 1e-6]
     steps = (0, 1_500, 5_000, 8_576, 19 * 8_576, 99 * 8_576)
     np.testing.assert_allclose([float(schedule(step)) for step in steps], expected, rtol=1e-5)
+
+
+def test_blip2s_schedule_decay_and_frozen_encoder():
+    """A warmup that an epoch of 867 steps cuts off, then half a cosine; biases and norms do not decay."""
+    cosine = [1e-5 + 0.5 * 9e-5 * (1 + np.cos(np.pi * e / 10)) for e in (1, 9)]
+    config: Any = load_experiment(EXPERIMENTS / "blip2_stage1.py")()
+    actual = [float(config.schedule()(step)) for step in (0, 866, 867, 2 * 867 - 1, 9 * 867)]
+    np.testing.assert_allclose(actual, [1e-6, 1e-6 + 9.9e-5 * 866 / 5_000, cosine[0], *cosine], rtol=1e-4)
+    optimizer, step = config.optimizer(), jax.numpy.int32(0)
+    params = {"queries": np.ones((2, 3)), "temperature": np.ones(()), "bias": np.ones(3)}
+    params = {**params, "vision": {"norm": {"scale": np.ones(3)}, "cls": np.ones(3)}}
+    trainable, frozen = optimizer.partition.split(jax.tree.map(np.float32, params))
+    assert frozen == {"vision": {"cls": frozen["vision"]["cls"]}}
+    zeros = jax.tree.map(np.zeros_like, trainable)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), trainable, {}, step)
+    decayed = jax.tree.map(lambda leaf: bool(np.any(np.asarray(leaf) != 0)), updates)
+    assert decayed == {"queries": True, "temperature": True, "bias": False, "vision": {"norm": {"scale": False}}}
 
 
 def test_the_published_batches_fit_queues_and_processes():
