@@ -6,7 +6,8 @@
 
 scripts/v1_5/finetune.sh: one epoch of 665,298 conversations, batches of 128, rate 2e-5; finetune_lora.sh (--tune lora):
 rank 128, alpha 256, dropout 0.05 on all matrices of the language model, rate 2e-4, and 2e-5 for the connector. Answers
-alone are learned. Images are padded to squares; the tower stays frozen.
+alone are learned. Images are padded to squares; the tower stays frozen. Batches are of rows of nearly one length and of
+one modality, as the original's group_by_modality_length has them.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ class Config(Whole):
     steps: int = 5198
     batch_size: int = 128
     checkpoint_every: int = 1000
+    grouped: bool = True
     learning_rate: float = 2e-5
     tune: Literal["all", "lora"] = "all"
     lora: LoRAConfig = dataclasses.field(

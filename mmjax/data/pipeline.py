@@ -7,7 +7,8 @@
 
 Epochs. Each epoch is a permutation of the records, cut into whole batches: no record occurs twice in an epoch, and
 records that do not fill a batch are left to later epochs. Each epoch of a `Rotation` has other records. Grain shuffles,
-runs the worker processes and transfers arrays from them.
+runs the worker processes and transfers arrays from them. With `groups` each batch is of one group: each group is
+permuted and cut into whole batches, and the batches of all follow each other in random order.
 
 Bad records. A record that raises `BadRecord` is replaced by the one at its position one batch later in the epoch
 (or, if that is bad too, by the next after it). So batches have a constant shape, the other records stay at their
@@ -16,6 +17,7 @@ positions, and no batch depends on workers or on processes. Each is counted once
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import json
 import logging
@@ -61,6 +63,7 @@ class Pipeline:
     max_bad_fraction: the share of bad records, of those of this process, past which TooManyBadRecords is raised.
     quarantine: a JSON-lines file that names each bad record; None only counts them.
     prefetch: batches prepared ahead (per worker).
+    groups: int [n], the group of each record, such as its width in a batch; None: batches are of all records.
 
     >>> from mmjax.data.sources import ArraySource
     >>> pipeline = Pipeline(ArraySource(label=np.arange(6)), batch_size=2, shuffle=False, epochs=1)
@@ -81,6 +84,7 @@ class Pipeline:
     process_index: int = 0
     process_count: int = 1
     prefetch: int = 2
+    groups: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         size, count = self.batch_size, self.process_count
@@ -88,6 +92,8 @@ class Pipeline:
             raise MmjaxError(f"batch_size={size} cannot be cut for process {self.process_index} of {count}")
         if not self.drop_remainder and count > 1:
             raise MmjaxError("drop_remainder=False: the last batch of an epoch cannot be cut for several processes")
+        if self.groups is not None and (len(self.groups) != len(self.source) or not self.drop_remainder):
+            raise MmjaxError(f"groups: one for each of {len(self.source)} records, and drop_remainder=True")
         if self.steps_per_epoch == 0:
             raise MmjaxError(
                 f"{self.source.name}: {len(self.source)} records do not fill a batch of {size}; "
@@ -96,6 +102,8 @@ class Pipeline:
 
     @property
     def steps_per_epoch(self) -> int:
+        if self.groups is not None:
+            return int((np.unique(self.groups, return_counts=True)[1] // self.batch_size).sum())
         whole, rest = divmod(len(self.source), self.batch_size)
         return whole + (not self.drop_remainder and rest > 0)
 
@@ -208,7 +216,10 @@ class PipelineIterator:
 
     def _identity(self) -> dict[str, Any]:
         pipeline = self.pipeline
-        order = {"seed": pipeline.seed, "shuffle": pipeline.shuffle, "drop_remainder": pipeline.drop_remainder}
+        order: dict[str, Any] = {"seed": pipeline.seed, "shuffle": pipeline.shuffle}
+        order["drop_remainder"] = pipeline.drop_remainder
+        if pipeline.groups is not None:
+            order["groups"] = hashlib.sha256(np.asarray(pipeline.groups, np.int64).tobytes()).hexdigest()
         return {"version": 1, "source": self._fingerprint, "batch_size": pipeline.batch_size} | order
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -269,6 +280,21 @@ def _batches(pipeline: Pipeline, start: int, end: int) -> grain.IterDataset:
     return steps.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)).mp_prefetch(options)
 
 
+class _Epoch:
+    """All records in the order of an epoch."""
+
+    def __init__(self, order: Any, epoch: int, source: Source):
+        self.order, self.epoch, self.source = order, epoch, source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, position: int) -> int:
+        n = len(self.source)
+        index = self.order[self.epoch * n + position] % n
+        return self.source.index(self.epoch, index) if isinstance(self.source, Rotation) else index
+
+
 class _Loader(grain.transforms.Map):
     """step -> {"batch": arrays or None, "bad": records}: a pure function, so that workers can share the steps out."""
 
@@ -278,36 +304,60 @@ class _Loader(grain.transforms.Map):
         seed = int(np.random.SeedSequence(pipeline.seed).generate_state(1)[0])
         order = grain.MapDataset.range(len(pipeline.source))
         self.order: Any = order.shuffle(seed=seed) if pipeline.shuffle else order
+        self.grouped: tuple[int, list[tuple[np.ndarray, int]]] = (-1, [])
 
     def map(self, element: int) -> dict[str, Any]:
         pipeline = self.pipeline
         epoch, step = divmod(int(element), pipeline.steps_per_epoch)
         local = pipeline.batch_size // pipeline.process_count
-        start = step * pipeline.batch_size + pipeline.process_index * local
+        members, first = self._members(epoch, step)
+        start = first + pipeline.process_index * local
         records: list[Record] = []
         bad: dict[int, dict[str, Any]] = {}
-        for position in range(start, min(start + local, len(pipeline.source))):
-            record = self._good_record(epoch, position, bad, pipeline.allowed(element))
+        for position in range(start, min(start + local, len(members))):
+            seeds = (pipeline.seed, epoch, step * pipeline.batch_size - first + position)
+            record = self._good_record(members, position, seeds, bad, pipeline.allowed(element))
             if record is None:
                 return {"batch": None, "bad": list(bad.values())}
             records.append(record)
         return {"batch": _collate(records, pipeline.source), "bad": list(bad.values())}
 
-    def _good_record(self, epoch: int, position: int, bad: dict[int, dict[str, Any]], allowed: float) -> Record | None:
-        """The record at a position of an epoch, or the next good one from the same position of the next batch on.
+    def _members(self, epoch: int, step: int) -> tuple["_Epoch | np.ndarray", int]:
+        """(the records among which a batch is, in the epoch's order, the position of its first one)."""
+        pipeline, size = self.pipeline, self.pipeline.batch_size
+        if pipeline.groups is None:
+            return _Epoch(self.order, epoch, pipeline.source), step * size
+        if self.grouped[0] != epoch:
+            rng = np.random.default_rng((pipeline.seed, epoch))
+            batches: list[tuple[np.ndarray, int]] = []
+            for group in np.unique(pipeline.groups):
+                members = np.flatnonzero(pipeline.groups == group)
+                members = rng.permutation(members) if pipeline.shuffle else members
+                batches += [(members, start) for start in range(0, len(members) - size + 1, size)]
+            order = rng.permutation(len(batches)) if pipeline.shuffle else range(len(batches))
+            self.grouped = epoch, [batches[i] for i in order]
+        return self.grouped[1][step]
+
+    def _good_record(
+        self,
+        members: "_Epoch | np.ndarray",
+        position: int,
+        seeds: tuple[int, ...],
+        bad: dict[int, dict[str, Any]],
+        allowed: float,
+    ) -> Record | None:
+        """The record at a position, or the next good one from the same position of the next batch of its group on.
 
         None when there are more bad ones than allowed: then the search stops.
         """
-        n = len(self.pipeline.source)
+        n = len(members)
         others = (position + self.pipeline.batch_size + k for k in range(n))
         for candidate in itertools.chain((position,), others):
-            index = self.order[epoch * n + candidate % n] % n
-            if isinstance(self.pipeline.source, Rotation):
-                index = self.pipeline.source.index(epoch, index)
+            index = int(members[candidate % n])
             if index in bad:
                 continue
             try:
-                return self._record(index, np.random.default_rng((self.pipeline.seed, epoch, position)))
+                return self._record(index, np.random.default_rng(seeds))
             except BadRecord as error:
                 name = error.name or self.pipeline.source.record_name(index)
                 bad[index] = {"index": index, "name": name, "reason": error.reason, "detail": error.detail}

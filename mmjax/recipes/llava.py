@@ -3,8 +3,9 @@
 import abc
 import dataclasses
 import functools
+import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import grain
@@ -30,17 +31,21 @@ from mmjax.text.tokenizer import Tokenizer
 from mmjax.training.experiment import Evaluation, ExperimentConfig, LoadWeights, save_tokenizer
 from mmjax.tree import flatten
 
+SHORTEST = 32
+"""The smallest width of a row, nearly."""
+
 
 @dataclasses.dataclass(frozen=True)
 class EncodeConversation(grain.transforms.Map):
-    """A record of `InstructionList` -> what `PrefixLM` takes, of one shape.
+    """A record of `InstructionList` -> what `PrefixLM` takes.
 
-    image: uint8 [pictures, h, w, 3]; input_ids, attention_mask, labels, feature_index: int32 [length].
+    image: uint8 [pictures, h, w, 3]; input_ids, attention_mask, labels, feature_index: int32 [width].
     Raises BadRecord, with the beginning of the text: more images than `pictures`, an image beyond `length`, no label
     that is not ignored.
 
     Attributes:
-        tokens: features of a picture.
+        tokens: features of a picture. length: the greatest number of ids; longer texts are truncated.
+        widths: rising, the last one `length`: rows are padded to the smallest that holds them. (): all to `length`.
     """
 
     template: Template
@@ -49,6 +54,16 @@ class EncodeConversation(grain.transforms.Map):
     tokens: int
     length: int
     pictures: int = 1
+    widths: tuple[int, ...] = ()
+
+    def width(self, size: int) -> int:
+        """Of the row of a text of `size` ids."""
+        return next((width for width in self.widths if width >= size), self.length)
+
+    def size(self, turns: Sequence[str], images: int) -> int:
+        """The number of ids of a conversation, those of its images included."""
+        ids = self.template.example(self.tokenizer, turns, bool(images), self.length).ids
+        return len(ids) + (self.tokens - 1) * int((ids == PLACEHOLDER).sum())
 
     def map(self, element: Record) -> Record:
         images = element["images"]
@@ -80,7 +95,7 @@ class EncodeConversation(grain.transforms.Map):
         return np.where(visual, 0, ids).astype(np.int32), np.where(visual, IGNORED, labels).astype(np.int32), index
 
     def _padded(self, column: np.ndarray, fill: int) -> np.ndarray:
-        row = np.full(self.length, fill, np.int32)
+        row = np.full(self.width(len(column)), fill, np.int32)
         row[: len(column)] = column[: self.length]
         return row
 
@@ -92,6 +107,18 @@ class EncodeConversation(grain.transforms.Map):
         return pixels
 
 
+def bucket_widths(length: int) -> tuple[int, ...]:
+    """Rising widths up to `length`, each at most a fifth more than the one before.
+
+    >>> bucket_widths(64)
+    (32, 38, 45, 54, 64)
+    """
+    widths = [length]
+    while widths[-1] > SHORTEST:
+        widths.append(math.ceil(widths[-1] / 1.2))
+    return tuple(reversed(widths))
+
+
 @dataclasses.dataclass(frozen=True)
 class LlavaStage(ExperimentConfig, abc.ABC):
     """What both stages share. The rates are constant but for a warmup of 3 % and half a cosine, without decay.
@@ -101,6 +128,8 @@ class LlavaStage(ExperimentConfig, abc.ABC):
         images: the folder of its images; None: the file's.
         length: ids of a row after images became features; the original's is 2048.
         pictures: the greatest number of images of a row.
+        grouped: batches are of rows of nearly one length, with images or without. Less than a tenth of a batch is then
+            padding, and a program is compiled for each of the lengths, which differ by a fifth.
         learning_rate: the highest.
         dtype, remat: of the computation.
     """
@@ -111,6 +140,7 @@ class LlavaStage(ExperimentConfig, abc.ABC):
     images: str | None = None
     length: int = 2048
     pictures: int = 1
+    grouped: bool = False
     learning_rate: float = 1e-3
     dtype: str = "float32"
     remat: bool = False
@@ -154,15 +184,31 @@ class LlavaStage(ExperimentConfig, abc.ABC):
         names = ("input_ids", "attention_mask", "labels", "feature_index")
         return {**dict.fromkeys(names, row), "image": jax.ShapeDtypeStruct(shape, jnp.uint8)}
 
+    @functools.cached_property
+    def encode(self) -> EncodeConversation:
+        widths = bucket_widths(self.length) if self.grouped else ()
+        sizes = self.network.tile_tokens, self.length, self.pictures, widths
+        return EncodeConversation(self.template, self.tokenizer, self.preprocess, *sizes)
+
+    @functools.cached_property
+    def groups(self) -> np.ndarray:
+        """int32 [n]: conversations with one number have one width, and all have images or none; 0: unreadable ones."""
+        groups = np.zeros(len(self.source), np.int32)
+        for index in range(len(groups)):
+            try:
+                images = len(self.source.image_paths(index))
+                groups[index] = 2 * self.encode.width(self.encode.size(self.source.turns(index), images)) + bool(images)
+            except BadRecord:
+                continue
+        return groups
+
     def train_data(self) -> Pipeline:
-        encode = EncodeConversation(
-            self.template, self.tokenizer, self.preprocess, self.network.tile_tokens, self.length, self.pictures
-        )
         return Pipeline(
             self.source,
             self.batch_size,
             seed=self.seed,
-            transforms=(encode,),
+            transforms=(self.encode,),
+            groups=self.groups if self.grouped else None,
             workers=self.workers,
             max_bad_fraction=self.max_bad_fraction,
             process_index=jax.process_index(),

@@ -271,3 +271,41 @@ def test_batches_that_cannot_be_cut_or_stacked_are_refused():
 
     with pytest.raises(MmjaxError, match=r"arrays\[4\] gives uint8 \[1, 2, 3\], others uint8 \[2, 2, 3\]"):
         list(batches(pipeline(transforms=(ragged,), shuffle=False, epochs=1)))
+
+
+GROUPS = np.array([0, 1, 2] * 12 + [1])
+
+
+def test_batches_of_one_group():
+    """Each group is permuted and cut by itself; what does not fill a batch is left to later epochs."""
+    grouped = pipeline(groups=GROUPS)
+    assert grouped.steps_per_epoch == sum(count // B for count in np.bincount(GROUPS)) == 6
+    iterator = iter(grouped)
+    epochs = [take(iterator, 6) for _ in range(2)]
+    for epoch in epochs:
+        labels = [batch["label"] for batch in epoch]
+        assert [len(set(GROUPS[each])) for each in labels] == [1] * 6
+        assert len(set(np.concatenate(labels).tolist())) == 6 * B
+    assert [set(batch["label"]) for batch in epochs[0]] != [set(batch["label"]) for batch in epochs[1]]
+    assert_same(take(iter(grouped.replace(workers=2)), 8), (epochs[0] + epochs[1])[:8])
+
+
+def test_groups_resume_and_are_part_of_the_order():
+    grouped = pipeline(groups=GROUPS)
+    iterator = iter(grouped)
+    take(iterator, 4)
+    state, expected = json.loads(json.dumps(iterator.get_state())), take(iterator, 5)
+    again = iter(grouped)
+    again.set_state(state)
+    assert_same(take(again, 5), expected)
+    with pytest.raises(MmjaxError, match="another order of records: groups"):
+        iter(pipeline(groups=GROUPS[::-1].copy())).set_state(state)
+    with pytest.raises(MmjaxError, match="groups: one for each of 37 records"):
+        pipeline(groups=GROUPS[1:])
+
+
+def test_a_bad_record_is_replaced_within_its_group():
+    bad = {4: "caption: empty"}
+    grouped = pipeline(groups=GROUPS, transforms=(Noise(), Faulty(bad)), max_bad_fraction=0.1)
+    batches_of_epoch = take(iter(grouped), 6)
+    assert all(len(set(GROUPS[batch["label"]])) == 1 and 4 not in batch["label"] for batch in batches_of_epoch)

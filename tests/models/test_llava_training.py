@@ -220,6 +220,36 @@ def test_samples_without_a_label_are_shown(encode, files):
         encode.map({**record, "images": (image, image)})
 
 
+def test_batches_of_one_length_and_one_modality(files, first_stage, tmp_path):
+    """Less than a tenth is padding; and a state resumes in the middle of an epoch."""
+    rng, words = np.random.default_rng(0), ["the", "cup", "and", "two", "red", "books", "on", "a", "wall"]
+    entries = []
+    for i in range(240):
+        answer = " ".join(rng.choice(words, rng.integers(1, 60)))
+        entries.append(
+            conversation("<image>\nWhat?" if i % 3 else "What?", answer, **({"image": "red.png"} if i % 3 else {}))
+        )
+    (tmp_path / "many.json").write_text(json.dumps(entries))
+    config = load_experiment(EXPERIMENTS / "llava_finetune.py")(
+        **SMALL, init_from=str(first_stage[0]), data=str(tmp_path / "many.json"), images=str(files), length=256
+    )
+    iterator, batches = iter(config.train_data()), []
+    for step in range(iterator.pipeline.steps_per_epoch):
+        if step == 7:
+            state = iterator.get_state()
+        batches.append(next(iterator))
+    seen = np.concatenate([batch["index"] for batch in batches])
+    assert len(set(seen.tolist())) == len(seen) >= 200
+    assert all(len(set((batch["feature_index"] >= 0).any(1).tolist())) == 1 for batch in batches)
+    masks = [batch["attention_mask"] for batch in batches]
+    assert 1 - sum(mask.sum() for mask in masks) / sum(mask.size for mask in masks) < 0.1
+    assert len({mask.shape for mask in masks}) > 3
+    other = iter(config.train_data())
+    other.set_state(state)
+    for name, column in next(other).items():
+        np.testing.assert_array_equal(column, batches[7][name])
+
+
 def test_a_tokenizer_that_masks_everything_stops_the_run(files, first_stage, tmp_path):
     """A LLaMA tokenizer of the newer form: the original's counts differ by one, and every label is ignored."""
     tokenizer = tokenizer_of(load_file(VAULT)["inputs/sentencepiece_model"], legacy=False)
