@@ -101,7 +101,8 @@ def test_quickstart(run):
     assert pictures(notebook) >= 8
 
 
-TINY = "--batch_size 16 --queue 32 --width 8 --bn_groups 2 --view_size 32 --image_size 32 --warmup 1 --log_every 1"
+TINY = "--batch_size 16 --queue 32 --width 8 --bn_groups 2 --view_size 32 --image_size 32"
+TINY += " --warmup 1 --log_every 1 --scenes 24"
 
 
 def test_momentum_ablation(run):
