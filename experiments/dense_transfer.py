@@ -8,11 +8,33 @@
         --detection MoCo "runs/detect/arms/*moco*"
 
 The picture has the first seed's masks and boxes. Beside it, dense_transfer.json has the scores of every arm.
+
+experiments/results/dense_transfer.png and .json compare encoders with frozen weights, on 200 scenes of the training
+sprites and 200 of held-out ones, 98 pixels wide (three seeds, of the encoder as well as of the head):
+
+| encoder, a ResNet of ten convolutions | mIoU | held-out sprites | AP50 | held-out sprites |
+|---|---|---|---|---|
+| random | 25.2 ± 0.8 | 25.4 ± 0.5 | 18.3 ± 0.4 | 17.0 ± 0.3 |
+| MoCo (moco_openmoji.py, m = 0.99) | 29.5 ± 0.6 | 29.0 ± 0.9 | 20.4 ± 0.3 | 19.7 ± 0.3 |
+| supervised, nine groups (resnet_openmoji.py) | 30.5 ± 0.8 | 30.2 ± 0.4 | 23.0 ± 1.7 | 21.3 ± 0.9 |
+| constant (background everywhere) | 17.0 | 17.4 | | |
+
+MoCo's features transfer: they are above a random encoder's in every column and seed. That they transfer better than
+supervised ones of the same data, as the paper reports of ImageNet's, does not reproduce at this size. After 500 steps
+of the same views of the same drawings, the supervised encoder is above MoCo's in every column and seed: by 1.1 ± 0.4
+and 1.2 ± 1.0 of mIoU, by 2.6 ± 1.7 and 1.6 ± 0.9 of AP50. It has an advantage: its nine groups are much like the four
+classes of the scenes' things (animal, food, vehicle, object).
+
+The heads are an affine layer (segmentation: 400 steps
+of 32 scenes, rate 5e-3) and a small FCOS (detection: --head_width 64 --convs 2 --coarse 0 --most 10, 250 steps of 8).
+The random row is MoCo's run with --from_scratch --seed {seed}.
 """
 
 import dataclasses
 import json
 import pathlib
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -145,7 +167,8 @@ def main(picture: tyro.conf.Positional[pathlib.Path], segmentation: dict[str, st
     """segmentation, detection: the name of each encoder and the glob of its workdirs, a seed each, in turn."""
     starts = starts_of({"segmentation": segmentation, "detection": detection})
     rows = [{"start": start.name, "seeds": start.scores()} for start in starts]
-    picture.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+    contents = {"command": shlex.join(["python", *sys.argv]), "rows": rows}
+    picture.with_suffix(".json").write_text(json.dumps(contents, indent=1) + "\n")
     print(table(starts))
     draw(starts).savefig(picture, dpi=100)
 

@@ -11,6 +11,8 @@ held-out sprites are an evaluation of their own. AP needs pycocotools: pip insta
     --tune head          pyramid and head on the frozen encoder; with --store_maps --no-flip its maps are computed once
     --tune 3             also the encoder's last three blocks
     --tune all           everything, deeper layers more slowly (--layer_decay)
+
+experiments/dense_transfer.py has the figures that different encoders reach on scenes.
 """
 
 import dataclasses

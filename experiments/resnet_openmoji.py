@@ -5,6 +5,17 @@
 The network, the drawings, the random views and the optimizer are those of experiments/moco_openmoji.py; here the groups
 are trained on. Evaluated on the held-out drawings' groups, on the same emoji among other vendors' drawings, and by
 segmentation of scenes with a linear head on the frozen feature maps.
+
+Means and standard deviations of three seeds after 500 steps (`mmjax ablate`, --over learning_rate=0.12):
+
+| | instances R@1 | instances R@5 | scenes mIoU | held-out sprites |
+|---|---|---|---|---|
+| supervised | 19.2 ± 0.2 | 31.6 ± 0.8 | 30.7 ± 0.6 | 29.1 ± 0.6 |
+| MoCo, m = 0.99 | 22.3 ± 0.6 | 38.5 ± 1.0 | 29.6 ± 0.9 | 28.3 ± 0.9 |
+| untrained | 16.7 ± 1.7 | 27.8 ± 3.1 | 24.8 ± 1.1 | 24.6 ± 0.3 |
+
+So MoCo's features are better at recognising the same thing in another vendor's drawing, and no better at segmentation;
+experiments/dense_transfer.py has detection too.
 """
 
 import dataclasses

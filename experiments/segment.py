@@ -10,6 +10,8 @@ word scenes: pictures of sprites made on demand, whose held-out sprites are an e
     --tune head          a head on the frozen encoder; with --store_maps --no-augment its maps are computed once
     --tune 3             also the encoder's last three blocks
     --tune all           everything, deeper layers more slowly (--layer_decay)
+
+experiments/dense_transfer.py has the figures that different encoders reach on scenes.
 """
 
 import dataclasses
