@@ -14,8 +14,9 @@ Means and standard deviations of three seeds after 500 steps (`mmjax ablate`, --
 | MoCo, m = 0.99 | 22.3 ± 0.6 | 38.5 ± 1.0 | 29.6 ± 0.9 | 28.3 ± 0.9 |
 | untrained | 16.7 ± 1.7 | 27.8 ± 3.1 | 24.8 ± 1.1 | 24.6 ± 0.3 |
 
-So MoCo's features are better at recognising the same thing in another vendor's drawing, and no better at segmentation;
-experiments/dense_transfer.py has detection too.
+The groups of 61.5 ± 1.5 % of the held-out drawings are right (largest group: 18.1 %) at 32 pixels a side, the size of
+the training views; at 64 pixels, of 17.6 %. Instance retrieval is at 64 pixels in all rows. There MoCo's features are
+better; in scenes they are not, and experiments/dense_transfer.py has detection too.
 """
 
 import dataclasses
