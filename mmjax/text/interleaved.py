@@ -62,9 +62,3 @@ def document_labels(
     before = np.concatenate([np.full_like(ended[..., :1], -1), ended[..., :-1]], axis=-1)
     inside = (image >= 0) & (before <= image) & (ids != image_token) & (mask == 1)
     return np.where(inside, ids, IGNORED).astype(np.int32)
-
-
-def unattended_images(ids: Int[np.ndarray, "*b l"], image_token: int) -> int:
-    """The number of images that only their own `<image>` attends to: another follows at once, or nothing does."""
-    image = ids == image_token
-    return int((image[..., :-1] & image[..., 1:]).sum() + image[..., -1].sum())

@@ -11,6 +11,7 @@ import numpy as np
 import tiny_albef as tiny
 import tiny_blip
 import tiny_blip2
+import tiny_flamingo
 
 from mmjax.models.albef.assignment import TextAssignment
 from mmjax.models.albef.finetune import AlbefAnswering, AlbefClassification, AlbefRetrieval
@@ -24,6 +25,8 @@ from mmjax.models.dense.detect import Detection
 from mmjax.models.dense.detector import DetectionConfig
 from mmjax.models.dense.network import SegmentationConfig
 from mmjax.models.dense.segment import Segmentation
+from mmjax.models.flamingo.pretrain import DECAYED, FlamingoLM
+from mmjax.models.flamingo.pretrain import partition as flamingo_partition
 from mmjax.models.language.config import DecoderConfig
 from mmjax.models.language.pretrain import CausalLM
 from mmjax.models.moco.network import FROZEN_STEM, MoCoConfig
@@ -38,7 +41,7 @@ from mmjax.training.lora import LoRA, LoRAConfig
 from mmjax.training.method import Method
 from mmjax.training.mixing import Mixing
 from mmjax.training.optimizer import Optimizer, sgd
-from mmjax.training.partition import Partition
+from mmjax.training.partition import TRAINABLE, Partition
 
 SGD = Optimizer(sgd(0.03, 0.9))
 
@@ -277,4 +280,15 @@ BLIP2 = {
     ),
 }
 
-CASES: dict[str, Case] = CLASSIFIERS | DENSE | MOCO | CONTRASTIVE | LANGUAGE | ALBEF | BLIP | BLIP2
+# ---------------------------------------------------------------------------------------------------------- Flamingo
+
+# Two sources of different sizes; devices have different numbers of labels of each.
+FLAMINGO = {
+    "flamingo": Case(
+        FlamingoLM(tiny_flamingo.METHOD),
+        tiny_flamingo.batch,
+        Optimizer({TRAINABLE: sgd(0.03, 0.9), DECAYED: sgd(0.03, 0.9)}, flamingo_partition(tiny_flamingo.METHOD)),
+    )
+}
+
+CASES: dict[str, Case] = CLASSIFIERS | DENSE | MOCO | CONTRASTIVE | LANGUAGE | ALBEF | BLIP | BLIP2 | FLAMINGO

@@ -12,6 +12,7 @@ import pytest
 import tiny_albef as tiny
 import tiny_blip
 import tiny_blip2
+import tiny_flamingo
 
 from mmjax import tree
 from mmjax.models.albef.finetune import AlbefAnswering, AlbefClassification, AlbefRetrieval
@@ -27,6 +28,7 @@ from mmjax.models.dense.detect import Detection
 from mmjax.models.dense.detector import DetectionConfig
 from mmjax.models.dense.network import SegmentationConfig
 from mmjax.models.dense.segment import Segmentation
+from mmjax.models.flamingo.pretrain import FlamingoLM
 from mmjax.models.language.config import DecoderConfig
 from mmjax.models.language.pretrain import CausalLM
 from mmjax.models.moco.network import MoCoConfig
@@ -103,6 +105,7 @@ METHODS: dict[str, Callable[[str], Method]] = {
     "blip_answers": lambda d: BlipAnswering(replace(tiny_blip.still(tiny_blip.VQA), dtype=d)),
     "prefix": lambda d: PrefixLM(replace(PREFIX, dtype=d)),
     "blip_classes": lambda d: BlipClassification(replace(tiny_blip.still(tiny_blip.NLVR), dtype=d)),
+    "flamingo": lambda d: FlamingoLM(replace(tiny_flamingo.METHOD, dtype=d)),
 }
 """Methods whose gradient is the same for any cut of a batch."""
 
@@ -135,6 +138,8 @@ def batch_of(name: str, seed: int = 0) -> dict[str, np.ndarray]:
         return prefix_batch(seed)
     if name.startswith("blip2"):
         return tiny_blip2.batch(seed)
+    if name == "flamingo":
+        return tiny_flamingo.batch(seed)
     return tiny.batch(seed) if name.startswith(("albef", "blip")) else batch(seed)
 
 

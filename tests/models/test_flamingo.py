@@ -242,7 +242,7 @@ def test_few_shots(model):
     options = {"max_new_tokens": 5, "num_beams": 3, "length_penalty": 0.0}
     expected = model.generate(whole, images=lists, **options)
     assert texts == [QUESTIONS.cleaned(text) for text in expected]
-    assert texts == model.answer(queries, ["what", "which"], examples, shots=2)
+    assert texts == model.answer(queries, ["what", "which"], examples=examples, shots=2)
     # The most similar image, which is the query's own, stands last.
     nearest = FewShot(model, examples, CAPTIONS, 3, "rices").select(queries)
     assert [indices[-1] for indices in nearest] == [2, 1] and all(len(set(indices)) == 3 for indices in nearest)
@@ -264,6 +264,31 @@ def test_few_shots(model):
     assert model.caption(queries, max_new_tokens=4) == [
         CAPTIONS.cleaned(text) for text in model.generate([f"{IMAGE}Output:"] * 2, images=queries, **options)
     ]
+
+
+def test_answers_of_a_list_are_ranked(model):
+    """Against the logits of whole texts; the examples before the question are encoded once."""
+    images, answers = tiny.images(3), ["sea", "a time", "three"]
+    examples = [Example(images[0], "blue", "where")]
+    ranked = model.answer(images[1:], ["what", "which"], answers, top=3, examples=examples)
+    start = f"{IMAGE}Question:where Short answer:blue{END}\n"
+    for image, question, row in zip(images[1:], ("what", "which"), ranked):
+        prompt = model.tokenizer.encode([f"{start}{IMAGE}Question:{question} Short answer:"])[0]
+        pixels = model.image_inputs([images[0], image])["pixel_values"][None, :, 0]
+        means = []
+        for ids in model.tokenizer.encode(answers, False):
+            log_probs = jax.nn.log_softmax(model.forward(pixels, np.array([prompt + ids]))["logits"][0])
+            means.append(np.mean([log_probs[len(prompt) - 1 + i, id] for i, id in enumerate(ids)]))
+        expected = np.asarray(jax.nn.softmax(jnp.asarray(means)))
+        order = np.argsort(-expected)
+        assert [name for name, _ in row] == [answers[i] for i in order]
+        np.testing.assert_allclose([p for _, p in row], expected[order], rtol=1e-4)
+    best = model.rank(f"{IMAGE}Output:", answers, images=images[0], k=1)
+    assert len(best) == len(best[0]) == 1 and best[0][0][1] == 1
+    with pytest.raises(MmjaxError, match="answers of a list are ranked: num_beams would have no effect"):
+        model.answer(images[:1], ["what"], answers, num_beams=2)
+    with pytest.raises(MmjaxError, match=r"answers: \[\] should be a list of strings"):
+        model.rank("a", [])
 
 
 def test_answers_are_cleaned_as_in_the_original():

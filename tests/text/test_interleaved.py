@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mmjax.errors import MmjaxError
-from mmjax.text.interleaved import document_labels, document_text, pair_labels, pair_text, unattended_images
+from mmjax.text.interleaved import document_labels, document_text, pair_labels, pair_text
 
 I, E, PAD = 90, 91, 0
 
@@ -52,8 +52,3 @@ def test_labels_of_documents_are_the_originals():
 def test_labels_of_pairs():
     ids = np.array([[I, 5, 6, E, PAD]])
     assert pair_labels(ids, np.array([[1, 1, 1, 1, 0]]), I).tolist() == [[-100, 5, 6, E, -100]]
-
-
-def test_images_that_no_text_attends_to_are_counted():
-    """Several images before one sentence: all but the last."""
-    assert unattended_images(np.array([[I, I, I, 5, E], [I, 5, E, 6, I]]), I) == 3

@@ -36,8 +36,7 @@ class FlamingoSteps:
         module, c = Flamingo(self.config), self.config.decoder
         ids, media = inputs["input_ids"], inputs.get("media")
         past: FlamingoCache | None = inputs.get("past")
-        if past is not None:  # one prefix for all prompts
-            past = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(ids), *leaf.shape[1:])), past)
+        past = None if past is None else _repeated(past, len(ids))  # one prefix for all prompts
         x: Any = module.apply(variables, ids, method="embed")
         prompt = extended_prompt(ids.shape, inputs.get("attention_mask"), past and past.text, capacity)
         arrays = (x, ids == self.config.image_token, media, prompt.mask, prompt.position_ids)
@@ -62,3 +61,40 @@ class FlamingoSteps:
 def encode_prefix(config: FlamingoConfig, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> FlamingoCache:
     """The cache of one prompt, the input `past` of those that continue it."""
     return FlamingoSteps(config).prefill(variables, inputs, 1, 1)[1].items
+
+
+def answer_scores(
+    config: FlamingoConfig,
+    variables: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    answer_ids: Int[Array, "n t"],
+    answer_mask: Int[Array, "n t"],
+    k: int,
+) -> tuple[Int[Array, "b k"], Float[Array, "b k"]]:
+    """(indices of answers, mean log-probability of their tokens), of the k with the most probable first token.
+
+    inputs: of `FlamingoSteps.prefill`. Each prompt is processed once, then its answers over its cache, padded on the
+    right. (open_flamingo's eval/evaluate.py ranks class names so, normalize_length=True.)
+    """
+    module = Flamingo(config)
+    logits, state = FlamingoSteps(config).prefill(variables, inputs, 1, answer_ids.shape[1])
+    first, indices = jax.lax.top_k(jax.nn.log_softmax(logits)[:, answer_ids[:, 0]], k)
+
+    def score(arrays: tuple[FlamingoCache, Array, Array]) -> Float[Array, " k"]:
+        cache, chosen, log_probs = arrays
+        past = _repeated(jax.tree.map(lambda leaf: leaf[None], cache), k)
+        ids, mask = answer_ids[chosen], answer_mask[chosen]
+        x: Any = module.apply(variables, ids, method="embed")
+        prompt = extended_prompt(ids.shape, mask, past.text, 1)
+        texts = (prompt.mask, prompt.position_ids, past.text.caches, past.media, prompt.total_length)
+        states: Any = module.apply(variables, x, jnp.zeros(ids.shape, bool), None, *texts, method="prefill")
+        later: Any = module.apply(variables, states[0][:, :-1], method="logits")
+        later = jnp.take_along_axis(jax.nn.log_softmax(later), ids[:, 1:, None], axis=-1)[..., 0]
+        return (log_probs + (later * mask[:, 1:]).sum(1)) / mask.sum(1)
+
+    return indices, jax.lax.map(score, (state.items, indices, first))
+
+
+def _repeated(cache: FlamingoCache, size: int) -> FlamingoCache:
+    """The cache of one item for `size` items."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (size, *leaf.shape[1:])), cache)

@@ -104,16 +104,25 @@ class FewShot:
 
         Raises MmjaxError for another number of questions than of images.
         """
+        options = {"max_new_tokens": self.template.new_tokens, "num_beams": 3, "length_penalty": 0.0, **options}
+        answers = self._by_batches(functools.partial(self.model.generate, **options), images, questions)
+        return [self.template.cleaned(answer) for answer in answers]
+
+    def rank(
+        self, images: Sequence[Any], questions: Sequence[str] | None, answers: Sequence[str], k: int = 128
+    ) -> list[list[tuple[str, float]]]:
+        """For each query the answers of a list, the best first: see `FlamingoModel.rank`."""
+        return self._by_batches(functools.partial(self.model.rank, answers=answers, k=k), images, questions)
+
+    def _by_batches(self, run: Any, images: Sequence[Any], questions: Sequence[str] | None) -> list[Any]:
         questions = [""] * len(images) if questions is None else list(questions)
         if len(questions) != len(images):
             raise MmjaxError(f"{len(images)} images and {len(questions)} questions: one image for each")
-        options = {"max_new_tokens": self.template.new_tokens, "num_beams": 3, "length_penalty": 0.0, **options}
-        answers: list[str] = []
-        chosen = self.select(images)
+        results, chosen = list[Any](), self.select(images)
         for start in range(0, len(images), BATCH):
             part = slice(start, start + BATCH)
-            answers += self._answers(images[part], questions[part], chosen[part], options)
-        return [self.template.cleaned(answer) for answer in answers]
+            results += self._batch(run, images[part], questions[part], chosen[part])
+        return results
 
     def select(self, images: Sequence[Any]) -> list[list[int]]:
         """The indices of the examples before each query, in the prompt's order."""
@@ -129,15 +138,12 @@ class FewShot:
     def _features(self) -> np.ndarray:
         return np.asarray(self.model.encode_image([example.image for example in self.examples]))
 
-    def _answers(
-        self, images: Sequence[Any], questions: Sequence[str], chosen: list[list[int]], options: dict[str, Any]
-    ) -> list[str]:
+    def _batch(self, run: Any, images: Sequence[Any], questions: Sequence[str], chosen: list[list[int]]) -> list[Any]:
         prompts = [self.template.prompt(question) for question in questions]
         if self.selection == "fixed" and self.examples:
-            return self.model.generate(prompts, images=list(images), prefix=self._prefix, **options)
+            return run(prompts, images=list(images), prefix=self._prefix)
         texts = [self._text(indices) + prompt for indices, prompt in zip(chosen, prompts)]
-        shown = [[*self._images(indices), image] for indices, image in zip(chosen, images)]
-        return self.model.generate(texts, images=shown, **options)
+        return run(texts, images=[[*self._images(indices), image] for indices, image in zip(chosen, images)])
 
     @functools.cached_property
     def _prefix(self) -> Any:

@@ -18,7 +18,7 @@ from mmjax.interface.generation import GeneratingModel, are_strings
 from mmjax.interface.inputs import Input
 from mmjax.interface.model import Model
 from mmjax.models.flamingo.checkpoint import OPEN_FLAMINGO, trained_fields, trained_part, with_trained_part
-from mmjax.models.flamingo.decode import FlamingoCache, FlamingoSteps, encode_prefix
+from mmjax.models.flamingo.decode import FlamingoCache, FlamingoSteps, answer_scores, encode_prefix
 from mmjax.models.flamingo.few_shot import CAPTIONS, QUESTIONS, Example, FewShot, Selection, Template
 from mmjax.models.flamingo.media import arranged, flattened
 from mmjax.models.flamingo.network import Flamingo, FlamingoConfig
@@ -234,7 +234,7 @@ class FlamingoModel(GeneratingModel):
         fields = {field: getattr(self, field) for field in ("params", "stats", "tokenizer", "preprocess", "layout")}
         model = _Continuation(self.config, **fields)
         model.prefix = prefix
-        for name in ("module", "_tokens", "_resampled"):
+        for name in ("module", "_tokens", "_resampled", "_ranked"):
             vars(model).update({name: getattr(self, name)})  # whose programs are compiled already
         return model
 
@@ -255,6 +255,47 @@ class FlamingoModel(GeneratingModel):
     @functools.cached_property
     def _prefilled(self) -> Any:
         return jax.jit(functools.partial(encode_prefix, self.config))
+
+    def rank(
+        self,
+        prompts: str | Sequence[str],
+        answers: Sequence[str],
+        *,
+        images: Any = None,
+        prefix: "Prefix | None" = None,
+        k: int = 128,
+        add_special_tokens: bool = True,
+    ) -> list[list[tuple[str, float]]]:
+        """For each prompt the answers as (answer, probability), the best first.
+
+            model.rank(["<image>is it hateful? Answer:"], ["no", "yes"], images=[meme])
+
+        Answers are compared by the mean log-probability of their tokens; of many, the k with the most probable first
+        token alone. Probabilities are a softmax over these means. Others as of `generate`.
+        Raises MmjaxError for no answers, or one without a token, and as `generate` does.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if isinstance(answers, str) or not len(answers):
+            raise MmjaxError(f"answers: {answers!r} should be a list of strings to choose from")
+        model = self if prefix is None else self._continuing(prefix)
+        visual = model._visual(flattened(texts, images), None)
+        names = list(answers)
+        sequences = [] if self.tokenizer is None else self.tokenizer.encode(names, False)
+        longest = max(map(len, sequences), default=0)
+        inputs = model._prepare(texts, None, add_special_tokens, visual, longest)
+        if not all(sequences):
+            raise MmjaxError(f"answers: {names[list(map(len, sequences)).index(0)]!r} has no token")
+        ids = np.asarray([[*row, *[self.pad] * (longest - len(row))] for row in sequences], np.int32)
+        mask = np.asarray([[1] * len(row) + [0] * (longest - len(row)) for row in sequences], np.int32)
+        indices, scores = self._ranked(self.variables, inputs, ids, mask, min(k, len(names)))
+        order = np.argsort(-np.asarray(scores), axis=1, kind="stable")
+        ordered = np.take_along_axis(np.asarray(indices), order, 1).tolist()
+        probabilities = np.take_along_axis(np.asarray(jax.nn.softmax(scores)), order, 1).tolist()
+        return [[(names[i], p) for i, p in zip(*row)] for row in zip(ordered, probabilities)]
+
+    @functools.cached_property
+    def _ranked(self) -> Any:
+        return jax.jit(functools.partial(answer_scores, self.config), static_argnums=4)
 
     def image_inputs(self, images: Any) -> dict[str, Array]:
         """Images and videos in their order: pixel_values [n, frames, height, width, 3], frame_mask [n, frames]."""
@@ -320,16 +361,29 @@ class FlamingoModel(GeneratingModel):
         self,
         images: Any,
         questions: Sequence[str],
-        examples: Sequence[Example] = (),
+        answers: Sequence[str] | None = None,
+        top: int = 1,
+        k: int = 128,
         *,
+        examples: Sequence[Example] = (),
         shots: int | None = None,
         selection: Selection = "fixed",
         seed: int = 42,
         template: Template = QUESTIONS,
         **options: Any,
-    ) -> list[str]:
-        """A short answer to each question, about the image of the same index, after `shots` of the examples."""
-        return FewShot(self, examples, template, shots, selection, seed)(images, questions, **options)
+    ) -> list[Any]:
+        """A short answer to each question, about the image of the same index, after `shots` of the examples.
+
+        answers: a list to choose from; the result is, for each question, `top` pairs (answer, probability), the best
+            first; see `rank` for k. options: as of `generate`, for written answers.
+        Raises MmjaxError for options with a list.
+        """
+        few_shot = FewShot(self, examples, template, shots, selection, seed)
+        if answers is None:
+            return few_shot(images, questions, **options)
+        if options:
+            raise MmjaxError(f"answers of a list are ranked: {', '.join(options)} would have no effect")
+        return [ranked[:top] for ranked in few_shot.rank(images, questions, answers, k)]
 
 
 class Prefix:
