@@ -24,8 +24,12 @@ def check(meta: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, Any
     inputs = {key.removeprefix("inputs/"): value for key, value in tensors.items() if key.startswith("inputs/")}
     inputs = {key: value.astype(np.int32) if value.dtype == np.int64 else value for key, value in inputs.items()}
     kind = meta["name"].removeprefix("flamingo_")
-    run = resampled if kind.startswith("perceiver") else crossed if kind == "gated_xattn" else whole
-    return run(meta["config"], weights, inputs)
+    if kind.startswith("perceiver"):
+        return resampled(meta["config"], weights, inputs)
+    if kind == "gated_xattn":
+        return crossed(meta["config"], weights, inputs)
+    lengths = {name: output["shape"][1] for name, output in meta["outputs"].items() if len(output["shape"]) > 1}
+    return whole(meta["config"], weights, inputs, lengths)
 
 
 def loaded(table: Table, weights: dict[str, Any], module: Any, *arrays: Any) -> Any:
@@ -130,7 +134,7 @@ def config_json(recorded: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def whole(recorded, weights, inputs):
+def whole(recorded, weights, inputs, lengths):
     names = OPEN_FLAMINGO.unwrap(weights)
     assert OPEN_FLAMINGO.recognise(names.keys(), None)
     arrays = {name: weights[key] for name, key in names.items()}
@@ -166,31 +170,28 @@ def whole(recorded, weights, inputs):
         match = CROSS.match(key)
         if match:
             outputs[f"grad/lang_encoder.gated_cross_attn_layers.{match[1]}.{key[match.end() :]}"] = array
-    return outputs | generated(model, images, inputs)
+    return outputs | generated(model, images, inputs, lengths)
 
 
-def generated(model, images, inputs):
-    prompt, mask, pad = inputs["gen_x"], inputs["gen_mask"], model.pad
+def generated(model, images, inputs, lengths):
+    prompt, mask = inputs["gen_x"], inputs["gen_mask"]
 
-    def ids(**options):
+    def ids(name, **options):
+        """Prompt and new ids, in the recorded length: the library leaves out what is padding in every row."""
         new = model.generate(prompt, pixel_values=images, attention_mask=mask, max_new_tokens=7, **options)
-        return np.concatenate([prompt, new], axis=1)
+        rows = np.concatenate([prompt, new], axis=1)
+        return np.pad(rows, ((0, 0), (0, max(lengths[name] - rows.shape[1], 0))), constant_values=model.pad)
 
-    full = prompt.shape[1] + 7
-
-    def padded(rows):
-        return np.pad(rows, ((0, 0), (0, full - rows.shape[1])), constant_values=pad)
-
-    greedy = padded(ids())
-    outputs = {"greedy_ids": greedy, "beam3_ids": padded(ids(num_beams=3))}
-    outputs["greedy_eos_ids"] = ids(eos=(int(inputs["alt_eos_token_id"]),))
+    greedy = ids("greedy_ids")
+    outputs = {"greedy_ids": greedy, "beam3_ids": ids("beam3_ids", num_beams=3)}
+    outputs["greedy_eos_ids"] = ids("greedy_eos_ids", eos=(int(inputs["alt_eos_token_id"]),))
     # Each step's logits on the way of the greedy ids.
     steps = FlamingoSteps(model.config)
     media = model.module.apply(model.variables, images, method="encode_media")
     texts = {"input_ids": jnp.asarray(prompt), "attention_mask": jnp.asarray(mask), "media": media}
     logits, state = steps.prefill(model.variables, texts, 1, 7)
     scores = [logits]
-    for i in range(6):
+    for i in range(lengths["greedy_scores"] - 1):
         logits, state = steps.step(model.variables, jnp.asarray(greedy[:, prompt.shape[1] + i, None]), state)
         scores.append(logits[:, 0])
     outputs["greedy_scores"] = np.stack(scores, axis=1)
