@@ -16,7 +16,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from mmjax.errors import MmjaxError
-from mmjax.models.language.config import DecoderConfig, Learned
+from mmjax.models.language.config import DecoderConfig
 from mmjax.models.language.network import Decoder
 from mmjax.models.resnet.network import ResNet, ResNetConfig
 from mmjax.models.vit.network import ViT, ViTConfig
@@ -143,7 +143,7 @@ class FlamingoConfig:
     @property
     def capacity(self) -> int | None:
         """The longest sequence that there are positions for; None: any."""
-        return self.language.context if isinstance(self.language.positions, Learned) else None
+        return self.language.capacity
 
     # What generation needs of a config: the language model's.
 

@@ -25,6 +25,7 @@ from mmjax.models.flamingo.network import Flamingo, FlamingoConfig
 from mmjax.models.flamingo.start import image_encoder, initial_params, with_added_tokens
 from mmjax.models.language.config import DecoderConfig
 from mmjax.nn.norm import l2_normalize
+from mmjax.text.batches import padded
 from mmjax.text.interleaved import IMAGE
 from mmjax.types import Array, ArrayLike, Float
 from mmjax.weights.files import read_weights, write_safetensors
@@ -146,6 +147,8 @@ class FlamingoModel(GeneratingModel):
             image_hidden_states [b, images, latents, e].
         Raises MmjaxError for a prompt with fewer images than `<image>`, and as for every model.
         """
+        if input_ids is not None:
+            self.check_room(np.shape(input_ids)[-1], 0)
         if pixel_values is not None and input_ids is not None:
             pixel_values = arranged(np.asarray(input_ids), jnp.asarray(pixel_values), self.config.image_token)
         return super().forward(pixel_values, input_ids, attention_mask, **others)
@@ -193,11 +196,6 @@ class FlamingoModel(GeneratingModel):
     def fixed_options(self) -> dict[str, Any]:
         """Beams are compared as in the transformers version of OpenFlamingo's results."""
         return {"beam_rules": BeamRules.v4_33()}
-
-    def check_room(self, length: int, new_tokens: int) -> None:
-        capacity = self.config.capacity
-        if capacity is not None and length + new_tokens > capacity:
-            raise MmjaxError(f"{length} ids of prompt and {new_tokens} new ones: there are positions for {capacity}")
 
     def generate(
         self,
@@ -285,8 +283,7 @@ class FlamingoModel(GeneratingModel):
         inputs = model._prepare(texts, None, add_special_tokens, visual, longest)
         if not all(sequences):
             raise MmjaxError(f"answers: {names[list(map(len, sequences)).index(0)]!r} has no token")
-        ids = np.asarray([[*row, *[self.pad] * (longest - len(row))] for row in sequences], np.int32)
-        mask = np.asarray([[1] * len(row) + [0] * (longest - len(row)) for row in sequences], np.int32)
+        ids, mask = padded(sequences, longest, self.pad, "right")
         indices, scores = self._ranked(self.variables, inputs, ids, mask, min(k, len(names)))
         order = np.argsort(-np.asarray(scores), axis=1, kind="stable")
         ordered = np.take_along_axis(np.asarray(indices), order, 1).tolist()
@@ -412,9 +409,7 @@ class _Continuation(FlamingoModel):
         if joined:
             raise MmjaxError(f"the tokens of a prefix that ends {start.text[-20:]!r} change before {joined[0][:80]!r}")
         rest = [row[len(first) :] for row in rows]
-        width = max(map(len, rest))
-        ids = np.asarray([[self.pad] * (width - len(row)) + row for row in rest], np.int32)
-        return ids, np.asarray([[0] * (width - len(row)) + [1] * len(row) for row in rest], np.int32)
+        return padded(rest, max(map(len, rest)), self.pad, self.padding_side)
 
     def check_room(self, length: int, new_tokens: int) -> None:
         super().check_room(length + int(self.prefix.cache.text.mask.sum()), new_tokens)
