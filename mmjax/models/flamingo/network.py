@@ -202,7 +202,7 @@ class CrossAttention(nn.Module):
         self,
         x: Float[Array, "b l d"],
         media: Float[Array, "b s e"],
-        mask: Bool[Array, "b 1 l s"] | None = None,
+        mask: Bool[Array, "b 1 l m"] | None = None,
         attends: Bool[Array, "b l"] | None = None,
         past: KeyValues | None = None,
     ) -> tuple[Float[Array, "b l d"], KeyValues]:
@@ -309,7 +309,7 @@ class Flamingo(nn.Module):
         media: Float[Array, "b t q e"] | None,
         ids: Int[Array, "b l"],
         mask: Int[Array, "b l"] | None = None,
-    ) -> Float[Array, "b l e"]:
+    ) -> Float[Array, "b l d"]:
         """The input of the language model's head."""
         return self.language.hidden(self.language.embed(ids), mask, self.before(media, ids))
 

@@ -10,15 +10,40 @@ import jax.numpy as jnp
 from mmjax.errors import MmjaxError
 from mmjax.interface.model import Model
 from mmjax.models.clip.network import CLIPConfig
+from mmjax.models.flamingo.checkpoint import OPEN_FLAMINGO, trained_fields, with_trained_part
 from mmjax.models.flamingo.network import Flamingo, FlamingoConfig
 from mmjax.models.language.config import DecoderConfig
 from mmjax.models.resnet.network import ResNetConfig
 from mmjax.models.vit.network import ViTConfig
 from mmjax.text.interleaved import END_OF_CHUNK, IMAGE
 from mmjax.text.tokenizer import Tokenizer
+from mmjax.weights.records import Weights
 
 EMBEDDINGS = ("wte.weight", "embed_in.weight", "embed_tokens.weight")
 """Ends of the keys of embeddings in a training file."""
+
+
+def assembled(
+    language: Model, vision: Model, file: Weights | None, seed: int, fields: Mapping[str, Any]
+) -> tuple[FlamingoConfig, dict[str, Any], Tokenizer | None]:
+    """(config, variables, tokenizer): see `mmjax.models.flamingo.tasks.FlamingoModel.assemble`."""
+    tower, embed_dim, params, stats = image_encoder(vision)
+    if not isinstance(language.config, DecoderConfig) or language.config.added_tokens:
+        raise MmjaxError(f"a Flamingo stands on a decoder without added tokens; this is a {language.system}")
+    arrays, shapes = dict[str, Any](), dict[str, Any]()
+    if file is not None:
+        names = OPEN_FLAMINGO.unwrap(file.arrays, file.file)
+        arrays = {name: file.arrays[key] for name, key in names.items()}
+        shapes = {name: file.shapes[key] for name, key in names.items()}
+        fields = trained_fields(shapes, {}, language.config.depth) | dict(fields)
+    tokenizer, decoder = with_added_tokens(language, shapes)
+    ids = {"end_of_chunk": decoder.vocab_size, "image_token": decoder.vocab_size + 1, "embed_dim": embed_dim}
+    config = FlamingoConfig(tower, decoder, **{**ids, **fields})
+    started = initial_params(config, language, params, jax.random.key(seed))
+    variables = {"params": started} | ({"stats": stats} if stats else {})
+    if file is not None:
+        variables = with_trained_part(config, variables, arrays, file.file)
+    return config, variables, tokenizer
 
 
 def with_added_tokens(
@@ -71,17 +96,12 @@ def image_encoder(model: Model) -> tuple[ViTConfig | ResNetConfig, int, dict[str
     raise MmjaxError(f"the image encoder of a Flamingo is a CLIP, a ViT or a ResNet; this is a {model.system}")
 
 
-def initial_params(
-    config: FlamingoConfig, example: Mapping[str, Any], language: Model, vision: dict[str, Any], rng: Any
-) -> dict[str, Any]:
-    """Parameters of which the trained ones are initialised, and the others are those of the two models.
-
-    example: inputs of the network, by `FlamingoModel.example`.
-    """
+def initial_params(config: FlamingoConfig, language: Model, vision: dict[str, Any], rng: Any) -> dict[str, Any]:
+    """Parameters of which the trained ones are initialised, and the others are those of the two models."""
 
     def init(rng: Any) -> Any:
-        arrays = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in example.values()]
-        fresh = Flamingo(config).init(rng, *arrays)["params"]
+        fresh = Flamingo(config).init(rng, jnp.zeros((1, 1, 1, *config.image_size, 3)), jnp.zeros((1, 2), jnp.int32))
+        fresh = fresh["params"]
         return {name: part for name, part in fresh.items() if not name.startswith("vision")}
 
     params = dict(jax.jit(init)(rng))

@@ -17,13 +17,12 @@ from mmjax.generation.options import BeamRules
 from mmjax.interface.generation import GeneratingModel, are_strings
 from mmjax.interface.inputs import Input
 from mmjax.interface.model import Model
-from mmjax.models.flamingo.checkpoint import OPEN_FLAMINGO, trained_fields, trained_part, with_trained_part
+from mmjax.models.flamingo.checkpoint import trained_part
 from mmjax.models.flamingo.decode import FlamingoCache, FlamingoSteps, answer_scores, encode_prefix
 from mmjax.models.flamingo.few_shot import CAPTIONS, QUESTIONS, Example, FewShot, Selection, Template
 from mmjax.models.flamingo.media import arranged, flattened
 from mmjax.models.flamingo.network import Flamingo, FlamingoConfig
-from mmjax.models.flamingo.start import image_encoder, initial_params, with_added_tokens
-from mmjax.models.language.config import DecoderConfig
+from mmjax.models.flamingo.start import assembled
 from mmjax.nn.norm import l2_normalize
 from mmjax.text.batches import padded
 from mmjax.text.interleaved import IMAGE
@@ -97,31 +96,10 @@ class FlamingoModel(GeneratingModel):
         tokenizer; rows of the embedding without a token are cut off.
         Raises MmjaxError for other systems, or a file that does not fit the two.
         """
-        tower, embed_dim, params, stats = image_encoder(vision)
-        if not isinstance(language.config, DecoderConfig) or language.config.added_tokens:
-            raise MmjaxError(f"a Flamingo stands on a decoder without added tokens; this is a {language.system}")
         file = None if trained is None else read_weights(pathlib.Path(trained))
-        arrays, shapes = {}, {}
-        if file is not None:
-            names = OPEN_FLAMINGO.unwrap(file.arrays, file.file)
-            arrays = {name: file.arrays[key] for name, key in names.items()}
-            shapes = {name: file.shapes[key] for name, key in names.items()}
-            fields = trained_fields(shapes, {}, language.config.depth) | fields
-        tokenizer, decoder = with_added_tokens(language, shapes)
-        first = decoder.vocab_size
-        ids = {"end_of_chunk": first, "image_token": first + 1, "embed_dim": embed_dim}
-        config = FlamingoConfig(tower, decoder, **{**ids, **fields})
-        started = initial_params(config, cls.example(config), language, params, jax.random.key(seed))
-        variables = {"params": started} | ({"stats": stats} if stats else {})
-        if file is not None:
-            variables = with_trained_part(config, variables, arrays, file.file)
-        return cls(
-            config,
-            jax.tree.map(jnp.asarray, variables["params"]),
-            jax.tree.map(jnp.asarray, variables.get("stats", {})),
-            tokenizer,
-            vision.preprocess,
-        )
+        config, variables, tokenizer = assembled(language, vision, file, seed, fields)
+        params, stats = (jax.tree.map(jnp.asarray, variables.get(name, {})) for name in ("params", "stats"))
+        return cls(config, params, stats, tokenizer, vision.preprocess)
 
     def save_trained(self, file: str | os.PathLike[str]) -> None:
         """Writes what OpenFlamingo's training files hold, under their names, as safetensors."""
