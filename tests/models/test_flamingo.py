@@ -402,6 +402,6 @@ def test_every_refusal(model):
     with pytest.raises(MmjaxError, match="needs prompts, with <image> where an image is"):
         model.generate(images=tiny.images(1))
     with pytest.raises(MmjaxError, match=r"more than this model has positions for \(97\)"):
-        tiny.trained("opt").generate("the sea", max_new_tokens=90)
+        tiny.trained("opt").generate("the sea", max_new_tokens=97)
     assert isinstance(model.module, Flamingo) and isinstance(tiny.language(), LanguageModel)
     assert ResamplerConfig() == FlamingoConfig.open_flamingo_3b().resampler
