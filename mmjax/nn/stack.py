@@ -93,9 +93,11 @@ class Block(nn.Module):
         train: bool = False,
         queries: int = 0,
         positions: PositionInputs = NO_POSITIONS,
+        context_index: Int[Array, "b"] | None = None,
+        outputs: int | None = None,
     ) -> Float[Array, "b l d"]:
         """See `prefill`."""
-        return self.prefill(x, mask, context, context_mask, train, queries, positions)[0]
+        return self.prefill(x, mask, context, context_mask, train, queries, positions, None, context_index, outputs)[0]
 
     def prefill(
         self,
@@ -107,26 +109,35 @@ class Block(nn.Module):
         queries: int = 0,
         positions: PositionInputs = NO_POSITIONS,
         past: LayerCache | None = None,
+        context_index: Int[Array, "b"] | None = None,
+        outputs: int | None = None,
     ) -> tuple[Float[Array, "b l d"], LayerCache]:
         """The whole sequence. mask: of the self-attention, besides causality. queries: their number at the start.
 
         context: for cross attention; a block that has one skips it without a context (BLIP's text mode).
-        past: of the tokens before x; see `MultiHeadAttention.prefill`.
-        Raises MmjaxError for a context or queries in a block without what they need.
+        past, context_index: see `MultiHeadAttention.prefill`; the first is of the tokens before x.
+        outputs: the number of first tokens that the result has; the others serve as keys alone. None: all.
+        Raises MmjaxError for a context, queries or outputs in a block without what they need.
         """
         if context is not None and not self.cross:
             raise MmjaxError("a block with cross=False was given a context")
         if queries and not self.query_feed_forward:
             raise MmjaxError(f"a block with query_feed_forward=False was given {queries} queries")
-        before, past_prompt = x, None if past is None else past.prompt
-        y, prompt = self.attention.prefill(self._before(self.norm_1, x), None, mask, train, positions, past_prompt)
+        if outputs is not None and (self.attention.causal or queries or positions != NO_POSITIONS):
+            raise MmjaxError(f"outputs={outputs}: not of a causal block, of queries or of relative positions")
+        past_prompt, normed = None if past is None else past.prompt, self._before(self.norm_1, x)
+        x, first = x[:, :outputs], normed[:, :outputs]
+        before = x
+        y, prompt = self.attention.prefill(
+            first, None if outputs is None else normed, mask, train, positions, past_prompt
+        )
         x = self._joined(self.norm_1, x, y, "scale_1", train)
         if not self.query_feed_forward:
-            x, context_cache = self._cross(x, context, context_mask, train)
+            x, context_cache = self._cross(x, context, context_mask, train, context_index)
             return self._feed_forward(x, before, self.norm_2, self.mlp, train), LayerCache(prompt, context_cache)
         parts = []
         if queries:
-            first, _ = self._cross(x[:, :queries], context, context_mask, train)
+            first, _ = self._cross(x[:, :queries], context, context_mask, train, context_index)
             parts.append(self._feed_forward(first, before, self.query_norm, self.query_mlp, train))
         if queries < x.shape[1]:
             parts.append(self._feed_forward(x[:, queries:], before, self.norm_2, self.mlp, train))
@@ -156,11 +167,13 @@ class Block(nn.Module):
         return self._feed_forward(x, before, self.norm_2, self.mlp), new
 
     def _cross(
-        self, x: Array, context: Array | None, mask: Array | None, train: bool
+        self, x: Array, context: Array | None, mask: Array | None, train: bool, index: Array | None
     ) -> tuple[Array, KeyValues | None]:
         if context is None:
             return x, None
-        y, cache = self.cross_attention.prefill(self._before(self.cross_norm, x), context, mask, train)
+        # Attention to two contexts has no index.
+        options: Any = {} if index is None else {"context_index": index}
+        y, cache = self.cross_attention.prefill(self._before(self.cross_norm, x), context, mask, train, **options)
         return self._joined(self.cross_norm, x, y, "cross_scale", train), cache
 
     def _feed_forward(self, x: Array, before: Array, norm: Any, mlp: Any, train: bool = False) -> Array:
@@ -260,22 +273,29 @@ class Stack(nn.Module):
         queries: int = 0,
         positions: PositionInputs = NO_POSITIONS,
         before: Before | None = None,
+        context_index: Int[Array, "b"] | None = None,
+        outputs: int | None = None,
     ) -> list[Float[Array, "b l d"]]:
         """The input, and the output of every block: depth + 1 arrays; XLA stores what is used alone.
 
         context: of the blocks with cross attention, which skip it without one. first, last: of the blocks, those from
-        `first` to before `last`, as a slice takes them. queries: see `Block.prefill`.
+        `first` to before `last`, as a slice takes them. queries, context_index: see `Block.prefill`; outputs likewise,
+        of the last of these blocks.
         """
+        chosen = list(enumerate(self.blocks))[first:last]
 
-        def run(block: Block, x: Array, mask: Any, context: Any, context_mask: Any, positions: Any) -> Array:
-            return block(x, mask, context, context_mask, train, queries, positions)
+        def run(
+            outputs: int | None, block: Block, x: Array, mask: Any, context: Any, context_mask: Any, *rest: Any
+        ) -> Array:
+            return block(x, mask, context, context_mask, train, queries, *rest, outputs=outputs)
 
         states = [x]
-        for i, block in list(enumerate(self.blocks))[first:last]:
+        for i, block in chosen:
             x = states[-1] if before is None else before(i, states[-1])
             context_inputs = (context, context_mask) if block.cross else (None, None)
-            inputs: Any = (x, mask, *context_inputs, positions)
-            states.append(rematerialised(run, block, *inputs) if self.remat else run(block, *inputs))
+            inputs: Any = (x, mask, *context_inputs, positions, context_index)
+            one = functools.partial(run, outputs if i == chosen[-1][0] else None)
+            states.append(rematerialised(one, block, *inputs) if self.remat else one(block, *inputs))
         return states
 
     def prefill(

@@ -163,14 +163,19 @@ class MultiHeadAttention(nn.Module):
         train: bool = False,
         positions: PositionInputs = NO_POSITIONS,
         past: KeyValues | None = None,
+        context_index: Int[Array, "b"] | None = None,
     ) -> tuple[Float[Array, "b l d"], KeyValues]:
         """The result, and the keys and values of the context (of x itself where it is None).
 
         past: keys and values before those of x; mask and positions.bias cover them too, and they are in the result's.
+        context_index: the context of each sequence, of [m, s, e], whose keys and values are computed once each; None:
+            the i-th context is that of the i-th sequence.
         """
         context = x if context is None else context
         q = self._queries(x, positions.rope)
         k, v = self._keys(context, positions.rope), self._heads(self.v(context))
+        if context_index is not None:
+            k, v = k[context_index], v[context_index]
         cache = from_tokens(k, v)
         if past is not None:
             cache = KeyValues(*(jnp.concatenate(pair, axis=2) for pair in zip(past, cache)))

@@ -193,3 +193,22 @@ def test_decoder_block_is_torchs(inputs, norm_first):
     native = jax.jit(block.apply)(variables, x, None, context, padding_mask(mask))
     expected = results.detach().numpy()
     np.testing.assert_allclose(native, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_first_outputs_and_shared_contexts_are_those_of_the_whole_pass(inputs, norm_first):
+    """Of three contexts that five sequences share; the last block computes two tokens alone."""
+    context = inputs[1]
+    index = jnp.array([2, 0, 0, 1, 2])
+    x, key_mask = random_array(4, 5, L, D), padding_mask(jnp.arange(L) < jnp.array([[5], [2], [4], [3], [5]]))
+    fields = {key: value for key, value in FIELDS.items() if key != "cross"}
+    stack = standard_stack(3, fields | {"norm_first": norm_first, "causal": False}, cross_from=1)
+    variables = randomised(stack, x, None, context[index])
+    whole = stack.apply(variables, x, key_mask, context[index])
+    part = stack.apply(variables, x, key_mask, context, context_index=index, outputs=2)
+    for a, b in zip(part, [*whole[:-1], whole[-1][:, :2]], strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+    causal = standard_stack(1, FIELDS)
+    with pytest.raises(MmjaxError, match="outputs=1: not of a causal block"):
+        causal.apply(randomised(causal, x, None, context[index]), x, outputs=1)

@@ -231,17 +231,23 @@ class Albef(ImageTextHeads):
         image_tokens: Float[Array, "b n e"],
         other_tokens: Float[Array, "b n e"] | None = None,
         train: bool = False,
+        image_index: Int[Array, "b"] | None = None,
+        outputs: int | None = None,
     ) -> Float[Array, "b l d"]:
         """The cross-attention layers, over the states of `encode_text`.
 
         other_tokens: of the second image. Raises MmjaxError for it without `two_images`, or none with it.
+        Of one image: image_index: the image of each text, where several texts share one; image_tokens are then
+        [m, n, e], and their keys and values are computed once. outputs: the number of first tokens of the result that
+        are computed: 1 is enough for the ITM head. None: all.
         """
         two = self.config.two_images
         if two != (other_tokens is not None):
             raise MmjaxError(f"albef: two_images={two}: images of a text: {1 + (other_tokens is not None)}")
         first, context = self.config.text.cross_from or 0, image_tokens
         if other_tokens is None:
-            return self.text.run(text_states, mask, context, train=train, first=first)[-1]
+            options: dict[str, Any] = {"context_index": image_index, "outputs": outputs}
+            return self.text.run(text_states, mask, context, train=train, first=first, **options)[-1]
         for i in range(first, self.config.text.depth):
             context = (image_tokens, other_tokens)[(i - first) % 2]
             text_states = self.text.run(text_states, mask, context, train=train, first=i, last=i + 1)[-1]

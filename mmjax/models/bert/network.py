@@ -278,15 +278,19 @@ class Bert(nn.Module):
         first: int = 0,
         last: int | None = None,
         queries: int = 0,
+        context_index: Int[Array, "b"] | None = None,
+        outputs: int | None = None,
     ) -> list[Float[Array, "b l d"]]:
         """Blocks `first` to before `last` over states, the embeddings' at first: the input, and each block's output.
 
         attention_mask: 1 = a token, or who may attend to whom [b, 1, l, l], True = may (`mmjax.nn.masks`).
         context: of cross attention, which is skipped without one; context_mask: of its tokens, 1 = a token.
         queries: the number of first tokens that are queries.
+        context_index, outputs: see `Stack`.
         """
         masks = (_mask(attention_mask), _mask(context_mask))
-        return self.encoder(x, masks[0], context, masks[1], train, first, last, queries)
+        options: dict[str, Any] = {"context_index": context_index, "outputs": outputs}
+        return self.encoder(x, masks[0], context, masks[1], train, first, last, queries, **options)
 
     def embed(
         self,
