@@ -55,6 +55,19 @@ def negative_log_weights(
     return jnp.where(_are_negatives(len(query), ids, groups, axis_name), weights, -jnp.inf)
 
 
+def mixed_with_uniform(log_weights: Float[Array, "b m"], share: Float[Array, ""] | float) -> Float[Array, "b m"]:
+    """Logs of the probabilities (1 - share) p + share u: p by the weights, u uniform over the same negatives.
+
+    share: in [0, 1]; 0: p, 1: u. A row without negatives stays one.
+    """
+    present = log_weights > -jnp.inf
+    count = jnp.maximum(jnp.sum(present, axis=1, keepdims=True), 1)
+    # A row of -inf alone would make log_softmax NaN.
+    hard = jax.nn.log_softmax(jnp.where(present.any(axis=1, keepdims=True), log_weights, 0.0))
+    mixed = jnp.logaddexp(jnp.log1p(-jnp.float32(share)) + hard, jnp.log(jnp.float32(share)) - jnp.log(count))
+    return jnp.where(present, mixed, -jnp.inf)
+
+
 def has_negative(
     size: int, ids: Int[Array, "b"] | None = None, groups: int = 1, axis_name: str | None = None
 ) -> Bool[Array, "b"]:

@@ -17,6 +17,7 @@ from mmjax.objectives.matching import (
     has_negative,
     matching_loss,
     matching_metrics,
+    mixed_with_uniform,
     negative_log_weights,
     sample_negatives,
 )
@@ -56,10 +57,13 @@ class PairConfig(Protocol):
 class ImageTextConfig(PairConfig, Protocol):
     """A network's config with momentum encoders.
 
-    queue: keys of earlier batches in the contrast. momentum, alpha: initial hyper-parameters. momentum_parts: names of
-    the parameter subtrees with a momentum copy, of those that the network has.
+    matching: there is an ITM head. queue: keys of earlier batches in the contrast. momentum, alpha: initial
+    hyper-parameters. momentum_parts: names of the parameter subtrees with a momentum copy, of those that the network
+    has.
     """
 
+    @property
+    def matching(self) -> bool: ...
     @property
     def queue(self) -> int: ...
     @property
@@ -130,6 +134,8 @@ class Matching(ForwardPasses):
         groups: parts of the global batch, in which pairs meet the keys and the hard negatives of their own part alone:
             one a process in the original (8).
         negative_groups: the same for the hard negatives alone; None: `groups`.
+        uniform_steps: steps over which the ITM head's negatives change from uniform ones to hard ones: the share of
+            uniform ones falls linearly from 1 to 0. 0: all are hard, as in the papers.
 
     Of the class:
         negative_floor: see `negative_log_weights`.
@@ -141,6 +147,7 @@ class Matching(ForwardPasses):
 
     groups: int = 1
     negative_groups: int | None = None
+    uniform_steps: int = 0
 
     def encode_image(self, params: Params, state: Any, images: Array) -> Float[Array, "b e"]:
         """Unit features of images, for evaluations beside training."""
@@ -171,10 +178,19 @@ class Matching(ForwardPasses):
         return encoded.text
 
     def negatives(
-        self, params: Params, batch: Batch, encoded: EncodedPairs, rng: PRNGKeyArray, axis_name: str | None
+        self,
+        params: Params,
+        batch: Batch,
+        encoded: EncodedPairs,
+        rng: PRNGKeyArray,
+        step: Int[Array, ""],
+        axis_name: str | None,
     ) -> tuple[Int[Array, "b"], Int[Array, "b"]]:
         """Indices in the group: of a negative image for each text, and of a negative text for each image."""
         weights = self.negative_weights(params, batch, encoded, axis_name)
+        if self.uniform_steps:
+            share = jnp.maximum(0.0, 1 - step / self.uniform_steps)
+            weights = tuple(mixed_with_uniform(w, share) for w in weights)
         keys = (example_keys(named(rng, name), len(w), axis_name) for name, w in zip(("images", "texts"), weights))
         images, texts = (sample_negatives(key, w) for key, w in zip(keys, weights))
         return images, texts
@@ -190,6 +206,21 @@ class Matching(ForwardPasses):
     ) -> tuple[Mean, Means, Float[Array, "three_b 2"]]:
         """Image-text matching: the loss, its metrics, and the logits of the pairs, of (text, negative image) and of
         (negative text, image). Negatives keep their gradient."""
+        logits = self.head(params, "itm_logits", self.pair_states(params, batch, encoded, negatives, rng, axis_name))
+        counted = has_negative(len(logits) // 3, self._ids(batch), self._negative_groups, axis_name)
+        metrics: Means = {**matching_metrics(logits, counted, axis_name)}
+        return matching_loss(logits, counted), metrics, logits
+
+    def pair_states(
+        self,
+        params: Params,
+        batch: Batch,
+        encoded: EncodedPairs,
+        negatives: tuple[Int[Array, "b"], Int[Array, "b"]],
+        rng: PRNGKeyArray,
+        axis_name: str | None,
+    ) -> Float[Array, "three_b t d"]:
+        """The multimodal states that the ITM head reads, of the pairs of `matching_loss`."""
         images, texts = negatives
 
         def other(x: Array, indices: Array) -> Array:
@@ -209,11 +240,7 @@ class Matching(ForwardPasses):
         )
         # As one product of [3 b, d] where the ITM head reads the first token alone.
         chosen = slice(self.matching_tokens)
-        states = jnp.concatenate([positive[:, chosen], negative[::2, chosen], negative[1::2, chosen]])
-        logits = self.head(params, "itm_logits", states)
-        counted = has_negative(len(positive), self._ids(batch), self._negative_groups, axis_name)
-        metrics: Means = {**matching_metrics(logits, counted, axis_name)}
-        return matching_loss(logits, counted), metrics, logits
+        return jnp.concatenate([positive[:, chosen], negative[::2, chosen], negative[1::2, chosen]])
 
     @property
     def _negative_groups(self) -> int:
@@ -303,16 +330,19 @@ class Alignment(MomentumDistillation, Matching):
         step: Int[Array, ""],
         axis_name: str | None = None,
     ) -> tuple[Loss, tuple[Carry, Means]]:
-        """contrast_loss, matching_loss and those of `text_losses`, each with weight 1; queues are those of before."""
+        """contrast_loss, with an ITM head matching_loss, and those of `text_losses`, each with weight 1; queues are
+        those of before."""
         encoded = self.encode(params, carry, batch, rng, axis_name)
-        negatives = self.negatives(params, batch, encoded, rng, axis_name)
         alpha = self.alpha(carry, step)
-        contrast = self.itc_loss(params, carry, batch, encoded, alpha, axis_name)
-        matching, metrics, _ = self.itm_loss(params, batch, encoded, negatives, rng, axis_name)
+        losses: dict[str, Any] = {"contrast_loss": self.itc_loss(params, carry, batch, encoded, alpha, axis_name)}
+        metrics: Means = {"temperature": params["temperature"]}
+        if self.config.matching:
+            negatives = self.negatives(params, batch, encoded, rng, step, axis_name)
+            losses["matching_loss"], itm_metrics, _ = self.itm_loss(params, batch, encoded, negatives, rng, axis_name)
+            metrics |= itm_metrics
         text_losses, text_metrics = self.text_losses(params, carry, batch, encoded, alpha, rng, axis_name)
         next_carry = dataclasses.replace(carry, queues=self.next_queues(carry, batch, encoded, axis_name))
-        metrics = {**metrics, **text_metrics, "temperature": params["temperature"]}
-        return {"contrast_loss": contrast, "matching_loss": matching, **text_losses}, (next_carry, metrics)
+        return losses | text_losses, (next_carry, metrics | text_metrics)
 
     def text_losses(
         self,

@@ -16,6 +16,7 @@ from mmjax.models.albef.finetune import AlbefAnswering, AlbefClassification, Alb
 from mmjax.models.albef.network import Albef, AlbefConfig
 from mmjax.objectives.language import IGNORED
 from mmjax.training.ema import update_ema
+from mmjax.training.image_text import Encoded
 from mmjax.training.method import Method, loss_value
 from mmjax.training.optimizer import Optimizer, adamw, all_but_vectors, sgd
 from mmjax.training.partition import Partition
@@ -78,7 +79,7 @@ def test_any_cut_draws_the_same_masks_and_negatives(groups: int):
     def draws(part: Any, axis_name: str | None = None) -> Any:
         encoded = method.encode(state.params, state.carry, part, RNG, axis_name)
         masks = method.masks(part, RNG, axis_name)
-        arguments = (part, encoded, RNG, axis_name)
+        arguments = (part, encoded, RNG, STEP, axis_name)
         return masks, method.negatives(state.params, *arguments), retrieval.negatives(state.params, *arguments)
 
     whole = jax.jit(draws)(batch)
@@ -94,6 +95,30 @@ def test_any_cut_draws_the_same_masks_and_negatives(groups: int):
         negative_ids = np.take_along_axis(ids, np.maximum(negatives, 0).reshape(groups, size), 1).reshape(-1)
         assert ((negatives == -1) == (groups == 4) * (np.arange(24) < 6)).all()
         assert (negative_ids != batch["image_id"])[negatives >= 0].all()
+
+
+def test_negatives_become_hard_over_uniform_steps():
+    """Uniform at the first step; from the last on the paper's, sample for sample; in between a share of each."""
+    method, batch = tiny.pretraining(), tiny.batch()
+    state = started(method, STILL)
+    features = jax.random.normal(jax.random.key(1), (24, tiny.PRETRAINING.embed_dim))
+    features /= jnp.linalg.norm(features, axis=1, keepdims=True)
+    encoded = Encoded(*[features] * 7)
+    hardest = np.asarray(features @ features.T - 2 * np.eye(24)).argmax(1)
+
+    def share_of_hardest(method: Any) -> Any:
+        def sampled(key: Any, step: Any) -> Any:
+            return method.negatives(state.params, batch, encoded, key, step, None)
+
+        draw = jax.jit(jax.vmap(sampled, (0, None)))
+        keys = jax.random.split(RNG, 400)
+        return lambda step: np.mean([np.asarray(indices) == hardest for indices in draw(keys, jnp.int32(step))])
+
+    scheduled = share_of_hardest(dataclasses.replace(method, uniform_steps=8))
+    uniform, half, hard = scheduled(0), scheduled(4), scheduled(8)
+    assert abs(uniform - 1 / 23) < 0.005 and hard > 4 * uniform
+    assert hard == scheduled(99) == share_of_hardest(method)(0)
+    assert abs(half - (uniform + hard) / 2) < 0.01
 
 
 # ------------------------------------------------------------------------------------------------- momentum and queues

@@ -21,6 +21,7 @@ from mmjax.objectives.matching import (
     has_negative,
     matching_loss,
     matching_metrics,
+    mixed_with_uniform,
     negative_log_weights,
     sample_negatives,
 )
@@ -103,6 +104,21 @@ def test_samples_follow_the_weights(floor):
         assert stats.chisquare(*pairs).pvalue > 1e-3
     # Rows sample independently, even with nearly equal weights.
     assert len({tuple(sampled[:50, row]) for row in range(5)}) == 5
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_share_of_the_negatives_is_uniform(share):
+    """(1 - share) p + share u over the same negatives; a row without negatives stays one."""
+    ids = IDS.at[:2].set(9)
+    weights = negative_log_weights(QUERY, KEYS, 0.05, ids=ids)
+    plain = plain_weights(QUERY, KEYS, 0.05, ids)
+    expected = (1 - share) * plain / plain.sum(1, keepdims=True)
+    expected += share * (plain > 0) / (plain > 0).sum(1, keepdims=True)
+    mixed = np.exp(mixed_with_uniform(weights, jnp.float32(share)))
+    np.testing.assert_allclose(mixed, expected, rtol=2e-5, atol=1e-9)
+    np.testing.assert_allclose(mixed.sum(1), 1, rtol=1e-5)
+    nothing = mixed_with_uniform(jnp.full((2, 3), -jnp.inf), share)
+    assert (nothing == -jnp.inf).all()
 
 
 def test_a_negative_is_sampled_where_every_weight_underflows():

@@ -61,7 +61,7 @@ class Blip2Pretraining(Matching):
         axis_name: str | None = None,
     ) -> tuple[Loss, tuple[Carry, Means]]:
         encoded = self.encode(params, batch, rng, axis_name)
-        negatives = self.negatives(params, batch, encoded, rng, axis_name)
+        negatives = self.negatives(params, batch, encoded, rng, step, axis_name)
         contrast = self.itc_loss(params, batch, encoded, axis_name)
         matching, metrics, _ = self.itm_loss(params, batch, encoded, negatives, rng, axis_name)
         captions, caption_metrics, _ = self.lm_loss(params, batch, encoded, rng, axis_name)
