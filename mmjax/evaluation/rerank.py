@@ -56,6 +56,12 @@ class Shortlists:
         of_images = _ranks(self.text_scores, images, owner[self.texts], others)
         return Ranks(of_images, _ranks(self.image_scores, owner, self.images, np.full(m, n - 1)), owner)
 
+    def plus(self, similarities: Float[np.ndarray, "n m"]) -> "Shortlists":
+        """The same candidates, whose scores are the sum of theirs and the similarities."""
+        text_scores = self.text_scores + np.take_along_axis(similarities, self.texts, 1)
+        image_scores = self.image_scores + np.take_along_axis(similarities.T, self.images, 1)
+        return dataclasses.replace(self, text_scores=text_scores, image_scores=image_scores)
+
     def matching(self) -> dict[str, Score]:
         """`matching_auc` and `matching_gap` of the second stage, over both directions' queries with a match and
         another candidate in their list, {} without any: the share of the other candidates that score below the match,
@@ -230,6 +236,8 @@ class RerankEvaluation(ScoredEvaluation):
     Attributes:
         reranker: the second stage. first: (params, state) -> (similarities [n, m], states for `match`).
         text_image: int [m], the image of each text; None: text i belongs to image i.
+        sum_name: the name of the scores that the sum of head and similarity has, reported beside those of a head
+            without `add_similarity`: the head runs once. None: they are not reported.
         ks: the K of R@K.
         captions, thumbnails, attribution: see `RetrievalEvaluation`; the picture needs the first two.
         console: shows the progress of the second stage; None in training, where the loop has its progress bar.
@@ -239,6 +247,7 @@ class RerankEvaluation(ScoredEvaluation):
     reranker: Reranker
     first: Callable[[Params, Any], tuple[ArrayLike, Any]]
     text_image: Int[ArrayLike, " m"] | None = None
+    sum_name: str | None = None
     ks: tuple[int, ...] = KS
     captions: Sequence[str] | None = None
     thumbnails: np.ndarray | None = None
@@ -247,20 +256,29 @@ class RerankEvaluation(ScoredEvaluation):
 
     def shortlists(self, params: Params, state: Any = None) -> Shortlists:
         """The shortlists with scores, for paired tests between two models."""
+        return self._both(params, state)[0]
+
+    def _both(self, params: Params, state: Any) -> tuple[Shortlists, np.ndarray]:
         similarities, states = self.first(params, state)
-        return self.reranker(params, states, similarities, self.text_image, self.console)
+        shortlists = self.reranker(params, states, similarities, self.text_image, self.console)
+        return shortlists, np.asarray(similarities)
 
     def evaluate(self, params: Params, state: Any, pictures: bool = True) -> Outcome:
-        shortlists = self.shortlists(params, state)
-        ranks = shortlists.ranks()
-        prefix = "" if self.name == "retrieval" else f"{self.name}_"
+        shortlists, similarities = self._both(params, state)
+        scores = self._scores(self.name, shortlists)
+        if self.sum_name is not None:
+            scores |= self._scores(self.sum_name, shortlists.plus(similarities))
+        counts = {f"{self.name}_n": len(shortlists.texts), f"{self.name}_n_texts": len(shortlists.images)}
+        picture = self._picture(shortlists) if pictures else None
+        images = {} if picture is None else {f"{self.name}_picture": picture}
+        return Outcome(scores, counts, images)
+
+    def _scores(self, name: str, shortlists: Shortlists) -> dict[str, Score]:
+        ranks, prefix = shortlists.ranks(), "" if name == "retrieval" else f"{name}_"
         # No median rank: outside the shortlists only a lower bound of the rank is known.
         scores = {name: score for name, score in ranks.scores(self.ks).items() if not name.endswith("median_rank")}
         scores |= ranks.mean_recalls(self.ks) | shortlists.matching()
-        counts = {f"{self.name}_n": len(ranks.image), f"{self.name}_n_texts": len(ranks.text)}
-        picture = self._picture(shortlists) if pictures else None
-        images = {} if picture is None else {f"{self.name}_picture": picture}
-        return Outcome({f"{prefix}{name}": score for name, score in scores.items()}, counts, images)
+        return {f"{prefix}{name}": score for name, score in scores.items()}
 
     def _picture(self, shortlists: Shortlists) -> np.ndarray | None:
         if self.thumbnails is None or self.captions is None:

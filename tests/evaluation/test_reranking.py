@@ -1,5 +1,6 @@
 """Two-stage retrieval, against a transcription of the originals' loop and evaluation; compilations; the evaluation."""
 
+import dataclasses
 import io
 
 import jax.numpy as jnp
@@ -190,6 +191,13 @@ def test_evaluation_in_the_loop():
     assert early["R_mean"] > 95 and "retrieval_picture" not in early
     worse = metrics(made.run(np.float32(-1), State))
     assert worse["R_mean"] < 5
+    # The sum beside the head's scores, from one pass of the head: as a reranker that adds the similarities.
+    both = metrics(dataclasses.replace(made, sum_name="sum").run(np.float32(-1), State))
+    adding = dataclasses.replace(made, name="sum", reranker=dataclasses.replace(made.reranker, add_similarity=True))
+    expected = metrics(adding.run(np.float32(-1), State))
+    sums = {name: value for name, value in both.items() if name.startswith("sum_")}
+    assert both == worse | sums and sums["sum_matching_gap"] != worse["matching_gap"]
+    assert sums.items() <= expected.items() and len(sums) > 8
     assert made.evaluate(np.float32(1), None).pictures["retrieval_picture"].dtype == np.uint8
 
 
