@@ -18,6 +18,9 @@ from mmjax.data.preprocess import RESAMPLING, ImagePreprocessing, Resample
 from mmjax.data.sources import Record
 from mmjax.errors import MmjaxError
 
+BLANK = 128
+"""The grey of images that show nothing."""
+
 
 def rgb_image(value: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An RGB image of encoded bytes or of a uint8 array [height, width, 3] or [height, width]."""
@@ -44,6 +47,16 @@ class Keep(transforms.Map):
 
     def map(self, element: Record) -> Record:
         return {key: value for key, value in element.items() if key in self.fields}
+
+
+@dataclass(frozen=True)
+class BlankImages(transforms.Map):
+    """The uint8 arrays `keys` become grey: what is learned from them is learned from the text alone."""
+
+    keys: tuple[str, ...] = ("image",)
+
+    def map(self, element: Record) -> Record:
+        return element | {key: np.full_like(element[key], BLANK) for key in self.keys}
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,12 @@ from mmjax.types import Params
 PROMPT = "a picture of"
 
 
+def special_ids(tokenizer: WordPieceTokenizer) -> dict[str, int]:
+    """Fields of a `BlipConfig`: the ids of a tokenizer whose last two pieces are [DEC] and [ENC]."""
+    ids = {"bos": tokenizer.vocab_size - 2, "enc": tokenizer.vocab_size - 1}
+    return ids | {"sep": tokenizer.sep, "pad": tokenizer.pad}
+
+
 @dataclasses.dataclass(frozen=True)
 class SmallBlip(SmallPairs, abc.ABC):
     """Pre-training. Every layer of the text transformer has cross-attention.
@@ -69,9 +75,7 @@ class SmallBlip(SmallPairs, abc.ABC):
     @property
     def ids(self) -> dict[str, int]:
         """Fields of the network's config."""
-        tokenizer = self.tokenizer
-        ids = {"bos": tokenizer.vocab_size - 2, "enc": tokenizer.vocab_size - 1}
-        return ids | {"sep": tokenizer.sep, "pad": tokenizer.pad}
+        return special_ids(self.tokenizer)
 
     @property
     def channels(self) -> dict[str, Any]:

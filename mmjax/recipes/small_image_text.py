@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,8 @@ class SmallImageText(EncoderStart, abc.ABC):
         length: tokens of a text, [CLS] included.
         width, vision_depth, text_depth: of both encoders. head_width: of their attention.
         dropout: of the texts' layers and attention.
+        positions: of the image encoder, see `ViTConfig`. "learned" ones begin at a fiftieth of the patches' spread, so
+            that shapes and places, which depend on the arrangement of patches, are learned late.
 
     Of the class:
         clean: how a text is cleaned. sep: whether [SEP] ends it.
@@ -52,6 +54,7 @@ class SmallImageText(EncoderStart, abc.ABC):
     text_depth: int = 4
     head_width: int = 64
     dropout: float = 0.1
+    positions: Literal["learned", "moco_v3"] = "learned"
     learning_rate: float = 1e-3
     warmup: int = 50
     weight_decay: float = 0.05
@@ -72,8 +75,9 @@ class SmallImageText(EncoderStart, abc.ABC):
     def vision(self) -> ViTConfig:
         """With a wider initial spread than the published sizes, whose 0.02 is for 768 channels; texts likewise."""
         side = (self.image_size, self.image_size)
-        heads = self.width // self.head_width
-        return ViTConfig(self.width, self.vision_depth, heads, 4 * self.width, self.patch, side, init="vit")
+        heads, hidden = self.width // self.head_width, 4 * self.width
+        positions: Any = {"positions": self.positions, "init": "vit"}
+        return ViTConfig(self.width, self.vision_depth, heads, hidden, self.patch, side, **positions)
 
     @property
     def text_sizes(self) -> dict[str, Any]:
