@@ -13,7 +13,8 @@ from mmjax.cli.loading import load
 from mmjax.data.decoding import read_image
 from mmjax.data.task_lists import read_answers
 from mmjax.errors import MmjaxError
-from mmjax.evaluation.pictures import heat_picture, png
+from mmjax.evaluation.heat_pictures import heat_picture
+from mmjax.evaluation.pictures import png
 from mmjax.interface.answers import AnsweringModel
 
 

@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 
 from mmjax.evaluation.features import finite
+from mmjax.evaluation.heat_pictures import Box, grounding_picture
 from mmjax.evaluation.protocol import Outcome, ScoredEvaluation
 from mmjax.evaluation.report import Score, clustered_proportion
 from mmjax.nn.positions import resize_matrix
-from mmjax.types import ArrayLike, Float, MmjaxError, Params
-
-Box = tuple[float, float, float, float]
+from mmjax.types import ArrayLike, Float, MmjaxError, Params, UInt8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,14 +138,39 @@ def grounding_scores(
         raise MmjaxError(f"{len(heats)} maps for {len(expressions)} expressions: expected one per expression")
     boxes, reused = chosen_boxes(finite("heats", np.asarray(heats)), expressions)
     right = np.array([box is not None and _right(box, e) for box, e in zip(boxes, expressions)])
-    chances = [np.mean([_right(tuple(box), e) for box in e.proposals] or [0.0]) for e in expressions]
+    chances = np.array([np.mean([_right(tuple(box), e) for box in e.proposals] or [0.0]) for e in expressions])
+    return _by_split(right, chances, expressions), reused
+
+
+def pointing_scores(heats: Float[ArrayLike, "n rows columns"], expressions: Sequence[Referred]) -> dict[str, Score]:
+    """The pointing game of each split, in percent: how often the map's maximum lies in the annotated box.
+
+    The maximum is the centre of the hottest cell; proposals have no effect (Zhang et al. 2016, arXiv 1608.00507,
+    without their tolerance of 15 pixels). Intervals resample images. Chance: a random point in the image.
+    Raises MmjaxError as `grounding_scores` does.
+    """
+    maps = finite("heats", np.asarray(heats))
+    if not expressions or len(maps) != len(expressions):
+        raise MmjaxError(f"{len(maps)} maps for {len(expressions)} expressions: expected one per expression")
+    rows, columns = maps.shape[1:]
+    hits, chances = np.empty(len(maps), bool), np.empty(len(maps))
+    for index, (heat, expression) in enumerate(zip(maps, expressions)):
+        row, column = np.unravel_index(np.argmax(heat), heat.shape)
+        (height, width), (x, y, box_width, box_height) = expression.size, expression.box
+        left, top = (column + 0.5) * width / columns - x, (row + 0.5) * height / rows - y
+        hits[index] = 0 <= left < box_width and 0 <= top < box_height
+        chances[index] = box_width * box_height / (width * height)
+    return _by_split(hits, chances, expressions)
+
+
+def _by_split(right: np.ndarray, chances: np.ndarray, expressions: Sequence[Referred]) -> dict[str, Score]:
     scores = {}
     for split in dict.fromkeys(expression.split for expression in expressions):
         members = [index for index, expression in enumerate(expressions) if expression.split == split]
         _, images = np.unique([str(expressions[index].image) for index in members], return_inverse=True)
-        chance = 100.0 * float(np.mean([chances[index] for index in members]))
+        chance = 100.0 * float(np.mean(chances[members]))
         scores[split] = clustered_proportion(np.bincount(images, right[members]), np.bincount(images), chance)
-    return scores, reused
+    return scores
 
 
 def _right(box: Box, expression: Referred) -> bool:
@@ -160,13 +184,33 @@ class GroundingEvaluation(ScoredEvaluation):
     Attributes:
         heats: (params, state) -> [n, rows, columns], a heat map for each expression.
         expressions: with the boxes proposed for their images.
+        pointing: whether `grounding_pointing_val` ... are added, see `pointing_scores`.
+        images, texts: of the first expressions, for the picture at the end; (): none. attribution: a line at its foot.
     """
 
     name: str = "grounding"
     heats: Callable[[Params, Any], ArrayLike]
     expressions: Sequence[Referred]
+    pointing: bool = False
+    images: Sequence[UInt8[np.ndarray, "height width 3"]] = ()
+    texts: Sequence[str] = ()
+    attribution: str | None = None
 
     def evaluate(self, params: Params, state: Any, pictures: bool = True) -> Outcome:
-        scores, reused = grounding_scores(self.heats(params, state), self.expressions)
+        heats = self.heats(params, state)
+        scores, reused = grounding_scores(heats, self.expressions)
         named = {f"{self.name}_{split}": score for split, score in scores.items()}
-        return Outcome(named, {f"{self.name}_n": len(self.expressions), f"{self.name}_reused": reused})
+        if self.pointing:
+            points = pointing_scores(heats, self.expressions)
+            named |= {f"{self.name}_pointing_{split}": score for split, score in points.items()}
+        counts = {f"{self.name}_n": len(self.expressions), f"{self.name}_reused": reused}
+        return Outcome(named, counts, self._pictures(heats) if pictures and self.images else {})
+
+    def _pictures(self, heats: ArrayLike) -> dict[str, np.ndarray]:
+        shown = self.expressions[: len(self.images)]
+        maps = np.asarray(heats)[: len(shown)]
+        large = [resized(heat, expression.size) for heat, expression in zip(maps, shown)]
+        boxes = [expression.box for expression in shown]
+        predicted = chosen_boxes(maps, shown)[0]
+        picture = grounding_picture(self.images, large, self.texts, boxes, predicted, self.attribution)
+        return {f"{self.name}_examples": picture}

@@ -64,7 +64,7 @@ def _texts_of_images(
     for row, (query, candidates) in enumerate(zip(*ranking)):
         axes = figure.add_subplot(grid[row, 0])
         axes.imshow(thumbnails[query], interpolation="nearest")
-        _bare(axes)
+        bare(axes)
         caption = figure.add_subplot(grid[row, 1])
         caption.axis("off")
         if row == 0:
@@ -75,7 +75,7 @@ def _texts_of_images(
             line = textwrap.shorten(captions[int(text)], 52, placeholder=" ...")
             colour, weight = (RIGHT, "bold") if right else ("#333333", "normal")
             height = 1 - (index + 0.5) / len(candidates)
-            caption.text(0, height, _plain(line), fontsize=8, color=colour, weight=weight, va="center")
+            caption.text(0, height, plain(line), fontsize=8, color=colour, weight=weight, va="center")
 
 
 def _images_of_texts(
@@ -93,13 +93,13 @@ def _images_of_texts(
         caption = figure.add_subplot(grid[row, 0])
         caption.axis("off")
         line = "\n".join(textwrap.wrap(captions[int(query)], 26, max_lines=4, placeholder=" ..."))
-        caption.text(0.97, 0.5, _plain(line), fontsize=8, ha="right", va="center")
+        caption.text(0.97, 0.5, plain(line), fontsize=8, ha="right", va="center")
         if row == 0:
             caption.set_title("text", fontsize=9, loc="right")
         for column, image in enumerate(candidates):
             axes = figure.add_subplot(grid[row, column + 1])
             axes.imshow(thumbnails[image], interpolation="nearest")
-            _bare(axes, RIGHT if text_image[query] == image else WRONG)
+            bare(axes, RIGHT if text_image[query] == image else WRONG)
             if row == 0:
                 axes.set_title(f"{column + 1}", fontsize=9)
 
@@ -117,7 +117,7 @@ def confusion_picture(
     image = axes.imshow(share, vmin=0, vmax=100, cmap="viridis")
     figure.colorbar(image, ax=axes, label="% of the class", shrink=0.8)
     if len(classes) <= 40:
-        names = [_plain(textwrap.shorten(name, 24, placeholder=" ...")) for name in classes]
+        names = [plain(textwrap.shorten(name, 24, placeholder=" ...")) for name in classes]
         axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=8)
         axes.set_yticks(range(len(classes)), names, fontsize=8)
     if len(classes) <= 20:
@@ -144,8 +144,8 @@ def mistakes_picture(
     for index, (image, line) in enumerate(zip(images, lines), 1):
         axes = figure.add_subplot(rows, columns, index)
         axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
-        axes.set_xlabel("\n".join(textwrap.wrap(_plain(line), 22)), fontsize=7)
-        _bare(axes)
+        axes.set_xlabel("\n".join(textwrap.wrap(plain(line), 22)), fontsize=7)
+        bare(axes)
     if attribution:
         figure.supxlabel(attribution, fontsize=7, color="#444444", x=0.01, ha="left")
     return pixels(figure)
@@ -180,7 +180,7 @@ def filtered_picture(
         row, column = divmod(index, columns)
         axes = figure.add_subplot(grid[2 * row, column])
         axes.imshow(image)
-        _bare(axes)
+        bare(axes)
         below = figure.add_subplot(grid[2 * row + 1, column])
         below.axis("off")
         for line, (source, text, score, kept) in enumerate(image_texts):
@@ -189,7 +189,7 @@ def filtered_picture(
             below.text(
                 0,
                 1 - line / lines,
-                f"{mark} {_plain(wrapped)} ({score:.2f})",
+                f"{mark} {plain(wrapped)} ({score:.2f})",
                 fontsize=7,
                 va="top",
                 color=RIGHT if kept else REJECTED,
@@ -210,40 +210,13 @@ def accuracy_picture(
     figure = Figure(figsize=(7, min(40.0, 1.2 + 0.24 * len(classes))), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     axes.barh(range(len(order)), np.nan_to_num(accuracy[order]), color="#4575b4")
-    names = [f"{_plain(textwrap.shorten(classes[int(i)], 32, placeholder=' ...'))} ({counts[i]})" for i in order]
+    names = [f"{plain(textwrap.shorten(classes[int(i)], 32, placeholder=' ...'))} ({counts[i]})" for i in order]
     axes.set_yticks(range(len(order)), names, fontsize=8)
     axes.set_xlim(0, 100)
     axes.set_xlabel("accuracy, %")
     axes.grid(axis="x", alpha=0.3)
     if attribution:
         figure.supxlabel(attribution, fontsize=7, color="#444444", x=0.01, ha="left")
-    return pixels(figure)
-
-
-def heat_picture(
-    image: UInt8[np.ndarray, "height width 3"],
-    heat: Float[np.ndarray, "height width"],
-    box: tuple[float, float, float, float] | None = None,
-    title: str = "",
-) -> UInt8[np.ndarray, "pixels_high pixels_wide 3"]:
-    """An image, and beside it the image under a heat map in [0, 1]; a box (x, y, width, height) is drawn in both.
-
-    The map covers the image in proportion to heat^0.7, as LAVIS's common/gradcam.py has it.
-    Raises MmjaxError for a map of another size than the image.
-    """
-    if heat.shape != image.shape[:2]:
-        raise MmjaxError(f"heat {list(heat.shape)}: should have the image's size {list(image.shape[:2])}")
-    weight = 0.85 * np.clip(heat, 0, 1)[..., None] ** 0.7
-    overlay = (1 - weight) * image / 255 + weight * colormaps["turbo"](heat)[..., :3]
-    width = 4.0 * min(max(image.shape[1] / image.shape[0], 0.5), 2.0)
-    figure = Figure(figsize=(2 * width + 0.2, 4.5), dpi=100, layout="constrained")
-    for axes, shown in zip(figure.subplots(1, 2), (image, overlay)):
-        axes.imshow(shown)
-        _bare(axes)
-        if box is not None:
-            axes.add_patch(Rectangle(box[:2], *box[2:], fill=False, linewidth=2.5, edgecolor=RIGHT))
-    if title:
-        figure.suptitle(_plain(textwrap.shorten(title, 90, placeholder=" ...")), fontsize=11)
     return pixels(figure)
 
 
@@ -263,12 +236,12 @@ def png(picture: UInt8[np.ndarray, "height width 3"]) -> bytes:
     return file.getvalue()
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that matplotlib does not parse as mathematics."""
     return text.replace("$", r"\$")
 
 
-def _bare(axes: object, frame: str | None = None) -> None:
+def bare(axes: object, frame: str | None = None) -> None:
     """No ticks; a thick frame in a colour, or none."""
     axes.set_xticks([])  # type: ignore[attr-defined]
     axes.set_yticks([])  # type: ignore[attr-defined]
@@ -292,7 +265,7 @@ def segmentation_picture(
         for axes, mask in zip(row[1:], masks):
             axes.imshow(blended(image, mask, colours))
         for axes in row:
-            _bare(axes)
+            bare(axes)
     for axes, title in zip(grid[0], ("image", "truth", "prediction")):
         axes.set_title(title, fontsize=9)
     _legend(figure, {int(k) for _, *masks in examples for mask in masks for k in np.unique(mask)}, names, colours)
@@ -305,7 +278,7 @@ def segmentation_picture(
 def _legend(figure: Figure, classes: Set[int], names: Sequence[str], colours: np.ndarray) -> None:
     """The names of these classes with their colours, at the foot; a class without a name is left out."""
     named = sorted(k for k in classes if k < len(names))
-    patches = [Patch(color=tuple((colours[k] / 255).tolist()), label=_plain(names[k])) for k in named]
+    patches = [Patch(color=tuple((colours[k] / 255).tolist()), label=plain(names[k])) for k in named]
     foot = 0.2 / figure.get_size_inches()[1]  # above the line of the attribution
     figure.legend(
         handles=patches,
@@ -341,7 +314,7 @@ def segmented_picture(
     right.imshow(blended(image, mask, colours))
     _legend(figure, set(np.unique(mask).tolist()), names, colours)
     for axes in (left, right):
-        _bare(axes)
+        bare(axes)
     figure.subplots_adjust(0.01, 0.7 / (4 * height / width + 0.7), 0.99, 0.99, 0.02)
     return pixels(figure)
 
@@ -359,7 +332,7 @@ def detection_picture(
     for column, (image, *both) in zip(grid.T, examples):
         for axes, (boxes, labels) in zip(column, both):
             axes.imshow(image)
-            _bare(axes)
+            bare(axes)
             _draw_boxes(axes, boxes, [str(names[label]) for label in labels])
     for axes, title in zip(grid[:, 0], ("truth", "prediction")):
         axes.set_title(title, fontsize=9, loc="left")
@@ -377,7 +350,7 @@ def detected_picture(
     figure = Figure(figsize=(7, 7 * height / width), dpi=120)
     axes = figure.subplots()
     axes.imshow(image)
-    _bare(axes)
+    bare(axes)
     _draw_boxes(axes, boxes, lines)
     figure.subplots_adjust(0, 0, 1, 1)
     return pixels(figure)
@@ -390,6 +363,6 @@ def _draw_boxes(axes: Any, boxes: np.ndarray, lines: Sequence[str]) -> None:
     for (x, y, width, height), line in zip(boxes, lines):
         colour = colours[line.split(" ")[0]]
         axes.add_patch(Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor=colour, linewidth=1.5))
-        axes.text(x, y - 1, _plain(line), fontsize=6, color="white", va="bottom", clip_on=True).set_bbox(
+        axes.text(x, y - 1, plain(line), fontsize=6, color="white", va="bottom", clip_on=True).set_bbox(
             {"facecolor": colour, "edgecolor": "none", "pad": 0.6}
         )

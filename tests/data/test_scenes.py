@@ -24,6 +24,7 @@ from mmjax.data.scenes.questions import KINDS
 from mmjax.data.scenes.rendering import render
 from mmjax.data.scenes.splits import SPLITS, held_out_count, held_out_pairs, held_out_sprites, split_words
 from mmjax.data.scenes.sprites import CANVAS, COLOUR_NAMES, COLOURS, SPRITES, WORDS, sprite_library
+from mmjax.data.scenes.two_images import STATEMENT_KINDS
 from mmjax.data.scenes.world import MIN_VISIBLE
 from mmjax.data.task_lists import ImagePairList, QuestionList, read_answers
 from mmjax.data.transforms import Keep, RandomFlip, RandomResizedCrop
@@ -421,6 +422,15 @@ def test_no_constant_answer_scores():
     assert set(answers["counting"]) == set("012345") and set(answers["colour"]) == set(COLOUR_NAMES)
 
 
+def test_statements_are_of_the_kinds_that_are_chosen():
+    """All of them by default, with the records that there were before kinds could be chosen."""
+    chosen = s.SceneStatements(60, kinds=("both", "one"))
+    texts = [chosen.example(index).text for index in range(60)]
+    assert {text.split()[0] for text in texts} == {"Both", "Exactly"}
+    assert {s.SceneStatements(60).example(index).kind for index in range(60)} == set(STATEMENT_KINDS)
+    assert [chosen.example(i).text for i in range(9)] != [s.SceneStatements(9).example(i).text for i in range(9)]
+
+
 def test_the_words_of_a_statement_do_not_give_it_away():
     source = s.SceneStatements(4000)
     labels = collections.defaultdict(collections.Counter)
@@ -560,6 +570,8 @@ def test_files_are_read_by_the_published_formats_readers(tmp_path):
         (lambda: s.SceneCaptions(5, "test"), "split='test': the splits are train, validation"),
         (lambda: s.SceneCaptions(0), "length=0"),
         (lambda: s.SceneCaptions(5, size=16), "size=16"),
+        (lambda: s.SceneStatements(5, kinds=("more", "few")), "few.*the kinds of statements are more, both"),
+        (lambda: s.SceneStatements(5, kinds=()), "kinds=.*the kinds of statements are"),
         (lambda: s.SceneQuestions(5, kinds=("colour", "smell")), "smell.*the kinds of questions are presence"),
         (lambda: s.SceneClips(5, frames=1), "frames=1"),
     ],

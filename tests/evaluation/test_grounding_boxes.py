@@ -1,5 +1,7 @@
 """Grounding by boxes: against torch's resize, a transcription of the original's loop, and by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from mmjax.evaluation.grounding import (
     chosen_boxes,
     grounding_scores,
     intersection_over_union,
+    pointing_scores,
 )
 from mmjax.training.scores import metrics
 
@@ -119,6 +122,19 @@ def test_bad_input_is_named():
         box_scores(np.ones(16), (8, 8), np.ones(4))
 
 
+def test_the_maximum_of_a_map_points_into_a_box_or_not():
+    """Of a 4 x 4 map over 40 pixels: the centre of cell (row 1, column 2) is (25, 15)."""
+    hot = np.zeros((4, 4))
+    hot[1, 2] = 1
+    around, left_of, below = (20, 10, 10, 10), (5, 10, 20, 10), (20, 15.5, 10, 10)
+    expressions = [expression(box, [], "val", i) for i, box in enumerate((around, left_of, below, (25, 15, 1, 1)))]
+    score = pointing_scores([hot] * 4, expressions)["val"]
+    assert score.value == 50 and score.n == 4
+    assert score.chance == pytest.approx(100 * (100 + 200 + 100 + 1) / 4 / 1600)
+    with pytest.raises(MmjaxError, match="1 maps for 4 expressions"):
+        pointing_scores([hot], expressions)
+
+
 def test_evaluation():
     class State:
         step = 1
@@ -133,3 +149,6 @@ def test_evaluation():
         logged["grounding_testA"] == 100 and logged["grounding_testB"] == 0 and logged["grounding_testA_chance"] == 100
     )
     assert logged["grounding_n"] == 2 and logged["grounding_reused"] == 0
+    assert "grounding_pointing_testA" not in logged
+    pointing = dataclasses.replace(evaluation, pointing=True)
+    assert metrics(pointing.run(np.ones((2, 4, 4)), State))["grounding_pointing_testA"] == 100

@@ -15,7 +15,7 @@ from mmjax import tree
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.grounding import densest_box, resized
-from mmjax.evaluation.pictures import heat_picture
+from mmjax.evaluation.heat_pictures import heat_picture
 from mmjax.interface.grounding import GroundingRules
 from mmjax.models.albef.network import AlbefConfig
 from mmjax.models.albef.tasks import AlbefModel

@@ -12,7 +12,7 @@ encoded images. Scenes of one index are the same at all sizes, and in captions, 
 import hashlib
 import random
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -31,13 +31,14 @@ from mmjax.data.scenes.sequences import (
 )
 from mmjax.data.scenes.splits import Split, check_split
 from mmjax.data.scenes.sprites import CANVAS, CATEGORIES, SPRITES, sprite_library
-from mmjax.data.scenes.two_images import sample_comparison, sample_statement
+from mmjax.data.scenes.two_images import STATEMENT_KINDS, StatementKind, sample_comparison, sample_statement
 from mmjax.data.scenes.world import MAX_THINGS, Scene
 from mmjax.data.sources import Record
 from mmjax.errors import MmjaxError
 
 VERSION = 1
 """Of what the sources give: it changes when the same (split, seed, i) gives another record."""
+KindT = TypeVar("KindT", bound=str)
 Labels: TypeAlias = Literal["category", "sprite"]
 """What a class is: one of four categories, which held-out sprites have too, or one of the 128 sprites."""
 
@@ -195,9 +196,7 @@ class SceneQuestions(SceneSource):
         kinds: Sequence[Kind] = KINDS,
     ):
         super().__init__(length, split, seed=seed, size=size)
-        if not kinds or set(kinds) - set(KINDS):
-            raise MmjaxError(f"kinds={tuple(kinds)}: the kinds of questions are {', '.join(KINDS)}")
-        self.kinds = tuple(kinds)
+        self.kinds = _checked_kinds("questions", kinds, KINDS)
 
     def example(self, index: int) -> Question:
         kind = self.kinds[range(self.length)[index] % len(self.kinds)]
@@ -206,6 +205,12 @@ class SceneQuestions(SceneSource):
     def __getitem__(self, index: int) -> Record:
         question = self.example(index)
         return {"image": self.picture(question.scenes[0]).image} | _answered(question, range(self.length)[index])
+
+
+def _checked_kinds(what: str, kinds: Sequence[KindT], known: Sequence[KindT]) -> tuple[KindT, ...]:
+    if not kinds or set(kinds) - set(known):
+        raise MmjaxError(f"kinds={tuple(kinds)}: the kinds of {what} are {', '.join(known)}")
+    return tuple(kinds)
 
 
 def _answered(question: Question, index: int) -> Record:
@@ -233,10 +238,25 @@ class SceneComparisons(_TwoImages):
 
 
 class SceneStatements(_TwoImages):
-    """{"image_0", "image_1", "text", "label": 1 if the statement is true, "kind"}, as NLVR2's."""
+    """{"image_0", "image_1", "text", "label": 1 if the statement is true, "kind"}, as NLVR2's.
+
+    kinds: of `STATEMENT_KINDS`, sampled. Raises MmjaxError for none, or for an unknown one.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        split: Split = "train",
+        *,
+        seed: int = 0,
+        size: int = CANVAS,
+        kinds: Sequence[StatementKind] = STATEMENT_KINDS,
+    ):
+        super().__init__(length, split, seed=seed, size=size)
+        self.kinds = _checked_kinds("statements", kinds, STATEMENT_KINDS)
 
     def example(self, index: int) -> Question:
-        return sample_statement(self.rng(index, "statement"), self.split)
+        return sample_statement(self.rng(index, "statement"), self.split, self.kinds)
 
     def __getitem__(self, index: int) -> Record:
         question = self.example(index)

@@ -3,12 +3,13 @@
     questions   Which image shows more cats, the left or the right?     left, right, neither
                 Do both images show a cat?                              yes, no
                 How many cats do the two images show together?          1 ... 8
-    statements  The left image shows more cats than the right one.      true, false
-                Both images show a cat.
-                Exactly one image shows a cat.
-                The left image shows exactly three cats.
-                The two images show five cats together.
-                In the left image the cat is above the dog.
+    statements  true or false, of six kinds:
+        more        The left image shows more cats than the right one.
+        both        Both images show a cat.
+        one         Exactly one image shows a cat.
+        exactly     The left image shows exactly three cats.
+        total       The two images show five cats together.
+        relation    In the left image the cat is above the dog.
 
 The answer is chosen first, then the two counts among all that give it. The number in a statement has one distribution,
 whether the statement is true or false.
@@ -16,8 +17,8 @@ whether the statement is true or false.
 
 import itertools
 import random
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias, get_args
 
 from mmjax.data.scenes.language import NUMBERS, name, with_article
 from mmjax.data.scenes.questions import Question, sample_word
@@ -25,6 +26,8 @@ from mmjax.data.scenes.splits import Split, cast, counts_of, held_out_count
 from mmjax.data.scenes.world import COLOURS, OPPOSITE, RELATIONS, Group, Scene, layout, populate, relation
 
 Counts: TypeAlias = tuple[int, int]
+StatementKind: TypeAlias = Literal["more", "both", "one", "exactly", "total", "relation"]
+STATEMENT_KINDS: tuple[StatementKind, ...] = get_args(StatementKind)
 SIDES = ("left", "right")
 MAX_TOTAL = 8
 
@@ -48,9 +51,9 @@ def sample_comparison(rng: random.Random, split: Split) -> Question:
     return Question("comparing", _scenes(rng, split, sprites, _counts(rng, split, sprites[0], accept)), text, answer)
 
 
-def sample_statement(rng: random.Random, split: Split) -> Question:
-    """A statement; its kind is "more", "both", "one", "exactly", "total" or "relation"."""
-    kind, true = rng.choice(tuple(STATEMENTS)), rng.random() < 0.5
+def sample_statement(rng: random.Random, split: Split, kinds: Sequence[StatementKind] = STATEMENT_KINDS) -> Question:
+    """A statement of one of the kinds."""
+    kind, true = rng.choice(kinds), rng.random() < 0.5
     scenes, text = STATEMENTS[kind](rng, split, cast(rng, split, 3), true)
     return Question(kind, scenes, text, "true" if true else "false")
 
@@ -145,7 +148,7 @@ def _other_axis(rng: random.Random, between: str) -> str:
     return rng.choice(RELATIONS[2:] if between in RELATIONS[:2] else RELATIONS[:2])
 
 
-STATEMENTS: dict[str, Callable[[random.Random, Split, list[int], bool], Made]] = {
+STATEMENTS: dict[StatementKind, Callable[[random.Random, Split, list[int], bool], Made]] = {
     "more": _more,
     "both": _both,
     "one": _one,
