@@ -49,7 +49,7 @@ class Config(Whole):
 
     def optimizer(self) -> Optimizer:
         def chain(peak: float):
-            return adamw(linear_warmup_cosine(peak, self.steps, -(-3 * self.steps // 100)), 0.0)
+            return adamw(linear_warmup_cosine(peak, self.steps, self.warmup_steps), 0.0)
 
         if self.tune == "all":
             rules = {"vision/**": FROZEN, "**": TRAINABLE}

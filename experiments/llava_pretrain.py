@@ -33,5 +33,5 @@ class Config(Parts):
         return self.plain
 
     def optimizer(self) -> Optimizer:
-        rate = linear_warmup_cosine(self.learning_rate, self.steps, -(-3 * self.steps // 100))
+        rate = linear_warmup_cosine(self.learning_rate, self.steps, self.warmup_steps)
         return Optimizer(adamw(rate, 0.0), Partition({"connector/**": TRAINABLE, "**": FROZEN}), clip_norm=1.0)

@@ -146,6 +146,11 @@ class LlavaStage(ExperimentConfig, abc.ABC):
     remat: bool = False
 
     @property
+    def warmup_steps(self) -> int:
+        """Steps: 3 %, rounded up; a run of one step has none."""
+        return min(-(-3 * self.steps // 100), self.steps - 1)
+
+    @property
     @abc.abstractmethod
     def template(self) -> Template:
         """Of the training texts."""

@@ -23,6 +23,7 @@ from mmjax.objectives.contrastive import (
     info_nce,
     info_nce_logits,
     mutual_information_bound,
+    nearest_query_loss,
     sigmoid_loss,
 )
 
@@ -202,6 +203,23 @@ def test_eight_devices_match_one(repository):
     assert all(error <= 1e-5 for error in errors.values()), errors
 
 
+def plain_nearest_query(image, text, t):
+    logits = (image[:, None] * text[None, :, None]).sum(-1).max(-1) / t
+    targets = (1 - SMOOTHING) * jnp.eye(B) + SMOOTHING / B
+    return sum(optax.softmax_cross_entropy(each, targets).mean() for each in (logits, logits.T)) / 2
+
+
+def test_the_nearest_query_matches_the_plain_formula():
+    loss = functools.partial(nearest_query_loss, label_smoothing=SMOOTHING)
+    arguments = (units(3, B, 5, D), Y, T)
+    value, grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*arguments)
+    expected, expected_grads = jax.value_and_grad(plain_nearest_query, (0, 1, 2))(*arguments)
+    assert abs(float(value - expected)) <= 1e-5 * abs(float(expected))
+    for one, other in zip(grads, expected_grads):
+        assert np.abs(one - other).max() <= 1e-5 * np.abs(other).max()
+
+
 def test_every_loss_is_tested():
     names = {name for name in vars(contrastive) if name.endswith(("_loss", "_nce"))}
-    assert names == {getattr(case[0], "func", case[0]).__name__ for case in CASES.values()}
+    tested = {getattr(case[0], "func", case[0]).__name__ for case in CASES.values()}
+    assert names == tested | {nearest_query_loss.__name__}

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from mmjax.errors import MmjaxError
+from mmjax.evaluation.features import similarities
 from mmjax.text.interleaved import END_OF_CHUNK, IMAGE
 
 Selection: TypeAlias = Literal["fixed", "random", "rices"]
@@ -165,5 +166,5 @@ def rices(queries: np.ndarray, examples: np.ndarray, shots: int) -> list[list[in
     >>> rices(np.eye(2), np.array([[1.0, 0], [0.6, 0.8], [0, 1.0]]), 2)
     [[1, 0], [1, 2]]
     """
-    order = np.argsort(-(queries @ examples.T), axis=1, kind="stable")[:, :shots]
+    order = np.argsort(-np.asarray(similarities(queries, examples)), axis=1, kind="stable")[:, :shots]
     return order[:, ::-1].tolist()
