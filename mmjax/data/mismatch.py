@@ -11,7 +11,7 @@ def mismatched(count: int, share: float, seed: int) -> Int[np.ndarray, " count"]
     if any, chosen by the seed.
 
     >>> mismatched(5, 0.4, seed=0)
-    array([0, 1, 2, 4, 3])
+    array([0, 1, 4, 3, 2])
     """
     sources = np.arange(count)
     chosen = np.random.default_rng(seed).permutation(count)[: round(share * count)]

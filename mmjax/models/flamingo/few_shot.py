@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import jax.numpy as jnp
 import numpy as np
 
 from mmjax.errors import MmjaxError
@@ -166,5 +167,7 @@ def rices(queries: np.ndarray, examples: np.ndarray, shots: int) -> list[list[in
     >>> rices(np.eye(2), np.array([[1.0, 0], [0.6, 0.8], [0, 1.0]]), 2)
     [[1, 0], [1, 2]]
     """
-    order = np.argsort(-np.asarray(similarities(queries, examples)), axis=1, kind="stable")[:, :shots]
+    order = np.argsort(-np.asarray(similarities(jnp.asarray(queries), jnp.asarray(examples))), axis=1, kind="stable")[
+        :, :shots
+    ]
     return order[:, ::-1].tolist()
