@@ -167,7 +167,6 @@ def rices(queries: np.ndarray, examples: np.ndarray, shots: int) -> list[list[in
     >>> rices(np.eye(2), np.array([[1.0, 0], [0.6, 0.8], [0, 1.0]]), 2)
     [[1, 0], [1, 2]]
     """
-    order = np.argsort(-np.asarray(similarities(jnp.asarray(queries), jnp.asarray(examples))), axis=1, kind="stable")[
-        :, :shots
-    ]
+    cosines = np.asarray(similarities(jnp.asarray(queries), jnp.asarray(examples)))
+    order = np.argsort(-cosines, axis=1, kind="stable")[:, :shots]
     return order[:, ::-1].tolist()
