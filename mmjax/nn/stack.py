@@ -88,14 +88,14 @@ class Block(nn.Module):
         self,
         x: Float[Array, "b l d"],
         mask: Bool[Array, "#b #h #l l"] | None = None,
-        context: Float[Array, "b m e"] | Float[Array, "b 2 m e"] | None = None,
+        context: Float[Array, "contexts m e"] | Float[Array, "b 2 m e"] | None = None,
         context_mask: Bool[Array, "#b #h #l m"] | None = None,
         train: bool = False,
         queries: int = 0,
         positions: PositionInputs = NO_POSITIONS,
         context_index: Int[Array, "b"] | None = None,
         outputs: int | None = None,
-    ) -> Float[Array, "b l d"]:
+    ) -> Float[Array, "b _ d"]:
         """See `prefill`."""
         return self.prefill(x, mask, context, context_mask, train, queries, positions, None, context_index, outputs)[0]
 
@@ -103,7 +103,7 @@ class Block(nn.Module):
         self,
         x: Float[Array, "b l d"],
         mask: Bool[Array, "#b #h #l s"] | None = None,
-        context: Float[Array, "b m e"] | Float[Array, "b 2 m e"] | None = None,
+        context: Float[Array, "contexts m e"] | Float[Array, "b 2 m e"] | None = None,
         context_mask: Bool[Array, "#b #h #l m"] | None = None,
         train: bool = False,
         queries: int = 0,
@@ -111,7 +111,7 @@ class Block(nn.Module):
         past: LayerCache | None = None,
         context_index: Int[Array, "b"] | None = None,
         outputs: int | None = None,
-    ) -> tuple[Float[Array, "b l d"], LayerCache]:
+    ) -> tuple[Float[Array, "b _ d"], LayerCache]:
         """The whole sequence. mask: of the self-attention, besides causality. queries: their number at the start.
 
         context: for cross attention; a block that has one skips it without a context (BLIP's text mode).
@@ -265,7 +265,7 @@ class Stack(nn.Module):
         self,
         x: Float[Array, "b l d"],
         mask: Bool[Array, "#b #h #l l"] | None = None,
-        context: Float[Array, "b m e"] | Float[Array, "b 2 m e"] | None = None,
+        context: Float[Array, "contexts m e"] | Float[Array, "b 2 m e"] | None = None,
         context_mask: Bool[Array, "#b #h #l m"] | None = None,
         train: bool = False,
         first: int = 0,
@@ -275,7 +275,7 @@ class Stack(nn.Module):
         before: Before | None = None,
         context_index: Int[Array, "b"] | None = None,
         outputs: int | None = None,
-    ) -> list[Float[Array, "b l d"]]:
+    ) -> list[Float[Array, "b _ d"]]:
         """The input, and the output of every block: depth + 1 arrays; XLA stores what is used alone.
 
         context: of the blocks with cross attention, which skip it without one. first, last: of the blocks, those from
@@ -302,7 +302,7 @@ class Stack(nn.Module):
         self,
         x: Float[Array, "b l d"],
         mask: Bool[Array, "#b #h #l s"] | None = None,
-        context: Float[Array, "b m e"] | Float[Array, "b 2 m e"] | None = None,
+        context: Float[Array, "contexts m e"] | Float[Array, "b 2 m e"] | None = None,
         context_mask: Bool[Array, "#b #h #l m"] | None = None,
         positions: PositionInputs = NO_POSITIONS,
         past: Sequence[LayerCache] | None = None,

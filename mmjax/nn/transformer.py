@@ -158,7 +158,7 @@ class MultiHeadAttention(nn.Module):
     def prefill(
         self,
         x: Float[Array, "b l d"],
-        context: Float[Array, "b m e"] | None = None,
+        context: Float[Array, "contexts m e"] | None = None,
         mask: Bool[Array, "#b #h #l s"] | None = None,
         train: bool = False,
         positions: PositionInputs = NO_POSITIONS,

@@ -18,7 +18,7 @@ from mmjax.types import Array, Bool, Float, Int, Key, Mean
 
 def negative_log_weights(
     query: Float[Array, "b *q d"],
-    keys: Float[Array, "b *q d"],
+    keys: Float[Array, "b *k d"],
     temperature: Float[Array, ""] | float,
     *,
     ids: Int[Array, "b"] | None = None,

@@ -169,7 +169,7 @@ class Matching(ForwardPasses):
         texts = negative_log_weights(encoded.image_embeds, text_keys, params["temperature"], **options)
         return images, texts
 
-    def negative_keys(self, encoded: EncodedPairs) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
+    def negative_keys(self, encoded: EncodedPairs) -> tuple[Float[Array, "b *q e"], Float[Array, "b e"]]:
         """The features of images and of texts that hard negatives are compared by."""
         return encoded.image_embeds, encoded.text_embeds
 
