@@ -30,9 +30,9 @@ class InstructionList(AnnotationList):
         entry = self.record(index)
         turns = self.turns(index)
         paths = self.image_paths(index)
-        places = sum(turn.count(IMAGE) for turn in turns)
-        if places != len(paths):
-            detail = f"{places} times {IMAGE} for {len(paths)} images: {turns[0][:200]!r}"
+        count = sum(turn.count(IMAGE) for turn in turns)
+        if count != len(paths):
+            detail = f"{count} times {IMAGE} for {len(paths)} images: {turns[0][:200]!r}"
             raise BadRecord("conversation: images", self._id(index, entry), detail)
         return {"turns": turns, "images": tuple(map(read_bytes, paths))}
 

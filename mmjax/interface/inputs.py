@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -74,9 +75,12 @@ def check_inputs(declared: Mapping[str, Input], values: Mapping[str, Any], syste
 def check_ids(values: Mapping[str, Any], counts: Mapping[str, int]) -> None:
     """Raises MmjaxError for an id outside 0 .. count - 1, which a table of `count` rows would silently clip.
 
-    values: ids by name, on the host. counts: the rows of the tables; names without one are not checked.
+    values: ids by name. counts: the rows of the tables; names without one are not checked, nor is None, nor ids that
+        are traced, which have no values yet.
     """
     for name in values.keys() & counts.keys():
+        if values[name] is None or isinstance(values[name], jax.core.Tracer):
+            continue
         ids, count = np.asarray(values[name]), counts[name]
         if ids.size and (ids.min() < 0 or ids.max() >= count):
             raise MmjaxError(f"{name}: ids from {ids.min()} to {ids.max()}; there are {count}")

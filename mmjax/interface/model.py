@@ -204,7 +204,7 @@ class Model(abc.ABC):
         """
         values = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask, **others}
         inputs = check_inputs(self.inputs(self.config), values, self.system)
-        check_ids(inputs, self.id_counts())
+        check_ids(values, self.id_counts())
         return dict(self._compiled(self.variables, inputs))
 
     def pixels(self, images: Any) -> Array:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -76,6 +77,13 @@ def test_ids_that_do_not_exist_are_refused(model, tmp_path, ids):
         bert.encode_text(np.array(ids))
     with pytest.raises(MmjaxError, match="token_type_ids: ids from 0 to 2; there are 2"):
         bert.forward(input_ids=np.array([[3, 4]]), token_type_ids=np.array([[0, 2]]))
+
+
+def test_traced_ids_pass(model):
+    """Within another jit the values of ids are unknown."""
+    ids = np.array([[20, 21, 22]])
+    traced = jax.jit(lambda ids: model.forward(input_ids=ids)["logits"])(ids)
+    np.testing.assert_allclose(traced, model.forward(input_ids=ids)["logits"], rtol=1e-5, atol=1e-5)
 
 
 def test_one_string_is_not_a_list_of_classes():
