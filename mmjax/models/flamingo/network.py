@@ -16,7 +16,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from mmjax.errors import MmjaxError
-from mmjax.models.language.config import DecoderConfig
+from mmjax.models.language.config import DecoderConfig, OverLanguageModel
 from mmjax.models.language.network import Decoder
 from mmjax.models.resnet.network import ResNet, ResNetConfig
 from mmjax.models.vit.network import ViT, ViTConfig
@@ -44,7 +44,7 @@ class ResamplerConfig:
 
 
 @dataclass(frozen=True)
-class FlamingoConfig:
+class FlamingoConfig(OverLanguageModel):
     """The parts and how they meet; class methods give the published sizes (counts: tests/models/test_flamingo.py).
 
     Attributes:
@@ -141,32 +141,9 @@ class FlamingoConfig:
         return self.vision.width if isinstance(self.vision, ViTConfig) else self.vision.channels
 
     @property
-    def capacity(self) -> int | None:
-        """The longest sequence that there are positions for; None: any."""
-        return self.language.capacity
-
-    # What generation needs of a config: the language model's.
-
-    @property
-    def vocab_size(self) -> int:
-        return self.language.vocab_size
-
-    @property
-    def added_tokens(self) -> int:
-        return self.language.added_tokens
-
-    @property
-    def bos(self) -> int | None:
-        return self.language.bos
-
-    @property
     def eos(self) -> tuple[int, ...]:
         """`<|endofchunk|>`."""
         return (self.end_of_chunk,)
-
-    @property
-    def pad(self) -> int | None:
-        return self.language.pad
 
 
 class MediaCache(NamedTuple):

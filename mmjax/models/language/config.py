@@ -237,3 +237,34 @@ class DecoderConfig:
     def mpt_1b(cls, **changes: Any) -> Self:
         """mpt-1b-redpajama, with norms on queries and keys."""
         return cls.mpt(2048, 24, 16, **{"vocab_size": 50_368, "qk_norm": True, **changes})
+
+
+class OverLanguageModel:
+    """Base of configs with a `language`, a DecoderConfig: what generation needs of a config is the language model's."""
+
+    language: DecoderConfig
+
+    @property
+    def vocab_size(self) -> int:
+        return self.language.vocab_size
+
+    @property
+    def capacity(self) -> int | None:
+        """The longest sequence that there are positions for; None: any."""
+        return self.language.capacity
+
+    @property
+    def added_tokens(self) -> int:
+        return self.language.added_tokens
+
+    @property
+    def bos(self) -> int | None:
+        return self.language.bos
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        return self.language.eos
+
+    @property
+    def pad(self) -> int | None:
+        return self.language.pad

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mmjax.errors import MmjaxError
-from mmjax.models.language.config import DecoderConfig
+from mmjax.models.language.config import DecoderConfig, OverLanguageModel
 from mmjax.models.language.network import Decoder
 from mmjax.models.vit.network import Tower, ViTConfig
 from mmjax.nn.activation import activation
@@ -45,7 +45,7 @@ Connector: TypeAlias = MlpConnector | IdentityConnector
 
 
 @dataclass(frozen=True)
-class VisionLanguageConfig:
+class VisionLanguageConfig(OverLanguageModel):
     """The three parts, and what becomes of an image in a prompt. Class methods give the published sizes.
 
     Attributes:
@@ -133,32 +133,6 @@ class VisionLanguageConfig:
     def newline(self) -> bool:
         """Whether there is a feature that ends a row of patches."""
         return self.merge == "spatial_unpad"
-
-    # What generation needs of a config: the language model's.
-
-    @property
-    def vocab_size(self) -> int:
-        return self.language.vocab_size
-
-    @property
-    def capacity(self) -> int | None:
-        return self.language.capacity
-
-    @property
-    def added_tokens(self) -> int:
-        return self.language.added_tokens
-
-    @property
-    def bos(self) -> int | None:
-        return self.language.bos
-
-    @property
-    def eos(self) -> tuple[int, ...]:
-        return self.language.eos
-
-    @property
-    def pad(self) -> int | None:
-        return self.language.pad
 
 
 class Projector(nn.Module):
