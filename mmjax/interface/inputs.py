@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from mmjax.errors import MmjaxError
 from mmjax.types import Array
@@ -79,7 +79,7 @@ def check_ids(values: Mapping[str, Any], counts: Mapping[str, int]) -> None:
         are traced, which have no values yet.
     """
     for name in values.keys() & counts.keys():
-        if values[name] is None or isinstance(values[name], jax.core.Tracer):
+        if values[name] is None or isinstance(values[name], Tracer):
             continue
         ids, count = np.asarray(values[name]), counts[name]
         if ids.size and (ids.min() < 0 or ids.max() >= count):
