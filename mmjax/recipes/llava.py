@@ -23,7 +23,7 @@ from mmjax.errors import MmjaxError
 from mmjax.interface.model import Model
 from mmjax.models.language.tasks import LanguageModel
 from mmjax.models.llava.tasks import LlavaModel
-from mmjax.models.llava.templates import PLACEHOLDER, Template, template_called
+from mmjax.models.llava.templates import PLACEHOLDER, TrainingTemplate, training_template
 from mmjax.models.vision_language.network import MlpConnector, VisionLanguageConfig
 from mmjax.models.vision_language.pretrain import PrefixLM
 from mmjax.text.packing import IGNORED
@@ -48,7 +48,7 @@ class EncodeConversation(grain.transforms.Map):
         widths: rising, the last one `length`: rows are padded to the smallest that holds them. (): all to `length`.
     """
 
-    template: Template
+    template: TrainingTemplate
     tokenizer: Tokenizer
     preprocess: ImagePreprocessing
     tokens: int
@@ -74,7 +74,7 @@ class EncodeConversation(grain.transforms.Map):
         if index[self.length :].max(initial=-1) >= 0:
             raise BadRecord("conversation: too long", detail=f"an image is beyond length={self.length}")
         if (labels[1 : self.length] == IGNORED).all():
-            text = self.template.prompt(element["turns"]) if self.template.style != "plain" else element["turns"][0]
+            text = self.template.text(self.tokenizer, element["turns"])
             raise BadRecord("conversation: no label", detail=f"every label is ignored, length={self.length}: {text!r}")
         columns = {
             "input_ids": (ids, self.tokenizer.pad or 0),
@@ -152,7 +152,7 @@ class LlavaStage(ExperimentConfig, abc.ABC):
 
     @property
     @abc.abstractmethod
-    def template(self) -> Template:
+    def template(self) -> TrainingTemplate:
         """Of the training texts."""
 
     @property
@@ -238,11 +238,14 @@ class Parts(LlavaStage, abc.ABC):
         init_vision: a CLIP, or a ViT: a file, a folder, a run or a hub id; required.
         init_language: a language model with its tokenizer; required.
         layers: of the connector; 1: a matrix (LLaVA v1).
+        chat_template: of the conversations of the second stage and of chats, by its name in
+            `mmjax.models.llava.templates`; "": the tokenizer's own.
     """
 
     init_vision: str | None = None
     init_language: str | None = None
     layers: int = 2
+    chat_template: str = "vicuna_v1"
 
     def init_sources(self) -> tuple[str, ...]:
         return tuple(source for source in (self.init_vision, self.init_language) if source is not None)
@@ -264,7 +267,7 @@ class Parts(LlavaStage, abc.ABC):
         vision, language = self.parts
         tower = dataclasses.replace(getattr(vision.config, "tower", vision.config), num_classes=0)
         connector = MlpConnector(self.layers)
-        return VisionLanguageConfig(tower, language.config, connector, template="vicuna_v1", pad_images=True)
+        return VisionLanguageConfig(tower, language.config, connector, template=self.chat_template, pad_images=True)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -311,8 +314,8 @@ class Whole(LlavaStage, abc.ABC):
         return self.start.tokenizer
 
     @property
-    def template(self) -> Template:
-        return template_called(self.network.template or "vicuna_v1")
+    def template(self) -> TrainingTemplate:
+        return training_template(self.network.template, self.tokenizer)
 
     @property
     def preprocess(self) -> ImagePreprocessing:

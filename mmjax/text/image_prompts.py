@@ -14,17 +14,40 @@ from mmjax.text.tokenizer import Tokenizer
 def encode_with_images(
     tokenizer: Tokenizer, text: str, placeholder: int, add_special_tokens: bool = True, image: str = IMAGE
 ) -> list[int]:
-    """The ids of a text with one placeholder for each image.
+    """The ids of a text with one placeholder for each image; see `encode_with_offsets`."""
+    return encode_with_offsets(tokenizer, text, placeholder, add_special_tokens, image)[0]
+
+
+def encode_with_offsets(
+    tokenizer: Tokenizer, text: str, placeholder: int, add_special_tokens: bool = True, image: str = IMAGE
+) -> tuple[list[int], list[int]]:
+    """(ids of a text with one placeholder for each image, the index of the character that each begins with).
 
     Where `<image>` is a token of the vocabulary, and that token is the placeholder, the text is encoded as it is
-    (transformers). Else the texts between the images are encoded one by one, each as if it began a text, and their
-    beginnings of a sequence are dropped but for the first (LLaVA's mm_utils.py, tokenizer_image_token).
+    (transformers). Else the texts between the images are encoded one by one, each as if it began a text, and the
+    beginnings of a sequence that the tokenizer adds are dropped but for the first (LLaVA's mm_utils.py,
+    tokenizer_image_token). The original drops an id of each text too where the first begins with a bos that is written
+    in it, as in SmolLM2's chats; here a text loses nothing.
     """
+    encode = tokenizer.tokenizer.encode
     if tokenizer.tokenizer.token_to_id(image) == placeholder:
-        return tokenizer.encode([text], add_special_tokens)[0]
-    first, *others = tokenizer.encode(text.split(image), add_special_tokens)
-    begins = int(bool(first) and first[0] == tokenizer.bos)
-    return list(itertools.chain(first, *([placeholder, *ids[begins:]] for ids in others)))
+        encoded = encode(text, add_special_tokens=add_special_tokens)
+        return encoded.ids, [start for start, _ in encoded.offsets]
+    begins = int(add_special_tokens and encode("").ids[:1] == [tokenizer.bos])
+    ids: list[int] = []
+    starts: list[int] = []
+    position = 0
+    for number, part in enumerate(text.split(image)):
+        if number:
+            ids.append(placeholder)
+            starts.append(position)
+            position += len(image)
+        encoded = encode(part, add_special_tokens=add_special_tokens)
+        first = begins if number else 0
+        ids += encoded.ids[first:]
+        starts += [position + start for start, _ in encoded.offsets[first:]]
+        position += len(part)
+    return ids, starts
 
 
 def expand(ids: Sequence[int], placeholder: int, lengths: Sequence[int], text: str = "") -> list[int]:

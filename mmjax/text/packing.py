@@ -11,6 +11,7 @@ from jaxtyping import Int
 
 from mmjax.errors import MmjaxError
 from mmjax.text.chat_template import Message
+from mmjax.text.image_prompts import encode_with_offsets
 from mmjax.text.tokenizer import Tokenizer
 
 IGNORED = -100
@@ -38,10 +39,8 @@ def pack_texts(tokenizer: Tokenizer, texts: Iterable[str], length: int) -> Colum
 
 
 def conversation_columns(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], length: int) -> Columns:
-    """One conversation per sequence, padded on the right or truncated to `length`; only assistant messages are trained
-    on.
+    """One conversation per sequence, padded on the right or truncated to `length`; see `labelled_conversation`.
 
-    Their ids are identified by character offsets in the rendered text, so that no part is encoded separately.
     Raises MmjaxError, with the conversation: no assistant message within `length`, or the template renders a message
     differently when more follow.
     """
@@ -50,19 +49,41 @@ def conversation_columns(tokenizer: Tokenizer, conversations: Sequence[Sequence[
     ids = np.full((len(conversations), length), tokenizer.pad, np.int32)
     labels = np.full_like(ids, IGNORED)
     for index, messages in enumerate(conversations):
-        text = tokenizer.chat(messages, add_generation_prompt=False)
-        encoded = tokenizer.tokenizer.encode(text, add_special_tokens=False)
-        row = np.array(encoded.ids, np.int32)
-        starts = np.array([start for start, _ in encoded.offsets])
-        learned = np.zeros(len(row), bool)
-        for begin, end in _answers(tokenizer, messages, text):
-            learned |= (starts >= begin) & (starts < end)
-        if not learned[:length].any():
+        row, learned = labelled_conversation(tokenizer, messages)
+        if (learned[:length] == IGNORED).all():
+            text = tokenizer.chat(messages, add_generation_prompt=False)
             raise MmjaxError(f"no assistant message of this conversation within length={length}: {text[:200]!r}")
         size = min(len(row), length)
         ids[index, :size] = row[:size]
-        labels[index, :size] = np.where(learned, row, IGNORED)[:size]
+        labels[index, :size] = learned[:size]
     return {"input_ids": ids, "labels": labels}
+
+
+def labelled_conversation(
+    tokenizer: Tokenizer, messages: Sequence[Message], placeholder: int | None = None, add_special_tokens: bool = False
+) -> tuple[Int[np.ndarray, "l"], Int[np.ndarray, "l"]]:
+    """(ids, labels) of a conversation in the tokenizer's chat template; only assistant messages are trained on.
+
+    Their ids are identified by character offsets in the rendered text, so that no part is encoded separately. Each ends
+    with the eos after it: the template's text behind that is never generated, and has no label.
+
+    placeholder: the id of each `<image>`; None: there are no images. add_special_tokens: whether the tokenizer adds its
+    own around the text. Raises MmjaxError: the template renders a message differently when more follow.
+    """
+    text = tokenizer.chat(messages, add_generation_prompt=False)
+    if placeholder is None:
+        encoded = tokenizer.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        ids, offsets = encoded.ids, [start for start, _ in encoded.offsets]
+    else:
+        ids, offsets = encode_with_offsets(tokenizer, text, placeholder, add_special_tokens)
+    row, starts = np.array(ids, np.int32), np.array(offsets)
+    labels = np.full_like(row, IGNORED)
+    for begin, end in _answers(tokenizer, messages, text):
+        learned = np.flatnonzero((starts >= begin) & (starts < end))
+        ends = np.flatnonzero(np.isin(row[learned], tokenizer.eos))
+        learned = learned[: ends[-1] + 1] if len(ends) else learned
+        labels[learned] = row[learned]
+    return row, labels
 
 
 def _answers(tokenizer: Tokenizer, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import SHARED
 from golden.llava import tokenizer_of
-from models.tiny_text import random_params
+from models.tiny_text import chat_tokenizer, random_params
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -23,9 +23,10 @@ from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
 from mmjax.models.clip.tasks import CLIPModel
 from mmjax.models.language.config import DecoderConfig
 from mmjax.models.language.tasks import LanguageModel
-from mmjax.models.llava.templates import TEMPLATES
+from mmjax.models.llava.templates import PLACEHOLDER, TEMPLATES, training_template
 from mmjax.models.vit.network import ViTConfig
 from mmjax.recipes.llava import EncodeConversation
+from mmjax.text.packing import IGNORED
 from mmjax.training.checkpoint import load_params
 from mmjax.training.experiment import load_experiment
 from mmjax.training.loop import train
@@ -287,3 +288,36 @@ def test_the_features_of_a_row_are_its_own():
     order = jnp.asarray([2, 0, 1])
     other = jax.jit(method.logits)(model.params, {name: value[order] for name, value in batch.items()})
     np.testing.assert_allclose(other, logits[order], atol=2e-5)
+
+
+# ------------------------------------------------------------------------------------------- the tokenizer's template
+
+
+def test_labels_of_a_tokenizers_template_are_the_chat_and_its_answers():
+    """Ids are those of the chat's prompt before each answer, in whose text bos is written; labels are the answer's ids
+    and the eos after it."""
+    from models.tiny_llava import tiny_llava
+
+    model = tiny_llava(template="")
+    turns = ["<image>\nname three fruits", "sea, time", "which?", "blue"]
+    example = training_template("", model.tokenizer).example(model.tokenizer, turns, True)
+    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    for index in (1, 3):
+        prompt = model.chat_prompt(messages[:index])
+        before = model.turn_ids(prompt, [1])
+        answer = model.tokenizer.encode([turns[index]], add_special_tokens=False)[0] + [model.tokenizer.eos[0]]
+        after = example.ids[len(before) :][: len(answer)]
+        assert example.ids[: len(before)].tolist() == before and after.tolist() == answer
+        assert example.labels[len(before) :][: len(answer)].tolist() == answer
+        assert example.labels[len(before) - 1] == IGNORED
+    assert (example.labels != IGNORED).sum() == len(answer) + len(model.tokenizer.encode(["sea, time"])[0]) + 1
+    assert (example.ids == PLACEHOLDER).sum() == 1
+    text = model.tokenizer.decode(example.ids[example.ids != PLACEHOLDER], skip_special_tokens=False)
+    assert (
+        text == "<s>user\n\nname three fruits</s><s>assistant\nsea, time</s><s>user\nwhich?</s><s>assistant\nblue</s>"
+    )
+
+
+def test_a_tokenizer_without_a_template_has_vicunas():
+    bare = dataclasses.replace(chat_tokenizer(), templates={})
+    assert training_template("", bare) is TEMPLATES["vicuna_v1"]

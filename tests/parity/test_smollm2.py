@@ -7,7 +7,9 @@ import pytest
 from parity.wheels import wheel
 
 import mmjax
+from mmjax.models.llava.templates import PLACEHOLDER, training_template
 from mmjax.objectives.language import next_tokens, token_cross_entropy
+from mmjax.text.packing import IGNORED
 
 FRANCE = [504, 3575, 282, 4649, 314]
 GREEDY = [7042, 30, 198, 198, 504, 2988, 314, 42, 216, 34, 32, 33, 40, 29, 32, 33, 29, 34, 34, 216, 33, 34, 42, 33]
@@ -58,3 +60,21 @@ def test_logits_and_likelihood(model):
     assert mask.sum() == ids.size == 30
     losses = token_cross_entropy(model.forward(input_ids=ids)["logits"], next_tokens(ids))
     assert float(losses.nll.value) == pytest.approx(4.00006, abs=2e-5)
+
+
+def test_training_texts_of_conversations(model):
+    """The ids are those of its chat, and every answer is learned with the token that ends it."""
+    turns = ["<image>\nName three fruits.", "Red, blue.", "How many?", "2"]
+    example = training_template("", model.tokenizer).example(model.tokenizer, turns, True)
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": turn.replace("<image>\n", "")} for i, turn in enumerate(turns)
+    ]
+    text = model.tokenizer.chat(messages, add_generation_prompt=False)
+    ids = model.tokenizer.encode([text], add_special_tokens=False)[0]
+    # An image is a line: its end, 198, is beside the user's.
+    image = np.flatnonzero(example.ids == PLACEHOLDER)[0]
+    assert example.ids[image - 3 : image + 2].tolist() == [1, 4093, 198, PLACEHOLDER, 198]
+    assert np.delete(example.ids, [image, image + 1]).tolist() == ids
+    learned = example.labels[example.labels != IGNORED].tolist()
+    answers = model.tokenizer.encode(["Red, blue.", "2"], add_special_tokens=False)
+    assert learned == [*answers[0], 2, *answers[1], 2]

@@ -18,7 +18,7 @@ from mmjax.interface.chat import ChatPrompt
 from mmjax.interface.vision_language import VisionLanguageModel
 from mmjax.models.language.decode import PrefixCache, compiled_remember, empty_prefix
 from mmjax.models.llava.any_resolution import spatial_rows, tile_count
-from mmjax.models.llava.templates import template_called
+from mmjax.models.llava.templates import adds_special_tokens, chat_messages, message_text, template_called
 from mmjax.models.vision_language.decode import LanguageSteps
 from mmjax.models.vision_language.network import VisionLanguage, VisionLanguageConfig
 from mmjax.text.chat_template import Message
@@ -99,23 +99,16 @@ class LlavaModel(VisionLanguageModel):
         if self.tokenizer is None:
             raise MmjaxError("a chat needs a tokenizer")
         if not self.config.template:
-            return self._by_tokenizer(messages)
+            text = self.tokenizer.chat(chat_messages(self.tokenizer, messages))
+            return ChatPrompt(text, adds_special_tokens(self.tokenizer, text))
         template = template_called(self.config.template)
-        system = [_text(message) for message in messages if message.get("role") == "system"]
-        turns = [_text(message) for message in messages if message.get("role") != "system"]
+        system = [message_text(message) for message in messages if message.get("role") == "system"]
+        turns = [message_text(message) for message in messages if message.get("role") != "system"]
         if system:
             template = dataclasses.replace(template, system=system[0])
         text = template.prompt([*turns, None], examples=True)
         ends = {self.tokenizer.tokenizer.token_to_id(template.stop)} & set(self.eos)
         return ChatPrompt(text, True, () if ends else (template.stop,))
-
-    def _by_tokenizer(self, messages: Sequence[Message]) -> ChatPrompt:
-        assert self.tokenizer is not None
-        parts = "image" in self.tokenizer.templates.get("default", "")
-        contents = [{**message, "content": _parts(message) if parts else _text(message)} for message in messages]
-        text = self.tokenizer.chat(contents)
-        bos = self.tokenizer.special.get("bos_token")
-        return ChatPrompt(text, bos is None or not text.startswith(bos))
 
     def empty_past(self, size: int) -> PrefixCache:
         return empty_prefix(self.config.decoder, size)
@@ -167,21 +160,3 @@ def _with_tokens(tokenizer: Any, names: Sequence[str]) -> Any:
     enlarged.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     special = {**tokenizer.special, **({"pad_token": "<pad>"} if "<pad>" in names else {})}
     return dataclasses.replace(tokenizer, tokenizer=enlarged, special=special)
-
-
-def _text(message: Message) -> str:
-    """A message's content as a string, with a line `<image>` for each image."""
-    content = message["content"]
-    if isinstance(content, str):
-        return content
-    images = f"{IMAGE}\n" * sum(part["type"] == "image" for part in content)
-    return images + "".join(part["text"] for part in content if part["type"] == "text")
-
-
-def _parts(message: Message) -> list[dict[str, str]]:
-    """The same as transformers' templates of images take it."""
-    content = message["content"]
-    if not isinstance(content, str):
-        return list(content)
-    text = content.replace(f"{IMAGE}\n", "").replace(IMAGE, "")
-    return [{"type": "image"}] * content.count(IMAGE) + [{"type": "text", "text": text}]

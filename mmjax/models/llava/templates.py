@@ -10,14 +10,15 @@ themselves; where these do not add up to the whole, all labels are ignored, and 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Int
 
 from mmjax.errors import MmjaxError
+from mmjax.text.chat_template import Message
 from mmjax.text.image_prompts import IMAGE, encode_with_images
-from mmjax.text.packing import IGNORED
+from mmjax.text.packing import IGNORED, labelled_conversation
 from mmjax.text.sentencepiece import SPACE
 from mmjax.text.tokenizer import Tokenizer
 
@@ -101,6 +102,10 @@ class Template:
 
     # --------------------------------------------------------------------------------------------------- training texts
 
+    def text(self, tokenizer: Tokenizer, turns: Sequence[str]) -> str:
+        """A conversation for a message."""
+        return turns[0] if self.style == "plain" else self.prompt(turns)
+
     def example(
         self, tokenizer: Tokenizer, turns: Sequence[str], has_image: bool, max_length: int | None = None
     ) -> Example:
@@ -121,6 +126,71 @@ class Template:
     def _image_first(self, turn: str) -> str:
         text = f"{IMAGE}\n{turn.replace(IMAGE, '').strip()}".strip()
         return text.replace(IMAGE, f"<Image>{IMAGE}</Image>") if "mmtag" in self.version else text
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerTemplate:
+    """The chat template of a tokenizer in place of one of LLaVA's; the labels are those of `labelled_conversation`."""
+
+    def text(self, tokenizer: Tokenizer, turns: Sequence[str]) -> str:
+        """A conversation, as `example` encodes it."""
+        return tokenizer.chat(self._messages(tokenizer, turns), add_generation_prompt=False)
+
+    def example(
+        self, tokenizer: Tokenizer, turns: Sequence[str], has_image: bool, max_length: int | None = None
+    ) -> Example:
+        """The ids of the prompt of a chat and of its answers, which are learned, up to the token that ends each.
+
+        Images of a question are before its text. max_length: of a text without images, which is truncated.
+        Raises MmjaxError: no template, or one that renders a message differently when more follow.
+        """
+        messages = self._messages(tokenizer, turns)
+        outside = adds_special_tokens(tokenizer, tokenizer.chat(messages, add_generation_prompt=False))
+        if not has_image:
+            ids, labels = labelled_conversation(tokenizer, messages, None, outside)
+            return Example(ids[:max_length], labels[:max_length])
+        known = tokenizer.tokenizer.token_to_id(IMAGE)
+        placeholder = PLACEHOLDER if known is None else known
+        ids, labels = labelled_conversation(tokenizer, messages, placeholder, outside)
+        return Example(np.where(ids == placeholder, PLACEHOLDER, ids), labels)
+
+    def _messages(self, tokenizer: Tokenizer, turns: Sequence[str]) -> list[Message]:
+        roles = ("user", "assistant")
+        texts = [f"{IMAGE}\n" * turn.count(IMAGE) + turn.replace(IMAGE, "").strip() for turn in turns]
+        return chat_messages(tokenizer, [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)])
+
+
+TrainingTemplate: TypeAlias = Template | TokenizerTemplate
+
+
+def chat_messages(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[Message]:
+    """Messages as the tokenizer's template takes them: an image is a part of the content, or else a line `<image>`."""
+    parts = "image" in tokenizer.templates.get("default", "")
+    return [{**message, "content": _parts(message) if parts else message_text(message)} for message in messages]
+
+
+def adds_special_tokens(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether the tokenizer's own tokens go around a text of its template: it does not begin with bos itself."""
+    bos = tokenizer.special.get("bos_token")
+    return bos is None or not text.startswith(bos)
+
+
+def message_text(message: Message) -> str:
+    """A message's content as a string, with a line `<image>` for each image."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    images = f"{IMAGE}\n" * sum(part["type"] == "image" for part in content)
+    return images + "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def _parts(message: Message) -> list[dict[str, str]]:
+    """The same as transformers' templates of images take it."""
+    content = message["content"]
+    if not isinstance(content, str):
+        return list(content)
+    text = content.replace(f"{IMAGE}\n", "").replace(IMAGE, "")
+    return [{"type": "image"}] * content.count(IMAGE) + [{"type": "text", "text": text}]
 
 
 # -------------------------------------------------------------------------------------------------------------- labels
@@ -286,3 +356,10 @@ def template_called(name: str) -> Template:
     if name not in TEMPLATES:
         raise MmjaxError(f"template={name!r}: there are {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
+
+
+def training_template(name: str, tokenizer: Tokenizer) -> TrainingTemplate:
+    """Of a config's `template`: "" is the tokenizer's, or Vicuna's (LLaVA 1.5) where it has none."""
+    if not name and "default" in tokenizer.templates:
+        return TokenizerTemplate()
+    return template_called(name or "vicuna_v1")
