@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", metavar="")
     for add in (
         _train,
+        _check,
         _ablate,
         _plan,
         _evaluate,
@@ -96,6 +97,26 @@ def _run_train(flags: argparse.Namespace, fields: list[str]) -> None:
     from mmjax.cli import runs
 
     runs.train(flags.experiment, flags.workdir, fields, flags.distributed)
+
+
+def _check(verbs: argparse._SubParsersAction) -> None:
+    description = (
+        "Check an experiment before a long run. Prints how many records are bad, a row as text with its labels in "
+        "brackets, and which parameters have a gradient."
+    )
+    verb = _add(verbs, "check", _run_check, description, fields=True)
+    amount = verb.add_mutually_exclusive_group()
+    amount.add_argument("--batches", type=int, metavar="N", help="batches that are read (default 1)")
+    amount.add_argument("--epoch", action="store_true", help="read every record once instead")
+
+
+def _run_check(flags: argparse.Namespace, fields: list[str]) -> int:
+    from mmjax.cli.check import check
+
+    batches = 1 if flags.batches is None else flags.batches
+    if batches < 1:
+        raise MmjaxError(f"--batches {batches}: at least 1")
+    return check(flags.experiment, None if flags.epoch else batches, fields)
 
 
 def _ablate(verbs: argparse._SubParsersAction) -> None:

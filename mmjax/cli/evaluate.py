@@ -21,7 +21,7 @@ from mmjax.training import checkpoint
 from mmjax.training.checkpoint_format import frozen_keys
 from mmjax.training.experiment import batch_shapes, load_experiment
 from mmjax.training.scores import Score, only_scores, table
-from mmjax.training.state import create_state
+from mmjax.training.start import Start
 
 FOLDER_TASKS = ("zero_shot", "knn", "linear_probe", "classification")
 BATCH = 64
@@ -41,8 +41,7 @@ def load_run(workdir: str, experiment: str | None = None) -> tuple[Any, Any, int
         raise MmjaxError(f"{path} names no experiment file; --experiment EXPERIMENT.py does")
     config = config_from_json(load_experiment(file), stored["experiment"], f"{path}: experiment")
     method, optimizer = config.method(), config.optimizer()
-    shapes = batch_shapes(config)
-    template = jax.eval_shape(lambda rng, batch: create_state(method, optimizer, rng, batch), jax.random.key(0), shapes)
+    template = Start(config, method, optimizer, batch_shapes(config)).template
     frozen = frozen_keys(optimizer.partition, template.params)
     restored = checkpoint.restore(workdir, template, warn=print, frozen=frozen)
     if restored is None:

@@ -20,13 +20,13 @@ from mmjax.training.checkpoint_format import CheckpointError, encode, frozen_key
 from mmjax.training.console import RunConsole
 from mmjax.training.experiment import ExperimentConfig, LoadWeights, batch_shapes
 from mmjax.training.in_flight import InFlight, Received
-from mmjax.training.initialize import initialize_from, origins_of, replaced_leaves
 from mmjax.training.interrupts import Interrupts
-from mmjax.training.lift import create_lift, gather_json, initialise
+from mmjax.training.lift import create_lift, gather_json
 from mmjax.training.metrics import MetricsWriter
 from mmjax.training.pace import Pace
 from mmjax.training.scores import metrics as flatten
-from mmjax.training.state import TrainState, create_state
+from mmjax.training.start import Start
+from mmjax.training.state import TrainState
 from mmjax.training.step import train_step
 from mmjax.training.workdir import Lock, write_config, write_origins
 
@@ -130,14 +130,8 @@ class _Run:
 
     def _initial_state(self, method: Any) -> tuple[TrainState, int]:
         """The host state to start from and its step: the workdir's, else init_from's, else fresh."""
-        shapes = batch_shapes(self.config, self._peek)
-
-        def create(rng: Any) -> TrainState:
-            batch = {name: jax.numpy.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
-            return create_state(method, self.optimizer, rng, batch)
-
-        rng = jax.random.key(self.config.seed)
-        template = jax.eval_shape(create, rng)
+        start = Start(self.config, method, self.optimizer, batch_shapes(self.config, self._peek))
+        template = start.template
         frozen = frozen_keys(self.optimizer.partition, template.params)
         restored = checkpoint.restore(self.workdir, template, warn=self.console.warn, frozen=frozen)
         if restored is not None:
@@ -147,15 +141,10 @@ class _Run:
             changes = "; ".join(f"{k} was {v}, is {now}" for k, (v, now) in changed.items() if v != now)
             self.console.print(f"resumed {self.workdir} at step {restored.step}" + (f" ({changes})" if changes else ""))
             return restored.state, restored.step
-        source = ", ".join(self.config.init_sources())
-        weights = self.config.initial_weights(self.load_weights) if source else None
-        replaced = replaced_leaves(template, weights) if weights is not None else ()
         with self.console.activity("initialising the parameters"):
-            host = initialise(create, rng, replaced)
-        if weights is not None:
-            self.origins = origins_of(host.params, weights, source)
-            host, message = initialize_from(host, weights, source, self.optimizer.partition, method.constrain)
-            self.console.print(message)
+            host, self.origins, report = start.state(self.load_weights)
+        if report is not None:
+            self.console.print(report)
         return host, 0
 
     def _resume_data(self, restored: checkpoint.Restored) -> None:
