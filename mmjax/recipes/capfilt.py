@@ -213,7 +213,7 @@ def score_shard(
         _check_header(file, header)
         return file
     lines = [header]
-    for number, batch in enumerate(_batches(WebDataset(shard), models, sampling.batch_size)):
+    for number, batch in enumerate(prepared_batches(WebDataset(shard), models, sampling.batch_size)):
         lines += _scored(batch, models, sampling, _seed(sampling, shard, number))
         if advance is not None:
             advance(len(batch))
@@ -250,7 +250,7 @@ def _read(file: str | os.PathLike[str]) -> bytes:
         raise MmjaxError(f"{file}: cannot be read: {error}") from error
 
 
-def _batches(shard: WebDataset, models: Models, size: int) -> Iterator[list[dict[str, Any]]]:
+def prepared_batches(shard: WebDataset, models: Models, size: int) -> Iterator[list[dict[str, Any]]]:
     """The records of a shard in order, decoded and preprocessed in threads: Pillow releases the interpreter's lock."""
     with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         waiting: collections.deque[list[concurrent.futures.Future[dict[str, Any]]]] = collections.deque()
