@@ -95,13 +95,18 @@ def starts_of(globs: Mapping[str, Mapping[str, str]]) -> list[Start]:
     return [Start(name, tasks) for name, tasks in runs.items()]
 
 
+def tasks_of(starts: Sequence[Start]) -> list[str]:
+    """The tasks that any of them was trained for."""
+    return [task for task in SCORES if any(task in start.runs for start in starts)]
+
+
 def spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
 
 def table(starts: Sequence[Start]) -> str:
     """In Markdown: mean and standard deviation over seeds."""
-    names = [name.removeprefix("val/") for task in SCORES.values() for name in task]
+    names = [name.removeprefix("val/") for task in tasks_of(starts) for name in SCORES[task]]
     lines = ["| start | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for start in starts:
         scores = start.scores()
@@ -111,8 +116,8 @@ def table(starts: Sequence[Start]) -> str:
 
 
 def draw(starts: Sequence[Start], each: int = 2) -> matplotlib.figure.Figure:
-    """Rows: `each` validation scenes and as many of held-out sprites, with masks, then with boxes. Columns: the truth,
-    and the prediction from each start."""
+    """Rows: `each` validation scenes and as many of held-out sprites, with masks, then with boxes, if there are runs of
+    the task. Columns: the truth, and the prediction from each start."""
     splits: Any = ["validation"] * each + ["sprites"] * each
     indices = [*range(each), *range(each)]
     masks = [SceneMasks(each, split, size=SIZE)[i] for split, i in zip(splits, indices)]
@@ -122,11 +127,12 @@ def draw(starts: Sequence[Start], each: int = 2) -> matplotlib.figure.Figure:
         "segmentation": [record["mask"] for record in masks],
         "detection": [[(names[k + 1], box) for k, box in zip(r["labels"], r["boxes"]) if k >= 0] for r in boxes],
     }
-    rows = len(SCORES) * len(images)
+    tasks = tasks_of(starts)
+    rows = len(tasks) * len(images)
     figure = matplotlib.figure.Figure(figsize=(1.55 * (len(starts) + 1), 1.62 * rows + 0.7), layout="constrained")
     axes = figure.subplots(rows, len(starts) + 1, squeeze=False)
     for column, start in enumerate([None, *starts]):
-        for band, task in enumerate(SCORES):
+        for band, task in enumerate(tasks):
             if start is None:
                 outputs = truths[task]
             elif task not in start.runs:
@@ -165,9 +171,11 @@ def _panel(axis: Any, image: np.ndarray, output: Any, names: Sequence[str]) -> N
         axis.add_patch(rectangle)
 
 
-def main(picture: tyro.conf.Positional[pathlib.Path], segmentation: dict[str, str], detection: dict[str, str]) -> None:
+def main(
+    picture: tyro.conf.Positional[pathlib.Path], segmentation: dict[str, str], detection: dict[str, str] | None = None
+) -> None:
     """segmentation, detection: the name of each encoder and the glob of its workdirs, a seed each, in turn."""
-    starts = starts_of({"segmentation": segmentation, "detection": detection})
+    starts = starts_of({"segmentation": segmentation, "detection": detection or {}})
     rows = [{"start": start.name, "seeds": start.scores()} for start in starts]
     contents = {"command": shlex.join(["python", *sys.argv]), "rows": rows}
     picture.with_suffix(".json").write_text(json.dumps(contents, indent=1) + "\n")

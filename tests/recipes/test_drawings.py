@@ -59,7 +59,9 @@ def test_the_table_of_dense_transfer_is_of_the_last_scores(tmp_path):
         lines = [dict.fromkeys(script.SCORES["segmentation"], value) | {"step": i} for i, value in enumerate(values)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (start,) = script.starts_of({"segmentation": {"MoCo": f"{tmp_path}/arms/moco*"}, "detection": {}})
-    assert "| MoCo | 32.0 ± 1.4 | 32.0 ± 1.4 |  |  |" in script.table([start])
+    assert script.table([start]).splitlines()[-1] == "| MoCo | 32.0 ± 1.4 | 32.0 ± 1.4 |"
+    boxes = script.Start("CLIP", {"detection": ()})
+    assert "| MoCo | 32.0 ± 1.4 | 32.0 ± 1.4 |  |  |" in script.table([start, boxes])
     with pytest.raises(MmjaxError, match=r"--detection CLIP .*matches no folder"):
         script.starts_of({"segmentation": {}, "detection": {"CLIP": f"{tmp_path}/arms/clip*"}})
     wrong = script.Start("MoCo", {"detection": start.runs["segmentation"]})
