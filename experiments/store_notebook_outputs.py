@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 LIMIT = 380_000
 SETTINGS = {
     "01_quickstart": {"steps": "120"},
-    "02_momentum_ablation": {"steps": "40", "flags": "--batch_size 64 --queue 512 --width 16 --warmup 4"},
+    "02_momentum_ablation": {"steps": "200", "flags": "--eval_every 0"},
     "03_language": {"new_tokens": "40"},
     "04_align_and_bootstrap": {"steps": "400", "tuning_steps": "100"},
 }
