@@ -102,7 +102,7 @@ def test_quickstart(run):
 
 
 TINY = "--batch_size 16 --queue 32 --width 8 --bn_groups 2 --view_size 32 --image_size 32"
-TINY += " --warmup 1 --log_every 1 --scenes 24"
+TINY += " --warmup 1 --log_every 1 --eval_every 0 --scenes 0"  # test_dense_probe.py has the probe on scenes
 
 
 def test_momentum_ablation(run):
