@@ -189,16 +189,28 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--proposals", metavar="FILE", help="grounding: a detector's boxes (dets.json)")
     verb.add_argument("--block", type=int, metavar="N", help="grounding: layer of the cross attention")
     verb.add_argument("--limit", type=int, metavar="N", help="the first N records of annotation files")
+    help_text = (
+        "captions, vqa of Flamingo: the numbers of examples in the prompt, such as 0,4,8,16,32; a table and a plot"
+    )
+    verb.add_argument("--shots", metavar="0,4,8", help=help_text)
+    help_text = "shots: annotation files that examples are taken from; the same ones, by --seed, before every query"
+    verb.add_argument("--support", nargs="+", metavar="FILE", help=help_text)
+    verb.add_argument("--support_images", metavar="DIR", help="shots: the folder of the images; default: --images")
+    help_text = "shots: before each query the examples with the most similar images, the most similar last"
+    verb.add_argument("--rices", action="store_true", default=None, help=help_text)
+    help_text = "shots: a sample for each query, as in OpenFlamingo's evaluation"
+    verb.add_argument("--per_query", action="store_true", default=None, help=help_text)
+    verb.add_argument("--seed", type=int, metavar="N", help="shots: of the samples (default 42)")
     verb.add_argument("--experiment", metavar="EXPERIMENT.py", help="the experiment's file, if it moved")
 
 
 def _run_evaluate(flags: argparse.Namespace) -> None:
-    from mmjax.cli import evaluate, evaluate_lists
+    from mmjax.cli import evaluate, evaluate_lists, evaluate_shots
 
     of_lists = ("images", "limit", *(name for names in evaluate_lists.TASKS.values() for name in names))
     wrong = [f"--{name}" for name in dict.fromkeys(of_lists) if getattr(flags, name) is not None]
     if flags.data is not None and flags.task in evaluate_lists.TASKS:
-        evaluate_lists.run(flags)
+        (evaluate_lists if flags.shots is None else evaluate_shots).run(flags)
     elif wrong:
         raise MmjaxError(f"{', '.join(wrong)}: of --data FILES with --task {', '.join(evaluate_lists.TASKS)}")
     elif flags.data is not None:

@@ -18,14 +18,16 @@ from mmjax.data.task_lists import EntailmentList, ImagePairList, QuestionList, r
 from mmjax.errors import MmjaxError
 from mmjax.evaluation.vqa import read_human_answers, write_submission
 from mmjax.interface import protocols
+from mmjax.interface.few_shot import FewShotModel
 from mmjax.training import checkpoint
 
+SHOTS = ("shots", "support", "support_images", "rices", "per_query", "seed")
 TASKS = {
-    "vqa": ("answers", "annotations", "k"),
+    "vqa": ("answers", "annotations", "k", *SHOTS),
     "nlvr2": (),
     "entailment": (),
     "retrieval": ("k", "formula"),
-    "captions": (),
+    "captions": SHOTS,
     "grounding": ("refer", "proposals", "block"),
 }
 """Flags of each task besides --data, --images and --limit."""
@@ -44,8 +46,13 @@ def run(flags: argparse.Namespace) -> None:
         raise MmjaxError(
             "--task grounding: --refer DIR, with refs(unc).p and instances.json, and --proposals FILE.json"
         )
-    source = _source(task, flags.data, flags.images)
+    without = [f"--{name}" for name in SHOTS if getattr(flags, name) is not None]
+    if without:
+        raise MmjaxError(f"{', '.join(without)}: of --shots 0,4,8")
+    source = annotation_list(task, flags.data, flags.images)
     model = load(flags.source)
+    if task == "vqa" and isinstance(model, FewShotModel):
+        raise MmjaxError(f"--task vqa of a {model.system}: --shots 0,4,8 --support FILES, its examples")
     result = _protocol(model, source, flags)
     inside = epath.Path(flags.source) if checkpoint.latest(flags.source) is not None else epath.Path(".")
     facts = {
@@ -57,8 +64,7 @@ def run(flags: argparse.Namespace) -> None:
     facts |= {"data": [os.path.abspath(file) for file in flags.data], "limit": flags.limit, **result.facts}
     if result.predictions:
         file = inside / "evaluations" / f"{task}_predictions.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _write_predictions(source, result.predictions, file)
+        write_predictions(source, result.predictions, file)
         print(file)
     Console(markup=False, emoji=False, soft_wrap=True).print(_sentence(facts))
     if not result.scores:
@@ -68,7 +74,8 @@ def run(flags: argparse.Namespace) -> None:
     report_scores(result.scores, inside, task, title, facts)
 
 
-def _source(task: str, files: Sequence[str], images: str | None) -> Any:
+def annotation_list(task: str, files: Sequence[str], images: str | None) -> Any:
+    """The list of a task's annotation files."""
     if task == "vqa":
         return QuestionList(files, _folders(images or os.path.dirname(files[0]) or "."))
     kinds: dict[str, Any] = {"nlvr2": ImagePairList, "entailment": EntailmentList, "grounding": ReferringList}
@@ -86,7 +93,7 @@ def _folders(images: str) -> dict[str, str]:
 
 
 def _protocol(model: Any, source: Any, flags: argparse.Namespace) -> protocols.Protocol:
-    common: dict[str, Any] = {"limit": flags.limit, "track": _track}
+    common: dict[str, Any] = {"limit": flags.limit, "track": track_chunks}
     if flags.k is not None and flags.k < (flags.task != "retrieval"):
         raise MmjaxError(f"--k {flags.k}: at least {int(flags.task != 'retrieval')}")
     k: dict[str, int] = {} if flags.k is None else {"k": flags.k}
@@ -107,13 +114,15 @@ def _protocol(model: Any, source: Any, flags: argparse.Namespace) -> protocols.P
             return protocols.pair_classes(model, source, **common)
 
 
-def _track(starts: Sequence[int]) -> Iterable[int]:
+def track_chunks(starts: Sequence[int]) -> Iterable[int]:
+    """A progress bar on a terminal."""
     console = Console(stderr=True)
     return track(starts, "evaluating", console=console, transient=True, disable=not console.is_terminal)
 
 
-def _write_predictions(source: Any, predictions: Sequence[Any], file: epath.Path) -> None:
+def write_predictions(source: Any, predictions: Sequence[Any], file: epath.Path) -> None:
     """In the form of the VQA server where it is a list of questions with ids."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     ids = [source.record(index).get("question_id") for index in range(len(predictions))]
     if isinstance(source, QuestionList) and all(isinstance(id, int) for id in ids):
         write_submission(file, ids, predictions)

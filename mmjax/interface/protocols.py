@@ -67,15 +67,15 @@ def questions(
     Raises MmjaxError for a model that answers no questions, missing images, or a question without human answers.
     """
     _check(model, AnsweringModel, "answer", "answers no questions")
-    n = _length(source, limit)
+    n = record_count(source, limit)
     predictions: list[str] = []
-    for records in _chunks(source, n, track):
-        images, texts = [_image(source, record) for record in records], [record["text"] for record in records]
+    for records in chunks(source, n, track):
+        images, texts = [record_image(source, record) for record in records], [record["text"] for record in records]
         if answers is None:
             predictions += model.answer(images, texts, batch_size=16)
         else:
             predictions += [best[0][0] for best in model.answer(images, texts, answers, k=k, batch_size=4)]
-    judged = _human_answers(source, n, human)
+    judged = human_answers(source, n, human)
     rules = model.answer_rules
     facts: dict[str, Any] = {"answers": "written", "generation": str(rules.generation)}
     if answers is not None:
@@ -101,11 +101,11 @@ def pair_classes(
         raise MmjaxError(f"{source.name}: classes {', '.join(source.classes)}; the model's are {', '.join(names)}")
     # A head whose classes have no names has them in the original's order.
     order = [names.index(name) if model.labels else i for i, name in enumerate(source.classes)]
-    n = _length(source, limit)
+    n = record_count(source, limit)
     logits, labels = [], []
-    for records in _chunks(source, n, track):
+    for records in chunks(source, n, track):
         keys = ("image_0", "image_1") if two else ("image",)
-        images = [[_image(source, record, key) for record in records] for key in keys]
+        images = [[record_image(source, record, key) for record in records] for key in keys]
         logits.append(np.asarray(model.pair_logits("classify", [record["text"] for record in records], 16, *images)))
         labels += [record["label"] for record in records]
     predicted = np.argmax(np.concatenate(logits)[:n][:, order], 1)
@@ -129,11 +129,13 @@ def retrieval(
     _check(model, ImageTextModel, "retrieve", "has no features of images and texts")
     if k:
         _check(model, TwoStageModel, "match", "has no ITM head; k=0 ranks by similarity alone")
-    n = _length(source, limit)
+    n = record_count(source, limit)
     texts, owner = retrieval_texts(source)
     texts, owner = texts[: int((owner < n).sum())], owner[owner < n]
     if not k:
-        features = [model.encode_image([_image(source, r) for r in records]) for records in _chunks(source, n, track)]
+        features = [
+            model.encode_image([record_image(source, r) for r in records]) for records in chunks(source, n, track)
+        ]
         images, text_features = jnp.concatenate(features)[:n], model.encode_text(list(texts))
         if images.ndim == 2:
             ranks = ranks_of_features(images, text_features, owner)
@@ -141,8 +143,8 @@ def retrieval(
             ranks = ranks_of_scores(model.similarity(images, text_features), owner)
         return Protocol(ranks.scores() | ranks.mean_recalls(), {"formula": "similarity"})
     preprocess, add = model.preprocess, model.add_similarity if add_similarity is None else add_similarity
-    chunks = _chunks(source, n, track)
-    images = [preprocess.to_uint8(_image(source, record)) for records in chunks for record in records][:n]
+    parts = chunks(source, n, track)
+    images = [preprocess.to_uint8(record_image(source, record)) for records in parts for record in records][:n]
     ids, mask = model.columns(list(texts), model.rules.length)
 
     def pixels(images: Array) -> Array:
@@ -161,13 +163,11 @@ def captions(model: Any, source: ImageTextList, limit: int | None = None, track:
     The predictions are captions. Raises MmjaxError for a model that writes no captions, or missing images.
     """
     _check(model, Model, "caption", "writes no captions")
-    n = _length(source, limit)
-    texts, owner = retrieval_texts(source)
-    references = [list(texts[slice(*np.searchsorted(owner, [i, i + 1]))]) for i in range(n)]
+    n = record_count(source, limit)
     predictions: list[str] = []
-    for records in _chunks(source, n, track):
-        predictions += model.caption([_image(source, record) for record in records])
-    scores = caption_scores(predictions[:n], references, True)
+    for records in chunks(source, n, track):
+        predictions += model.caption([record_image(source, record) for record in records])
+    scores = caption_scores(predictions[:n], reference_texts(source, n), True)
     return Protocol(scores, {"formula": "the model's own decoding"}, predictions[:n])
 
 
@@ -186,11 +186,11 @@ def grounding(
     expression without a reference or without proposals.
     """
     _check(model, GroundingModel, "ground", "has no ITM head to ground texts with")
-    n = _length(source, limit)
+    n = record_count(source, limit)
     maps: list[np.ndarray] = []
     expressions: list[Referred] = []
-    for records in _chunks(source, n, track):
-        images = [_image(source, record) for record in records]
+    for records in chunks(source, n, track):
+        images = [record_image(source, record) for record in records]
         maps += list(np.asarray(model.heat_maps(images, [record["text"] for record in records], block)[0]))
         for record in records:
             reference = references.get(record["ref_id"])
@@ -212,7 +212,7 @@ def _check(model: Any, kind: type, ability: str, problem: str) -> None:
         raise MmjaxError(f"this {model.system} {problem}")
 
 
-def _length(source: AnnotationList, limit: int | None) -> int:
+def record_count(source: AnnotationList, limit: int | None) -> int:
     """The number of records; their images are checked first, as a score needs all."""
     if limit is not None and limit < 1:
         raise MmjaxError(f"limit={limit}: should be at least 1")
@@ -221,18 +221,26 @@ def _length(source: AnnotationList, limit: int | None) -> int:
     return n
 
 
-def _chunks(source: AnnotationList, n: int, track: Track) -> Iterable[list[Mapping[str, Any]]]:
-    """The first n records in chunks of one size; the last is filled up with copies, so that nothing compiles twice."""
+def chunks(source: AnnotationList, n: int, track: Track, first: int = 0) -> Iterable[list[Mapping[str, Any]]]:
+    """The first n records, from `first` on, in chunks of one size; the last is filled up with copies, so that nothing
+    compiles twice."""
     size = min(CHUNK, n)
-    for start in track(range(0, n, size)):
+    for start in track(range(first, n, size)):
         yield [source[min(index, n - 1)] for index in range(start, start + size)]
 
 
-def _image(source: AnnotationList, record: Mapping[str, Any], key: str = "image") -> np.ndarray:
+def record_image(source: AnnotationList, record: Mapping[str, Any], key: str = "image") -> np.ndarray:
     return decode_image(record[key], source.name)
 
 
-def _human_answers(source: QuestionList, n: int, human: Sequence[HumanAnswers]) -> list[HumanAnswers]:
+def reference_texts(source: ImageTextList, n: int) -> list[list[str]]:
+    """The texts of each of the first n images."""
+    texts, owner = retrieval_texts(source)
+    return [list(texts[slice(*np.searchsorted(owner, [i, i + 1]))]) for i in range(n)]
+
+
+def human_answers(source: QuestionList, n: int, human: Sequence[HumanAnswers]) -> list[HumanAnswers]:
+    """Those of `human` or, if there are none, the lists of answers in the entries; []: there are none."""
     entries = [source.record(index) for index in range(n)]
     if human:
         by_id = {one.question: one for one in human}

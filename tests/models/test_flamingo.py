@@ -12,8 +12,8 @@ import tiny_flamingo as tiny
 import mmjax
 from mmjax import tree
 from mmjax.errors import MmjaxError
+from mmjax.interface.few_shot import CAPTIONS, QUESTIONS, Example, FewShot
 from mmjax.models.flamingo.decode import FlamingoSteps
-from mmjax.models.flamingo.few_shot import CAPTIONS, QUESTIONS, Example, FewShot
 from mmjax.models.flamingo.network import CrossAttention, Flamingo, FlamingoConfig, ResamplerConfig
 from mmjax.models.flamingo.tasks import FlamingoModel
 from mmjax.models.language.config import DecoderConfig

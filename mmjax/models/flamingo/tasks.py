@@ -14,12 +14,12 @@ from flax import linen as nn
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
 from mmjax.generation.options import BeamRules
-from mmjax.interface.generation import GeneratingModel, are_strings
+from mmjax.interface.few_shot import FewShotModel
+from mmjax.interface.generation import BUCKETS, are_strings
 from mmjax.interface.inputs import Input
 from mmjax.interface.model import Model
 from mmjax.models.flamingo.checkpoint import trained_part
 from mmjax.models.flamingo.decode import FlamingoCache, FlamingoSteps, answer_scores, encode_prefix
-from mmjax.models.flamingo.few_shot import CAPTIONS, QUESTIONS, Example, FewShot, Selection, Template
 from mmjax.models.flamingo.media import arranged, flattened
 from mmjax.models.flamingo.network import Flamingo, FlamingoConfig
 from mmjax.models.flamingo.start import assembled
@@ -39,7 +39,7 @@ ENCODED = 16
 """Frames that the image encoder takes at a time, so that few programs are compiled."""
 
 
-class FlamingoModel(GeneratingModel):
+class FlamingoModel(FewShotModel):
     """A loaded Flamingo.
 
         model.generate("<image>Output:", images=[photo], num_beams=3)
@@ -313,53 +313,6 @@ class FlamingoModel(GeneratingModel):
         tokens = tokens.reshape(*shape, *tokens.shape[1:])
         return {**texts, "media": self._resampled(self.variables, tokens, inputs.get("frame_mask"))}
 
-    # -------------------------------------------------------------------------------------------------- few examples
-
-    def caption(
-        self,
-        images: Any,
-        examples: Sequence[Example] = (),
-        *,
-        shots: int | None = None,
-        selection: Selection = "fixed",
-        seed: int = 42,
-        template: Template = CAPTIONS,
-        **options: Any,
-    ) -> list[str]:
-        """A caption of each image, after `shots` of the examples (images with captions); see `FewShot`.
-
-        options: as of `generate`; by default as OpenFlamingo's evaluation has them: 3 beams, 20 new tokens.
-        """
-        return FewShot(self, examples, template, shots, selection, seed)(images, **options)
-
-    def answer(
-        self,
-        images: Any,
-        questions: Sequence[str],
-        answers: Sequence[str] | None = None,
-        top: int = 1,
-        k: int = 128,
-        *,
-        examples: Sequence[Example] = (),
-        shots: int | None = None,
-        selection: Selection = "fixed",
-        seed: int = 42,
-        template: Template = QUESTIONS,
-        **options: Any,
-    ) -> list[Any]:
-        """A short answer to each question, about the image of the same index, after `shots` of the examples.
-
-        answers: a list to choose from; the result is, for each question, `top` pairs (answer, probability), the best
-            first; see `rank` for k. options: as of `generate`, for written answers.
-        Raises MmjaxError for options with a list.
-        """
-        few_shot = FewShot(self, examples, template, shots, selection, seed)
-        if answers is None:
-            return few_shot(images, questions, **options)
-        if options:
-            raise MmjaxError(f"answers of a list are ranked: {', '.join(options)} would have no effect")
-        return [ranked[:top] for ranked in few_shot.rank(images, questions, answers, k)]
-
 
 class Prefix:
     """An encoded text that precedes prompts; see `FlamingoModel.encode_prefix`."""
@@ -387,7 +340,9 @@ class _Continuation(FlamingoModel):
         if joined:
             raise MmjaxError(f"the tokens of a prefix that ends {start.text[-20:]!r} change before {joined[0][:80]!r}")
         rest = [row[len(first) :] for row in rows]
-        return padded(rest, max(map(len, rest)), self.pad, self.padding_side)
+        longest = max(map(len, rest))
+        width = next((size for size in BUCKETS if size >= longest), longest)
+        return padded(rest, width, self.pad, self.padding_side)
 
     def check_room(self, length: int, new_tokens: int) -> None:
         super().check_room(length + int(self.prefix.cache.text.mask.sum()), new_tokens)
