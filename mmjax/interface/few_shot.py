@@ -43,12 +43,13 @@ class Template:
 
     Attributes:
         query: ends where the answer begins; "{question}" stands for the question.
-        separator: after each example.
+        end, separator: after each example.
         ends: an answer ends before the first of these. removed: a string that is taken out of answers.
         new_tokens: the default of max_new_tokens.
     """
 
     query: str
+    end: str = END_OF_CHUNK
     separator: str = "\n"
     ends: tuple[str, ...] = ()
     removed: str = ""
@@ -59,7 +60,7 @@ class Template:
 
     def example(self, example: Example, image: bool = True) -> str:
         """image: False: without `<image>`, for the examples of zero shots, which are text alone."""
-        text = f"{self.prompt(example.question)}{example.answer}{END_OF_CHUNK}{self.separator}"
+        text = f"{self.prompt(example.question)}{example.answer}{self.end}{self.separator}"
         return text if image else text.replace(IMAGE, "")
 
     def cleaned(self, text: str) -> str:
@@ -99,6 +100,7 @@ class FewShot:
 
     def __post_init__(self) -> None:
         self.shots = len(self.examples) if self.shots is None else self.shots
+        self.template = self.model.fitting(self.template)
         if not 0 <= self.shots <= len(self.examples) or self.selection not in SELECTIONS:
             raise MmjaxError(f"shots={self.shots}, selection={self.selection!r} of {len(self.examples)} examples")
 
@@ -116,7 +118,7 @@ class FewShot:
 
     def facts(self) -> dict[str, Any]:
         """What the answers depend on beside the model."""
-        template = {"query": self.template.query, "separator": self.template.separator}
+        template = {name: getattr(self.template, name) for name in ("query", "end", "separator")}
         return {"shots": self.shots, "selection": self.selection, "seed": self.seed, **template}
 
     def __call__(
@@ -192,6 +194,10 @@ class FewShot:
 
 class FewShotModel(GeneratingModel):
     """A model whose prompts may have several images, and which answers after examples."""
+
+    def fitting(self, template: Template) -> Template:
+        """The template with what this model's texts have at the end of an example."""
+        return template
 
     @abc.abstractmethod
     def encode_image(self, images: Any) -> Float[Array, "b e"]:

@@ -240,7 +240,10 @@ def reference_texts(source: ImageTextList, n: int) -> list[list[str]]:
 
 
 def human_answers(source: QuestionList, n: int, human: Sequence[HumanAnswers]) -> list[HumanAnswers]:
-    """Those of `human` or, if there are none, the lists of answers in the entries; []: there are none."""
+    """Those of `human` or, if there are none, the lists of answers in the entries; []: there are none.
+
+    A list of one answer, as of scenes, is that of ten people: the accuracy is then the share of equal answers.
+    """
     entries = [source.record(index) for index in range(n)]
     if human:
         by_id = {one.question: one for one in human}
@@ -251,7 +254,8 @@ def human_answers(source: QuestionList, n: int, human: Sequence[HumanAnswers]) -
     judged = []
     for index, entry in enumerate(entries):
         texts = entry.get("answer")
-        if not isinstance(texts, list) or len(texts) < 2:
+        if not isinstance(texts, list) or not texts:
             return []
-        judged.append(HumanAnswers(entry.get("question_id", index), tuple(texts), str(entry["image"])))
+        people = tuple(texts) if len(texts) > 1 else tuple(texts) * 10
+        judged.append(HumanAnswers(entry.get("question_id", index), people, str(entry["image"])))
     return judged
