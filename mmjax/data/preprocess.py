@@ -206,7 +206,7 @@ class ImagePreprocessing:
 def from_hf(hf_config: Mapping[str, Any]) -> ImagePreprocessing:
     """Reads Hugging Face's preprocessor_config.json, in its present form and the older ones."""
     kind = hf_config.get("image_processor_type") or hf_config.get("feature_extractor_type") or ""
-    size = hf_config.get("size", 224)
+    size = hf_config.get("size", hf_config.get("image_size", 224))  # image_size: Idefics
     crop = hf_config.get("crop_size", size)
     crops = hf_config.get("do_center_crop", kind.startswith(("CLIP", "Llava")))
     if kind.startswith("ConvNext"):
@@ -219,9 +219,9 @@ def from_hf(hf_config: Mapping[str, Any]) -> ImagePreprocessing:
     else:
         resize = size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"])
     crop = crop if isinstance(crop, int) else crop.get("shortest_edge") or (crop["height"], crop["width"])
-    bicubic = kind.startswith(("Blip", "CLIP", "ConvNext", "Llava"))
+    bicubic = kind.startswith(("Blip", "CLIP", "ConvNext", "Idefics", "Llava"))
     number = hf_config.get("resample", RESAMPLING["bicubic" if bicubic else "bilinear"])
-    mean, std = (CLIP_MEAN, CLIP_STD) if kind.startswith(("Blip", "Llava")) else (HALF, HALF)
+    mean, std = (CLIP_MEAN, CLIP_STD) if kind.startswith(("Blip", "Idefics", "Llava")) else (HALF, HALF)
     pad = kind.startswith("LlavaImageProcessor") and hf_config.get("do_pad", False)
     normalize = hf_config.get("do_normalize", True)
     return ImagePreprocessing(

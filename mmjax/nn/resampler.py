@@ -1,8 +1,10 @@
 """The Perceiver Resampler: any number of visual tokens become a fixed number of them (arXiv 2204.14198, section 3.1.1).
 
-Source: open_flamingo's src/helpers.py, PerceiverResampler. An image is a video of one frame.
+Source: open_flamingo's src/helpers.py, PerceiverResampler; transformers' idefics/perceiver.py. An image is a video of
+one frame.
 """
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,12 +23,14 @@ PLAIN = Init(TORCH, TORCH, TORCH, TORCH, nn.initializers.zeros)
 
 class ResamplerLayer(nn.Module):
     """Latents attend to the media and to themselves; then a feed-forward. Params: media_norm, latent_norm, attention,
-    mlp_norm, mlp. Both norms come before the concatenation; the media themselves are never updated."""
+    mlp_norm, mlp. Both norms come before the concatenation; the media themselves are never updated. See `Resampler`."""
 
     heads: int
     head_width: int
     hidden: int
     dtype: Any = jnp.float32
+    act: str = "gelu"
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(
@@ -42,10 +46,12 @@ class ResamplerLayer(nn.Module):
             dtype=self.dtype,
             qkv_bias=False,
             out_bias=False,
+            make_qk_norm=functools.partial(LayerNorm, EPSILON, self.dtype) if self.qk_norm else None,
+            norm_heads=True,
             name="attention",
         )
         latents = latents + attention(queries, jnp.concatenate([media, queries], axis=1), mask)
-        mlp = Mlp(self.hidden, "gelu", init_with=PLAIN, dtype=self.dtype, use_bias=False, name="mlp")
+        mlp = Mlp(self.hidden, self.act, init_with=PLAIN, dtype=self.dtype, use_bias=False, name="mlp")
         return latents + mlp(LayerNorm(EPSILON, self.dtype, name="mlp_norm")(latents))
 
 
@@ -60,6 +66,7 @@ class Resampler(nn.Module):
         frames: rows of the table of frame embeddings; 0: there is none. A video of more frames has embeddings
             interpolated linearly between the first and the last one (arXiv 2204.14198: 8 in training, 30 in tests).
         media: rows of the table of embeddings of the media of a prompt; 0: there is none.
+        act: of the feed-forward. qk_norm: queries and keys have a LayerNorm over each head (Idefics).
     """
 
     depth: int = 6
@@ -70,6 +77,8 @@ class Resampler(nn.Module):
     frames: int = 0
     media: int = 0
     dtype: Any = jnp.float32
+    act: str = "gelu"
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(
@@ -101,7 +110,8 @@ class Resampler(nn.Module):
         latents = repeat(latents, "q d -> m q d", m=b * t)
         hidden = 4 * d if self.hidden is None else self.hidden
         for j in range(self.depth):
-            layer = ResamplerLayer(self.heads, self.head_width, hidden, self.dtype, name=f"layer_{j}")
+            sizes = (self.heads, self.head_width, hidden, self.dtype, self.act, self.qk_norm)
+            layer = ResamplerLayer(*sizes, name=f"layer_{j}")
             latents = layer(latents, x, allowed)
         latents = LayerNorm(EPSILON, self.dtype, name="norm")(latents)
         return rearrange(latents, "(b t) q d -> b t q d", b=b)

@@ -108,7 +108,7 @@ class MultiHeadAttention(nn.Module):
         qkv_bias, out_bias: which products have one. key_bias: False: that of the keys has none (EVA).
         scale: of the scores; None: 1 / sqrt(head width).
         clip: queries, keys and values are clamped to +-clip (MPT). make_qk_norm: makes the norms over all heads of
-            queries and of keys together.
+            queries and of keys together, or with `norm_heads` over each head alone (Idefics).
         zero_masked: a query that may attend to nothing gets zero, not the mean of all values.
 
     Inside `apply(..., mutable=["intermediates"])` such a pass stores its weights [b, h, l, s] as "weights". Where the
@@ -131,6 +131,7 @@ class MultiHeadAttention(nn.Module):
     scale: float | None = None
     clip: float | None = None
     make_qk_norm: Callable[[], nn.Module] | None = None
+    norm_heads: bool = False
     zero_masked: bool = False
 
     def setup(self) -> None:
@@ -225,7 +226,10 @@ class MultiHeadAttention(nn.Module):
     def _heads(self, y: Float[Array, "b l d"], norm: Any = None) -> Float[Array, "b l h k"]:
         if self.clip is not None:
             y = jnp.clip(y, -self.clip, self.clip)
-        return rearrange(y if norm is None else norm(y), "b l (h k) -> b l h k", k=self.head_width)
+        if norm is not None and not self.norm_heads:
+            y = norm(y)
+        y = rearrange(y, "b l (h k) -> b l h k", k=self.head_width)
+        return norm(y) if norm is not None and self.norm_heads else y
 
 
 class Mlp(nn.Module):

@@ -8,6 +8,7 @@ An image is `<image>`; the text about it ends with `<|endofchunk|>`. Labels are 
     'See:<image>a hen.<|endofchunk|><image>Two boats!<|endofchunk|>'
 """
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,8 @@ from jaxtyping import Int
 from mmjax.errors import MmjaxError
 
 IMAGE, END_OF_CHUNK = "<image>", "<|endofchunk|>"
+AROUND_IMAGE = "<fake_token_around_image>"
+"""Before and after an image, or several in a row, in Idefics."""
 IGNORED = -100
 
 
@@ -39,6 +42,21 @@ def document_text(sentences: Sequence[str], illustrated: Sequence[int]) -> str:
     )
     text = text.replace(END_OF_CHUNK, "", 1).replace(f" {END_OF_CHUNK}", END_OF_CHUNK)
     return text.replace(f"{IMAGE} ", IMAGE).replace(f" {IMAGE}", IMAGE) + END_OF_CHUNK
+
+
+def around_images(text: str) -> str:
+    """The text with Idefics' tokens around its images, without spaces beside them; a text with such tokens as it is.
+
+    >>> around_images("User: <image> <image> What?").replace(AROUND_IMAGE, "|")
+    'User:|<image>|<image>|What?'
+    """
+    if AROUND_IMAGE in text:
+        return text
+    return re.sub(
+        rf" *{IMAGE}(?: *{IMAGE})* *",
+        lambda match: AROUND_IMAGE + f"{IMAGE}{AROUND_IMAGE}" * match[0].count(IMAGE),
+        text,
+    )
 
 
 def pair_labels(

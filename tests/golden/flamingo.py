@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.models.flamingo.checkpoint import CROSS, OPEN_FLAMINGO, _cross_entries, _resampler_entries
+from mmjax.models.flamingo.config import FlamingoConfig, ResamplerConfig
 from mmjax.models.flamingo.decode import FlamingoSteps
-from mmjax.models.flamingo.network import CrossAttention, Flamingo, FlamingoConfig, ResamplerConfig
+from mmjax.models.flamingo.network import CrossAttention, Flamingo
 from mmjax.models.flamingo.tasks import FlamingoModel
 from mmjax.models.language.config import DecoderConfig
 from mmjax.models.language.network import output_layer

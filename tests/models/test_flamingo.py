@@ -13,8 +13,9 @@ import mmjax
 from mmjax import tree
 from mmjax.errors import MmjaxError
 from mmjax.interface.few_shot import CAPTIONS, QUESTIONS, Example, FewShot
+from mmjax.models.flamingo.config import FlamingoConfig, ResamplerConfig
 from mmjax.models.flamingo.decode import FlamingoSteps
-from mmjax.models.flamingo.network import CrossAttention, Flamingo, FlamingoConfig, ResamplerConfig
+from mmjax.models.flamingo.network import CrossAttention, Flamingo
 from mmjax.models.flamingo.tasks import FlamingoModel
 from mmjax.models.language.config import DecoderConfig
 from mmjax.models.language.tasks import LanguageModel
@@ -253,6 +254,7 @@ def test_few_shots(model):
         "selection": "random",
         "seed": 1,
         "query": f"{IMAGE}Output:",
+        "end": END,
         "separator": "\n",
     }
     # Zero shots: two examples without their images.

@@ -11,7 +11,7 @@ import tiny_text
 from mmjax import tree
 from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
 from mmjax.models.clip.tasks import CLIPModel
-from mmjax.models.flamingo.network import FlamingoConfig, ResamplerConfig
+from mmjax.models.flamingo.config import FlamingoConfig, ResamplerConfig
 from mmjax.models.flamingo.tasks import FlamingoModel
 from mmjax.models.language.config import DecoderConfig
 from mmjax.models.language.tasks import LanguageModel

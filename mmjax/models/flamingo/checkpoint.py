@@ -20,7 +20,8 @@ from mmjax import tree
 from mmjax.errors import MmjaxError
 from mmjax.models.clip import checkpoint as clip
 from mmjax.models.clip.network import CLIPConfig
-from mmjax.models.flamingo.network import FlamingoConfig, ResamplerConfig
+from mmjax.models.flamingo.config import FlamingoConfig, ResamplerConfig
+from mmjax.models.flamingo.idefics import IDEFICS
 from mmjax.models.language import checkpoint as language
 from mmjax.models.language.tables import parts
 from mmjax.models.language.tables import table as language_table
@@ -48,7 +49,11 @@ CROSS = re.compile(rf"{LANGUAGE}\.(?:.+\.(\d+)\.gated_cross_attn_layer|gated_cro
 
 
 def table(config: FlamingoConfig) -> Table:
-    """The entries of the whole model."""
+    """The entries of the whole model. Raises MmjaxError for a form that OpenFlamingo has not."""
+    r = config.resampler
+    form = (config.form, config.qk_norm, config.vector_gates, config.class_token, config.end_of_chunk is None)
+    if form != ("open_flamingo", False, False, False, False) or r is None or r.act != "gelu" or r.qk_norm:
+        raise MmjaxError("layout='open_flamingo': the resampler and the cross attention have OpenFlamingo's form")
     return (*_vision_entries(config), *_language_entries(config), *trained_entries(config))
 
 
@@ -103,6 +108,7 @@ def _cross_entries(target: str) -> list[Entry]:
 
 def _resampler_entries(config: FlamingoConfig) -> list[Entry]:
     r, start = config.resampler, "resampler"
+    assert r is not None
     entries = [Entry("perceiver.latents", f"params/{start}/latents"), *_norm("perceiver.norm", f"{start}/norm")]
     if r.frames:
         entries.append(Entry("perceiver.frame_embs", f"params/{start}/frame_embedding"))
@@ -221,8 +227,9 @@ def _resampler_config(shapes: Shapes, fields: Mapping[str, Any]) -> ResamplerCon
     inner, hidden = (shapes[f"perceiver.layers.0.{name}.weight"][0] for name in ("0.to_q", "1.1"))
     heads = fields.get("heads", max(inner // 64, 1))
     depth = len({key.split(".")[2] for key in shapes if key.startswith("perceiver.layers.")})
-    tables = (shapes.get(f"perceiver.{name}", (0,))[0] for name in ("frame_embs", "media_time_embs"))
-    return ResamplerConfig(depth, heads, inner // heads, latents, None if hidden == 4 * width else hidden, *tables)
+    frames, media = (shapes.get(f"perceiver.{name}", (0,))[0] for name in ("frame_embs", "media_time_embs"))
+    hidden = None if hidden == 4 * width else hidden
+    return ResamplerConfig(depth, heads, inner // heads, latents, hidden, frames, media)
 
 
 def _embedding_key(config: Any) -> str:
@@ -241,6 +248,7 @@ def _embedding_rows(shapes: Shapes, config: Any) -> int:
 def hf_config(config: FlamingoConfig) -> dict[str, Any]:
     """The config.json that `config_of` reads."""
     c, total = config, config.language.vocab_size + config.language.added_tokens
+    assert c.resampler is not None
     lang = language.hf_config(replace(c.language, vocab_size=total, added_tokens=0))
     act = c.vision.act if isinstance(c.vision, ViTConfig) else "quick_gelu"
     embed_dim = c.embed_dim or c.vision.features  # type: ignore[union-attr]
@@ -273,7 +281,7 @@ OPEN_FLAMINGO = Layout(
     ignored=language.HF.ignored,
     assumed={"end_of_chunk": "eoc_token_id", "image_token": "media_token_id"},
 )
-LAYOUTS = (OPEN_FLAMINGO,)
+LAYOUTS = (OPEN_FLAMINGO, IDEFICS)
 
 
 # --------------------------------------------------------------------------------------------------------- trained part

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.generation.decodable import DecodeState
-from mmjax.models.flamingo.network import Flamingo, FlamingoConfig, MediaCache
+from mmjax.models.flamingo.config import FlamingoConfig
+from mmjax.models.flamingo.network import Flamingo, MediaCache
 from mmjax.models.language.decode import PrefixCache, extended_prompt, last_states, new_slots
 from mmjax.types import Array, Float, Int
 
@@ -25,7 +26,8 @@ class FlamingoSteps:
     """A `mmjax.generation.decodable.Decodable` over the parameters of a `Flamingo`.
 
     Its inputs: `input_ids` [b, l]; `attention_mask` [b, l]; `media` [b, t, q, e], from `Flamingo.encode_media`, absent
-    where no prompt has any; and `past`, a `FlamingoCache` of one item, which precedes every prompt.
+    where no prompt has any; `image_attention_mask` [b, l, t], of past and new media, where it is not determined by
+    `<image>` alone; and `past`, a `FlamingoCache` of one item, which precedes every prompt.
     """
 
     config: FlamingoConfig
@@ -41,7 +43,8 @@ class FlamingoSteps:
         prompt = extended_prompt(ids.shape, inputs.get("attention_mask"), past and past.text, capacity)
         arrays = (x, ids == self.config.image_token, media, prompt.mask, prompt.position_ids)
         caches = (None, None) if past is None else (past.text.caches, past.media)
-        outputs: Any = module.apply(variables, *arrays, *caches, prompt.total_length, method="prefill")
+        image_mask = inputs.get("image_attention_mask")
+        outputs: Any = module.apply(variables, *arrays, *caches, prompt.total_length, image_mask, method="prefill")
         final = last_states(outputs[0], prompt.mask[:, -ids.shape[1] :])
         logits: Any = module.apply(variables, final, method="logits")
         text = PrefixCache(tuple(outputs[1]), prompt.mask, prompt.position_ids)
@@ -87,7 +90,9 @@ def answer_scores(
         x: Any = module.apply(variables, ids, method="embed")
         prompt = extended_prompt(ids.shape, mask, past.text, 1)
         texts = (prompt.mask, prompt.position_ids, past.text.caches, past.media, prompt.total_length)
-        states: Any = module.apply(variables, x, jnp.zeros(ids.shape, bool), None, *texts, method="prefill")
+        # Of a text that has ended, its answer attends to no image either.
+        visible = None if config.end_of_text is None else jnp.repeat(past.media.visible[:, None], ids.shape[1], 1)
+        states: Any = module.apply(variables, x, jnp.zeros(ids.shape, bool), None, *texts, visible, method="prefill")
         later: Any = module.apply(variables, states[0][:, :-1], method="logits")
         later = jnp.take_along_axis(jax.nn.log_softmax(later), ids[:, 1:, None], axis=-1)[..., 0]
         return (log_probs + (later * mask[:, 1:]).sum(1)) / mask.sum(1)

@@ -34,11 +34,13 @@ def flattened(texts: Sequence[str] | None, images: Any) -> list[Any] | None:
     return [image for each in images for image in each] or None
 
 
-def arranged(ids: Int[np.ndarray, "b l"], values: Array, image_token: int, listed: bool = False) -> Array:
+def arranged(
+    ids: Int[np.ndarray, "b l"], values: Array, image_token: int, listed: bool = False, counted: bool = True
+) -> Array:
     """Values of media -> [b, t, ...]: those of each prompt, with zeros behind.
 
     values: pixels [b, t, h, w, 3] or [b, t, f, h, w, 3] by prompt, or [n, h, w, 3], of all prompts in a row.
-    listed: values are of all prompts in a row, [n, f, ...].
+    listed: values are of all prompts in a row, [n, f, ...]. counted: False: a mask determines who attends to them.
     Raises MmjaxError for fewer media than `<image>`, and of all prompts in a row also for more.
     """
     counts = (ids == image_token).sum(1) if ids.ndim == 2 else np.zeros(0, int)
@@ -46,7 +48,7 @@ def arranged(ids: Int[np.ndarray, "b l"], values: Array, image_token: int, liste
         values, listed = values[:, None], True
     if not listed:
         values = values[:, :, None] if values.ndim == 5 else values
-        if len(values) == len(counts) and counts.max(initial=0) > values.shape[1]:
+        if counted and len(values) == len(counts) and counts.max(initial=0) > values.shape[1]:
             row = int(counts.argmax())
             raise MmjaxError(f"prompt {row} has {counts[row]} times the image id for {values.shape[1]} images")
         return values
@@ -57,3 +59,29 @@ def arranged(ids: Int[np.ndarray, "b l"], values: Array, image_token: int, liste
     index[np.arange(index.shape[1]) < counts[:, None]] = np.arange(len(values))
     padded = jnp.concatenate([values, jnp.zeros_like(values[:1]) if len(values) else jnp.zeros((1, *values.shape[1:]))])
     return padded[index]
+
+
+def image_attention_mask(
+    ids: Int[np.ndarray, "b l"],
+    image_token: int,
+    end_of_text: int,
+    images: int,
+    earlier: int = 0,
+    attending: bool = False,
+) -> Int[np.ndarray, "b l images"]:
+    """1 where a token attends to an image: the last one before it. No token behind an end of text does, until the next
+    `<image>`; the end itself does (transformers' processing_idefics.py).
+
+    images: their number, the earlier ones included. earlier: images before the first token. attending: whether the
+    token before the first one attends to the last of them.
+
+    >>> image_attention_mask(np.array([[5, 9, 5, 2, 5, 9]]), 9, 2, 2)[0].tolist()
+    [[0, 0], [1, 0], [1, 0], [1, 0], [0, 0], [0, 1]]
+    """
+    index, starts = np.arange(ids.shape[1]), ids == image_token
+    start = np.maximum.accumulate(np.where(starts, index, -1), axis=1)
+    end = np.maximum.accumulate(np.where(ids == end_of_text, index, -1), axis=1)
+    end = np.concatenate([np.full_like(end[:, :1], -1), end[:, :-1]], axis=1)
+    count = earlier + np.cumsum(starts, axis=1)
+    visible = (end <= start) & (attending | (start >= 0))
+    return (visible[..., None] & (count[..., None] == 1 + np.arange(images))).astype(np.int32)

@@ -1,28 +1,29 @@
 """Flamingo: an image encoder, a resampler, and gated cross attention between the blocks of a language model.
 
-Sources: arXiv 2204.14198, section 3; open_flamingo's src/helpers.py, flamingo.py and flamingo_lm.py.
+Sources: arXiv 2204.14198, section 3; open_flamingo's src/helpers.py, flamingo.py and flamingo_lm.py; transformers'
+idefics/modeling_idefics.py, whose model is the same network with other options.
 
 Parameter paths: vision/..., as of a `ViT` or a `ResNet`; vision_projection/kernel; resampler/..., see
 `mmjax.nn.resampler`; language/..., as of a `Decoder`; cross_{i}/{norm, attention, gate, mlp_norm, mlp, mlp_gate}, the
 layer before block i of the language model. No parameter of the language model has another path than by itself.
 """
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
 from mmjax.errors import MmjaxError
-from mmjax.models.language.config import DecoderConfig, OverLanguageModel
+from mmjax.models.flamingo.config import FlamingoConfig
 from mmjax.models.language.network import Decoder
-from mmjax.models.resnet.network import ResNet, ResNetConfig
+from mmjax.models.resnet.network import ResNet
 from mmjax.models.vit.network import ViT, ViTConfig
 from mmjax.nn.kv_cache import KeyValues
 from mmjax.nn.masks import images_before, media_mask
-from mmjax.nn.norm import LayerNorm
+from mmjax.nn.norm import LayerNorm, RMSNorm
 from mmjax.nn.remat import rematerialised
 from mmjax.nn.resampler import EPSILON, PLAIN, Resampler
 from mmjax.nn.stack import Before, LayerCache
@@ -30,135 +31,27 @@ from mmjax.nn.transformer import Dense, Mlp, MultiHeadAttention
 from mmjax.types import Array, Bool, Float, Int
 
 
-@dataclass(frozen=True)
-class ResamplerConfig:
-    """Fields of `mmjax.nn.resampler.Resampler`; the defaults are OpenFlamingo's."""
-
-    depth: int = 6
-    heads: int = 8
-    head_width: int = 64
-    latents: int = 64
-    hidden: int | None = None
-    frames: int = 0
-    media: int = 0
-
-
-@dataclass(frozen=True)
-class FlamingoConfig(OverLanguageModel):
-    """The parts and how they meet; class methods give the published sizes (counts: tests/models/test_flamingo.py).
-
-    Attributes:
-        vision: the image encoder. The media are the patch tokens of a ViT after its final norm (CLIP's norm comes after
-            pooling: theirs are those before it, as in OpenFlamingo), or the cells of a ResNet's last map.
-        language: the decoder. Ids from its vocab_size on, `added_tokens` of them, are trained beside its own.
-        every: a cross-attention layer comes before every n-th block.
-        first: the block before which the first one comes; None: every - 1 (OpenFlamingo); 0 in the paper.
-        heads, head_width, hidden: of these layers; hidden: None: 4 times the language model's width.
-        only_last: a token attends to the last image before it, and before the first image to nothing: its attention is
-            exactly zero. False: to all images so far; a token before the first one then attends evenly to all images of
-            its prompt, as in the original, where no weights have that form.
-        image_token, end_of_chunk: ids of `<image>`, which attends to its own image already, and `<|endofchunk|>`.
-        embed_dim: width of the image encoder's projection, for image features alone (RICES); 0: there is none.
-        dtype, remat: of all parts.
-    """
-
-    vision: ViTConfig | ResNetConfig
-    language: DecoderConfig
-    resampler: ResamplerConfig = ResamplerConfig()
-    every: int = 1
-    first: int | None = None
-    heads: int = 8
-    head_width: int = 64
-    hidden: int | None = None
-    only_last: bool = True
-    image_token: int = 50_278
-    end_of_chunk: int = 50_277
-    embed_dim: int = 0
-    dtype: str = "float32"
-    remat: bool = False
-
-    def __post_init__(self) -> None:
-        """Raises MmjaxError where no block has a cross-attention layer, or an id is not in the vocabulary."""
-        if self.every < 1 or not self.crossed:
-            raise MmjaxError(f"every={self.every}, first={self.first}: none of {self.language.depth} blocks")
-        ids, total = (self.image_token, self.end_of_chunk), self.language.vocab_size + self.language.added_tokens
-        if max(ids) >= total or min(ids) < 0 or ids[0] == ids[1]:
-            raise MmjaxError(f"image_token={ids[0]}, end_of_chunk={ids[1]}: two different ids below {total}")
-
-    @classmethod
-    def open_flamingo(cls, language: DecoderConfig, every: int, **fields: Any) -> Self:
-        """OpenFlamingo on any decoder: CLIP ViT-L/14, and three added ids after the vocabulary: `<|endofchunk|>`,
-        `<image>`, padding."""
-        vision = ViTConfig.clip(224, 14, 1024, 24, 16, 4096)
-        first = language.vocab_size
-        ids = {"end_of_chunk": first, "image_token": first + 1, "embed_dim": 768}
-        decoder = replace(language, added_tokens=3, pad=first + 2)
-        return cls(vision, decoder, every=every, **{**ids, **fields})
-
-    @classmethod
-    def open_flamingo_3b(cls, **fields: Any) -> Self:
-        """On MPT-1B; the resampler and 24 cross-attention layers have 944,019,504 parameters."""
-        return cls.open_flamingo(DecoderConfig.mpt_1b(vocab_size=50_277), 1, **fields)
-
-    @classmethod
-    def open_flamingo_4b(cls, **fields: Any) -> Self:
-        """On RedPajama-INCITE-3B; 960,763,936."""
-        return cls.open_flamingo(DecoderConfig.redpajama_3b(vocab_size=50_277), 2, **fields)
-
-    @classmethod
-    def open_flamingo_9b(cls, **fields: Any) -> Self:
-        """On MPT-7B; 1,178,834,960."""
-        return cls.open_flamingo(DecoderConfig.mpt_7b(vocab_size=50_277), 4, **fields)
-
-    # ------------------------------------------------------------------------------------------------------- the parts
-
-    @property
-    def crossed(self) -> tuple[int, ...]:
-        """The blocks before which a cross-attention layer comes."""
-        return tuple(range(self.every - 1 if self.first is None else self.first, self.language.depth, self.every))
-
-    @property
-    def tower(self) -> ViTConfig | ResNetConfig:
-        """The image encoder as it runs."""
-        return replace(self.vision, num_classes=0, dtype=self.dtype, remat=self.remat)  # type: ignore[arg-type]
-
-    @property
-    def decoder(self) -> DecoderConfig:
-        """The language model as it runs."""
-        return replace(self.language, dtype=self.dtype, remat=self.remat)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of the image encoder's images; of a ResNet without attention pool, which takes any, 224."""
-        if isinstance(self.vision, ViTConfig):
-            return self.vision.image_size
-        pool = self.vision.attention_pool
-        return (224, 224) if pool is None else (32 * pool.grid[0], 32 * pool.grid[1])
-
-    @property
-    def channels(self) -> int:
-        """Channels of the image encoder's tokens."""
-        return self.vision.width if isinstance(self.vision, ViTConfig) else self.vision.channels
-
-    @property
-    def eos(self) -> tuple[int, ...]:
-        """`<|endofchunk|>`."""
-        return (self.end_of_chunk,)
-
-
 class MediaCache(NamedTuple):
-    """Keys and values of the media in each cross-attention layer [b, h, t q, k], and the number of media before the
-    next token, int32 [b]."""
+    """The media so far, for the tokens to come.
+
+    layers: keys and values in each cross-attention layer [b, h, t q, k]. count: the number of media. visible: those to
+    which the last token may attend. attends: False where its attention is exactly zero.
+    """
 
     layers: tuple[KeyValues, ...]
     count: Int[Array, " b"]
+    visible: Bool[Array, "b t"]
+    attends: Bool[Array, " b"]
 
 
 class CrossAttention(nn.Module):
     """x + tanh(gate) attention(norm(x), media), then x + tanh(mlp_gate) mlp(mlp_norm(x)) (helpers.py:236-279).
 
-    Both gates start at zero: the layer is then the identity, bit for bit. The feed-forward acts on text before the
+    Where both gates start at zero the layer is then the identity, bit for bit. The feed-forward acts on text before the
     first image as well. The media are not normed here. `heads * head_width` need not be the width.
+
+    act: of the feed-forward, which with `gated` has a third matrix. rms: the epsilon of RMSNorms in place of
+    LayerNorms. qk_norm, vector_gates, initial_gate: as of `FlamingoConfig`.
     """
 
     width: int
@@ -166,14 +59,40 @@ class CrossAttention(nn.Module):
     head_width: int
     hidden: int
     dtype: Any = jnp.float32
+    act: str = "gelu"
+    gated: bool = False
+    rms: float | None = None
+    qk_norm: bool = False
+    vector_gates: bool = False
+    initial_gate: float = 0.0
+
+    @classmethod
+    def of(cls, config: FlamingoConfig, name: str) -> "CrossAttention":
+        c, language = config, config.language
+        options: dict[str, Any] = {"qk_norm": c.qk_norm, "vector_gates": c.vector_gates, "initial_gate": c.initial_gate}
+        if c.form == "llama":
+            options |= {"act": language.act, "gated": language.gated, "rms": language.epsilon}
+        sizes = (language.width, c.heads, c.head_width, c.hidden or 4 * language.width, jnp.dtype(c.dtype))
+        return cls(*sizes, **options, name=name)
 
     def setup(self) -> None:
         options: dict[str, Any] = {"init_with": PLAIN, "dtype": self.dtype}
-        self.norm, self.mlp_norm = (LayerNorm(EPSILON, self.dtype) for _ in range(2))
-        inner = self.heads * self.head_width
-        self.attention = MultiHeadAttention(self.heads, self.width, inner, qkv_bias=False, out_bias=False, **options)
-        self.mlp = Mlp(self.hidden, "gelu", use_bias=False, **options)
-        self.gate, self.mlp_gate = (self.param(name, nn.initializers.zeros, ()) for name in ("gate", "mlp_gate"))
+        norms = functools.partial(LayerNorm, EPSILON, self.dtype)
+        norms = norms if self.rms is None else functools.partial(RMSNorm, self.rms, self.dtype)
+        self.norm, self.mlp_norm = norms(), norms()
+        self.attention = MultiHeadAttention(
+            self.heads,
+            self.width,
+            self.heads * self.head_width,
+            qkv_bias=False,
+            out_bias=False,
+            make_qk_norm=norms if self.qk_norm else None,
+            norm_heads=True,
+            **options,
+        )
+        self.mlp = Mlp(self.hidden, self.act, self.gated, use_bias=False, **options)
+        start, shape = nn.initializers.constant(self.initial_gate), (self.width,) if self.vector_gates else ()
+        self.gate, self.mlp_gate = (self.param(name, start, shape) for name in ("gate", "mlp_gate"))
 
     def __call__(
         self,
@@ -231,11 +150,10 @@ class Flamingo(nn.Module):
         self.vision = ViT(tower, self.axis_name) if isinstance(tower, ViTConfig) else ResNet(tower, self.axis_name)
         if c.embed_dim:
             self.vision_projection = Dense(c.embed_dim, False, dtype)
-        r = c.resampler
-        self.resampler = Resampler(r.depth, r.heads, r.head_width, r.latents, r.hidden, r.frames, r.media, dtype)
+        if c.resampler is not None:
+            self.resampler = Resampler(**vars(c.resampler), dtype=dtype)
         self.language = Decoder(c.decoder)
-        width, hidden = c.language.width, c.hidden or 4 * c.language.width
-        self.cross = [CrossAttention(width, c.heads, c.head_width, hidden, dtype, name=f"cross_{i}") for i in c.crossed]
+        self.cross = [CrossAttention.of(c, f"cross_{i}") for i in c.crossed]
 
     # --------------------------------------------------------------------------------------------------- whole prompts
 
@@ -245,12 +163,16 @@ class Flamingo(nn.Module):
         ids: Int[Array, "b l"],
         mask: Int[Array, "b l"] | None = None,
         frame_mask: Int[Array, "b t f"] | None = None,
+        image_mask: Int[Array, "b l t"] | None = None,
     ) -> dict[str, Any]:
-        """{"media": [b, t, q, e], None without pixels; "states", "logits": as of `Decoder`}."""
+        """{"media": [b, t, q, e], None without pixels; "states", "logits": as of `Decoder`}.
+
+        image_mask: see `before`.
+        """
         media = None if pixels is None else self.encode_media(pixels, frame_mask)
         if self.is_initializing() and self.config.embed_dim and pixels is not None:
             self.image_features(pixels[:, 0, 0])
-        return {"media": media, **self.language(ids, mask, before=self.before(media, ids))}
+        return {"media": media, **self.language(ids, mask, before=self.before(media, ids, image_mask=image_mask))}
 
     def encode_media(
         self, pixels: Float[Array, "b t f height width 3"], frame_mask: Int[Array, "b t f"] | None = None
@@ -265,6 +187,11 @@ class Flamingo(nn.Module):
     def resample(
         self, tokens: Float[Array, "b t f v e"], frame_mask: Int[Array, "b t f"] | None = None
     ) -> Float[Array, "b t q e"]:
+        """Raises MmjaxError for videos without a resampler."""
+        if self.config.resampler is None:
+            if tokens.shape[2] != 1:
+                raise MmjaxError(f"videos of {tokens.shape[2]} frames need a resampler, which this Flamingo has not")
+            return tokens[:, :, 0]
         mask = None if frame_mask is None else jnp.broadcast_to(frame_mask[..., None], tokens.shape[:4])
         return self.resampler(tokens, mask)
 
@@ -272,7 +199,7 @@ class Flamingo(nn.Module):
         """The image encoder's tokens of images."""
         outputs: Any = self.vision(images)
         if isinstance(self.config.vision, ViTConfig):
-            return outputs.tokens[:, self.config.vision.prefix :]
+            return outputs.tokens if self.config.class_token else outputs.tokens[:, self.config.vision.prefix :]
         return rearrange(outputs[f"C{len(self.config.vision.layers) + 1}"], "n height width e -> n (height width) e")
 
     def image_features(self, images: Float[Array, "n height width 3"]) -> Float[Array, "n e"]:
@@ -295,9 +222,14 @@ class Flamingo(nn.Module):
         media: Float[Array, "b t q e"] | None,
         ids: Int[Array, "b l"],
         earlier: Int[Array, " b"] | int = 0,
+        image_mask: Int[Array, "b l t"] | None = None,
     ) -> Before:
-        """The cross-attention layers as the hook of `Decoder`. earlier: the number of media before the first token."""
-        inputs = self._cross_inputs(media, ids == self.config.image_token, earlier)
+        """The cross-attention layers as the hook of `Decoder`.
+
+        earlier: the number of media before the first token. image_mask: 1 where a token may attend to an image; a row
+        of zeros gets exactly zero. None: by the positions of `<image>`.
+        """
+        inputs = self._cross_inputs(media, ids == self.config.image_token, earlier, 0, image_mask)
 
         def run(layer: CrossAttention, x: Array, *arrays: Any) -> Array:
             return layer(x, *arrays)[0]
@@ -311,14 +243,24 @@ class Flamingo(nn.Module):
         return before
 
     def _cross_inputs(
-        self, media: Float[Array, "b t q e"] | None, starts: Bool[Array, "b l"], earlier: Any, cached: int = 0
+        self,
+        media: Float[Array, "b t q e"] | None,
+        starts: Bool[Array, "b l"],
+        earlier: Any,
+        cached: int = 0,
+        image_mask: Int[Array, "b l s"] | None = None,
     ) -> tuple[Array, Array, Array | None]:
-        """(media [b, t q, e], mask, attends) of `CrossAttention`. cached: the number of media in its cache."""
-        c, latents = self.config, self.config.resampler.latents
+        """(media [b, t q, e], mask, attends) of `CrossAttention`. cached: the number of media in its cache, which
+        `image_mask` covers too."""
+        c = self.config
         if media is None:
-            media = jnp.zeros((len(starts), 0, latents, self.config.channels), c.dtype)
-        mask = media_mask(starts, cached + media.shape[1], latents, c.only_last, earlier)
-        attends = images_before(starts, earlier) > 0 if c.only_last else None
+            media = jnp.zeros((len(starts), 0, c.media_tokens, c.channels), c.dtype)
+        if image_mask is not None and media.shape[1] + cached:
+            visible = image_mask.astype(bool)
+            mask, attends = jnp.repeat(visible, media.shape[2], axis=-1)[:, None], visible.any(-1)
+        else:
+            mask = media_mask(starts, cached + media.shape[1], media.shape[2], c.only_last, earlier)
+            attends = images_before(starts, earlier) > 0 if c.only_last else None
         return rearrange(media, "b t q e -> b (t q) e"), mask, attends
 
     # -------------------------------------------------------------------------------------------------- token by token
@@ -339,16 +281,17 @@ class Flamingo(nn.Module):
         past: Sequence[LayerCache] | None = None,
         past_media: MediaCache | None = None,
         total_length: Int[Array, ""] | None = None,
+        image_mask: Int[Array, "b l t"] | None = None,
     ) -> tuple[Float[Array, "b l d"], list[LayerCache], MediaCache]:
         """The normed states, all keys and values of the text, and those of the media.
 
         x: embeddings. starts: True at `<image>`. media: of the new tokens; past, past_media: of the tokens before x, as
-        many media as they have `<image>`. Others as of `Decoder.prefill`.
+        many media as they have `<image>`. image_mask: see `before`; of past and new media. Others as of
+        `Decoder.prefill`.
         """
-        c, latents, caches = self.config, self.config.resampler.latents, list[KeyValues]()
-        earlier = 0 if past_media is None else past_media.count
-        cached = 0 if past_media is None else past_media.layers[0].k.shape[2] // latents
-        inputs = self._cross_inputs(media, starts, earlier, cached)
+        c, caches = self.config, list[KeyValues]()
+        earlier, cached = (0, 0) if past_media is None else (past_media.count, past_media.visible.shape[1])
+        inputs = self._cross_inputs(media, starts, earlier, cached, image_mask)
 
         def before(i: int, x: Array) -> Array:
             if i not in c.crossed:
@@ -359,7 +302,14 @@ class Flamingo(nn.Module):
             return x
 
         x, layers = self.language.prefill(x, mask, position_ids, past, total_length, before)
-        return x, layers, MediaCache(tuple(caches), images_before(starts, earlier)[:, -1])
+        number = cached + (0 if media is None else media.shape[1])
+        visible = (
+            rearrange(inputs[1][:, 0, -1], "b (t q) -> b t q", t=number)[..., 0]
+            if number
+            else jnp.zeros((len(x), 0), bool)
+        )
+        attends = jnp.ones(len(x), bool) if inputs[2] is None else inputs[2][:, -1]
+        return x, layers, MediaCache(tuple(caches), images_before(starts, earlier)[:, -1], visible, attends)
 
     def step(
         self,
@@ -371,11 +321,11 @@ class Flamingo(nn.Module):
         new: Sequence[KeyValues],
         index: Int[Array, ""],
     ) -> tuple[Float[Array, "b r v"], list[KeyValues]]:
-        """As `Decoder.step`. New tokens attend to the last medium of the prompt, also after a generated `<image>`."""
-        c, latents = self.config, self.config.resampler.latents
-        size, starts = media.layers[0].k.shape[2], jnp.zeros((len(ids), 1), bool)
-        mask = media_mask(starts, size // latents, latents, c.only_last, media.count)[:, 0, 0]
-        attends = media.count[:, None] > 0 if c.only_last else None
+        """As `Decoder.step`. New tokens attend to what the last one of the prompt does, also after a generated
+        `<image>`."""
+        c, count = self.config, media.visible.shape[1]
+        mask = jnp.repeat(media.visible, media.layers[0].k.shape[2] // max(count, 1), axis=1)
+        attends = media.attends[:, None]
 
         def before(i: int, x: Array) -> Array:
             if i not in c.crossed:

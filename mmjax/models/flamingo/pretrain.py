@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from mmjax import tree
 from mmjax.channels import CLIP_MEAN, CLIP_STD
-from mmjax.models.flamingo.network import Flamingo, FlamingoConfig
+from mmjax.models.flamingo.config import FlamingoConfig
+from mmjax.models.flamingo.network import Flamingo
 from mmjax.models.language.network import output_layer
 from mmjax.objectives.language import linear_cross_entropy, next_tokens
 from mmjax.training.method import Loss, Method
@@ -98,7 +99,7 @@ class FlamingoLM(Method):
     def _frozen_padding(self, params: Params) -> Params:
         """The parameters, with no gradient for added rows that are neither `<image>` nor `<|endofchunk|>`."""
         c = self.config
-        if not c.added_tokens:
+        if not c.added_tokens or c.end_of_chunk is None:
             return params
         ids = c.vocab_size + jnp.arange(c.added_tokens)
         trained = (ids == c.image_token) | (ids == c.end_of_chunk)

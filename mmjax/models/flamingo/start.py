@@ -11,7 +11,8 @@ from mmjax.errors import MmjaxError
 from mmjax.interface.model import Model
 from mmjax.models.clip.network import CLIPConfig
 from mmjax.models.flamingo.checkpoint import OPEN_FLAMINGO, trained_fields, with_trained_part
-from mmjax.models.flamingo.network import Flamingo, FlamingoConfig
+from mmjax.models.flamingo.config import FlamingoConfig
+from mmjax.models.flamingo.network import Flamingo
 from mmjax.models.language.config import DecoderConfig
 from mmjax.models.resnet.network import ResNetConfig
 from mmjax.models.vit.network import ViTConfig

@@ -1,45 +1,33 @@
 """FlamingoModel: continues texts with images or videos in them; captions and answers from a few examples."""
 
+import dataclasses
 import functools
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
-from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
 from mmjax.generation.options import BeamRules
-from mmjax.interface.few_shot import FewShotModel
+from mmjax.interface.few_shot import Template
 from mmjax.interface.generation import BUCKETS, are_strings
-from mmjax.interface.inputs import Input
 from mmjax.interface.model import Model
+from mmjax.models.flamingo.arrays import FlamingoArrays
 from mmjax.models.flamingo.checkpoint import trained_part
 from mmjax.models.flamingo.decode import FlamingoCache, FlamingoSteps, answer_scores, encode_prefix
-from mmjax.models.flamingo.media import arranged, flattened
-from mmjax.models.flamingo.network import Flamingo, FlamingoConfig
+from mmjax.models.flamingo.media import flattened, image_attention_mask
 from mmjax.models.flamingo.start import assembled
-from mmjax.nn.norm import l2_normalize
 from mmjax.text.batches import padded
-from mmjax.text.interleaved import IMAGE
-from mmjax.types import Array, ArrayLike, Float
+from mmjax.text.interleaved import AROUND_IMAGE, END_OF_CHUNK, around_images
+from mmjax.types import Array, ArrayLike
 from mmjax.weights.files import read_weights, write_safetensors
 
-INPUTS = {
-    "pixel_values": Input("b images frames height width 3", "float"),
-    "frame_mask": Input("b images frames"),
-    "input_ids": Input("b l", required=True),
-    "attention_mask": Input("b l"),
-}
-ENCODED = 16
-"""Frames that the image encoder takes at a time, so that few programs are compiled."""
 
-
-class FlamingoModel(FewShotModel):
+class FlamingoModel(FlamingoArrays):
     """A loaded Flamingo.
 
         model.generate("<image>Output:", images=[photo], num_beams=3)
@@ -48,30 +36,6 @@ class FlamingoModel(FewShotModel):
 
     A string has `<image>` where an image or a video is. A video is a uint8 array [frames, height, width, 3].
     """
-
-    system: ClassVar[str] = "flamingo"
-    config_class: ClassVar[type] = FlamingoConfig
-    int8_channels: ClassVar[Mapping[str, int]] = {"language/**/kernel": 1, "language/token_embedding": 0}
-    config: FlamingoConfig
-
-    @classmethod
-    def build(cls, config: FlamingoConfig) -> nn.Module:
-        return Flamingo(config)
-
-    @classmethod
-    def inputs(cls, config: FlamingoConfig) -> Mapping[str, Input]:
-        return INPUTS
-
-    @classmethod
-    def example(cls, config: FlamingoConfig) -> dict[str, jax.ShapeDtypeStruct]:
-        height, width = config.image_size
-        pixels = jax.ShapeDtypeStruct((1, 1, 1, height, width, 3), jnp.float32)
-        return {"pixel_values": pixels, "input_ids": jax.ShapeDtypeStruct((1, 8), jnp.int32)}
-
-    @classmethod
-    def default_preprocess(cls, config: FlamingoConfig, layout: str) -> ImagePreprocessing:
-        """CLIP's."""
-        return ImagePreprocessing.clip(config.image_size[0])
 
     # -------------------------------------------------------------------------------------------- from and to its parts
 
@@ -106,61 +70,6 @@ class FlamingoModel(FewShotModel):
         variables = {"params": self.params} | ({"stats": self.stats} if self.stats else {})
         write_safetensors(pathlib.Path(file), trained_part(self.config, variables), {"format": "pt"})
 
-    # ----------------------------------------------------------------------------------------------------------- arrays
-
-    def forward(
-        self,
-        pixel_values: ArrayLike | None = None,
-        input_ids: ArrayLike | None = None,
-        attention_mask: ArrayLike | None = None,
-        **others: ArrayLike | None,
-    ) -> dict[str, Array]:
-        """The network on preprocessed arrays; compiled once for each shape.
-
-        pixel_values: float32 [b, images, h, w, 3], with zeros behind the images of a prompt that has fewer; of videos
-            [b, images, frames, h, w, 3]; or [n, h, w, 3], the images of all prompts in their order.
-        input_ids: int [b, l], `config.image_token` where an image is. attention_mask: int [b, l], 1 = a token.
-        frame_mask: int [b, images, frames], 1 = a frame, of videos of several lengths.
-        Returns logits float32 [b, l, v]; last_hidden_state [b, l, d]; hidden_states, depth + 1 of them; with images
-            image_hidden_states [b, images, latents, e].
-        Raises MmjaxError for a prompt with fewer images than `<image>`, and as for every model.
-        """
-        if input_ids is not None:
-            self.check_room(np.shape(input_ids)[-1], 0)
-        if pixel_values is not None and input_ids is not None:
-            pixel_values = arranged(np.asarray(input_ids), jnp.asarray(pixel_values), self.config.image_token)
-        return super().forward(pixel_values, input_ids, attention_mask, **others)
-
-    def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
-        """See `forward`."""
-        names = ("pixel_values", "input_ids", "attention_mask", "frame_mask")
-        outputs: Any = self.module.apply(variables, *(inputs.get(name) for name in names))
-        states = tuple(outputs["states"])
-        named = {"logits": outputs["logits"], "last_hidden_state": states[-1], "hidden_states": states}
-        return named if outputs["media"] is None else named | {"image_hidden_states": outputs["media"]}
-
-    def encode_image(self, images: Any) -> Float[Array, "b e"]:
-        """Unit-norm features of the image encoder by itself, by which RICES selects examples."""
-        pixels = self.pixels(images)
-        parts = [self._features(self.variables, part) for part in _parts(pixels)]
-        return jnp.concatenate(parts)[: len(pixels)]
-
-    @functools.cached_property
-    def _features(self) -> Any:
-        def features(variables: Any, x: Array) -> Array:
-            pooled: Any = self.module.apply(variables, x, method="image_features")
-            return l2_normalize(pooled)
-
-        return jax.jit(features)
-
-    @functools.cached_property
-    def _tokens(self) -> Any:
-        return jax.jit(lambda variables, x: self.module.apply(variables, x, method="tokens"))
-
-    @functools.cached_property
-    def _resampled(self) -> Any:
-        return jax.jit(lambda variables, *arrays: self.module.apply(variables, *arrays, method="resample"))
-
     # ------------------------------------------------------------------------------------------------------ generation
 
     def decodable(self) -> FlamingoSteps:
@@ -171,28 +80,48 @@ class FlamingoModel(FewShotModel):
         """`<|endofchunk|>`."""
         return self.config.eos
 
+    def fitting(self, template: Template) -> Template:
+        """Of a model without `<|endofchunk|>` an example ends with its line."""
+        if self.config.end_of_chunk is not None or template.end != END_OF_CHUNK:
+            return template
+        return dataclasses.replace(template, end="", ends=(*template.ends, template.separator))
+
     def fixed_options(self) -> dict[str, Any]:
-        """Beams are compared as in the transformers version of OpenFlamingo's results."""
-        return {"beam_rules": BeamRules.v4_33()}
+        """Beams are compared as in the transformers version of OpenFlamingo's results; of Idefics as in its present
+        one."""
+        return {} if self.config.end_of_chunk is None else {"beam_rules": BeamRules.v4_33()}
+
+    def _encode(self, prompts: Any, add_special_tokens: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Idefics' images stand between other tokens, which strings need not have."""
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if self.tokenizer is not None and self.tokenizer.tokenizer.token_to_id(AROUND_IMAGE) is not None:
+            texts = [around_images(text) for text in texts]
+        return super()._encode(texts, add_special_tokens)
 
     def generate(
         self,
         prompts: str | Sequence[str] | ArrayLike | None = None,
         *,
         images: Any = None,
+        pixel_values: Any = None,
+        image_attention_mask: ArrayLike | None = None,
         prefix: "Prefix | None" = None,
         **options: Any,
     ) -> Any:
-        """Continues prompts, up to `<|endofchunk|>`.
+        """Continues prompts, up to `<|endofchunk|>`, or the end of a text.
 
         prompts: strings with `<image>` where an image or a video is, anywhere and several times; or ids.
         images: those of all prompts, in their order; or for each prompt a list of its images.
+        pixel_values, image_attention_mask: as of `forward`, with ids; new tokens attend to what the last one does.
         prefix: of `encode_prefix`: a text with images that precedes every prompt, and was encoded before.
         options: further arguments as of every generating model. A video is as many frames as it has; a prompt's length
             in `beam_rules` and penalties is that without the prefix.
         Raises MmjaxError as these do, and for another number of images than of `<image>`.
         """
-        return self._after(prefix, "generate", prompts, images, options)
+        if image_attention_mask is not None:
+            visual = pixel_values if isinstance(pixel_values, Mapping) else {"pixel_values": pixel_values}
+            pixel_values = {**visual, "image_attention_mask": image_attention_mask}
+        return self._after(prefix, "generate", prompts, images, {"pixel_values": pixel_values, **options})
 
     def stream(
         self, prompt: str | None = None, *, images: Any = None, prefix: "Prefix | None" = None, **options: Any
@@ -272,47 +201,6 @@ class FlamingoModel(FewShotModel):
     def _ranked(self) -> Any:
         return jax.jit(functools.partial(answer_scores, self.config), static_argnums=4)
 
-    def image_inputs(self, images: Any) -> dict[str, Array]:
-        """Images and videos in their order: pixel_values [n, frames, height, width, 3], frame_mask [n, frames]."""
-        videos = [self._frames(image) for image in images]
-        longest = max(map(len, videos))
-        pixels = [np.pad(video, ((0, longest - len(video)), (0, 0), (0, 0), (0, 0))) for video in videos]
-        mask = np.arange(longest) < np.asarray([len(video) for video in videos])[:, None]
-        return {"pixel_values": jnp.asarray(np.stack(pixels)), "frame_mask": jnp.asarray(mask, jnp.int32)}
-
-    def _frames(self, image: Any) -> np.ndarray:
-        """An image or a video -> float32 [frames, height, width, 3]."""
-        video = isinstance(image, np.ndarray) and image.ndim == 4
-        return np.asarray(self.preprocess(image if video else [image]))
-
-    def _prepare(
-        self, prompts: Any, mask: Any, add_special_tokens: bool, visual: Mapping[str, Any], new_tokens: int
-    ) -> dict[str, Any]:
-        if prompts is None:
-            raise MmjaxError(f"generate of {self.system} needs prompts, with {IMAGE} where an image is")
-        ids, mask = self._inputs(prompts, mask, add_special_tokens)
-        visual = dict(visual)
-        if "pixel_values" in visual or (ids == self.config.image_token).any():
-            pixels = visual.get("pixel_values", np.zeros((0, *self.config.image_size, 3), np.float32))
-            frame_mask = visual.pop("frame_mask", None)
-            listed = np.ndim(frame_mask) == 2  # as of `image_inputs`
-            visual["pixel_values"] = arranged(ids, jnp.asarray(pixels), self.config.image_token, listed)
-            if frame_mask is not None and not np.all(frame_mask):
-                visual["frame_mask"] = arranged(ids, jnp.asarray(frame_mask), self.config.image_token, listed)
-        return super()._prepare(ids, mask, add_special_tokens, visual, new_tokens)
-
-    def prompt_inputs(self, inputs: Mapping[str, Array]) -> dict[str, Any]:
-        """The media encoded, so that the programs of generation do not depend on images and frames."""
-        texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        if "pixel_values" not in inputs:
-            return texts
-        pixels = inputs["pixel_values"]
-        shape = pixels.shape[:3]
-        parts = [self._tokens(self.variables, part) for part in _parts(pixels.reshape(-1, *pixels.shape[3:]))]
-        tokens = jnp.concatenate(parts)[: int(np.prod(shape))]
-        tokens = tokens.reshape(*shape, *tokens.shape[1:])
-        return {**texts, "media": self._resampled(self.variables, tokens, inputs.get("frame_mask"))}
-
 
 class Prefix:
     """An encoded text that precedes prompts; see `FlamingoModel.encode_prefix`."""
@@ -344,16 +232,17 @@ class _Continuation(FlamingoModel):
         width = next((size for size in BUCKETS if size >= longest), longest)
         return padded(rest, width, self.pad, self.padding_side)
 
+    def _image_mask(self, ids: np.ndarray, images: int) -> dict[str, Any]:
+        """Of the prefix's images, then of the new ones."""
+        c, media = self.config, self.prefix.cache.media
+        total = images + media.visible.shape[1]
+        if c.end_of_text is None or ids.ndim != 2 or not total:
+            return {}
+        state = (int(media.count[0]), bool(media.attends[0]))
+        return {"image_attention_mask": image_attention_mask(ids, c.image_token, c.end_of_text, total, *state)}
+
     def check_room(self, length: int, new_tokens: int) -> None:
         super().check_room(length + int(self.prefix.cache.text.mask.sum()), new_tokens)
 
     def prompt_inputs(self, inputs: Mapping[str, Array]) -> dict[str, Any]:
         return {**super().prompt_inputs(inputs), "past": self.prefix.cache}
-
-
-def _parts(images: Any) -> Iterator[Array]:
-    """[n, ...] in parts of ENCODED, the last with zeros behind; of fewer images one part of their own size."""
-    size = min(ENCODED, max(len(images), 1))
-    for start in range(0, len(images), size):
-        part = jnp.asarray(images[start : start + size])
-        yield jnp.pad(part, ((0, size - len(part)), *((0, 0),) * (part.ndim - 1)))
