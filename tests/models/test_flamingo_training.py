@@ -19,6 +19,7 @@ from mmjax import tree
 from mmjax.data.decoding import BadRecord
 from mmjax.data.interleaved import Documents, EncodeDocument, EncodePair
 from mmjax.errors import MmjaxError
+from mmjax.models.flamingo.config import ResamplerConfig
 from mmjax.models.flamingo.network import Flamingo
 from mmjax.models.flamingo.pretrain import FlamingoLM, optimizer, partition, trainable_count, unattended
 from mmjax.models.flamingo.tasks import FlamingoModel
@@ -199,3 +200,46 @@ def test_the_recipe(data, tmp_path):
     assert tree.tree_hash(mmjax.load(tmp_path / "cut").params) == tree.tree_hash(model.params)
     with pytest.raises(MmjaxError, match="there is nothing to train on"):
         load_experiment(EXPERIMENT)(**options | {"documents": None, "pairs": None}).train_data()
+
+
+def test_scenes_are_trained_on_and_asked_about_by_shots(tmp_path):
+    """Labels are the answers; an untrained model is asked after 0 and 2 examples; gates and latents are options."""
+    mmjax.save(tiny.language(), tmp_path / "language")
+    mmjax.save(tiny.clip(), tmp_path / "clip")
+    experiment = EXPERIMENT.with_name("flamingo_scenes.py")
+    sizes = {"every": 1, "heads": 2, "head_width": 3, "side": tiny.SIDE, "initial_gate": 0.5}
+    config = load_experiment(experiment)(
+        language=str(tmp_path / "language"),
+        vision=str(tmp_path / "clip"),
+        **sizes,
+        resampler=ResamplerConfig(1, 2, 3, latents=3),
+        steps=2,
+        log_every=1,
+        batch_size=2,
+        shots=1,
+        length=150,
+        queries=2,
+        tested_shots=(0, 2),
+        kinds=("presence", "colour"),
+        tensorboard=False,
+    )
+    batch = next(iter(config.train_data()))
+    ids, labels = batch["questions_input_ids"], batch["questions_labels"]
+    assert batch["questions_image"].shape == (2, 2, tiny.SIDE, tiny.SIDE, 3)
+    tokenizer, network = config.start.tokenizer, config.network
+    source = config.sources()["questions"].source
+    records = [source[i] for i in range(50)]
+    known = {answer for record in records for answer in record["answers"]} | {"yes", "no"}
+    for row, target in zip(ids, labels):
+        assert (row == network.image_token).sum() == 2
+        parts = tokenizer.decode(target[target >= 0].tolist(), False).split("<|endofchunk|>")
+        assert len(parts) == 3 and parts[2] == "" and len(parts[0]) >= 2
+        np.testing.assert_array_equal(target[target >= 0], row[target >= 0])
+    assert {"yes", "no"} <= known
+    assert float(config.start.params["cross_0"]["gate"]) == 0.5
+    assert config.start.params["resampler"]["latents"].shape[0] == 3
+    train(config, tmp_path / "run", experiment_file=str(experiment))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    values = {name: value for line in lines for name, value in line.items()}
+    for k in (0, 2):
+        assert values[f"val/shots_{k}"] == (values[f"val/shots_{k}_presence"] + values[f"val/shots_{k}_colour"]) / 2

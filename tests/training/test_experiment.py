@@ -128,6 +128,7 @@ def test_an_explicit_warmup_is_used_and_one_that_leaves_no_steps_names_both_flag
 
 NEEDS_MODELS = {
     *("finetune_classifier", "segment", "detect", "albef_encoders", "albef_ablation", "flamingo_pretrain"),
+    "flamingo_scenes",
 }
 """Experiments whose optimizer follows from the models that they load."""
 
