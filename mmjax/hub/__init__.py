@@ -35,11 +35,12 @@ from mmjax.hub.description import (
     read_json,
     system_called,
 )
-from mmjax.hub.recognise import RenamedArrays, infer_config, inside, recognise, with_parts
+from mmjax.hub.recognise import infer_config, inside, recognise
 from mmjax.interface.config import differences
 from mmjax.interface.model import Model
 from mmjax.nn import int8
 from mmjax.tree import flatten, map_with_path, matches, unflatten
+from mmjax.weights.compose import RenamedArrays, with_parts
 from mmjax.weights.files import read_weights, write_atomically, write_safetensors
 from mmjax.weights.records import Weights
 from mmjax.weights.source import Source, find_weight_file, resolve_source
@@ -55,7 +56,7 @@ IGNORED_FIELDS = frozenset(
         *("dtype", "remat", "init", "init_std", "head_bias", "zero_init_residual", "init_temperature", "init_bias"),
         *("dropout", "attention_dropout", "activation_dropout", "drop_path", "bn_momentum"),
         *("temperature", "momentum", "alpha", "queue", "by_image", "holds_state"),
-        *("rule", "crop_rounding", "pad_images", "template", "key_bias", "vision_dtype"),
+        *("rule", "crop_rounding", "pad_images", "template", "key_bias", "vision_dtype", "language_dtype"),
     }
 )
 """Fields that do not change what a loaded model computes on inputs of the config's size: layouts lack most of them, and

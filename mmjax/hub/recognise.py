@@ -1,14 +1,12 @@
 """The system and the layout of a weight file, recognised by its keys."""
 
-import pathlib
-from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from mmjax import models
 from mmjax.errors import MmjaxError
 from mmjax.models import System
-from mmjax.weights.files import read_weights
+from mmjax.weights.compose import RenamedArrays
 from mmjax.weights.records import Weights
 from mmjax.weights.table import Layout, WeightsError
 
@@ -98,36 +96,3 @@ def infer_config(
             f"{weights.file} looks like {system.name} in the {layout.name} layout, but its config cannot be "
             f"determined from it: {type(error).__name__}: {error}"
         ) from error
-
-
-def with_parts(
-    weights: Weights, names: Mapping[str, str], layout: Layout, folder: pathlib.Path
-) -> tuple[Weights, dict[str, str]]:
-    """The weights and their names, with those of a file beside them (`Layout.parts`) where they lack its part."""
-    for file, prefix in layout.parts.items():
-        if not (folder / file).is_file() or any(name.startswith(prefix) for name in names):
-            continue
-        part = read_weights(folder / file)
-        keys = {prefix + key: key for key in part.arrays}
-        arrays: Any = ChainMap(weights.arrays, RenamedArrays(part.arrays, keys))  # type: ignore[arg-type]
-        shapes = {**weights.shapes, **{key: part.shapes[old] for key, old in keys.items()}}
-        dtypes = {**weights.dtypes, **{key: part.dtypes[old] for key, old in keys.items()}}
-        names = {**names, **layout.unwrap(keys, part.file)}
-        weights = Weights(arrays, shapes, dtypes, f"{weights.file} with {file}", weights.metadata)
-    return weights, dict(names)
-
-
-class RenamedArrays(Mapping[str, Any]):
-    """The arrays of a file under the names of a table; still read one at a time."""
-
-    def __init__(self, arrays: Mapping[str, Any], names: Mapping[str, str]):
-        self.arrays, self.names = arrays, names
-
-    def __getitem__(self, key: str) -> Any:
-        return self.arrays[self.names[key]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)

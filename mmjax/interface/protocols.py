@@ -64,21 +64,28 @@ def questions(
 
     human: the official annotations; (): the lists of ten answers in the entries themselves, if they have them.
     limit: the number of first records. The predictions are answers, for the server where nobody's answers are known.
-    Raises MmjaxError for a model that answers no questions, missing images, or a question without human answers.
+    Raises MmjaxError for a model that answers no questions, or ranks no list, missing images, or a question without
+    human answers.
     """
-    _check(model, AnsweringModel, "answer", "answers no questions")
+    _check(model, Model, "answer", "answers no questions")
+    if "pixel_values" not in model.inputs(model.config):
+        raise MmjaxError(f"this {model.system} answers no questions about images")
+    if answers is not None:
+        _check(model, AnsweringModel, "answer", "ranks no list of answers; without one it writes them")
+    rules = model.answer_rules if isinstance(model, AnsweringModel) else None
     n = record_count(source, limit)
     predictions: list[str] = []
     for records in chunks(source, n, track):
         images, texts = [record_image(source, record) for record in records], [record["text"] for record in records]
         if answers is None:
-            predictions += model.answer(images, texts, batch_size=16)
+            options: dict[str, Any] = {} if rules is None else {"batch_size": 16}
+            predictions += model.answer(images, texts, **options)
         else:
             predictions += [best[0][0] for best in model.answer(images, texts, answers, k=k, batch_size=4)]
     judged = human_answers(source, n, human)
-    rules = model.answer_rules
-    facts: dict[str, Any] = {"answers": "written", "generation": str(rules.generation)}
-    if answers is not None:
+    own = "the model's own decoding" if rules is None else str(rules.generation)
+    facts: dict[str, Any] = {"answers": "written", "generation": own}
+    if answers is not None and rules is not None:
         formula = "log p(all tokens)" + " + log p(first token)" * rules.add_first_token
         facts = {"answers": f"ranked, of {len(answers)}", "k": min(k, len(answers)), "formula": formula}
         facts["label_smoothing"] = rules.label_smoothing

@@ -156,7 +156,7 @@ class VisionLanguageModel(ChatModel):
     @functools.cached_property
     def _encoded(self) -> Any:
         """Compiled for each number of pictures."""
-        return jax.jit(lambda variables, pixels: self.module.apply(variables, pixels, method="encode_image"))
+        return jax.jit(lambda variables, *arrays: self.module.apply(variables, *arrays, method="encode_image"))
 
     @functools.cached_property
     def _embedded(self) -> Any:

@@ -45,6 +45,7 @@ SYSTEMS: tuple[System, ...] = (
     System("albef", "mmjax.models.albef", "AlbefModel"),
     System("blip", "mmjax.models.blip", "BlipModel"),
     System("blip2", "mmjax.models.blip2", "Blip2Model"),
+    System("blip2_language", "mmjax.models.blip2_language", "Blip2LanguageModel"),
     System("flamingo", "mmjax.models.flamingo", "FlamingoModel"),
     System("llava", "mmjax.models.llava", "LlavaModel"),
     System("segmentation", "mmjax.models.dense", "SegmentationModel"),

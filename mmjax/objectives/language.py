@@ -56,6 +56,15 @@ def next_tokens(
     return jnp.concatenate([labels[:, 1:], jnp.full_like(labels[:, :1], IGNORED)], axis=1)
 
 
+def shift_right(labels: Int[Array, "b l"], start: int, pad: int) -> Int[Array, "b l"]:
+    """The inputs of an encoder-decoder's decoder for `labels`: the start token and the labels before.
+
+    Ignored labels are padding.
+    """
+    before = jnp.where(labels == IGNORED, pad, labels)[:, :-1]
+    return jnp.concatenate([jnp.full_like(labels[:, :1], start), before], axis=1)
+
+
 def perplexity(nll: Float[Array, "*rest"]) -> Float[Array, "*rest"]:
     """exp of a mean negative log-likelihood in nats."""
     return jnp.exp(nll)

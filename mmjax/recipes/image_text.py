@@ -66,34 +66,29 @@ class EncoderStart(ExperimentConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class PublishedRecipe(EncoderStart, abc.ABC):
-    """Base of the published recipes: annotation files, augmentation, texts, an epoch's length.
+class EpochRecipe(ExperimentConfig, abc.ABC):
+    """Base of the published recipes: annotation files, augmentation, an epoch's length.
 
-    Experiments add `source`, network, method and optimizer. `mmjax evaluate WORKDIR --task ... --data ...` scores any
-    checkpoint.
+    Experiments add the texts, `source`, network, method and optimizer. `mmjax evaluate WORKDIR --task ... --data ...`
+    scores any checkpoint.
 
     Attributes:
-        data: the folder of the annotation files and of `vocab`.
+        data: the folder of the annotation files.
         files: the training files in it, as the original's archive names them.
         images: the folder below which the entries' images are.
-        vocab: bert-base-uncased's vocab.txt.
         examples: entries of the training files. They make an epoch of examples // batch_size steps; the rest is left
             to later epochs.
         size: side of the images, pixels.
-        length: tokens of a text, [CLS] included.
-        groups: parts of the batch that are one process of the original.
+        length: tokens of a text, special ones included.
         learning_rate: the highest.
         dtype: of the computation; parameters, moments and losses are float32.
         remat: blocks are computed again in the backward pass.
 
     Of the class:
-        clean: how a text is cleaned. sep: whether [SEP] ends it.
         crop_min: least share of the image's area in a crop. magnitude: of RandAugment.
     """
 
     ramps: ClassVar[tuple[str, ...]] = ()
-    clean: ClassVar[Callable[[str], str]]
-    sep: ClassVar[bool]
     crop_min: ClassVar[float] = 0.5
     magnitude: ClassVar[float]
 
@@ -104,11 +99,9 @@ class PublishedRecipe(EncoderStart, abc.ABC):
     data: str = "data"
     files: tuple[str, ...] = ()
     images: str = "images"
-    vocab: str = "vocab.txt"
     examples: int = 1
     size: int = 384
     length: int = 64
-    groups: int = 8
     learning_rate: float = 1e-5
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
@@ -134,30 +127,18 @@ class PublishedRecipe(EncoderStart, abc.ABC):
         """Of the training files."""
         return [pathlib.Path(self.data) / file for file in self.files]
 
-    @functools.cached_property
-    def tokenizer(self) -> WordPieceTokenizer:
-        """Raises MmjaxError, naming the file, if `vocab` is missing."""
-        return WordPieceTokenizer.from_vocab(pathlib.Path(self.data) / self.vocab)
-
     def image_transforms(self) -> tuple[Transform, ...]:
         """Of one image: a crop, a flip, RandAugment (dataset/__init__.py of ALBEF, data/__init__.py of BLIP)."""
         crop = RandomResizedCrop(self.size, (self.crop_min, 1.0), resample="bicubic")
         return crop, RandomFlip(), VisionLanguageRandAugment(self.magnitude)
 
+    @abc.abstractmethod
     def text_transforms(self) -> tuple[Transform, ...]:
-        return CleanText(self.clean), EncodeCaption(self.tokenizer, self.length, sep=self.sep)
+        """Of the texts of an entry."""
 
+    @abc.abstractmethod
     def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the global batch."""
-        image = jax.ShapeDtypeStruct((self.batch_size, self.size, self.size, 3), jnp.uint8)
-        return {"image": image} | self.token_columns()
-
-    def token_columns(self) -> dict[str, jax.ShapeDtypeStruct]:
-        tokens = jax.ShapeDtypeStruct((self.batch_size, self.length), jnp.int32)
-        return {"input_ids": tokens, "attention_mask": tokens}
-
-    def label_column(self, name: str) -> dict[str, jax.ShapeDtypeStruct]:
-        return {name: jax.ShapeDtypeStruct((self.batch_size,), jnp.int32)}
 
     def train_data(self) -> Pipeline:
         """Raises MmjaxError for other numbers of entries than `examples`."""
@@ -186,6 +167,44 @@ class PublishedRecipe(EncoderStart, abc.ABC):
     def evaluations(self) -> tuple[Evaluation, ...]:
         """None during training."""
         return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedRecipe(EncoderStart, EpochRecipe, abc.ABC):
+    """Base of the published recipes whose texts are BERT's.
+
+    Attributes:
+        vocab: bert-base-uncased's vocab.txt, in the folder `data`.
+        groups: parts of the batch that are one process of the original.
+
+    Of the class:
+        clean: how a text is cleaned. sep: whether [SEP] ends it.
+    """
+
+    clean: ClassVar[Callable[[str], str]]
+    sep: ClassVar[bool]
+
+    vocab: str = "vocab.txt"
+    groups: int = 8
+
+    @functools.cached_property
+    def tokenizer(self) -> WordPieceTokenizer:
+        """Raises MmjaxError, naming the file, if `vocab` is missing."""
+        return WordPieceTokenizer.from_vocab(pathlib.Path(self.data) / self.vocab)
+
+    def text_transforms(self) -> tuple[Transform, ...]:
+        return CleanText(self.clean), EncodeCaption(self.tokenizer, self.length, sep=self.sep)
+
+    def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        image = jax.ShapeDtypeStruct((self.batch_size, self.size, self.size, 3), jnp.uint8)
+        return {"image": image} | self.token_columns()
+
+    def token_columns(self) -> dict[str, jax.ShapeDtypeStruct]:
+        tokens = jax.ShapeDtypeStruct((self.batch_size, self.length), jnp.int32)
+        return {"input_ids": tokens, "attention_mask": tokens}
+
+    def label_column(self, name: str) -> dict[str, jax.ShapeDtypeStruct]:
+        return {name: jax.ShapeDtypeStruct((self.batch_size,), jnp.int32)}
 
     def save_assets(self, workdir: pathlib.Path) -> dict[str, Any]:
         """The tokenizer, and the preprocessing of images."""

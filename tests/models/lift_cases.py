@@ -4,6 +4,7 @@ A new system adds its cases to `CASES`, and nothing else. Sizes are prime where 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import tiny_albef as tiny
 import tiny_blip
 import tiny_blip2
+import tiny_blip2_language
 import tiny_flamingo
 
 from mmjax.models.albef.assignment import TextAssignment
@@ -19,6 +21,7 @@ from mmjax.models.blip.finetune import BlipCaptioning, BlipRetrieval
 from mmjax.models.blip.pretrain import BlipPretraining
 from mmjax.models.blip2.network import FROZEN_TOWER
 from mmjax.models.blip2.pretrain import Blip2Pretraining
+from mmjax.models.blip2_language.start import FROZEN_PARTS
 from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
 from mmjax.models.clip.pretrain import CLIP
 from mmjax.models.dense.detect import Detection
@@ -33,6 +36,7 @@ from mmjax.models.moco.network import FROZEN_STEM, MoCoConfig
 from mmjax.models.moco.pretrain import MoCoMethod
 from mmjax.models.resnet.network import ResNetConfig
 from mmjax.models.resnet.supervised import ResNetClassifier
+from mmjax.models.vision_language.pretrain import PrefixLM
 from mmjax.models.vit.network import ViTConfig
 from mmjax.models.vit.supervised import ViTClassifier
 from mmjax.training.classification import Classification
@@ -279,6 +283,16 @@ BLIP2 = {
         Blip2Pretraining(tiny_blip2.PRETRAINING, groups=8),
         tiny_blip2.batch,
         Optimizer(sgd(0.03, 0.9), Partition(FROZEN_TOWER)),
+        rounding=KEY_BIASES,
+    ),
+}
+
+# With dropout in the queries, between two frozen parts; devices have different numbers of labels.
+BLIP2 |= {
+    "blip2/second_stage": Case(
+        PrefixLM(tiny_blip2_language.dropped(tiny_blip2_language.network("t5"))),
+        functools.partial(tiny_blip2_language.batch, "t5", size=16),
+        Optimizer(sgd(0.03, 0.9), Partition(FROZEN_PARTS)),
         rounding=KEY_BIASES,
     ),
 }

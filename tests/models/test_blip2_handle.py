@@ -13,7 +13,8 @@ import tiny_blip2 as tiny
 from mmjax import cli, hub
 from mmjax.errors import MmjaxError
 from mmjax.generation.options import BeamRules
-from mmjax.models.blip2.network import Blip2, Blip2Config, qformer
+from mmjax.models.blip2.network import Blip2, Blip2Config
+from mmjax.models.blip2.qformer import qformer
 from mmjax.models.blip2.tasks import Blip2Model
 from mmjax.nn.masks import grounded_mask, padding_mask
 from mmjax.text.captions import caption_columns

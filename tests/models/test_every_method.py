@@ -12,6 +12,7 @@ import pytest
 import tiny_albef as tiny
 import tiny_blip
 import tiny_blip2
+import tiny_blip2_language
 import tiny_flamingo
 
 from mmjax import tree
@@ -104,6 +105,8 @@ METHODS: dict[str, Callable[[str], Method]] = {
     "blip_captions": lambda d: BlipCaptioning(replace(tiny_blip.still(tiny_blip.CAPTIONER), dtype=d)),
     "blip_answers": lambda d: BlipAnswering(replace(tiny_blip.still(tiny_blip.VQA), dtype=d)),
     "prefix": lambda d: PrefixLM(replace(PREFIX, dtype=d)),
+    "queries_opt": lambda d: PrefixLM(tiny_blip2_language.network("opt", dtype=d)),
+    "queries_t5": lambda d: PrefixLM(tiny_blip2_language.network("t5", dtype=d)),
     "blip_classes": lambda d: BlipClassification(replace(tiny_blip.still(tiny_blip.NLVR), dtype=d)),
     "flamingo": lambda d: FlamingoLM(replace(tiny_flamingo.METHOD, dtype=d)),
 }
@@ -136,6 +139,8 @@ def prefix_batch(seed: int) -> dict[str, np.ndarray]:
 def batch_of(name: str, seed: int = 0) -> dict[str, np.ndarray]:
     if name == "prefix":
         return prefix_batch(seed)
+    if name.startswith("queries"):
+        return tiny_blip2_language.batch(name.removeprefix("queries_"), seed)
     if name.startswith("blip2"):
         return tiny_blip2.batch(seed)
     if name == "flamingo":

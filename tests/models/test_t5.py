@@ -17,8 +17,9 @@ from mmjax.errors import MmjaxError
 from mmjax.interface.config import config_from_json
 from mmjax.models.t5.checkpoint import LAYOUTS
 from mmjax.models.t5.network import FLAN, T5Config
-from mmjax.models.t5.pretrain import T5Seq2Seq, shift_right
+from mmjax.models.t5.pretrain import T5Seq2Seq
 from mmjax.models.t5.tasks import T5Model
+from mmjax.objectives.language import shift_right
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.training.optimizer import Optimizer, adamw
 from mmjax.training.state import Carry, create_state

@@ -42,9 +42,10 @@ def _encoder(config: BertConfig, layer: str, dense: Dense, norm: Dense) -> list[
         if config.cross_from is not None and i in range(config.cross_from, config.depth, config.cross_every):
             entries += _cross(config, i, f"{source}.crossattention", f"{target}/cross_attention", dense)
             entries += norm(f"{source}.crossattention.output.LayerNorm", f"{target}/cross_norm")
-        entries += dense(f"{source}.intermediate.dense", f"{target}/mlp/up")
-        entries += dense(f"{source}.output.dense", f"{target}/mlp/down")
-        entries += norm(f"{source}.output.LayerNorm", f"{target}/norm_2")
+        if config.vocab_size:
+            entries += dense(f"{source}.intermediate.dense", f"{target}/mlp/up")
+            entries += dense(f"{source}.output.dense", f"{target}/mlp/down")
+            entries += norm(f"{source}.output.LayerNorm", f"{target}/norm_2")
         if config.query_feed_forward:  # under the names of BLIP-2's Q-Former
             entries += dense(f"{source}.intermediate_query.dense", f"{target}/query_mlp/up")
             entries += dense(f"{source}.output_query.dense", f"{target}/query_mlp/down")
@@ -138,9 +139,12 @@ def hf_table(config: BertConfig) -> Table:
     """With the prefix that models with heads have; transformers' BertModel reads it too."""
     embeddings, predictions = "bert.embeddings.", "cls.predictions."
     tied = (f"{predictions}decoder.weight",)
-    entries = [
+    tables = [
         Entry(f"{embeddings}word_embeddings.weight", "params/embeddings/words", copies=tied),
         Entry(f"{embeddings}position_embeddings.weight", "params/embeddings/positions"),
+    ]
+    entries = [
+        *(tables if config.vocab_size else []),
         *([Entry(f"{embeddings}token_type_embeddings.weight", "params/embeddings/types")] if config.types else []),
         *_norm(f"{embeddings}LayerNorm", "embeddings/norm"),
         *_encoder(config, "bert.encoder.layer.{}", _dense, _norm),
@@ -187,7 +191,8 @@ def config_of_part(shapes: Shapes, start: str, heads: int | None, **fields: Any)
     start: the prefix of `embeddings.` and `encoder.` in its keys. heads: None: each is 64 wide. fields: what the keys
     do not determine.
     """
-    vocabulary, width = shapes[f"{start}embeddings.word_embeddings.weight"]
+    vocabulary = shapes.get(f"{start}embeddings.word_embeddings.weight", (0,))[0]
+    (width,) = shapes[f"{start}embeddings.LayerNorm.weight"]
     matches = [re.fullmatch(re.escape(start) + r"encoder\.layer\.(\d+)\.(.+)", key) for key in shapes]
     layers: dict[str, set[int]] = {}
     for match in filter(None, matches):
@@ -200,8 +205,8 @@ def config_of_part(shapes: Shapes, start: str, heads: int | None, **fields: Any)
         "width": width,
         "depth": depth,
         "heads": heads or max(width // 64, 1),
-        "hidden": shapes[f"{start}encoder.layer.0.intermediate.dense.weight"][0],
-        "positions": shapes[f"{start}embeddings.position_embeddings.weight"][0],
+        "hidden": shapes[f"{start}encoder.layer.0.intermediate{'' if vocabulary else '_query'}.dense.weight"][0],
+        "positions": shapes[f"{start}embeddings.position_embeddings.weight"][0] if vocabulary else 0,
         "types": shapes.get(f"{start}embeddings.token_type_embeddings.weight", (0,))[0],
         "cross_from": crossed[0] if crossed else None,
         "cross_every": ([*crossed[1:], depth][0] - crossed[0]) if crossed else 1,

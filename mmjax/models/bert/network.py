@@ -27,6 +27,7 @@ class BertConfig:
     """Sizes, and which heads stand on the encoder; class methods give the published sizes.
 
     Attributes:
+        vocab_size: 0: there are queries alone, and no text: no table, no feed-forward but theirs (BLIP-2's stage 2).
         width, hidden: of the tokens and of the feed-forward.
         positions, types: rows of the tables of positions and of token types; types=0: there is no such table.
         act: "gelu" (erf) in Hugging Face's BERTs, "gelu_tanh" in Google's code: 5e-4 apart.
@@ -87,6 +88,11 @@ class BertConfig:
             raise MmjaxError(f"bert: nsp={self.nsp}, classes={self.classes} need the pooler, and pooler=False")
         if self.classes and self.token_classes:
             raise MmjaxError(f"bert: classes={self.classes} and token_classes={self.token_classes}: one of the two")
+        if not self.vocab_size and (self.types or self.pooler or self.mlm or not self.query_feed_forward):
+            raise MmjaxError(
+                "bert: vocab_size=0: without text there are types=0, pooler=False, mlm=False, query_feed_forward=True; "
+                f"it has {self.types}, {self.pooler}, {self.mlm}, {self.query_feed_forward}"
+            )
         if self.merge_from is not None and (self.cross_from is None or self.causal):
             raise MmjaxError(
                 f"bert: merge_from={self.merge_from}: two contexts are of an encoder with cross attention, and "
@@ -135,8 +141,9 @@ class Embeddings(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.words = self.param("words", c.initializer, (c.vocab_size, c.width))
-        self.positions = self.param("positions", c.initializer, (c.positions, c.width))
+        if c.vocab_size:
+            self.words = self.param("words", c.initializer, (c.vocab_size, c.width))
+            self.positions = self.param("positions", c.initializer, (c.positions, c.width))
         if c.types:
             self.types = self.param("types", c.initializer, (c.types, c.width))
         self.norm = LayerNorm(c.epsilon, jnp.dtype(c.dtype))

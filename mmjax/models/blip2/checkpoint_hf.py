@@ -12,13 +12,14 @@ from typing import Any
 
 from mmjax.errors import MmjaxError
 from mmjax.models.bert import checkpoint as bert
+from mmjax.models.bert.network import BertConfig
 from mmjax.models.blip import checkpoint_hf as blip
 from mmjax.models.blip2 import checkpoint_lavis as lavis
 from mmjax.models.blip2.network import Blip2Config
 from mmjax.models.vit import checkpoint_timm as timm
 from mmjax.models.vit.network import ViTConfig
 from mmjax.weights.compose import moved
-from mmjax.weights.table import Layout, Shape, Table
+from mmjax.weights.table import Entry, Layout, Shape, Table
 
 Shapes = Mapping[str, Shape]
 ConfigJson = Mapping[str, Any] | None
@@ -48,15 +49,26 @@ def lavis_name(key: str) -> str:
 
 
 def table(config: Blip2Config) -> Table:
-    """Raises MmjaxError for CLIP's image encoder, which transformers' class cannot hold."""
-    if lavis.is_clip(config.vision):
+    """Raises MmjaxError for CLIP's image encoder."""
+    others = [entry for entry in lavis.table(config) if not entry.targets[0].startswith("params/vision/")]
+    return *vision_table(config.vision), *map(renamed, others)
+
+
+def vision_table(config: ViTConfig) -> list[Entry]:
+    """The entries of the image encoder and its final norm, of both stages.
+
+    Raises MmjaxError for CLIP's, which transformers' class cannot hold.
+    """
+    if lavis.is_clip(config):
         raise MmjaxError("layout='hf': Blip2VisionModel has EVA's image encoder, not CLIP's; layout='lavis' holds it")
-    vision = (entry for entry in timm.table(config.vision) if not entry.sources[0].startswith("norm."))
-    blocks = [moved(entry, lavis.TOWER, "vision") for entry in vision]
-    others = [entry for entry in lavis.table(config) if not entry.sources[0].startswith(lavis.TOWER)]
-    return tuple(
-        replace(entry, source=hf_name(entry.sources[0]), copies=(), save_copies=False) for entry in (*blocks, *others)
-    )
+    blocks = (entry for entry in timm.table(config) if not entry.sources[0].startswith("norm."))
+    tower = [moved(entry, lavis.TOWER, "vision") for entry in blocks]
+    return [renamed(entry) for entry in (*tower, *timm.norm("ln_vision", "vision/norm"))]
+
+
+def renamed(entry: Entry) -> Entry:
+    """LAVIS' entry -> transformers', in which tied arrays have one name."""
+    return replace(entry, source=hf_name(entry.sources[0]), copies=(), save_copies=False)
 
 
 def reduced(config: Blip2Config) -> Blip2Config:
@@ -69,21 +81,12 @@ def reduced(config: Blip2Config) -> Blip2Config:
 
 def config_of(shapes: Shapes, config_json: ConfigJson) -> Blip2Config:
     """The config, from the arrays' shapes and config.json; defaults of transformers' classes fill the rest."""
-    text, vision = (dict((config_json or {}).get(f"{name}_config") or {}) for name in ("qformer", "vision"))
-    fields: dict[str, Any] = {
-        "act": blip.activation_of(text, "qformer_config"),
-        "epsilon": text.get("layer_norm_eps", 1e-12),
-        "dropout": text.get("hidden_dropout_prob", 0.1),
-        "attention_dropout": text.get("attention_probs_dropout_prob", 0.1),
-        "init_std": text.get("initializer_range", 0.02),
-    }
-    renamed = {lavis_name(key): shape for key, shape in shapes.items()}
-    heads = None if config_json is None else text.get("num_attention_heads", 12)
-    qformer = bert.config_of_part(renamed, "Qformer.bert.", heads, pooler=False, **fields)
-    ids: dict[str, Any] = lavis.special_ids(qformer.vocab_size) | {"pad": text.get("pad_token_id", 0) or 0}
+    text, vision = (part_json(config_json, name) for name in ("qformer", "vision"))
+    qformer = qformer_config(shapes, text)
+    ids: dict[str, Any] = lavis.special_ids(qformer.vocab_size) | {"pad": (text or {}).get("pad_token_id", 0) or 0}
     image_token = (config_json or {}).get("image_token_index", (config_json or {}).get("image_token_id"))
     return Blip2Config(
-        _vision(shapes, None if config_json is None else vision),
+        vision_config(shapes, vision),
         qformer,
         queries=shapes["query_tokens"][1],
         embed_dim=shapes["vision_projection.weight"][0],
@@ -93,8 +96,28 @@ def config_of(shapes: Shapes, config_json: ConfigJson) -> Blip2Config:
     )
 
 
-def _vision(shapes: Shapes, vision: Mapping[str, Any] | None) -> ViTConfig:
-    """vision: of config.json; None: there is no such file."""
+def part_json(config_json: ConfigJson, name: str) -> dict[str, Any] | None:
+    """The part NAME_config of config.json; None: there is no such file."""
+    return None if config_json is None else dict(config_json.get(f"{name}_config") or {})
+
+
+def qformer_config(shapes: Shapes, text: Mapping[str, Any] | None) -> BertConfig:
+    """The Q-Former's config, in both stages. text: of config.json; None: there is no such file."""
+    heads = None if text is None else text.get("num_attention_heads", 12)
+    text = text or {}
+    fields: dict[str, Any] = {
+        "act": blip.activation_of(text, "qformer_config"),
+        "epsilon": text.get("layer_norm_eps", 1e-12),
+        "dropout": text.get("hidden_dropout_prob", 0.1),
+        "attention_dropout": text.get("attention_probs_dropout_prob", 0.1),
+        "init_std": text.get("initializer_range", 0.02),
+    }
+    names = {lavis_name(key): shape for key, shape in shapes.items()}
+    return bert.config_of_part(names, "Qformer.bert.", heads, pooler=False, **fields)
+
+
+def vision_config(shapes: Shapes, vision: Mapping[str, Any] | None) -> ViTConfig:
+    """The image encoder's config, in both stages. vision: of config.json; None: there is no such file."""
     args = None if vision is None else {"model_args": {"num_heads": vision.get("num_attention_heads", 16)}}
     vision = vision or {}
     renamed = {blip.original_name(key).removeprefix(lavis.TOWER): shape for key, shape in shapes.items()}
@@ -106,36 +129,42 @@ def _vision(shapes: Shapes, vision: Mapping[str, Any] | None) -> ViTConfig:
 
 def hf_config(config: Blip2Config) -> dict[str, Any]:
     """config.json with every field, also those that are transformers' defaults."""
-    text, vision = config.qformer, config.vision
-    qformer_config = {
-        "model_type": "blip_2_qformer",
-        **blip.sizes(text),
-        "vocab_size": text.vocab_size,
-        "max_position_embeddings": text.positions,
-        "hidden_dropout_prob": text.dropout,
-        "attention_probs_dropout_prob": text.attention_dropout,
-        "initializer_range": text.init_std,
-        "pad_token_id": config.pad,
-        "cross_attention_frequency": text.cross_every,
-        "encoder_hidden_size": vision.width,
-        "use_qformer_text_input": True,
-    }
-    vision_config = {
-        "model_type": "blip_2_vision_model",
-        **blip.sizes(vision),
-        "image_size": vision.image_size[0],
-        "patch_size": vision.patch,
-        "attention_dropout": vision.attention_dropout,
-        "qkv_bias": True,
-    }
     return {
         "architectures": ["Blip2ForImageTextRetrieval"],
         "model_type": "blip-2",
         "num_query_tokens": config.queries,
         "image_text_hidden_size": config.embed_dim,
         "image_token_index": config.image_token,
-        "qformer_config": qformer_config,
-        "vision_config": vision_config,
+        "qformer_config": qformer_json(config.qformer, config.vision.width) | {"pad_token_id": config.pad},
+        "vision_config": vision_json(config.vision),
+    }
+
+
+def qformer_json(config: BertConfig, context: int) -> dict[str, Any]:
+    """qformer_config, of both stages. context: width of what the queries attend to."""
+    return {
+        "model_type": "blip_2_qformer",
+        **blip.sizes(config),
+        "vocab_size": config.vocab_size or 30522,
+        "max_position_embeddings": config.positions or 512,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "initializer_range": config.init_std,
+        "cross_attention_frequency": config.cross_every,
+        "encoder_hidden_size": context,
+        "use_qformer_text_input": config.vocab_size > 0,
+    }
+
+
+def vision_json(config: ViTConfig) -> dict[str, Any]:
+    """vision_config, of both stages."""
+    return {
+        "model_type": "blip_2_vision_model",
+        **blip.sizes(config),
+        "image_size": config.image_size[0],
+        "patch_size": config.patch,
+        "attention_dropout": config.attention_dropout,
+        "qkv_bias": True,
     }
 
 

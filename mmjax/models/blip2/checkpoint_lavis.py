@@ -27,22 +27,26 @@ EPSILON = 1e-5
 
 def table(config: Blip2Config) -> Table:
     """The entries of the network; with the LM head its tied matrix and bias stand under two names each."""
-    if is_clip(config.vision):
-        tower = _clip_tower(config.vision)
-    else:
-        tower = [moved(entry, TOWER, "vision") for entry in eva.blocks_table(config.vision)]
     text = [moved(entry, "Qformer.", "qformer") for entry in bert.hf_table(config.qformer)]
     if not config.qformer.mlm:
         text = [replace(entry, copies=()) for entry in text]
     queries = reshape((1, config.queries, config.qformer.width))
     return (
-        *tower,
-        *timm.norm("ln_vision", "vision/norm"),
+        *vision_table(config.vision),
         Entry("query_tokens", "params/queries", queries),
         *(replace(entry, save_copies=bool(entry.copies)) for entry in text),
         *([] if config.temperature is None else [Entry("temp", "params/temperature")]),
         *(entry for name in ("vision_proj", "text_proj", "itm_head") for entry in timm.dense(name, name)),
     )
+
+
+def vision_table(config: ViTConfig) -> list[Entry]:
+    """The entries of the image encoder and its final norm, of both stages."""
+    if is_clip(config):
+        tower = _clip_tower(config)
+    else:
+        tower = [moved(entry, TOWER, "vision") for entry in eva.blocks_table(config)]
+    return [*tower, *timm.norm("ln_vision", "vision/norm")]
 
 
 def is_clip(config: ViTConfig) -> bool:
@@ -73,22 +77,28 @@ def config_of(shapes: Shapes, config_json: Mapping[str, Any] | None) -> Blip2Con
     Raises MmjaxError for a file without the image encoder.
     """
     config_json = config_json or {}
-    tower = {key.removeprefix(TOWER): shape for key, shape in shapes.items() if key.startswith(TOWER)}
-    if not tower:
-        raise MmjaxError(
-            f"it has no {TOWER}*: LAVIS saves the trained parameters alone. Put the image encoder's file beside it, "
-            f"under the name {' or '.join(ENCODERS)}"
-        )
+    vision = vision_config(shapes, config_json.get("vision_heads"))
     mlm = "Qformer.cls.predictions.bias" in shapes
     text = bert.config_of_part(shapes, "Qformer.bert.", config_json.get("text_heads"), pooler=False, mlm=mlm)
     return Blip2Config(
-        (_clip_config if "conv1.weight" in tower else _eva_config)(tower, config_json.get("vision_heads")),
+        vision,
         text,
         queries=shapes["query_tokens"][1],
         embed_dim=shapes["vision_proj.weight"][0],
         temperature=0.07 if "temp" in shapes else None,
         **special_ids(text.vocab_size),
     )
+
+
+def vision_config(shapes: Shapes, heads: int | None) -> ViTConfig:
+    """Of the image encoder with its final norm, of both stages. Raises MmjaxError for a file without it."""
+    tower = {key.removeprefix(TOWER): shape for key, shape in shapes.items() if key.startswith(TOWER)}
+    if not tower:
+        raise MmjaxError(
+            f"it has no {TOWER}*: LAVIS saves the trained parameters alone. Put the image encoder's file beside it, "
+            f"under the name {' or '.join(ENCODERS)}"
+        )
+    return (_clip_config if "conv1.weight" in tower else _eva_config)(tower, heads)
 
 
 def special_ids(vocab_size: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from flax import linen as nn
 from mmjax.errors import MmjaxError
 from mmjax.models.bert.network import Bert, BertConfig
 from mmjax.models.blip.network import with_first
+from mmjax.models.blip2.qformer import mask_behind_queries, qformer, query_states
 from mmjax.models.vit.network import ViT, ViTConfig
 from mmjax.nn.kv_cache import KeyValues
 from mmjax.nn.masks import causal_mask, padding_mask
@@ -108,13 +109,6 @@ class Blip2Config:
         return params
 
 
-def qformer(**fields: Any) -> BertConfig:
-    """BERT-base's size with [DEC], with cross attention in every second layer (LAVIS blip2.py:43-58)."""
-    kind: dict[str, Any] = {"vocab_size": 30523, "types": 0, "pooler": False, "mlm": True, "init": "normal"}
-    kind |= {"cross_from": 0, "cross_every": 2, "query_feed_forward": True}
-    return BertConfig(**(kind | fields))
-
-
 class Blip2(nn.Module):
     """Params: vision, queries [q, d], qformer, vision_proj, text_proj, itm_head, and as configured temperature.
 
@@ -187,10 +181,7 @@ class Blip2(nn.Module):
         train: bool = False,
     ) -> Float[Array, "b q d"]:
         """The states of the queries, which attend to the image and, with the text, to each other. ids: [CLS] first."""
-        q = self.config.queries
-        x = self.qformer.embed(ids, train=train, queries=self._queries(len(ids)))
-        valid = None if mask is None else self._with_queries(mask)
-        return self.qformer.run(x, valid, image_tokens, train=train, queries=q)[-1][:, :q]
+        return query_states(self.qformer, self.queries, image_tokens, ids, mask, train)
 
     def encode_pair(
         self,
@@ -266,8 +257,7 @@ class Blip2(nn.Module):
 
     def _with_queries(self, mask: Int[Array, "b l"]) -> Int[Array, "b q_l"]:
         """The padding mask of a text behind the queries."""
-        ones = jnp.ones((len(mask), self.config.queries), mask.dtype)
-        return jnp.concatenate([ones, mask], axis=1)
+        return mask_behind_queries(mask, self.config.queries)
 
     def _visible(self, mask: Int[Array, "b l"]) -> Array:
         """Which keys, of the queries and of the text, each token of the text attends to [b, 1, l, q + l]."""

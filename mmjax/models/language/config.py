@@ -240,9 +240,9 @@ class DecoderConfig:
 
 
 class OverLanguageModel:
-    """Base of configs with a `language`, a DecoderConfig: what generation needs of a config is the language model's."""
+    """Base of configs with a `language`, a DecoderConfig or T5Config: what generation needs is the language model's."""
 
-    language: DecoderConfig
+    language: Any
 
     @property
     def vocab_size(self) -> int:
@@ -251,15 +251,15 @@ class OverLanguageModel:
     @property
     def capacity(self) -> int | None:
         """The longest sequence that there are positions for; None: any."""
-        return self.language.capacity
+        return getattr(self.language, "capacity", None)
 
     @property
     def added_tokens(self) -> int:
-        return self.language.added_tokens
+        return getattr(self.language, "added_tokens", 0)
 
     @property
     def bos(self) -> int | None:
-        return self.language.bos
+        return getattr(self.language, "bos", None)
 
     @property
     def eos(self) -> tuple[int, ...]:

@@ -174,7 +174,10 @@ class Decoder(nn.Module):
         valid = jnp.ones(x.shape[:2], jnp.int32) if mask is None else mask
         learned = self.config.positions
         counts = isinstance(learned, Learned) and learned.of_tokens
-        position_ids = token_positions(valid) if counts else jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        if counts:  # padding has the row before the first token's (OPT: transformers modeling_opt.py)
+            position_ids = jnp.where(valid.astype(bool), token_positions(valid), -1)
+        else:
+            position_ids = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         x, allowed, positions = self._inputs(x, valid, position_ids, None)
         states = self.stack(x, allowed, positions=positions, before=before)
         return [*states[:-1], self._final(states[-1])]

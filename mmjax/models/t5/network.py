@@ -22,7 +22,7 @@ from mmjax.nn.norm import RMSNorm
 from mmjax.nn.relative_positions import RelativeBias
 from mmjax.nn.stack import Block, LayerCache, Stack
 from mmjax.nn.transformer import Init, Mlp, MultiHeadAttention, PositionInputs
-from mmjax.types import Array, Bool, Float, Int
+from mmjax.types import Array, Bool, Float, Int, Params
 
 normal = nn.initializers.normal
 
@@ -252,10 +252,22 @@ class T5(nn.Module):
         """The decoder's states; context: the encoder's last, attention_mask: of its tokens."""
         return self.decoder(self.embed(decoder_ids), None, context, attention_mask, train)
 
+    def hidden(
+        self,
+        embeds: Float[Array, "b s d"],
+        decoder_ids: Int[Array, "b l"],
+        attention_mask: Int[Array, "b s"] | None = None,
+    ) -> Float[Array, "b l d"]:
+        """The input of the head's matrix, from embeddings of the encoder's tokens; see `output_layer`."""
+        context = self.encode(None, attention_mask, embeds)[-1]
+        return self._scaled(self.decode(decoder_ids, context, attention_mask)[-1])
+
     def logits(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        return int8.scores(self._scaled(x), self.embedding if self.config.tied else self.head)
+
+    def _scaled(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         c = self.config
-        x = x * c.width**-0.5 if c.scaled else x
-        return int8.scores(x.astype(c.dtype), self.embedding if c.tied else self.head)
+        return (x * c.width**-0.5 if c.scaled else x).astype(c.dtype)
 
     def prefill(self, inputs: Mapping[str, Array], rows: int, capacity: int) -> tuple[Float[Array, "b v"], DecodeState]:
         """See `mmjax.models.t5.decoding`."""
@@ -273,3 +285,8 @@ class T5(nn.Module):
         items, index = state.items, state.index
         x, new = self.decoder.step(self.embed(ids), items["caches"], state.rows, index, items["mask"])
         return self.logits(x), DecodeState(items, new, index + 1)
+
+
+def output_layer(params: Params, config: T5Config) -> dict[str, Any]:
+    """The arguments of `linear_cross_entropy` that turn the result of `T5.hidden` into logits."""
+    return {"kernel": params["embedding" if config.tied else "head"], "tied": True}

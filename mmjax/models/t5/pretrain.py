@@ -7,17 +7,11 @@ import jax.numpy as jnp
 
 from mmjax.models.t5.network import T5, T5Config
 from mmjax.objectives.classification import hits
-from mmjax.objectives.language import IGNORED, token_cross_entropy
+from mmjax.objectives.language import IGNORED, shift_right, token_cross_entropy
 from mmjax.training.method import Loss, Method
 from mmjax.training.rng import named
 from mmjax.training.state import Carry
 from mmjax.types import Array, Batch, Int, Mean, Means, Params, PRNGKeyArray
-
-
-def shift_right(labels: Int[Array, "b l"], start: int, pad: int) -> Int[Array, "b l"]:
-    """The decoder's inputs for `labels`: the start token and the labels before; ignored ones are padding."""
-    before = jnp.where(labels == IGNORED, pad, labels)[:, :-1]
-    return jnp.concatenate([jnp.full_like(labels[:, :1], start), before], axis=1)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
-"""A vision tower before a language model, with a connector between them (LLaVA: arXiv 2304.08485, 2310.03744).
+"""A vision tower before a language model, with a connector between them (LLaVA: arXiv 2304.08485, 2310.03744; BLIP-2's
+second stage: arXiv 2301.12597).
 
-Parameter paths: vision/..., as of a `ViT`; connector/layer_{i}/{kernel,bias}; newline [d], the feature after each row
-of patches, where there is one; language/..., as of a `Decoder`.
+Parameter paths: vision/..., as of a `ViT`; connector/layer_{i}/{kernel,bias}, or of queries connector/queries [q, e],
+connector/qformer/..., as of a `Bert`, connector/projection/{kernel,bias}; newline [d], the feature after each row of
+patches, where there is one; language/..., as of a `Decoder` or a `T5`.
 """
 
 from dataclasses import dataclass, replace
@@ -11,12 +13,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mmjax.errors import MmjaxError
+from mmjax.models.bert.network import Bert, BertConfig
+from mmjax.models.blip2.qformer import query_states
 from mmjax.models.language.config import DecoderConfig, OverLanguageModel
 from mmjax.models.language.network import Decoder
+from mmjax.models.t5.network import T5, T5Config
 from mmjax.models.vit.network import Tower, ViTConfig
 from mmjax.nn.activation import activation
 from mmjax.nn.splice import splice
-from mmjax.nn.transformer import TORCH, Dense, torch_bias
+from mmjax.nn.transformer import TORCH, Dense, torch_bias, torch_linear
 from mmjax.types import Array, Float, Int
 
 
@@ -41,7 +46,30 @@ class IdentityConnector:
     """The tower's tokens are the features; tower and language model have one width."""
 
 
-Connector: TypeAlias = MlpConnector | IdentityConnector
+@dataclass(frozen=True)
+class QueryConnector:
+    """Queries that attend to the tower's tokens, and a matrix from their width to the language model's (BLIP-2).
+
+    qformer: the query transformer; with a vocabulary its queries see a text too (InstructBLIP).
+    queries: their number, which is that of the features of an image.
+    """
+
+    qformer: BertConfig
+    queries: int = 32
+
+    def __post_init__(self) -> None:
+        """Raises MmjaxError for a transformer that is no Q-Former."""
+        c = self.qformer
+        if c.cross_from != 0 or not c.query_feed_forward or c.causal or c.types or c.pooler or c.mlm:
+            raise MmjaxError(
+                "connector: the qformer needs cross_from=0, query_feed_forward=True, causal=False, types=0, "
+                f"pooler=False, mlm=False; it has {c.cross_from}, {c.query_feed_forward}, {c.causal}, {c.types}, "
+                f"{c.pooler}, {c.mlm}"
+            )
+
+
+Connector: TypeAlias = MlpConnector | IdentityConnector | QueryConnector
+Language: TypeAlias = DecoderConfig | T5Config
 
 
 @dataclass(frozen=True)
@@ -50,7 +78,7 @@ class VisionLanguageConfig(OverLanguageModel):
 
     Attributes:
         vision: the tower. Its `dtype` and `remat` are those below.
-        language: the decoder, likewise.
+        language: the decoder, or an encoder-decoder, whose encoder gets the prompts; likewise.
         layer: of the tower's states, the one whose tokens are taken: -2 is what the last block but one gives, None the
             last after the final norm. Of several the channels are concatenated.
         class_token: the tokens before the patches are features too.
@@ -61,10 +89,11 @@ class VisionLanguageConfig(OverLanguageModel):
         template: the name of the conversation's template in `mmjax.models.llava.templates`; "": the tokenizer's.
         pad_images: the default preprocessing pads images to squares (LLaVA 1.5).
         dtype, remat: of all parts.
+        vision_dtype, language_dtype: of these parts; None: `dtype`.
     """
 
     vision: ViTConfig
-    language: DecoderConfig
+    language: Language
     connector: Connector = MlpConnector()
     layer: int | tuple[int, ...] | None = -2
     class_token: bool = False
@@ -75,6 +104,8 @@ class VisionLanguageConfig(OverLanguageModel):
     pad_images: bool = False
     dtype: str = "float32"
     remat: bool = False
+    vision_dtype: str | None = None
+    language_dtype: str | None = None
 
     def __post_init__(self) -> None:
         """Raises MmjaxError for parts that do not fit each other."""
@@ -83,6 +114,12 @@ class VisionLanguageConfig(OverLanguageModel):
             raise MmjaxError(f"connector: the identity has {widths}")
         if self.class_token and self.merge != "flat":
             raise MmjaxError(f"merge={self.merge!r}: rows of patches have no class token; class_token=False")
+        if isinstance(self.connector, QueryConnector) and (self.grids or self.merge != "flat"):
+            raise MmjaxError(
+                f"merge={self.merge!r}, grids={self.grids}: features of queries are of no place in an image"
+            )
+        if isinstance(self.language, T5Config) and not self.language.decoder_depth:
+            raise MmjaxError("language: decoder_depth=0 is an encoder alone, which generates nothing")
 
     @classmethod
     def llava(cls, language: DecoderConfig, side: int = 336, **fields: Any) -> Self:
@@ -106,17 +143,28 @@ class VisionLanguageConfig(OverLanguageModel):
         grids = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))
         return cls.llava_1_5_7b(**{"grids": grids, "merge": "spatial_unpad", "pad_images": False, **fields})
 
+    @classmethod
+    def blip2(cls, vision: ViTConfig, language: Language, connector: QueryConnector, **fields: Any) -> Self:
+        """BLIP-2's second stage: the queries attend to all tokens of the tower, after its final norm."""
+        return cls(vision, language, connector, layer=None, class_token=True, **fields)
+
     # ------------------------------------------------------------------------------------------------------- the parts
 
     @property
     def tower(self) -> ViTConfig:
         """The tower as it runs."""
-        return replace(self.vision, num_classes=0, dtype=self.dtype, remat=self.remat)  # type: ignore[arg-type]
+        dtype: Any = self.vision_dtype or self.dtype
+        return replace(self.vision, num_classes=0, dtype=dtype, remat=self.remat)
 
     @property
-    def decoder(self) -> DecoderConfig:
-        """The language model as it runs."""
-        return replace(self.language, dtype=self.dtype, remat=self.remat)
+    def decoder(self) -> Any:
+        """The language model as it runs, a DecoderConfig or a T5Config."""
+        return replace(self.language, dtype=self.language_dtype or self.dtype, remat=self.remat)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether prompts are for the encoder of an encoder-decoder."""
+        return isinstance(self.language, T5Config)
 
     @property
     def feature_width(self) -> int:
@@ -126,6 +174,8 @@ class VisionLanguageConfig(OverLanguageModel):
     @property
     def tile_tokens(self) -> int:
         """The number of features of one picture."""
+        if isinstance(self.connector, QueryConnector):
+            return self.connector.queries
         rows, columns = self.vision.grid
         return rows * columns + (self.vision.prefix if self.class_token else 0)
 
@@ -151,6 +201,42 @@ class Projector(nn.Module):
         return x
 
 
+class QueryProjector(nn.Module):
+    """A `QueryConnector`: [n, p, c] -> [n, q, width]. axis_name: the mapped axis that cuts the batch, for dropout."""
+
+    config: QueryConnector
+    width: int
+    dtype: str = "float32"
+    remat: bool = False
+    axis_name: str | None = None
+
+    def setup(self) -> None:
+        c = self.config
+        self.queries = self.param("queries", c.qformer.initializer, (c.queries, c.qformer.width))
+        self.qformer = Bert(replace(c.qformer, dtype=self.dtype, remat=self.remat), self.axis_name)
+        self.projection = torch_linear(self.width, c.qformer.width)
+
+    def __call__(
+        self,
+        tokens: Float[Array, "n p c"],
+        ids: Int[Array, "n t"] | None = None,
+        mask: Int[Array, "n t"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "n q d"]:
+        """ids, mask: of a text for each image, which the queries see. train: with dropout."""
+        return self.projection(self.states(tokens, ids, mask, train))
+
+    def states(
+        self,
+        tokens: Float[Array, "n p c"],
+        ids: Int[Array, "n t"] | None = None,
+        mask: Int[Array, "n t"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "n q e"]:
+        """The queries' last states, before the projection."""
+        return query_states(self.qformer, self.queries, tokens, ids, mask, train)
+
+
 class VisionLanguage(nn.Module):
     """Ids and images -> next tokens' logits.
 
@@ -168,9 +254,11 @@ class VisionLanguage(nn.Module):
         self.vision = Tower(c.tower, c.layer, c.class_token, self.axis_name)
         if isinstance(c.connector, MlpConnector):
             self.connector = Projector(c.connector, c.language.width, jnp.dtype(c.dtype))
+        if isinstance(c.connector, QueryConnector):
+            self.connector = QueryProjector(c.connector, c.language.width, c.dtype, c.remat, self.axis_name)
         if c.newline:
             self.newline = self.param("newline", nn.initializers.normal(c.language.width**-0.5), (c.language.width,))
-        self.language = Decoder(c.decoder)
+        self.language = T5(c.decoder, self.axis_name) if c.encodes else Decoder(c.decoder)
 
     def __call__(
         self,
@@ -178,18 +266,52 @@ class VisionLanguage(nn.Module):
         ids: Int[Array, "b l"],
         index: Int[Array, "b l"],
         mask: Int[Array, "b l"] | None = None,
+        decoder_ids: Int[Array, "b t"] | None = None,
+        query_ids: Int[Array, "n t"] | None = None,
+        query_mask: Int[Array, "n t"] | None = None,
     ) -> dict[str, Any]:
-        """{"features": [n, p, d]; "states", "logits": as of `Decoder`}."""
-        features = self.encode_image(pixels)
-        return {"features": features, **self.decode(self.embed(ids, index, features), mask)}
+        """{"vision": the tower's tokens [n, p, c]; "queries": their states [n, q, e], where there are any; "features":
+        [n, q, d]; the rest as of `decode`}.
 
-    def encode_image(self, pixels: Float[Array, "n height width 3"]) -> Float[Array, "n p d"]:
-        """The features of each picture, of an image or of a tile of one."""
-        return self.project(self.vision(pixels))
+        decoder_ids: the start token and what is decoded, of an encoder-decoder. query_ids, query_mask: a text for each
+            image, of a query transformer with a vocabulary.
+        """
+        tokens = self.vision(pixels)
+        outputs: dict[str, Any] = {"vision": tokens}
+        if isinstance(self.config.connector, QueryConnector):
+            outputs["queries"] = self.connector.states(tokens, query_ids, query_mask)
+            features = self.connector.projection(outputs["queries"])
+        else:
+            features = self.project(tokens)
+        decoded = self.decode(self.embed(ids, index, features), mask, decoder_ids)
+        return {**outputs, "features": features, **decoded}
 
-    def project(self, tokens: Float[Array, "n p c"]) -> Float[Array, "n p d"]:
+    def encode_image(
+        self,
+        pixels: Float[Array, "n height width 3"],
+        ids: Int[Array, "n t"] | None = None,
+        mask: Int[Array, "n t"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "n p d"]:
+        """The features of each picture, of an image or of a tile of one.
+
+        ids, mask: a text for each, see `QueryConnector`. train: with dropout of the connector, which needs the rng
+        "dropout"; the tower never has any.
+        """
+        return self.project(self.vision(pixels), ids, mask, train)
+
+    def project(
+        self,
+        tokens: Float[Array, "n p c"],
+        ids: Int[Array, "n t"] | None = None,
+        mask: Int[Array, "n t"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "n p d"]:
         """The tower's tokens through the connector."""
-        return self.connector(tokens) if isinstance(self.config.connector, MlpConnector) else tokens
+        if isinstance(self.config.connector, IdentityConnector):
+            return tokens
+        texts: Any = (ids, mask, train) if isinstance(self.config.connector, QueryConnector) else ()
+        return self.connector(tokens, *texts)
 
     def embed(
         self,
@@ -206,10 +328,25 @@ class VisionLanguage(nn.Module):
             table = jnp.concatenate([table, self.newline[None].astype(table.dtype)])
         return splice(x, table, index)
 
-    def decode(self, embeds: Float[Array, "b l d"], mask: Int[Array, "b l"] | None = None) -> dict[str, Any]:
-        """{"states", "logits"} of the language model, as of `Decoder`."""
+    def decode(
+        self,
+        embeds: Float[Array, "b l d"],
+        mask: Int[Array, "b l"] | None = None,
+        decoder_ids: Int[Array, "b t"] | None = None,
+    ) -> dict[str, Any]:
+        """Of a decoder {"states", "logits"}, as of `Decoder`; of an encoder-decoder {"encoder", "decoder", "logits"},
+        as of `T5`."""
+        if isinstance(self.language, T5):
+            return self.language(None, decoder_ids, mask, embeds)
         return self.language(mask=mask, embeds=embeds)
 
-    def hidden(self, embeds: Float[Array, "b l d"], mask: Int[Array, "b l"] | None = None) -> Float[Array, "b l e"]:
+    def hidden(
+        self,
+        embeds: Float[Array, "b l d"],
+        mask: Int[Array, "b l"] | None = None,
+        decoder_ids: Int[Array, "b t"] | None = None,
+    ) -> Float[Array, "b l e"]:
         """The input of the language model's head."""
+        if isinstance(self.language, T5):
+            return self.language.hidden(embeds, jnp.asarray(decoder_ids), mask)
         return self.language.hidden(embeds, mask)
