@@ -1,13 +1,15 @@
 """VisionLanguageModel, the base of language models with images in their prompts."""
 
 import abc
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import AddedToken, Tokenizer
 
 from mmjax.data.preprocess import as_image
 from mmjax.errors import MmjaxError
@@ -19,6 +21,9 @@ from mmjax.text.batches import padded
 from mmjax.text.chat_template import Message
 from mmjax.text.image_prompts import IMAGE, encode_with_images, expand, feature_index
 from mmjax.types import Array, ArrayLike
+
+MULTIPLE = 64
+"""Rows of an embedding table that is enlarged, as transformers' script of conversion has it."""
 
 
 class VisionLanguageModel(ChatModel):
@@ -270,3 +275,41 @@ class VisionLanguageModel(ChatModel):
             return messages
         count = len(images) if isinstance(images, list | tuple) else 1
         return f"{IMAGE}\n" * count + messages
+
+    # ---------------------------------------------------------------------------------------------------------- layouts
+
+    def with_image_id(self) -> Self:
+        """The same model with `<image>` in its vocabulary, and `<pad>` if it has no padding.
+
+        The embedding and the head become a multiple of 64 rows; new rows are the mean of the others, and of no
+        influence: features replace them in prompts. Without a tokenizer the new id is the first after the vocabulary.
+        """
+        c, language = self.config, self.config.language
+        first = language.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
+        names = [IMAGE] + (["<pad>"] if language.pad is None else [])
+        size = max(language.vocab_size, -(-(first + len(names)) // MULTIPLE) * MULTIPLE)
+        params = dict(self.params["language"])
+        for name in {"token_embedding", "embedding", "head"} & params.keys():  # a decoder's, and T5's two tables
+            leaf = params[name]
+            inner = isinstance(leaf, Mapping)
+            params[name] = {k: _with_rows(v, size, -1) for k, v in leaf.items()} if inner else _with_rows(leaf, size, 0)
+        pad = language.pad if language.pad is not None else first + 1
+        decoder = dataclasses.replace(language, vocab_size=size, pad=pad)
+        return self.replace(
+            config=dataclasses.replace(c, language=decoder, image_token=first),
+            params={**self.params, "language": params},
+            tokenizer=self.tokenizer and _with_tokens(self.tokenizer, names),
+        )
+
+
+def _with_rows(leaf: Array, size: int, axis: int) -> Array:
+    missing = size - leaf.shape[axis]
+    mean = jnp.mean(leaf.astype(jnp.float32), axis, keepdims=True).astype(leaf.dtype)
+    return jnp.concatenate([leaf, jnp.repeat(mean, missing, axis)], axis) if missing else leaf
+
+
+def _with_tokens(tokenizer: Any, names: Sequence[str]) -> Any:
+    enlarged = Tokenizer.from_str(tokenizer.tokenizer.to_str())
+    enlarged.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    special = {**tokenizer.special, **({"pad_token": "<pad>"} if "<pad>" in names else {})}
+    return dataclasses.replace(tokenizer, tokenizer=enlarged, special=special)

@@ -73,7 +73,7 @@ def forwarded(
         "opt_prefix": ran["image_hidden_states"],
         "logits": ran["logits"],
     }
-    longer, outputs["full_attention_mask"] = model._with_places(ids, mask, len(pixels))
+    longer, outputs["full_attention_mask"] = model.with_queries(ids, mask, len(pixels))
     labels = np.where(outputs["full_attention_mask"] == 1, longer, IGNORED)
     labels[:, : q + prompt_length] = IGNORED
     outputs["labels"] = labels

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_blip2_language
+from models import tiny_llava
 
 import mmjax
 from mmjax.errors import MmjaxError
@@ -227,3 +229,24 @@ def test_an_instruction_is_not_left_out(pairs):
     values = inputs("instruct")
     with pytest.raises(MmjaxError, match="the queries of an InstructBLIP see the instruction: qformer_input_ids"):
         model.forward(values["pixel_values"], values["input_ids"])
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_a_trained_model_becomes_transformers(kind, tmp_path):
+    """With an id of the vocabulary for the queries, and its ends of texts."""
+    model = tiny_blip2_language.model(kind)
+    mmjax.export(model, tmp_path, layout="hf")
+    config = json.loads((tmp_path / "config.json").read_text())
+    token, eos = config["image_token_index"], config["text_config"]["eos_token_id"]
+    assert token == model.tokenizer.vocab_size and eos == model.eos[0]
+    reference = transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    pixels, ids = np.asarray(model.preprocess([tiny_llava.picture(0)])), [[token] * 5 + [3, 9, 8]]
+    arrays = {"pixel_values": torch.tensor(pixels).permute(0, 3, 1, 2), "input_ids": torch.tensor(ids)}
+    options: dict[str, Any] = {"max_new_tokens": 6, "num_beams": 2}
+    expected = reference.generate(
+        **arrays, **options, do_sample=False, pad_token_id=model.pad, eos_token_id=eos
+    ).numpy()
+    actual = np.asarray(mmjax.load(tmp_path).generate(np.asarray(ids), pixel_values=pixels, **options))
+    np.testing.assert_array_equal(actual, expected[:, 1 if kind == "t5" else len(ids[0]) :][:, : actual.shape[1]])
+    short = np.asarray(model.generate(np.asarray([[3, 9, 8]]), pixel_values=pixels, **options))
+    np.testing.assert_array_equal(actual, short)

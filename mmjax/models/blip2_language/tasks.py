@@ -1,7 +1,7 @@
 """Blip2LanguageModel: captions, answers and chats of BLIP-2's second stage, and of InstructBLIP."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ class Blip2LanguageModel(VisionLanguageModel):
         """
         if pixel_values is not None and input_ids is not None and np.ndim(input_ids) == 2:
             images = len(np.asarray(pixel_values))
-            input_ids, attention_mask = self._with_places(input_ids, attention_mask, images)
+            input_ids, attention_mask = self.with_queries(input_ids, attention_mask, images)
         return super().forward(pixel_values, input_ids, attention_mask, **others)
 
     def outputs(self, variables: Mapping[str, Any], inputs: Mapping[str, Array]) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class Blip2LanguageModel(VisionLanguageModel):
             raise MmjaxError("the queries of an InstructBLIP see the instruction: qformer_input_ids, as BERT's ids")
         return super()._indexed(inputs) | others
 
-    def _with_places(self, ids: ArrayLike, mask: ArrayLike | None, images: int) -> tuple[np.ndarray, Any]:
+    def with_queries(self, ids: ArrayLike, mask: ArrayLike | None, images: int) -> tuple[np.ndarray, Any]:
         """The ids and mask, with places for the queries before the text where there are none."""
         ids, token = np.asarray(ids), self.config.image_token
         if not images or (ids == token).any():
@@ -195,7 +195,7 @@ class Blip2LanguageModel(VisionLanguageModel):
     def prompt_inputs(self, inputs: Mapping[str, Array]) -> dict[str, Any]:
         """Ids and masks with places for the queries, and the embeddings of all of it."""
         images = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
-        ids, mask = self._with_places(inputs["input_ids"], inputs["attention_mask"], images)
+        ids, mask = self.with_queries(inputs["input_ids"], inputs["attention_mask"], images)
         network = self._indexed({**inputs, "input_ids": jnp.asarray(ids), "attention_mask": jnp.asarray(mask)})
         texts = {name: network[name] for name in ("input_ids", "attention_mask")}
         arrays = [network.get(name) for name in ("pixel_values", *QUERY_TEXT)]
@@ -331,6 +331,11 @@ class Blip2LanguageModel(VisionLanguageModel):
     @property
     def reuses(self) -> bool:
         return not self.config.encodes and not self.config.decoder.keys_depend_on_length
+
+    def for_layout(self, layout: str) -> Self:
+        """Hugging Face's newer files have an id of the vocabulary for a query; what was read from its older ones stays
+        as it is."""
+        return self.with_image_id() if layout == "hf" != self.layout and self.config.image_token < 0 else self
 
 
 def _sees_text(config: VisionLanguageConfig) -> bool:

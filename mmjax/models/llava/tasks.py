@@ -3,12 +3,11 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from tokenizers import AddedToken, Tokenizer
 
 from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.data.tiles import best_grid
@@ -22,11 +21,7 @@ from mmjax.models.llava.templates import adds_special_tokens, chat_messages, mes
 from mmjax.models.vision_language.decode import LanguageSteps
 from mmjax.models.vision_language.network import VisionLanguage, VisionLanguageConfig
 from mmjax.text.chat_template import Message
-from mmjax.text.image_prompts import IMAGE
 from mmjax.types import Array
-
-MULTIPLE = 64
-"""Rows of an embedding table that is enlarged, as transformers' script of conversion has it."""
 
 
 class LlavaModel(VisionLanguageModel):
@@ -125,38 +120,3 @@ class LlavaModel(VisionLanguageModel):
     def for_layout(self, layout: str) -> Self:
         """Hugging Face's has an id of the vocabulary for an image."""
         return self.with_image_id() if layout == "hf" and self.config.image_token < 0 else self
-
-    def with_image_id(self) -> Self:
-        """The same model with `<image>` in its vocabulary, and `<pad>` if it has no padding.
-
-        The embedding and the head become a multiple of 64 rows; new rows are the mean of the others, and of no
-        influence: features replace them in prompts. Without a tokenizer the new id is the first after the vocabulary.
-        """
-        c, language = self.config, self.config.language
-        first = language.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
-        names = [IMAGE] + (["<pad>"] if language.pad is None else [])
-        size = max(language.vocab_size, -(-(first + len(names)) // MULTIPLE) * MULTIPLE)
-        params = dict(self.params["language"])
-        params["token_embedding"] = _with_rows(params["token_embedding"], size, 0)
-        if "head" in params:
-            params["head"] = {name: _with_rows(leaf, size, -1) for name, leaf in params["head"].items()}
-        pad = language.pad if language.pad is not None else first + 1
-        decoder = dataclasses.replace(language, vocab_size=size, pad=pad)
-        return self.replace(
-            config=dataclasses.replace(c, language=decoder, image_token=first),
-            params={**self.params, "language": params},
-            tokenizer=self.tokenizer and _with_tokens(self.tokenizer, names),
-        )
-
-
-def _with_rows(leaf: Array, size: int, axis: int) -> Array:
-    missing = size - leaf.shape[axis]
-    mean = jnp.mean(leaf.astype(jnp.float32), axis, keepdims=True).astype(leaf.dtype)
-    return jnp.concatenate([leaf, jnp.repeat(mean, missing, axis)], axis) if missing else leaf
-
-
-def _with_tokens(tokenizer: Any, names: Sequence[str]) -> Any:
-    enlarged = Tokenizer.from_str(tokenizer.tokenizer.to_str())
-    enlarged.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    special = {**tokenizer.special, **({"pad_token": "<pad>"} if "<pad>" in names else {})}
-    return dataclasses.replace(tokenizer, tokenizer=enlarged, special=special)
