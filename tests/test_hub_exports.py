@@ -22,6 +22,8 @@ from mmjax.models.blip.network import BlipConfig
 from mmjax.models.blip.tasks import BlipModel
 from mmjax.models.blip2.network import Blip2Config
 from mmjax.models.blip2.tasks import Blip2Model
+from mmjax.models.blip2_language.start import second_stage
+from mmjax.models.blip2_language.tasks import Blip2LanguageModel
 from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
 from mmjax.models.clip.tasks import CLIPModel
 from mmjax.models.language.config import DecoderConfig
@@ -86,6 +88,9 @@ LLAVA = VisionLanguageConfig(
     image_token=30,
 )
 T5 = T5Config(31, 24, 2, 2, 3, 8, 48, "gelu", True, False, False, epsilon=1e-3, eos=(2, 5))
+
+STAGE_2 = second_stage(STAGE_1_HF, OPT, image_token=30)
+STAGE_2_T5 = second_stage(STAGE_1, T5)
 
 
 def build(kind, config, **fields):
@@ -159,6 +164,8 @@ CASES = {
     "blip/hf": (BlipModel, ANSWERS, "hf", ()),
     "blip2/lavis": (Blip2Model, STAGE_1, "lavis", ("vision.heads=4", "qformer.heads=3")),
     "blip2/hf": (Blip2Model, STAGE_1_HF, "hf", ()),
+    "blip2_language/hf": (Blip2LanguageModel, STAGE_2, "hf", ()),
+    "blip2_language/lavis": (Blip2LanguageModel, STAGE_2_T5, "lavis", ("its config: the config of its t5_model",)),
     "llava/hf": (LlavaModel, LLAVA, "hf", ()),
     "llava": (
         LlavaModel,

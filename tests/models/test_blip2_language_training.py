@@ -26,7 +26,7 @@ from mmjax.training.experiment import load_experiment
 from mmjax.training.loop import train
 from mmjax.training.optimizer import Optimizer, adamw
 from mmjax.training.partition import Partition
-from mmjax.training.state import create_state
+from mmjax.training.state import Carry, create_state
 from mmjax.training.step import train_step
 
 EXPERIMENT = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "blip2_stage2.py"
@@ -63,6 +63,25 @@ def test_the_frozen_parts_cost_nothing_and_the_queries_learn(kind):
         trained = path.startswith(("connector/", "vision/norm/"))
         assert leaf.dtype == before[path].dtype, path
         assert path in unused or np.array_equal(leaf, before[path]) != trained, path
+
+
+@KINDS
+def test_the_loss_is_the_cross_entropy_of_the_models_logits(kind):
+    """Of a decoder shifted once; of an encoder-decoder the labels of the decoder's own positions."""
+    model, batch = tiny.model(kind), tiny.batch(kind)
+    loss = jax.jit(PrefixLM(model.config).loss)(model.params, Carry(), batch, jax.random.key(0), jnp.int32(0))[0].value
+    ids, labels = batch["input_ids"].copy(), batch["labels"]
+    ids[:, : tiny.FIRST.queries] = model.config.image_token
+    others = {}
+    if kind == "t5":
+        start, before = np.full((8, 1), model.config.language.start), np.where(labels < 0, 0, labels)[:, :-1]
+        others["decoder_input_ids"] = np.concatenate([start, before], axis=1)
+    outputs = model.forward(batch["image"][:, 0], ids, batch["attention_mask"], **others)
+    log_probs = np.asarray(jax.nn.log_softmax(outputs["logits"]))
+    if kind == "opt":
+        log_probs, labels = log_probs[:, :-1], labels[:, 1:]
+    rows, columns = np.nonzero(labels >= 0)
+    assert loss == pytest.approx(-log_probs[rows, columns, labels[rows, columns]].mean(), rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------- texts
