@@ -179,7 +179,7 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "vqa.json").write_text(json.dumps(entries))
     assert cli.main(["evaluate", "m", "--task", "vqa", "--data", "vqa.json", "--images", "."]) == 0
     printed = capsys.readouterr().out
-    assert "CIDEr" in printed and "system blip2_language" in printed
+    assert "cider" in printed and "system blip2_language" in printed
     stored = json.loads((tmp_path / "evaluations" / "vqa_predictions.json").read_text())
     expected = tiny.model("opt").answer(IMAGES[:2], ["is it?"] * 2)
     assert [one["answer"] for one in stored] == expected
@@ -207,7 +207,7 @@ def test_lavis_files_over_a_language_model(kind, tmp_path):
     """They have the trained parameters alone; the image encoder lies beside them."""
     model, prefix = tiny.model(kind), f"{kind}_model."
     file = write_lavis(tmp_path, model, (prefix, "visual_encoder."))
-    with pytest.raises(MmjaxError, match=rf"it has no {prefix}\*: .* start.load_trained\(FILE, language\)"):
+    with pytest.raises(MmjaxError, match=rf"it has no {prefix}\*: .*start.load_trained\(FILE, language\)"):
         mmjax.load(file)
     language = tiny.language(kind).replace(params=model.params["language"])
     with pytest.raises(MmjaxError, match=r"it has no visual_encoder\.\*: .* under the name eva_vit_g.pth or clip"):

@@ -82,6 +82,12 @@ class Blip2LanguageModel(VisionLanguageModel):
         """Resized to a square, bicubic, with CLIP's means and deviations (processors/blip_processors.py)."""
         return ImagePreprocessing.albef(config.vision.image_size[0])
 
+    @property
+    def abilities(self) -> tuple[str, ...]:
+        """An InstructBLIP generates from ids alone, since its texts are for two tokenizers."""
+        texts = ("caption", "answer", "chat") if _sees_text(self.config) else ()
+        return tuple(name for name in super().abilities if name not in texts)
+
     # ----------------------------------------------------------------------------------------------------------- arrays
 
     def forward(
