@@ -58,7 +58,7 @@ class EncodeAfterQueries(grain.transforms.RandomMap):
             labels = self._column(labels, IGNORED)
         else:
             ids = self.tokenizer.encode([self._joined(text) + "\n"])[0][: self.length]
-            masked = len(self.tokenizer.encode([self.prompt])[0]) if self.prompt else 0
+            masked = min(len(self.tokenizer.encode([self.prompt])[0]), len(ids)) if self.prompt else 0
             labels = self._column([IGNORED] * (self.queries + masked) + ids[masked:], IGNORED, self.queries)
         if (labels == IGNORED).all():
             raise BadRecord("caption: no label", detail=f"length={self.length} ends before {text[:80]!r}")
