@@ -107,7 +107,7 @@ def test_a_decoder_learns_the_text_and_its_line_end():
     whole = tokenizer.encode(["once upon the sea\n"])[0]
     assert row["labels"].tolist() == [-100] * (3 + prompt) + whole[prompt:] + [-100] * (20 - len(whole))
     assert encoded("opt", "the sea is blue", 2)["labels"].tolist() == [-100] * 3 + tokenizer.encode(["the sea"])[0][:2]
-    with pytest.raises(BadRecord, match="no label: length=2 ends before 'the sea'"):
+    with pytest.raises(BadRecord, match="no label .length=2 ends before 'the sea'"):
         encoded("opt", "the sea", 2, prompt="once upon a time there was")
 
 
