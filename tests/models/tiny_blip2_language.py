@@ -31,7 +31,7 @@ def language(kind: str) -> Model:
     if kind == "opt":
         config: Any = DecoderConfig.opt(12, 2, 2, hidden=20, context=90, **ids | {"bos": tokenizer.bos})
         return LanguageModel(config, tiny_text.random_params(LanguageModel, config, 1), tokenizer=tokenizer)
-    sizes: dict[str, Any] = {"width": 12, "depth": 1, "decoder_depth": 2, "heads": 2, "head_width": 5, "hidden": 20}
+    sizes: dict[str, Any] = {"width": 12, "depth": 1, "decoder_depth": 1, "heads": 2, "head_width": 5, "hidden": 20}
     kinds: dict[str, Any] = {"act": "gelu_tanh", "gated": True, "tied": False, "scaled": False}
     config = T5Config(**ids, **sizes, **kinds, start=tokenizer.pad, dropout=0.0)
     return T5Model(config, tiny_text.random_params(T5Model, config, 1), tokenizer=tokenizer)
