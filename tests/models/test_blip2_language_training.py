@@ -40,7 +40,8 @@ def test_the_frozen_parts_cost_nothing_and_the_queries_learn(kind):
     config = dataclasses.replace(tiny.dropped(tiny.network(kind)), vision_dtype="bfloat16", language_dtype="bfloat16")
     method, optimizer = PrefixLM(config), Optimizer(adamw(3e-2), Partition(FROZEN_PARTS))
     batch, params = tiny.batch(kind), tree.flatten(tiny.model(kind).params)
-    batch["labels"] = np.where(batch["labels"] < 0, -100, 7)  # the language model is random, and can learn to prefer an id
+    # The language model is random: it can learn to prefer one id.
+    batch["labels"] = np.where(batch["labels"] < 0, -100, 7)
     half = ("vision/encoder", "vision/patch", "language/")
     params = {path: leaf.astype(jnp.bfloat16) if path.startswith(half) else leaf for path, leaf in params.items()}
     shapes = jax.eval_shape(lambda rng: create_state(method, optimizer, rng, batch), jax.random.key(0))
