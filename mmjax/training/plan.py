@@ -1,7 +1,8 @@
 """plan(EXPERIMENT.py, "v5e:8x8"): the cost of a training step on a TPU slice that is not attached.
 
-The real step is compiled ahead of time for the described slice, on this machine's CPU: memory of a chip, operations,
-bytes moved, collectives, and the least time of a step. Nothing runs; only the experiment's shapes are needed.
+The real step is compiled ahead of time for the described slice, on this machine's CPU, up to machine code: memory of a
+chip, operations, bytes moved, collectives, and the least time of a step. Nothing runs; only the experiment's shapes are
+needed.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ import jax
 import numpy as np
 
 from mmjax.errors import MmjaxError
-from mmjax.training import roofline
+from mmjax.training import optimized, roofline
 from mmjax.training.experiment import load_experiment, parse_overrides
 from mmjax.training.lift import MeshLift
 from mmjax.training.state import create_state
@@ -29,9 +30,15 @@ from mmjax.training.step import train_step
 
 MESSAGE = 2_000
 """Characters of a compiler's error that are reported: its reason may be lines below its kind."""
-SETTINGS = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+SETTINGS = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+}
 """The environment of the child process: it uses no device of this machine. libtpu does not look for a TPU's metadata
-server, and takes no lock, so that several plans can run at once."""
+server, and takes no lock, so that several plans can run at once. No program goes into a cache: the compiler does not
+end, and to serialise a large one takes as long."""
 
 
 def plan(experiment_file: str | os.PathLike[str], topology: str, arguments: Sequence[str] = ()) -> dict[str, Any]:
@@ -45,9 +52,9 @@ def plan(experiment_file: str | os.PathLike[str], topology: str, arguments: Sequ
 
     Returns:
         "chip", "chips", "batch_size", "fits"; "arguments": bytes a chip by field of the state; "memory": bytes a chip
-        (arguments, temporaries, code, output, aliased, total, hbm), or used, capacity and missing where it does not
-        fit; else also "flops" and "bytes" a chip and step, "loops", "collectives", "roofline" seconds, "bound",
-        "step_seconds", "examples_per_second", "compile_seconds".
+        (arguments, temporaries, code, output, aliased, total, hbm; code is estimated), or used, capacity and missing
+        where it does not fit; else also "flops" and "bytes" a chip and step, "loops", "collectives", "roofline"
+        seconds, "bound", "step_seconds", "examples_per_second", "compile_seconds".
 
     Raises:
         MmjaxError: libtpu is not installed, no such slice, an experiment without example_batch, XLA's own refusal.
@@ -60,7 +67,9 @@ def plan(experiment_file: str | os.PathLike[str], topology: str, arguments: Sequ
         output = pathlib.Path(folder) / "plan.json"
         code = "import sys; from mmjax.training.plan import child; child(sys.argv[1:])"
         command = [sys.executable, "-c", code, os.fspath(output), os.fspath(experiment_file), topology, *arguments]
-        ran = subprocess.run(command, env=os.environ | SETTINGS, capture_output=True, text=True)
+        environment = os.environ | SETTINGS
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {optimized.flags(folder)}"
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True)
         if ran.returncode or not output.is_file():
             message = ran.stderr.strip().splitlines()[-1:] or [f"exit code {ran.returncode}"]
             raise MmjaxError(f"plan: the compiler's process failed: {message[0]}")
@@ -71,14 +80,19 @@ def plan(experiment_file: str | os.PathLike[str], topology: str, arguments: Sequ
 
 
 def child(argv: Sequence[str]) -> None:
-    """The compiling process: OUTPUT EXPERIMENT TOPOLOGY FLAGS... Writes the plan, or {"error": text}, to OUTPUT."""
+    """The compiling process: OUTPUT EXPERIMENT TOPOLOGY FLAGS... Writes the plan, or {"error": text}, to OUTPUT.
+
+    XLA writes its program into OUTPUT's folder.
+    """
     output, file, topology, *flags = argv
     try:
         config = parse_overrides(load_experiment(file), flags, prog="mmjax plan")
-        result = compile_step(config, describe_topology(topology))
+        result = compile_step(config, describe_topology(topology), pathlib.Path(output).parent)
     except MmjaxError as error:
         result = {"error": str(error)}
     pathlib.Path(output).write_text(json.dumps(result))
+    # The compiler still makes machine code, in a thread that nobody can stop.
+    os._exit(0)
 
 
 def describe_topology(name: str) -> Sequence[Any]:
@@ -93,8 +107,8 @@ def describe_topology(name: str) -> Sequence[Any]:
         raise MmjaxError(f"--topology {name}: {str(error).splitlines()[0]}") from error
 
 
-def compile_step(config: Any, devices: Sequence[Any]) -> dict[str, Any]:
-    """See `plan`; `devices` are those of a described topology."""
+def compile_step(config: Any, devices: Sequence[Any], folder: pathlib.Path) -> dict[str, Any]:
+    """See `plan`; `devices` are those of a described topology, `folder` is that of `optimized.flags`."""
     chip = roofline.CHIPS.get(devices[0].device_kind)
     if chip is None:
         raise MmjaxError(f"no peaks are known for {devices[0].device_kind!r}; there are {', '.join(roofline.CHIPS)}")
@@ -103,7 +117,7 @@ def compile_step(config: Any, devices: Sequence[Any]) -> dict[str, Any]:
     result["arguments"] = _per_field(state) | {"batch": _shard_bytes(batch)}
     began = time.perf_counter()
     try:
-        compiled = lift.lower(state, batch).compile()
+        program = optimized.optimize(lift.lower(state, batch), folder)
     except jax.errors.JaxRuntimeError as error:
         memory = roofline.out_of_memory(str(error))
         if memory is None:
@@ -111,7 +125,7 @@ def compile_step(config: Any, devices: Sequence[Any]) -> dict[str, Any]:
         return result | {"fits": False, "memory": memory}
     seconds = time.perf_counter() - began
     factor = roofline.loop_factor(jax.make_jaxpr(lambda state, batch: step(state, batch))(state, batch))
-    return result | {"fits": True, "compile_seconds": seconds} | _cost(compiled, chip, config, factor)
+    return result | {"fits": True, "compile_seconds": seconds} | _cost(program, chip, config, factor)
 
 
 def _shapes(config: Any, devices: Sequence[Any]) -> tuple[MeshLift, Any, Any, dict[str, Any]]:
@@ -151,19 +165,12 @@ def _per_field(state: Any) -> dict[str, int]:
     return {name: value for name, value in sizes.items() if value > 64}
 
 
-def _cost(compiled: Any, chip: roofline.Chip, config: Any, loop_factor: float) -> dict[str, Any]:
-    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-    sizes = {
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "code": memory.generated_code_size_in_bytes,
-        "output": memory.output_size_in_bytes,
-        "aliased": memory.alias_size_in_bytes,
-    }
+def _cost(program: optimized.Program, chip: roofline.Chip, config: Any, loop_factor: float) -> dict[str, Any]:
+    text, sizes = program.text, dict(program.memory)
     sizes["total"] = sum(sizes.values()) - 2 * sizes["aliased"]
     sizes["hbm"] = chip.hbm
     network = roofline.collectives(text)
-    flops, moved = (float(cost.get(name, 0.0)) * loop_factor for name in ("flops", "bytes accessed"))
+    flops, moved = program.flops * loop_factor, program.moved * loop_factor
     times = roofline.roofline(chip, flops, moved, network)
     bound = max(times, key=lambda name: times[name])
     return {

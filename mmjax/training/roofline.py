@@ -282,7 +282,8 @@ def _memory_table(plan: Mapping[str, Any]) -> Table:
         return table
     table.add_section()
     for name in ("arguments", "temporaries", "code", "output", "aliased"):
-        table.add_row(name, ("-" if name == "aliased" else "") + size(memory[name]))
+        label = "code, about" if name == "code" else name
+        table.add_row(label, ("-" if name == "aliased" else "") + size(memory[name]))
     table.add_section()
     table.add_row("total", f"{size(memory['total'])} of {size(memory['hbm'])}")
     return table

@@ -3,7 +3,10 @@
 
 import importlib.util
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +15,9 @@ import pytest
 from rich.console import Console
 
 from mmjax.errors import MmjaxError
-from mmjax.training import roofline
-from mmjax.training.plan import plan, sentences
+from mmjax.training import optimized, roofline
+from mmjax.training.optimized import allocations
+from mmjax.training.plan import SETTINGS, plan, sentences
 from mmjax.training.roofline import CHIPS, Collective, collectives, loops, out_of_memory
 
 EXPERIMENT = pathlib.Path(__file__).with_name("plan_experiment.py")
@@ -144,10 +148,55 @@ def test_plan_of_a_step():
     assert "reduce-scatter" in text and "of 16.00 GiB" in text and "<- bound" in text
 
 
+def test_allocations_of_a_buffer_assignment():
+    """Vector memory ("color 1") and what lives within a kernel are not high-bandwidth memory."""
+    text = """BufferAssignment:
+allocation 0: size 100, parameter 0, shape |f32[5,5]| at ShapeIndex {}, maybe-live-out:
+ value: <0 p0 @0> (size=100,offset=0): f32[5,5]{1,0:T(8,128)}
+allocation 1: size 11, parameter 1, shape |s8[11]| at ShapeIndex {}:
+allocation 2: size 20, output shape is |(f32[5])|, maybe-live-out:
+allocation 3: size 7, constant:
+allocation 4: size 512, thread-local:
+allocation 5: size 3000, preallocated-temp:
+allocation 6: size 98746368, color 1, preallocated-temp:
+"""
+    assert allocations(text) == {"arguments": 111, "temporaries": 3007, "output": 120, "aliased": 100}
+
+
+@needs_libtpu
+def test_the_program_without_machine_code_costs_what_the_whole_one_does(tmp_path):
+    """In a process of its own, because libtpu reads the flags once."""
+    code = """
+import json, pathlib, sys
+from mmjax.training import optimized
+from mmjax.training.experiment import load_experiment, parse_overrides
+from mmjax.training.plan import _shapes, describe_topology
+config = parse_overrides(load_experiment(sys.argv[2]), ["--batch_size", "65536"])
+lift, _, state, batch = _shapes(config, describe_topology("v5e:2x4"))
+lowered = lift.lower(state, batch)
+whole = lowered.compile()
+memory, cost = whole.memory_analysis(), whole.cost_analysis()
+program = optimized.optimize(lowered, pathlib.Path(sys.argv[1]))
+names = {"argument": "arguments", "temp": "temporaries", "output": "output", "alias": "aliased"}
+results = [[getattr(memory, f"{name}_size_in_bytes"), program.memory[ours]] for name, ours in names.items()]
+results += [[cost["flops"], program.flops], [cost["bytes accessed"], program.moved]]
+print(json.dumps(results + [[memory.generated_code_size_in_bytes, program.memory["code"]]]))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path), str(EXPERIMENT)]
+    environment = os.environ | SETTINGS | {"XLA_FLAGS": optimized.flags(str(tmp_path))}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    arguments, temporaries, output, aliased, flops, moved, code_size = json.loads(ran.stdout.splitlines()[-1])
+    assert flops[0] == flops[1] > 1e10
+    for pair in (arguments, temporaries, output, aliased):
+        assert pair[1] == pytest.approx(pair[0], rel=0.01, abs=2**20)
+    assert moved[1] == pytest.approx(moved[0], rel=0.06)
+    assert 0.1 < code_size[1] / code_size[0] < 10
+
+
 @needs_libtpu
 def test_micro_batches_are_a_loop():
     result = plan(EXPERIMENT, "v5e:2x4", ["--accumulate", "4", "--batch_size", "4096"])
-    assert result["loops"] == [3]
+    assert result["loops"] == [4]
     gathers = [row for row in result["collectives"] if row["kind"] == "all-gather" and row["size"] == 1024 * 512 * 2]
     assert sum(row["count"] for row in gathers) == 4
     assert any("counts a body once" in sentence for sentence in sentences(result))
