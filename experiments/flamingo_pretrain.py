@@ -12,12 +12,17 @@ each: 60 million documents, 29,300 steps. Without --pairs or without --documents
 """
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Literal
 
 from mmjax.data.image_text import ImageTextList
 from mmjax.data.interleaved import Documents, EncodeDocument, EncodePair
+from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.errors import MmjaxError
-from mmjax.recipes.flamingo import FlamingoRecipe, TrainingSource
+from mmjax.models.flamingo.config import FlamingoConfig
+from mmjax.models.flamingo.tasks import FlamingoModel
+from mmjax.recipes.flamingo import FlamingoRecipe, SourceShape, TrainingSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +30,7 @@ class Config(FlamingoRecipe):
     """The published recipe. `every` is 1 on MPT-1B, 2 on RedPajama-3B, 4 on MPT-7B.
 
     Attributes:
+        size: the published network instead of `language` and `vision`, for `mmjax plan` without files.
         documents, document_images: a .jsonl of MMC4's form, and the folder of its images.
         pairs, pair_images: annotations of images with captions (`mmjax.data.image_text`), and their folder.
         length, caption_length: tokens of a document and of a pair. images: the maximum of a document.
@@ -41,6 +47,7 @@ class Config(FlamingoRecipe):
     workers: int = 16
     language: str = "anas-awadalla/mpt-7b"
     vision: str = "openai/clip-vit-large-patch14"
+    size: Literal["3b", "4b", "9b"] | None = None
     documents: str | None = None
     document_images: str | None = None
     pairs: str | None = None
@@ -52,6 +59,34 @@ class Config(FlamingoRecipe):
     pairs_per_document: int = 2
     document_weight: float = 1.0
     pair_weight: float = 0.2
+
+    @functools.cached_property
+    def start(self) -> FlamingoModel:
+        if self.size is not None:
+            raise MmjaxError(f"size={self.size} is for plans without files; training starts from language and vision")
+        return super().start
+
+    @property
+    def network(self) -> FlamingoConfig:
+        if self.size is None:
+            return super().network
+        sizes = {"3b": FlamingoConfig.open_flamingo_3b, "4b": FlamingoConfig.open_flamingo_4b}
+        sizes |= {"9b": FlamingoConfig.open_flamingo_9b}
+        return sizes[self.size](dtype=self.dtype, remat=self.remat)
+
+    @property
+    def preprocess(self) -> ImagePreprocessing:
+        return super().preprocess if self.size is None else ImagePreprocessing.clip(224)
+
+    def shapes(self) -> Mapping[str, TrainingSource | SourceShape]:
+        """Of both sources where `size` replaces the files."""
+        if self.size is None:
+            return super().shapes()
+        pairs = self.batch_size * self.pairs_per_document
+        return {
+            "documents": SourceShape(self.batch_size, self.images, self.length, self.document_weight),
+            "pairs": SourceShape(pairs, 1, self.caption_length, self.pair_weight),
+        }
 
     def sources(self) -> dict[str, TrainingSource]:
         tokenizer, preprocess = self.start.tokenizer, self.start.preprocess

@@ -14,6 +14,7 @@ import optax
 from mmjax import hub
 from mmjax.data.mixture import Mixture
 from mmjax.data.pipeline import Pipeline, Transform
+from mmjax.data.preprocess import ImagePreprocessing
 from mmjax.data.sources import Source
 from mmjax.errors import MmjaxError
 from mmjax.models.flamingo.config import FlamingoConfig, ResamplerConfig
@@ -36,6 +37,16 @@ class TrainingSource:
     images: int
     length: int
     weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceShape:
+    """What a plan has to know of a `TrainingSource`."""
+
+    count: int
+    images: int
+    length: int
+    weight: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +95,15 @@ class FlamingoRecipe(ExperimentConfig, abc.ABC):
     def sources(self) -> dict[str, TrainingSource]:
         """By name. Raises MmjaxError for none."""
 
+    def shapes(self) -> Mapping[str, TrainingSource | SourceShape]:
+        """Of each source; those of `sources`."""
+        return self.sources()
+
+    @property
+    def preprocess(self) -> ImagePreprocessing:
+        """The image encoder's."""
+        return self.start.preprocess
+
     def train_data(self) -> Mixture:
         options: dict[str, Any] = {"workers": self.workers, "max_bad_fraction": self.max_bad_fraction}
         options |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -96,18 +116,17 @@ class FlamingoRecipe(ExperimentConfig, abc.ABC):
 
     def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the global batch."""
-        height, width = self.start.config.image_size
+        height, width = self.network.image_size
         batch: dict[str, jax.ShapeDtypeStruct] = {}
-        for name, one in self.sources().items():
+        for name, one in self.shapes().items():
             batch[f"{name}_image"] = jax.ShapeDtypeStruct((one.count, one.images, height, width, 3), jnp.uint8)
             for column in ("input_ids", "attention_mask", "labels"):
                 batch[f"{name}_{column}"] = jax.ShapeDtypeStruct((one.count, one.length), jnp.int32)
         return batch
 
     def method(self) -> FlamingoLM:
-        weights = {name: one.weight for name, one in self.sources().items()}
-        preprocess = self.start.preprocess
-        return FlamingoLM(self.network, weights, mean=preprocess.mean, std=preprocess.std)
+        weights = {name: one.weight for name, one in self.shapes().items()}
+        return FlamingoLM(self.network, weights, mean=self.preprocess.mean, std=self.preprocess.std)
 
     def optimizer(self) -> Optimizer:
         rate = optax.linear_schedule(0.0, self.learning_rate, max(self.warmup, 1))

@@ -6,7 +6,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import grain
 import jax
@@ -291,7 +291,19 @@ class Parts(LlavaStage, abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Whole(LlavaStage, abc.ABC):
-    """A stage that starts from a whole LLaVA: `init_from`, such as the workdir of stage 1."""
+    """A stage that starts from a whole LLaVA: `init_from`, such as the workdir of stage 1.
+
+    Attributes:
+        size: the network of LLaVA 1.5 instead of init_from's, for `mmjax plan` without files.
+    """
+
+    size: Literal["7b", "13b"] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises MmjaxError for a size beside a model that has one."""
+        super().__post_init__()
+        if self.size is not None and self.init_from is not None:
+            raise MmjaxError(f"size={self.size} is for plans without files; init_from has its own")
 
     @functools.cached_property
     def start(self) -> LlavaModel:
@@ -307,6 +319,9 @@ class Whole(LlavaStage, abc.ABC):
 
     @property
     def network(self) -> VisionLanguageConfig:
+        if self.size is not None:
+            sizes = {"7b": VisionLanguageConfig.llava_1_5_7b, "13b": VisionLanguageConfig.llava_1_5_13b}
+            return sizes[self.size]()
         return self.start.config
 
     @property
@@ -320,6 +335,8 @@ class Whole(LlavaStage, abc.ABC):
     @property
     def preprocess(self) -> ImagePreprocessing:
         """Padded to squares, as the original's second stage does."""
+        if self.size is not None:
+            return ImagePreprocessing.llava()
         return dataclasses.replace(self.start.preprocess, pad=True)
 
     def initial_weights(self, load: LoadWeights) -> Mapping[str, Any]:
