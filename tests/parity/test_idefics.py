@@ -5,12 +5,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
 import mmjax
 from mmjax.errors import MmjaxError
 from mmjax.interface.few_shot import CAPTIONS, Example, FewShot
 from mmjax.models.flamingo.media import image_attention_mask
 from mmjax.models.flamingo.tasks import FlamingoModel
+from mmjax.text.interleaved import AROUND_IMAGE
+from mmjax.text.tokenizer import Tokenizer
 from mmjax.weights.files import read_weights
 
 torch = pytest.importorskip("torch")
@@ -166,3 +169,29 @@ def test_what_the_layouts_cannot_hold(pair, tmp_path):
         mmjax.export(other, tmp_path / "b", layout="idefics")
     with pytest.raises(MmjaxError, match=r"image_attention_mask \[2, 9, 3\] for 2 images of a prompt"):
         vlm.forward(**{**batch(), "image_attention_mask": np.ones((2, 9, 3), int)})
+
+
+def test_strings_and_a_prefix(pair, tmp_path):
+    """Images stand between Idefics' tokens; tokens after a cached prefix attend to its image, but not after its end."""
+    _, vlm, _ = pair
+    if not vlm.config.added_tokens:
+        pytest.skip("has no id for <image>")
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 53)}}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    library.add_special_tokens(["</s>", AROUND_IMAGE, "<image>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert FlamingoModel.folder_fields(tmp_path) == {"image_token": IMAGE}
+    model = vlm.replace(tokenizer=Tokenizer(library, {"eos_token": "</s>", "pad_token": "<unk>"}))
+    ids, _ = model._encode(["w5 <image> <image> w6"], False)
+    assert [i for i in ids[0].tolist() if i] == [5, 53, IMAGE, 53, IMAGE, 53, 6]
+    rng = np.random.default_rng(2)
+    images = list(rng.integers(0, 256, (2, SIDE, SIDE, 3)).astype(np.uint8))
+    options: dict[str, Any] = {"max_new_tokens": 5, "num_beams": 2}
+    for start, expected in (("w5 <image> w6 </s>", False), ("w5 <image> w6", True)):
+        prefix = model.encode_prefix(start, images[:1])
+        for prompt, more in ((" w7 w8", []), (" w9 <image> w10", images[1:])):
+            whole = model.generate([start + prompt], images=[[*images[:1], *more]], **options)
+            assert model.generate([prompt], images=more or None, prefix=prefix, **options) == whole
+        mask = model._image_mask(model._encode([f"{start} w7"], False)[0], 1)["image_attention_mask"]
+        assert bool(mask[0, -1, 0]) == expected

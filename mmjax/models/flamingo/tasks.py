@@ -155,7 +155,8 @@ class FlamingoModel(FlamingoArrays):
         visual = self._visual(images, None)
         inputs = self._prepare(text, None, add_special_tokens, visual, 0)
         cache = self._prefilled(self.variables, inputs)
-        return Prefix(text, add_special_tokens, cache)
+        last = int(np.asarray(inputs["input_ids"])[0][np.asarray(inputs["attention_mask"])[0] == 1][-1])
+        return Prefix(text, add_special_tokens, cache, last == self.config.end_of_text)
 
     @functools.cached_property
     def _prefilled(self) -> Any:
@@ -203,10 +204,13 @@ class FlamingoModel(FlamingoArrays):
 
 
 class Prefix:
-    """An encoded text that precedes prompts; see `FlamingoModel.encode_prefix`."""
+    """An encoded text that precedes prompts; see `FlamingoModel.encode_prefix`.
 
-    def __init__(self, text: str, add_special_tokens: bool, cache: FlamingoCache):
-        self.text, self.add_special_tokens, self.cache = text, add_special_tokens, cache
+    ended: whether its last token is `config.end_of_text`, which attends to an image that no token behind it does.
+    """
+
+    def __init__(self, text: str, add_special_tokens: bool, cache: FlamingoCache, ended: bool = False):
+        self.text, self.add_special_tokens, self.cache, self.ended = text, add_special_tokens, cache, ended
 
 
 class _Continuation(FlamingoModel):
@@ -238,7 +242,7 @@ class _Continuation(FlamingoModel):
         total = images + media.visible.shape[1]
         if c.end_of_text is None or ids.ndim != 2 or not total:
             return {}
-        state = (int(media.count[0]), bool(media.attends[0]))
+        state = (int(media.count[0]), bool(media.attends[0]) and not self.prefix.ended)
         return {"image_attention_mask": image_attention_mask(ids, c.image_token, c.end_of_text, total, *state)}
 
     def check_room(self, length: int, new_tokens: int) -> None:
