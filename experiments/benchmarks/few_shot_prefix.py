@@ -3,15 +3,17 @@
     python -m experiments.benchmarks.few_shot_prefix --language SmolLM2-135M-Instruct.Q4_1.gguf --vision DINOV2_FOLDER
 
 Seconds to answer `--queries` questions about scenes after 4 and 8 examples: "cached" encodes the examples once, that
-time included; "whole" encodes them with every query. Both give the same answers, which is checked. Greedy, five new
-tokens, after a run of each that compiles.
+time included; "whole" encodes them with every query. Greedy, five new tokens; medians of alternating rounds, after one
+of each that compiles. The number of equal answers is printed too.
 """
 
 import argparse
-import time
+import dataclasses
+import statistics
 from typing import Any
 
 import mmjax
+from experiments.benchmarks.timing import alternate, ratio
 from mmjax.data.scenes.sources import SceneQuestions
 from mmjax.interface.few_shot import QUESTIONS, Example, FewShot
 from mmjax.models.flamingo.tasks import FlamingoModel
@@ -28,12 +30,32 @@ def whole(few_shot: FewShot, images: list[Any], questions: list[str], batch: int
     return [few_shot.template.cleaned(answer) for answer in answers]
 
 
+def measured(few_shot: FewShot, images: list[Any], questions: list[str], rounds: int) -> str:
+    outputs: dict[str, list[str]] = {}
+
+    def cached() -> None:
+        fresh = dataclasses.replace(few_shot)  # without the examples' cache
+        outputs["cached"] = fresh(images, questions, num_beams=1)
+
+    def uncached() -> None:
+        outputs["whole"] = whole(few_shot, images, questions, 16)
+
+    seconds = alternate({"cached": cached, "whole": uncached}, rounds)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    same = sum(a == b for a, b in zip(outputs["cached"], outputs["whole"]))
+    return (
+        f"{few_shot.shots} shots, {len(images)} queries: cached {median['cached']:.1f} s, "
+        f"whole {median['whole']:.1f} s, {ratio(seconds, 'whole', 'cached'):.1f} times; {same} answers equal"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--language", required=True)
     parser.add_argument("--vision", required=True)
     parser.add_argument("--queries", type=int, default=32)
     parser.add_argument("--shots", default="4,8")
+    parser.add_argument("--rounds", type=int, default=2)
     flags = parser.parse_args()
     model = FlamingoModel.assemble(
         mmjax.load(flags.language), mmjax.load(flags.vision), every=6, heads=6, head_width=64, initial_gate=0.3
@@ -46,19 +68,7 @@ def main() -> None:
     records = [source[i] for i in range(flags.queries)]
     images, questions = [one["image"] for one in records], [one["text"] for one in records]
     for k in shots:
-        seconds, outputs = {}, {}
-        for name in ("cached", "whole"):
-            for _ in range(2):
-                few_shot = FewShot(model, examples, QUESTIONS, k, "shared")
-                start = time.perf_counter()
-                if name == "cached":
-                    outputs[name] = few_shot(images, questions, num_beams=1)
-                else:
-                    outputs[name] = whole(few_shot, images, questions, 16)
-                seconds[name] = time.perf_counter() - start
-        same = sum(a == b for a, b in zip(outputs["cached"], outputs["whole"]))
-        print(f"{k} shots, {len(images)} queries: cached {seconds['cached']:.1f} s, whole {seconds['whole']:.1f} s, "
-              f"{seconds['whole'] / seconds['cached']:.1f} times; {same} answers equal", flush=True)  # fmt: skip
+        print(measured(FewShot(model, examples, QUESTIONS, k, "shared"), images, questions, flags.rounds), flush=True)
 
 
 if __name__ == "__main__":
