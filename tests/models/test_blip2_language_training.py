@@ -34,14 +34,14 @@ FIRST_QUERIES = tiny.FIRST.queries
 KINDS = pytest.mark.parametrize("kind", tiny.KINDS)
 
 
-@KINDS
-def test_the_frozen_parts_cost_nothing_and_the_queries_learn(kind):
+def test_the_frozen_parts_cost_nothing_and_the_queries_learn():
     """No gradient, no optimizer state, the same bits after the steps, in bfloat16 too; dropout in the queries alone."""
+    kind = "t5"
     config = dataclasses.replace(tiny.dropped(tiny.network(kind)), vision_dtype="bfloat16", language_dtype="bfloat16")
-    method, optimizer = PrefixLM(config), Optimizer(adamw(3e-2), Partition(FROZEN_PARTS))
+    method, optimizer = PrefixLM(config), Optimizer(adamw(1e-2), Partition(FROZEN_PARTS))
     batch, params = tiny.batch(kind), tree.flatten(tiny.model(kind).params)
     # The language model is random: it can learn to prefer one id.
-    batch["labels"] = np.where(batch["labels"] < 0, -100, 7)
+    batch["labels"] = np.where(batch["labels"] < 0, -100, 40)
     half = ("vision/encoder", "vision/patch", "language/")
     params = {path: leaf.astype(jnp.bfloat16) if path.startswith(half) else leaf for path, leaf in params.items()}
     shapes = jax.eval_shape(lambda rng: create_state(method, optimizer, rng, batch), jax.random.key(0))
@@ -136,7 +136,7 @@ def test_an_encoder_decoder_gets_the_prompt_or_the_beginning():
 def parts(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A saved first stage, two language models, and five captions of drawings."""
     folder = tmp_path_factory.mktemp("blip2")
-    mmjax.hub.save(tiny_blip2.model(tiny_blip2.PRETRAINING), folder / "first")
+    mmjax.hub.save(tiny_blip2.model(tiny.FIRST), folder / "first")
     for kind in tiny.KINDS:
         mmjax.hub.save(tiny.language(kind), folder / kind)
     rng, entries = np.random.default_rng(0), []
@@ -156,11 +156,16 @@ def recipe(parts: pathlib.Path, kind: str, **fields: Any) -> Any:
 
 
 @KINDS
-def test_from_a_first_stage_to_captions(kind, parts, tmp_path, capsys):
+def test_batches_have_the_shapes_of_the_examples(kind, parts):
     config = recipe(parts, kind)
     batch = next(iter(config.train_data()))
     for column, shape in config.example_batch().items():
         assert (batch[column].shape, batch[column].dtype) == (shape.shape, shape.dtype), column
+
+
+def test_from_a_first_stage_to_captions(parts, tmp_path, capsys):
+    """A decoder; over an encoder-decoder the frozen parts and the lifts are tested above and in test_every_lift.py."""
+    config, kind = recipe(parts, "opt"), "opt"
     train(config, tmp_path, experiment_file=str(EXPERIMENT))
     printed = capsys.readouterr().out
     assert f"{parts / 'first'}: " in printed and "of connector, vision" in printed and "of language" in printed
@@ -178,7 +183,7 @@ def test_from_a_first_stage_to_captions(kind, parts, tmp_path, capsys):
     assert tree.tree_hash(params["language"]) == tree.tree_hash(language)
     model = mmjax.load(tmp_path)
     assert model.system == "blip2_language" and model.preprocess == config.preprocess
-    assert model.tokenizer.decode(model.eos) == ("\n" if kind == "opt" else "")
+    assert model.tokenizer.decode(model.eos) == "\n"
     assert isinstance(model.caption([parts / "0.png"], max_length=5)[0], str)
 
 

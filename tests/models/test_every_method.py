@@ -105,7 +105,6 @@ METHODS: dict[str, Callable[[str], Method]] = {
     "blip_captions": lambda d: BlipCaptioning(replace(tiny_blip.still(tiny_blip.CAPTIONER), dtype=d)),
     "blip_answers": lambda d: BlipAnswering(replace(tiny_blip.still(tiny_blip.VQA), dtype=d)),
     "prefix": lambda d: PrefixLM(replace(PREFIX, dtype=d)),
-    "queries_opt": lambda d: PrefixLM(tiny_blip2_language.network("opt", dtype=d)),
     "queries_t5": lambda d: PrefixLM(tiny_blip2_language.network("t5", dtype=d)),
     "blip_classes": lambda d: BlipClassification(replace(tiny_blip.still(tiny_blip.NLVR), dtype=d)),
     "flamingo": lambda d: FlamingoLM(replace(tiny_flamingo.METHOD, dtype=d)),
@@ -178,7 +177,7 @@ def test_any_cut_of_a_batch_has_the_whole_ones_gradient(name: str):
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
     assert largest > 1e-3 and np.isfinite(metrics["loss"])
     cuts = [functools.partial(gradient, micro_batches=4), functools.partial(over_devices, micro_batches=2)]
-    if not name.startswith(("albef", "blip", "flamingo")):  # which compiles for long
+    if not name.startswith(("albef", "blip", "flamingo", "queries")):  # which compiles for long
         cuts += [functools.partial(gradient, micro_batches=2), functools.partial(over_devices, micro_batches=1)]
     for cut in cuts:
         parts, cut_metrics = jax.jit(cut)(examples)

@@ -19,7 +19,8 @@ from mmjax.models.t5.tasks import T5Model
 from mmjax.models.vision_language.network import VisionLanguageConfig
 
 KINDS = ("opt", "t5")
-FIRST = tiny_blip2.still(tiny_blip2.PRETRAINING)
+QFORMER = dataclasses.replace(tiny_blip2.QFORMER, depth=2)
+FIRST = tiny_blip2.still(dataclasses.replace(tiny_blip2.PRETRAINING, qformer=QFORMER))
 """A first stage of which the tiny ones are made; five queries."""
 
 

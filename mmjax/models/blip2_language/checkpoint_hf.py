@@ -85,7 +85,10 @@ def hf_config(config: VisionLanguageConfig) -> dict[str, Any]:
             qformer | {"model_type": "instructblip_qformer"},
             vision | {"model_type": "instructblip_vision_model"},
         )
-    text = t5.hf_config(decoder) if isinstance(decoder, T5Config) else language.hf_config(decoder)
+    if isinstance(decoder, T5Config):  # a prompt of no text is T5's end of one: transformers calls it bos here
+        text = t5.hf_config(decoder) | {"bos_token_id": decoder.eos[0]}
+    else:
+        text = language.hf_config(decoder)
     token = {} if config.image_token < 0 else {"image_token_index": config.image_token}
     return {
         "architectures": [f"{name}ForConditionalGeneration"],
