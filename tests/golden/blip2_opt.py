@@ -1,6 +1,7 @@
 """The vault of BLIP-2's second stage with OPT: features, prompts with queries, logits, loss, gradients and ids."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -93,10 +94,17 @@ def generated(model: Blip2LanguageModel, pixels: Any, prompt: np.ndarray, meta: 
     inputs = model.prompt_inputs({name: jnp.asarray(array) for name, array in arrays.items()})
     del inputs["input_ids"]
     outputs: dict[str, Any] = {}
-    for name, beams in (("greedy_ids", 1), ("beam5_ids", 5)):
-        length = meta["outputs"][name]["shape"][1]
-        options = model.options(num_beams=beams, max_new_tokens=9, eos=(meta["config"]["eos_token_id"],),
-                                bos=model.config.bos, beam_rules=BeamRules.v4_33())  # fmt: skip
+    recorded = meta["outputs"]
+    maximum = re.search(r"max_length=(\d+)", recorded["greedy_ids"]["meaning"])
+    for name in (name for name in recorded if name.endswith("_ids")):
+        length, beams = recorded[name]["shape"][1], re.fullmatch(r"beam(\d+)_ids", name)
+        options = model.options(
+            num_beams=1 if beams is None else int(beams[1]),
+            max_new_tokens=(length if maximum is None else int(maximum[1])) - 1,
+            eos=(meta["config"]["eos_token_id"],),
+            bos=model.config.bos,
+            beam_rules=BeamRules.v4_33(),
+        )
         new = np.asarray(generate(model.decodable(), model.variables, inputs, options).ids)[:, 0]
         rows = np.pad(new, ((0, 0), (1, 0)), constant_values=model.config.bos)
         outputs[name] = rows[:, :length]
