@@ -51,6 +51,8 @@ class DecoderConfig:
         tied: the head is the embedding's transpose. head_bias: the bias of an untied head.
         added_tokens: ids from vocab_size on. Their rows of the embedding and the head are separate parameters, to
             be trained beside frozen ones (Flamingo: 2, xGen-MM: 3).
+        unused_rows: rows of the embedding and the head after the first vocab_size, which belong to no id, as a file has
+            more rows than its tokenizer has ids (xGen-MM: 52). They are loaded and saved, and have no logits.
         bos, eos, pad: ids of the checkpoint's config; any of `eos` ends a text.
         dtype: "float32" or "bfloat16", of the computation; norms, softmax and logits are float32.
         remat: recomputes blocks in the backward pass.
@@ -83,6 +85,7 @@ class DecoderConfig:
     tied: bool = False
     head_bias: bool = False
     added_tokens: int = 0
+    unused_rows: int = 0
     bos: int | None = None
     eos: tuple[int, ...] = ()
     pad: int | None = None

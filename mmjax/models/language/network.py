@@ -12,6 +12,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -84,7 +85,7 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         narrow = c.embed_width or c.width
-        self.token_embedding = self.param("token_embedding", INIT, (c.vocab_size, narrow))
+        self.token_embedding = self.param("token_embedding", INIT, (c.vocab_size + c.unused_rows, narrow))
         if isinstance(c.positions, Learned):
             size = (c.context + c.positions.first, c.width)
             self.position_embedding = self.param("position_embedding", INIT, size)
@@ -96,7 +97,7 @@ class Decoder(nn.Module):
         if c.final_norm:
             self.norm = _norm(c)
         if not c.tied:
-            self.head = Dense(c.vocab_size, c.head_bias, dtype, INIT)
+            self.head = Dense(c.vocab_size + c.unused_rows, c.head_bias, dtype, INIT)
         if c.added_tokens:
             self.added_embedding = self.param("added_embedding", INIT, (c.added_tokens, narrow))
             if not c.tied:
@@ -166,6 +167,7 @@ class Decoder(nn.Module):
             added = int8.scores(x, self.added_embedding) if self.config.added_tokens else None
         else:
             logits, added = self.head(x), self.added_head(x) if self.config.added_tokens else None
+        logits = logits[..., : self.config.vocab_size]
         return (logits if added is None else jnp.concatenate([logits, added], -1)).astype(jnp.float32)
 
     def _states(
@@ -249,8 +251,16 @@ class Decoder(nn.Module):
 
 def output_layer(params: Params, config: DecoderConfig) -> dict[str, Any]:
     """The arguments of `linear_cross_entropy` that turn the states of `Decoder.hidden` into logits."""
+    v = config.vocab_size
     if config.tied:
         added = (params["added_embedding"], None) if config.added_tokens else None
-        return {"kernel": params["token_embedding"], "tied": True, "added": added}
+        return {"kernel": _first(params["token_embedding"], v, 0), "tied": True, "added": added}
     heads = [(params[name]["kernel"], params[name].get("bias")) for name in ("head", "added_head") if name in params]
-    return {"kernel": heads[0][0], "bias": heads[0][1], "added": heads[1] if config.added_tokens else None}
+    kernel, bias = heads[0]
+    layer = {"kernel": _first(kernel, v, 1), "bias": None if bias is None else bias[:v]}
+    return layer | {"added": heads[1] if config.added_tokens else None}
+
+
+def _first(matrix: int8.Matrix, count: int, axis: int) -> int8.Matrix:
+    """The entries of the first ids, without the unused ones; an int8 matrix is two arrays."""
+    return jax.tree.map(lambda array: jax.lax.slice_in_dim(array, 0, count, axis=axis), matrix)

@@ -194,6 +194,14 @@ class ViTConfig:
         return cls(**(size | {"key_bias": False, "init": "timm", "rule": "bicubic"} | fields))
 
     @classmethod
+    def siglip_so400m14(cls, **fields: Any) -> "ViTConfig":
+        """SigLIP's So400m/14 at 384 pixels as a tower, without the head that pools: 413 M. It drops the last 6 pixels
+        of either axis."""
+        size: dict[str, Any] = {"width": 1152, "depth": 27, "heads": 16, "hidden": 4304, "patch": 14}
+        kind: dict[str, Any] = {"image_size": (384, 384), "class_token": False, "pool": "mean", "act": "gelu_tanh"}
+        return cls(**(size | kind | {"init": "timm"} | fields))
+
+    @classmethod
     def clip(
         cls, image_size: int, patch: int, width: int, depth: int, heads: int, hidden: int, **fields: Any
     ) -> "ViTConfig":
