@@ -24,6 +24,8 @@ from mmjax.types import Array, ArrayLike
 
 MULTIPLE = 64
 """Rows of an embedding table that is enlarged, as transformers' script of conversion has it."""
+NETWORK_INPUTS = {"pixel_values", "input_ids", "attention_mask", "index"}
+"""What every network takes; the rest is for its connector."""
 
 
 class VisionLanguageModel(ChatModel):
@@ -49,6 +51,10 @@ class VisionLanguageModel(ChatModel):
 
         inputs: `pixel_values` and `image_sizes`. Raises MmjaxError if the two do not fit each other.
         """
+
+    def connector_inputs(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Further arguments of `encode_image` for the pictures of `inputs`, by their names."""
+        return {}
 
     @classmethod
     def inputs(cls, config: Any) -> Mapping[str, Input]:
@@ -93,7 +99,8 @@ class VisionLanguageModel(ChatModel):
             embeds = self.module.apply(variables, ids, method="embed")
             outputs: Any = self.module.apply(variables, embeds, mask, method="decode")
         else:
-            outputs = self.module.apply(variables, pixels, ids, inputs["index"], mask)
+            further: dict[str, Any] = {name: inputs[name] for name in inputs.keys() - NETWORK_INPUTS}
+            outputs = self.module.apply(variables, pixels, ids, inputs["index"], mask, **further)
         states = tuple(outputs["states"])
         named = {"logits": outputs["logits"], "last_hidden_state": states[-1], "hidden_states": states}
         return named | ({} if pixels is None else {"image_hidden_states": outputs["features"]})
@@ -112,7 +119,7 @@ class VisionLanguageModel(ChatModel):
             return texts
         pixels, rows = self.pictures(inputs)
         index = feature_index(ids, self.config.image_token, rows)
-        return {**texts, "pixel_values": pixels, "index": jnp.asarray(index)}
+        return {**texts, "pixel_values": pixels, "index": jnp.asarray(index), **self.connector_inputs(inputs)}
 
     # ------------------------------------------------------------------------------------------------------ generation
 
@@ -154,14 +161,20 @@ class VisionLanguageModel(ChatModel):
         """Ids and masks as they are, with the embeddings of prompts and images."""
         network = self._indexed(inputs)
         texts = {name: network[name] for name in ("input_ids", "attention_mask")}
-        features = self._encoded(self.variables, network["pixel_values"]) if "index" in network else None
+        further = {name: network[name] for name in network.keys() - NETWORK_INPUTS}
+        pixels = network.get("pixel_values")
+        features = None if pixels is None else self._encoded(self.variables, pixels, **further)
         embeds = self._embedded(self.variables, texts["input_ids"], network.get("index"), features)
         return {**texts, "inputs_embeds": embeds}
 
     @functools.cached_property
     def _encoded(self) -> Any:
         """Compiled for each number of pictures."""
-        return jax.jit(lambda variables, *arrays: self.module.apply(variables, *arrays, method="encode_image"))
+
+        def encode(variables: Mapping[str, Any], *arrays: Any, **further: Any) -> Any:
+            return self.module.apply(variables, *arrays, **further, method="encode_image")
+
+        return jax.jit(encode)
 
     @functools.cached_property
     def _embedded(self) -> Any:

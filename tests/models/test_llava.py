@@ -19,10 +19,10 @@ from mmjax.interface.conversation import Conversation
 from mmjax.models.clip.network import CLIPConfig, CLIPTextConfig
 from mmjax.models.clip.tasks import CLIPModel
 from mmjax.models.language.tasks import LanguageModel
-from mmjax.models.llava.any_resolution import spatial_rows, tile_count
 from mmjax.models.llava.parts import load_parts
 from mmjax.models.llava.tasks import LlavaModel
 from mmjax.models.llava.templates import TEMPLATES, template_called
+from mmjax.models.vision_language.any_resolution import spatial_rows, tile_count
 from mmjax.models.vision_language.network import IdentityConnector, MlpConnector, VisionLanguageConfig
 from mmjax.training.lora import merge_lora
 from mmjax.weights.files import read_weights, write_safetensors

@@ -1,23 +1,20 @@
 """LlavaModel: answers, and chats, about images."""
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from mmjax.data.preprocess import ImagePreprocessing
-from mmjax.data.tiles import best_grid
 from mmjax.errors import MmjaxError
 from mmjax.generation.decodable import DecodeState
 from mmjax.interface.chat import ChatPrompt
 from mmjax.interface.vision_language import VisionLanguageModel
 from mmjax.models.language.decode import PrefixCache, compiled_remember, empty_prefix
-from mmjax.models.llava.any_resolution import spatial_rows, tile_count
 from mmjax.models.llava.templates import adds_special_tokens, chat_messages, message_text, template_called
+from mmjax.models.vision_language.any_resolution import split_pictures
 from mmjax.models.vision_language.decode import LanguageSteps
 from mmjax.models.vision_language.network import VisionLanguage, VisionLanguageConfig
 from mmjax.text.chat_template import Message
@@ -44,42 +41,8 @@ class LlavaModel(VisionLanguageModel):
     # ---------------------------------------------------------------------------------------------------------- images
 
     def pictures(self, inputs: Mapping[str, Array]) -> tuple[Array, list[np.ndarray]]:
-        """Without tiles, the pictures of an image one after the other; with them its grid, see `config.merge`.
-
-        Tiles may be padded, [images, tiles, ...], or those of all images one after the other [n, ...].
-        Raises MmjaxError for tiles without image_sizes, or another number of them than the sizes have.
-        """
-        c, pixels = self.config, inputs["pixel_values"]
-        if not c.grids:
-            counts = [1 if pixels.ndim == 4 else pixels.shape[1]] * len(pixels)
-            ends = np.cumsum([0, *counts]) * c.tile_tokens
-            rows = [np.arange(start, end, dtype=np.int32) for start, end in itertools.pairwise(ends)]
-            return pixels.reshape(-1, *pixels.shape[-3:]), rows
-        if "image_sizes" not in inputs:
-            raise MmjaxError("image_sizes [images, 2]: the grid of tiles follows from the height and width of an image")
-        side = c.vision.image_size[0]
-        sizes = [(int(height), int(width)) for height, width in np.asarray(inputs["image_sizes"])]
-        counts = [tile_count(size, c.grids, side) for size in sizes]
-        if pixels.ndim == 5:
-            short = [n for n in counts if n > pixels.shape[1]]
-            if len(sizes) != len(pixels) or short:
-                raise MmjaxError(f"image_sizes {sizes} have {counts} tiles, pixel_values {list(pixels.shape)}")
-            pixels = jnp.concatenate([tiles[:n] for tiles, n in zip(pixels, counts)])
-        elif len(pixels) != sum(counts):
-            raise MmjaxError(f"image_sizes {sizes} have {counts} tiles, pixel_values {list(pixels.shape)}")
-        return pixels, self._tiled_rows(sizes, counts)
-
-    def _tiled_rows(self, sizes: Sequence[tuple[int, int]], counts: Sequence[int]) -> list[np.ndarray]:
-        c, side = self.config, self.config.vision.image_size[0]
-        starts = np.cumsum([0, *counts]) * c.tile_tokens
-        if c.merge == "flat":
-            return [np.arange(start, end, dtype=np.int32) for start, end in itertools.pairwise(starts)]
-        newline = int(starts[-1]) if c.newline else None
-        grids = [best_grid(size, c.grids, side) for size in sizes]
-        return [
-            spatial_rows(int(start), size, grid, c.vision.grid, newline)
-            for start, size, grid in zip(starts, sizes, grids)
-        ]
+        """Without tiles, the pictures of an image one after the other; with them its grid, see `config.merge`."""
+        return split_pictures(self.config, inputs["pixel_values"], inputs.get("image_sizes"))
 
     # -------------------------------------------------------------------------------------------------- conversations
 

@@ -2,8 +2,9 @@
 second stage: arXiv 2301.12597).
 
 Parameter paths: vision/..., as of a `ViT`; connector/layer_{i}/{kernel,bias}, or of queries connector/queries [q, e],
-connector/qformer/..., as of a `Bert`, connector/projection/{kernel,bias}; newline [d], the feature after each row of
-patches, where there is one; language/..., as of a `Decoder` or a `T5`.
+connector/qformer/..., as of a `Bert`, connector/projection/{kernel,bias}, or of a resampler connector/resampler/... and
+connector/projection/{kernel,bias}; newline [d], the feature after each row of patches, where there is one;
+language/..., as of a `Decoder` or a `T5`.
 """
 
 from dataclasses import dataclass, replace
@@ -20,9 +21,10 @@ from mmjax.models.language.network import Decoder
 from mmjax.models.t5.network import T5, T5Config
 from mmjax.models.vit.network import Tower, ViTConfig
 from mmjax.nn.activation import activation
+from mmjax.nn.resampler import Resampler
 from mmjax.nn.splice import splice
 from mmjax.nn.transformer import TORCH, Dense, torch_bias, torch_linear
-from mmjax.types import Array, Float, Int
+from mmjax.types import Array, Bool, Float, Int
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,20 @@ class IdentityConnector:
 
 
 @dataclass(frozen=True)
+class ResamplerConnector:
+    """A Perceiver Resampler: latents attend to the tokens of each picture, and a matrix with a bias takes them to the
+    language model's width (xGen-MM). The feed-forward is four times as wide as the tokens.
+
+    latents: their number, which is that of the features of a picture.
+    """
+
+    depth: int = 6
+    heads: int = 16
+    head_width: int = 96
+    latents: int = 128
+
+
+@dataclass(frozen=True)
 class QueryConnector:
     """Queries that attend to the tower's tokens, and a matrix from their width to the language model's (BLIP-2).
 
@@ -68,7 +84,7 @@ class QueryConnector:
             )
 
 
-Connector: TypeAlias = MlpConnector | IdentityConnector | QueryConnector
+Connector: TypeAlias = MlpConnector | IdentityConnector | ResamplerConnector | QueryConnector
 Language: TypeAlias = DecoderConfig | T5Config
 
 
@@ -112,6 +128,8 @@ class VisionLanguageConfig(OverLanguageModel):
         if isinstance(self.connector, IdentityConnector) and self.feature_width != self.language.width:
             widths = f"{self.feature_width} channels for a width of {self.language.width}"
             raise MmjaxError(f"connector: the identity has {widths}")
+        if isinstance(self.connector, ResamplerConnector) and self.merge != "flat":
+            raise MmjaxError(f"merge={self.merge!r}: the features of latents have no positions in an image; 'flat'")
         if self.class_token and self.merge != "flat":
             raise MmjaxError(f"merge={self.merge!r}: rows of patches have no class token; class_token=False")
         if isinstance(self.connector, QueryConnector) and (self.grids or self.merge != "flat"):
@@ -148,6 +166,14 @@ class VisionLanguageConfig(OverLanguageModel):
         """BLIP-2's second stage: the queries attend to all tokens of the tower, after its final norm."""
         return cls(vision, language, connector, layer=None, class_token=True, **fields)
 
+    @classmethod
+    def xgen_mm(cls, **fields: Any) -> Self:
+        """xGen-MM (BLIP-3) 1.5 on Phi-3-mini: 4,344,018,867 parameters, of which the connector has 109,901,568."""
+        language = DecoderConfig.phi3_mini_4k(vocab_size=32_012, unused_rows=52, added_tokens=3, head_bias=True)
+        grids = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))
+        kind: dict[str, Any] = {"connector": ResamplerConnector(), "layer": None, "grids": grids}
+        return cls(ViTConfig.siglip_so400m14(), language, **{**kind, "image_token": 32_012, **fields})
+
     # ------------------------------------------------------------------------------------------------------- the parts
 
     @property
@@ -176,6 +202,8 @@ class VisionLanguageConfig(OverLanguageModel):
         """The number of features of one picture."""
         if isinstance(self.connector, QueryConnector):
             return self.connector.queries
+        if isinstance(self.connector, ResamplerConnector):
+            return self.connector.latents
         rows, columns = self.vision.grid
         return rows * columns + (self.vision.prefix if self.class_token else 0)
 
@@ -199,6 +227,24 @@ class Projector(nn.Module):
             bias = torch_bias(x.shape[-1])
             x = Dense(self.width, self.config.use_bias, self.dtype, TORCH, bias, name=f"layer_{i}")(x)
         return x
+
+
+class ResamplerProjector(nn.Module):
+    """A `ResamplerConnector`: [n, p, c] -> [n, q, width]. mask [n, p]: 1 = a token that the latents attend to."""
+
+    config: ResamplerConnector
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "n p c"], mask: Bool[Array, "n p"] | Int[Array, "n p"] | None = None
+    ) -> Float[Array, "n q d"]:
+        c = self.config
+        resampler = Resampler(c.depth, c.heads, c.head_width, c.latents, dtype=self.dtype, name="resampler")
+        latents = resampler(x[:, None, None], None if mask is None else mask[:, None, None])[:, 0]
+        bias = torch_bias(x.shape[-1])
+        return Dense(self.width, True, self.dtype, TORCH, bias, name="projection")(latents)
 
 
 class QueryProjector(nn.Module):
@@ -256,6 +302,8 @@ class VisionLanguage(nn.Module):
             self.connector = Projector(c.connector, c.language.width, jnp.dtype(c.dtype))
         if isinstance(c.connector, QueryConnector):
             self.connector = QueryProjector(c.connector, c.language.width, c.dtype, c.remat, self.axis_name)
+        if isinstance(c.connector, ResamplerConnector):
+            self.connector = ResamplerProjector(c.connector, c.language.width, jnp.dtype(c.dtype))
         if c.newline:
             self.newline = self.param("newline", nn.initializers.normal(c.language.width**-0.5), (c.language.width,))
         self.language = T5(c.decoder, self.axis_name) if c.encodes else Decoder(c.decoder)
@@ -269,12 +317,14 @@ class VisionLanguage(nn.Module):
         decoder_ids: Int[Array, "b t"] | None = None,
         query_ids: Int[Array, "n t"] | None = None,
         query_mask: Int[Array, "n t"] | None = None,
+        token_index: Int[Array, "n p"] | None = None,
+        token_mask: Bool[Array, "n p"] | None = None,
     ) -> dict[str, Any]:
         """{"vision": the tower's tokens [n, p, c]; "queries": their states [n, q, e], where there are any; "features":
         [n, q, d]; the rest as of `decode`}.
 
         decoder_ids: the start token and what is decoded, of an encoder-decoder. query_ids, query_mask: a text for each
-            image, of a query transformer with a vocabulary.
+            image, of a query transformer with a vocabulary. token_index, token_mask: see `encode_image`.
         """
         tokens = self.vision(pixels)
         outputs: dict[str, Any] = {"vision": tokens}
@@ -282,7 +332,7 @@ class VisionLanguage(nn.Module):
             outputs["queries"] = self.connector.states(tokens, query_ids, query_mask)
             features = self.connector.projection(outputs["queries"])
         else:
-            features = self.project(tokens)
+            features = self.project(tokens, token_index=token_index, token_mask=token_mask)
         decoded = self.decode(self.embed(ids, index, features), mask, decoder_ids)
         return {**outputs, "features": features, **decoded}
 
@@ -292,13 +342,17 @@ class VisionLanguage(nn.Module):
         ids: Int[Array, "n t"] | None = None,
         mask: Int[Array, "n t"] | None = None,
         train: bool = False,
+        token_index: Int[Array, "n p"] | None = None,
+        token_mask: Bool[Array, "n p"] | None = None,
     ) -> Float[Array, "n p d"]:
         """The features of each picture, of an image or of a tile of one.
 
         ids, mask: a text for each, see `QueryConnector`. train: with dropout of the connector, which needs the rng
         "dropout"; the tower never has any.
+        token_index: the tower's tokens that a resampler takes as those of each picture, i * p + j being token j of
+            picture i; None: its own. token_mask: 1 = a token that it attends to; None: to all.
         """
-        return self.project(self.vision(pixels), ids, mask, train)
+        return self.project(self.vision(pixels), ids, mask, train, token_index, token_mask)
 
     def project(
         self,
@@ -306,11 +360,18 @@ class VisionLanguage(nn.Module):
         ids: Int[Array, "n t"] | None = None,
         mask: Int[Array, "n t"] | None = None,
         train: bool = False,
+        token_index: Int[Array, "n p"] | None = None,
+        token_mask: Bool[Array, "n p"] | None = None,
     ) -> Float[Array, "n p d"]:
-        """The tower's tokens through the connector."""
-        if isinstance(self.config.connector, IdentityConnector):
+        """The tower's tokens through the connector; see `encode_image`."""
+        connector = self.config.connector
+        if isinstance(connector, IdentityConnector):
             return tokens
-        texts: Any = (ids, mask, train) if isinstance(self.config.connector, QueryConnector) else ()
+        if isinstance(connector, ResamplerConnector):
+            if token_index is not None:
+                tokens = tokens.reshape(-1, tokens.shape[-1])[token_index]
+            return self.connector(tokens, token_mask)  # type: ignore[call-arg]
+        texts: Any = (ids, mask, train) if isinstance(connector, QueryConnector) else ()
         return self.connector(tokens, *texts)
 
     def embed(

@@ -27,7 +27,9 @@ class PrefixLM(Method):
     feature_index: -1 for a token, else the number of a feature among those of the row's pictures, feature j of picture
     i being i * p + j; k * p is the newline. A row without images has pictures too, which it does not use: all batches
     run the same program. Of an encoder-decoder these columns are the encoder's, but labels int32 [b, t] the decoder's.
-    Of a connector that sees texts "query_ids" and "query_mask" int32 [b, t] are the text of each row.
+    Of a connector that sees texts "query_ids" and "query_mask" int32 [b, t] are the text of each row. Of
+    a resampler "token_index" and "token_mask" [b, k, p] may be there, see `VisionLanguage.encode_image`; token j of
+    picture i of the row is i * p + j.
 
     The loss is the mean over all labels, computed without the logits of a whole batch in memory. A batch without any
     has the loss NaN, which the step refuses and counts. Metrics: nll, in nats a token, and supervised_tokens a row.
@@ -81,7 +83,8 @@ class PrefixLM(Method):
         texts = [None if text is None else jnp.repeat(text, pictures, axis=0) for text in texts]
         arrays = (self._pixels(batch["image"]), *texts, rng is not None)
         rngs = {} if rng is None else {"dropout": rng}
-        features: Any = network.apply(variables, *arrays, method="encode_image", rngs=rngs)
+        tokens = picture_tokens(batch)
+        features: Any = network.apply(variables, *arrays, **tokens, method="encode_image", rngs=rngs)
         index = self._rows(batch["feature_index"], pictures, features.shape[1])
         embeds = network.apply(variables, batch["input_ids"], index, features, method="embed")
         decoder_ids = shift_right(batch["labels"], c.decoder.start, c.decoder.pad) if c.encodes else None
@@ -101,3 +104,13 @@ class PrefixLM(Method):
         b, own = index.shape[0], pictures * tokens
         rows = jnp.where(index == own, b * own, index + own * jnp.arange(b)[:, None])
         return jnp.where(index < 0, -1, rows)
+
+
+def picture_tokens(batch: Batch) -> dict[str, Any]:
+    """ "token_index" and "token_mask" of a batch, where it has them, as `VisionLanguage.encode_image` takes them."""
+    if "token_index" not in batch:
+        return {}
+    index, mask = batch["token_index"], batch["token_mask"]
+    b, k, p = index.shape
+    rows = index + k * p * jnp.arange(b)[:, None, None]
+    return {"token_index": rows.reshape(b * k, p), "token_mask": mask.reshape(b * k, p)}
