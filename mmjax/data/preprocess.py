@@ -206,6 +206,8 @@ class ImagePreprocessing:
 def from_hf(hf_config: Mapping[str, Any]) -> ImagePreprocessing:
     """Reads Hugging Face's preprocessor_config.json, in its present form and the older ones."""
     kind = hf_config.get("image_processor_type") or hf_config.get("feature_extractor_type") or ""
+    if kind in ("Blip3ImageProcessor", "XGenMMImageProcessor"):
+        return _xgen_mm(hf_config)
     size = hf_config.get("size", hf_config.get("image_size", 224))  # image_size: Idefics
     crop = hf_config.get("crop_size", size)
     crops = hf_config.get("do_center_crop", kind.startswith(("CLIP", "Llava")))
@@ -233,6 +235,21 @@ def from_hf(hf_config: Mapping[str, Any]) -> ImagePreprocessing:
         std=tuple(hf_config.get("image_std", std)) if normalize else (1.0, 1.0, 1.0),  # type: ignore[arg-type]
         pad=pad,
         grids=_grids(hf_config, crop) if kind.startswith("LlavaNext") else (),
+    )
+
+
+def _xgen_mm(hf_config: Mapping[str, Any]) -> ImagePreprocessing:
+    """xGen-MM's: [height, width] of a tile, and grids that its code determines, as widths and heights."""
+    side = (hf_config.get("size") or (384, 384))[0]
+    mean, std = (tuple(hf_config.get(f"image_{name}") or HALF) for name in ("mean", "std"))
+    return ImagePreprocessing(
+        side,
+        (side, side),
+        "floor",
+        resample=hf_config.get("interpolation_mode", "bicubic"),
+        mean=mean,  # type: ignore[arg-type]
+        std=std,  # type: ignore[arg-type]
+        grids=((2, 1), (1, 2), (2, 2), (1, 3), (3, 1)),
     )
 
 

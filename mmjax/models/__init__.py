@@ -48,6 +48,7 @@ SYSTEMS: tuple[System, ...] = (
     System("blip2_language", "mmjax.models.blip2_language", "Blip2LanguageModel"),
     System("flamingo", "mmjax.models.flamingo", "FlamingoModel"),
     System("llava", "mmjax.models.llava", "LlavaModel"),
+    System("xgen_mm", "mmjax.models.xgen_mm", "XGenMMModel"),
     System("segmentation", "mmjax.models.dense", "SegmentationModel"),
     System("detection", "mmjax.models.dense", "DetectionModel"),
 )
