@@ -7,10 +7,10 @@ Without `image` an entry is text alone; several images are a list. `<image>` is 
 """
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmjax.data.annotation_list import AnnotationList
+from mmjax.data.annotation_list import AnnotationList, File
 from mmjax.data.decoding import BadRecord
 from mmjax.data.sources import Record, read_bytes
 from mmjax.text.interleaved import IMAGE
@@ -24,7 +24,13 @@ class InstructionList(AnnotationList):
 
     Raises MmjaxError, naming the file, if it is missing, in no known format, or empty. An entry raises BadRecord with
     its id: no turns, turns out of order, another number of `<image>` than of images, a missing file.
+
+    image_first: a single image is before the first question unless that has `<image>` once (xGen-MM).
     """
+
+    def __init__(self, files: File | Sequence[File], images: File | None = None, *, image_first: bool = False):
+        super().__init__(files, images)
+        self.image_first = image_first
 
     def __getitem__(self, index: int) -> Record:
         entry = self.record(index)
@@ -53,7 +59,10 @@ class InstructionList(AnnotationList):
             raise BadRecord(
                 "conversation: order", self._id(index, entry), f"the roles are {[role for role, _ in turns]}"
             )
-        return tuple(value for _, value in turns)
+        texts = [value for _, value in turns]
+        if self.image_first and len(self.image_paths(index)) == 1 and texts[0].count(IMAGE) != 1:
+            texts[0] = f"{IMAGE}\n{texts[0].replace(IMAGE, '').strip()}"
+        return tuple(texts)
 
     def image_paths(self, index: int) -> tuple[pathlib.Path, ...]:
         image = self.record(index).get("image")

@@ -1,122 +1,32 @@
-"""Base of LLaVA's two stages: conversations as ids, labels and an index of features, and the network's start."""
+"""Base of LLaVA's two stages: their data, and the network's start."""
 
 import abc
 import dataclasses
 import functools
-import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mmjax import hub
-from mmjax.data.decoding import BadRecord, decode_image
+from mmjax.data.decoding import BadRecord
 from mmjax.data.instructions import InstructionList
 from mmjax.data.pipeline import Pipeline
-from mmjax.data.preprocess import ImagePreprocessing
-from mmjax.data.sources import Record
+from mmjax.data.preprocess import LLAVA_GRIDS, ImagePreprocessing
 from mmjax.errors import MmjaxError
 from mmjax.interface.model import Model
 from mmjax.models.language.tasks import LanguageModel
 from mmjax.models.llava.tasks import LlavaModel
-from mmjax.models.llava.templates import PLACEHOLDER, TrainingTemplate, training_template
+from mmjax.models.llava.templates import TrainingTemplate, training_template
 from mmjax.models.vision_language.network import MlpConnector, VisionLanguageConfig
 from mmjax.models.vision_language.pretrain import PrefixLM
-from mmjax.text.packing import IGNORED
+from mmjax.recipes.conversations import EncodeConversation, EncodeTiles, bucket_widths, most_pictures
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.training.experiment import Evaluation, ExperimentConfig, LoadWeights, save_tokenizer
 from mmjax.tree import flatten
-
-SHORTEST = 32
-"""The smallest width of a row, nearly."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EncodeConversation(grain.transforms.Map):
-    """A record of `InstructionList` -> what `PrefixLM` takes.
-
-    image: uint8 [pictures, h, w, 3]; input_ids, attention_mask, labels, feature_index: int32 [width].
-    Raises BadRecord, with the beginning of the text: more images than `pictures`, an image beyond `length`, no label
-    that is not ignored.
-
-    Attributes:
-        tokens: features of a picture. length: the greatest number of ids; longer texts are truncated.
-        widths: rising, the last one `length`: rows are padded to the smallest that holds them. (): all to `length`.
-    """
-
-    template: TrainingTemplate
-    tokenizer: Tokenizer
-    preprocess: ImagePreprocessing
-    tokens: int
-    length: int
-    pictures: int = 1
-    widths: tuple[int, ...] = ()
-
-    def width(self, size: int) -> int:
-        """Of the row of a text of `size` ids."""
-        return next((width for width in self.widths if width >= size), self.length)
-
-    def size(self, turns: Sequence[str], images: int) -> int:
-        """The number of ids of a conversation, those of its images included."""
-        ids = self.template.example(self.tokenizer, turns, bool(images), self.length).ids
-        return len(ids) + (self.tokens - 1) * int((ids == PLACEHOLDER).sum())
-
-    def map(self, element: Record) -> Record:
-        images = element["images"]
-        if len(images) > self.pictures:
-            raise BadRecord("conversation: images", detail=f"{len(images)} images, pictures={self.pictures}")
-        example = self.template.example(self.tokenizer, element["turns"], bool(images), self.length)
-        ids, labels, index = self.expanded(example.ids, example.labels)
-        if index[self.length :].max(initial=-1) >= 0:
-            raise BadRecord("conversation: too long", detail=f"an image is beyond length={self.length}")
-        if (labels[1 : self.length] == IGNORED).all():
-            text = self.template.text(self.tokenizer, element["turns"])
-            raise BadRecord("conversation: no label", detail=f"every label is ignored, length={self.length}: {text!r}")
-        columns = {
-            "input_ids": (ids, self.tokenizer.pad or 0),
-            "labels": (labels, IGNORED),
-            "feature_index": (index, -1),
-        }
-        columns["attention_mask"] = (np.ones_like(ids), 0)
-        padded = {name: self._padded(column, fill) for name, (column, fill) in columns.items()}
-        return {**padded, "image": self._pixels(images)}
-
-    def expanded(self, ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids, labels, index) with each image as its features; a placeholder's id becomes 0."""
-        repeats = np.where(ids == PLACEHOLDER, self.tokens, 1)
-        ids, labels = np.repeat(ids, repeats), np.repeat(labels, repeats)
-        index = np.full(len(ids), -1, np.int32)
-        visual = ids == PLACEHOLDER
-        index[visual] = np.arange(visual.sum())
-        return np.where(visual, 0, ids).astype(np.int32), np.where(visual, IGNORED, labels).astype(np.int32), index
-
-    def _padded(self, column: np.ndarray, fill: int) -> np.ndarray:
-        row = np.full(self.width(len(column)), fill, np.int32)
-        row[: len(column)] = column[: self.length]
-        return row
-
-    def _pixels(self, images: tuple[bytes, ...]) -> np.ndarray:
-        height, width = self.preprocess.size or (0, 0)
-        pixels = np.zeros((self.pictures, height, width, 3), np.uint8)
-        for i, image in enumerate(images):
-            pixels[i] = self.preprocess.to_uint8(decode_image(image))
-        return pixels
-
-
-def bucket_widths(length: int) -> tuple[int, ...]:
-    """Rising widths up to `length`, each at most a fifth more than the one before.
-
-    >>> bucket_widths(64)
-    (32, 38, 45, 54, 64)
-    """
-    widths = [length]
-    while widths[-1] > SHORTEST:
-        widths.append(math.ceil(widths[-1] / 1.2))
-    return tuple(reversed(widths))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +37,7 @@ class LlavaStage(ExperimentConfig, abc.ABC):
         data: a file of conversations, see `mmjax.data.instructions`; required.
         images: the folder of its images; None: the file's.
         length: ids of a row after images became features; the original's is 2048.
-        pictures: the greatest number of images of a row.
+        pictures: the greatest number of images of a row, each of which may become several pictures.
         grouped: batches are of rows of nearly one length, with images or without. Less than a tenth of a batch is then
             padding, and a program is compiled for each of the lengths, which differ by a fifth.
         learning_rate: the highest.
@@ -182,18 +92,24 @@ class LlavaStage(ExperimentConfig, abc.ABC):
         config = dataclasses.replace(self.network, dtype=self.dtype, remat=self.remat)
         return PrefixLM(config, self.preprocess.mean, self.preprocess.std)
 
+    @property
+    def row_pictures(self) -> int:
+        """The greatest number of pictures of a row, tiles included."""
+        return self.pictures * most_pictures(self.network)
+
     def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the global batch."""
         row = jax.ShapeDtypeStruct((self.batch_size, self.length), jnp.int32)
-        shape = (self.batch_size, self.pictures, *self.network.vision.image_size, 3)
+        shape = (self.batch_size, self.row_pictures, *self.network.vision.image_size, 3)
         names = ("input_ids", "attention_mask", "labels", "feature_index")
         return {**dict.fromkeys(names, row), "image": jax.ShapeDtypeStruct(shape, jnp.uint8)}
 
     @functools.cached_property
     def encode(self) -> EncodeConversation:
-        widths = bucket_widths(self.length) if self.grouped else ()
-        sizes = self.network.tile_tokens, self.length, self.pictures, widths
-        return EncodeConversation(self.template, self.tokenizer, self.preprocess, *sizes)
+        network, widths = self.network, bucket_widths(self.length) if self.grouped else ()
+        sizes = network.tile_tokens, self.length, self.row_pictures, widths
+        common = self.template, self.tokenizer, self.preprocess, *sizes
+        return EncodeTiles(*common, config=network) if network.grids else EncodeConversation(*common)
 
     @functools.cached_property
     def groups(self) -> np.ndarray:
@@ -201,8 +117,9 @@ class LlavaStage(ExperimentConfig, abc.ABC):
         groups = np.zeros(len(self.source), np.int32)
         for index in range(len(groups)):
             try:
-                images = len(self.source.image_paths(index))
-                groups[index] = 2 * self.encode.width(self.encode.size(self.source.turns(index), images)) + bool(images)
+                lengths = self.encode.lengths(self.source.image_paths(index))
+                size = self.encode.size(self.source.turns(index), lengths)
+                groups[index] = 2 * self.encode.width(size) + bool(lengths)
             except BadRecord:
                 continue
         return groups
@@ -294,9 +211,12 @@ class Whole(LlavaStage, abc.ABC):
     """A stage that starts from a whole LLaVA: `init_from`, such as the workdir of stage 1.
 
     Attributes:
+        any_resolution: images are cut in tiles (LLaVA 1.6), as those of a model with grids always are. A model that had
+            none gets LLaVA 1.6's, and a new feature that ends the rows of patches.
         size: the network of LLaVA 1.5 instead of init_from's, for `mmjax plan` without files.
     """
 
+    any_resolution: bool = False
     size: Literal["7b", "13b"] | None = None
 
     def __post_init__(self) -> None:
@@ -307,22 +227,21 @@ class Whole(LlavaStage, abc.ABC):
 
     @functools.cached_property
     def start(self) -> LlavaModel:
-        """The loaded model. Raises MmjaxError for another system, or one that cuts images in tiles."""
+        """The loaded model. Raises MmjaxError for another system."""
         if self.init_from is None:
             raise MmjaxError("--init_from MODEL: a LLaVA, such as the workdir of stage 1")
         model = hub.load(self.init_from)
         if not isinstance(model, LlavaModel) or model.tokenizer is None:
             raise MmjaxError(f"{self.init_from}: not a LLaVA with a tokenizer")
-        if model.config.grids:
-            raise MmjaxError(f"{self.init_from}: tiles of any resolution are not trained by this recipe")
         return model
 
     @property
     def network(self) -> VisionLanguageConfig:
-        if self.size is not None:
-            sizes = {"7b": VisionLanguageConfig.llava_1_5_7b, "13b": VisionLanguageConfig.llava_1_5_13b}
-            return sizes[self.size]()
-        return self.start.config
+        sizes = {"7b": VisionLanguageConfig.llava_1_5_7b, "13b": VisionLanguageConfig.llava_1_5_13b}
+        config = self.start.config if self.size is None else sizes[self.size]()
+        if config.grids or not self.any_resolution:
+            return config
+        return dataclasses.replace(config, grids=LLAVA_GRIDS, merge="spatial_unpad", pad_images=False)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -334,10 +253,10 @@ class Whole(LlavaStage, abc.ABC):
 
     @property
     def preprocess(self) -> ImagePreprocessing:
-        """Padded to squares, as the original's second stage does."""
-        if self.size is not None:
-            return ImagePreprocessing.llava()
-        return dataclasses.replace(self.start.preprocess, pad=True)
+        """In tiles, or padded to squares, as the original's second stage does."""
+        grids = self.network.grids
+        usual = ImagePreprocessing.llava() if self.size is not None else self.start.preprocess
+        return dataclasses.replace(usual, pad=not grids, grids=grids)
 
     def initial_weights(self, load: LoadWeights) -> Mapping[str, Any]:
         return {"params": self.start.params}

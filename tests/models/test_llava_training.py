@@ -25,7 +25,7 @@ from mmjax.models.language.config import DecoderConfig
 from mmjax.models.language.tasks import LanguageModel
 from mmjax.models.llava.templates import PLACEHOLDER, TEMPLATES, training_template
 from mmjax.models.vit.network import ViTConfig
-from mmjax.recipes.llava import EncodeConversation
+from mmjax.recipes.conversations import EncodeConversation
 from mmjax.text.packing import IGNORED
 from mmjax.training.checkpoint import load_params
 from mmjax.training.experiment import load_experiment
