@@ -5,6 +5,9 @@
 Seconds to answer `--queries` questions about scenes after 4 and 8 examples: "cached" encodes the examples once, that
 time included; "whole" encodes them with every query. Greedy, five new tokens; medians of alternating rounds, after one
 of each that compiles. The number of equal answers is printed too.
+
+On one core, SmolLM2-135M-Instruct and a ViT-S/14 at 224 pixels, 16 queries, two rounds: 3.3 s cached against 13.6 s
+with 4 shots (4.1 times), 3.3 against 23.6 s with 8 (7.1 times); 16 of 16 answers equal. The trained layers were random.
 """
 
 import argparse
