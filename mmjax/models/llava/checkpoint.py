@@ -137,9 +137,16 @@ def connector_of(fields: Mapping[str, Any], keys: Iterable[str]) -> Connector:
     return IdentityConnector() if kind == "identity" else MlpConnector(int(match[1]) if match else 1)
 
 
+def _decoder(config: VisionLanguageConfig) -> DecoderConfig:
+    """The language model. Raises MmjaxError for an encoder-decoder, which no layout of LLaVA holds."""
+    if not isinstance(config.language, DecoderConfig):
+        raise MmjaxError("LLaVA's layouts hold a decoder, not an encoder-decoder")
+    return config.language
+
+
 def original_hf_config(config: VisionLanguageConfig) -> dict[str, Any]:
     """The original's config.json, with the sizes of the tower, which it has by name alone."""
-    fields, connector, side = language.hf_config(config.language), config.connector, config.vision.image_size[0]
+    fields, connector, side = language.hf_config(_decoder(config)), config.connector, config.vision.image_size[0]
     if isinstance(config.layer, tuple) or config.layer is None:
         raise MmjaxError(f"layout='llava': the original takes one layer of the tower, not {config.layer}")
     kind = {"mistral": "llava_mistral", "mpt": "llava_mpt"}.get(fields["model_type"], "llava_llama")
@@ -236,7 +243,7 @@ def hf_config(config: VisionLanguageConfig) -> dict[str, Any]:
         "vision_feature_select_strategy": "full" if config.class_token else "default",
         "tie_word_embeddings": config.language.tied,
         "vision_config": hf_tower_fields(config.vision, 768) | {"layer_norm_eps": config.vision.epsilon},
-        "text_config": language.hf_config(config.language),
+        "text_config": language.hf_config(_decoder(config)),
     }
     if config.grids:
         fields["image_grid_pinpoints"] = [[rows * side, columns * side] for rows, columns in config.grids]
