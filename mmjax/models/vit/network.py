@@ -198,8 +198,8 @@ class ViTConfig:
         """SigLIP's So400m/14 at 384 pixels as a tower, without the head that pools: 413 M. It drops the last 6 pixels
         of either axis."""
         size: dict[str, Any] = {"width": 1152, "depth": 27, "heads": 16, "hidden": 4304, "patch": 14}
-        kind: dict[str, Any] = {"image_size": (384, 384), "class_token": False, "pool": "mean", "act": "gelu_tanh"}
-        return cls(**(size | kind | {"init": "timm"} | fields))
+        size |= {"image_size": (384, 384), "class_token": False, "pool": "mean", "act": "gelu_tanh", "init": "timm"}
+        return cls(**(size | fields))
 
     @classmethod
     def clip(
