@@ -125,7 +125,11 @@ def compile_step(config: Any, devices: Sequence[Any], folder: pathlib.Path) -> d
         return result | {"fits": False, "memory": memory}
     seconds = time.perf_counter() - began
     factor = roofline.loop_factor(jax.make_jaxpr(lambda state, batch: step(state, batch))(state, batch))
-    return result | {"fits": True, "compile_seconds": seconds} | _cost(program, chip, config, factor)
+    cost = _cost(program, chip, config, factor)
+    excess = roofline.without_capacity(cost["memory"])
+    if excess is not None:
+        return result | {"fits": False, "memory": excess}
+    return result | {"fits": True, "compile_seconds": seconds} | cost
 
 
 def _shapes(config: Any, devices: Sequence[Any]) -> tuple[MeshLift, Any, Any, dict[str, Any]]:

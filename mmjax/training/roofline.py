@@ -13,6 +13,8 @@ from typing import Any
 from rich.table import Table
 
 GIB = 2**30
+USABLE = 15.75 / 16
+"""The share of a chip's memory that a program gets, from XLA's message about a v5e ("of 15.75G hbm")."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +223,12 @@ def out_of_memory(message: str) -> dict[str, float] | None:
     unit = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
     used, capacity = float(match[1]) * unit[match[2]], float(match[3]) * unit[match[4]]
     return {"used": used, "capacity": capacity, "missing": used - capacity}
+
+
+def without_capacity(memory: Mapping[str, int]) -> dict[str, float] | None:
+    """The same of a program's "total" and the chip's "hbm", with code that XLA had not counted; None where it fits."""
+    used, capacity = float(memory["total"]), USABLE * memory["hbm"]
+    return {"used": used, "capacity": capacity, "missing": used - capacity} if used > capacity else None
 
 
 def roofline(chip: Chip, flops: float, moved: float, network: Sequence[Collective]) -> dict[str, float]:

@@ -109,6 +109,13 @@ def test_out_of_memory_messages(message):
     assert out_of_memory("INVALID_ARGUMENT: something else") is None
 
 
+def test_code_counts_for_what_fits():
+    hbm = 16 * 2**30
+    assert roofline.without_capacity({"total": int(15.7 * 2**30), "hbm": hbm}) is None
+    excess = roofline.without_capacity({"total": int(15.99 * 2**30), "hbm": hbm})
+    assert excess is not None and excess["missing"] / 2**30 == pytest.approx(0.24, abs=1e-6)
+
+
 def test_collectives_of_a_program_compiled_here():
     """XLA's CPU text has the same grammar; one device has no collectives, and a scan its length."""
 
