@@ -191,8 +191,8 @@ def config_of_part(shapes: Shapes, start: str, heads: int | None, **fields: Any)
     start: the prefix of `embeddings.` and `encoder.` in its keys. heads: None: each is 64 wide. fields: what the keys
     do not determine.
     """
-    vocabulary = shapes.get(f"{start}embeddings.word_embeddings.weight", (0,))[0]
-    (width,) = shapes[f"{start}embeddings.LayerNorm.weight"]
+    without_text = (0, *shapes[f"{start}embeddings.LayerNorm.weight"])
+    vocabulary, width = shapes.get(f"{start}embeddings.word_embeddings.weight", without_text)
     matches = [re.fullmatch(re.escape(start) + r"encoder\.layer\.(\d+)\.(.+)", key) for key in shapes]
     layers: dict[str, set[int]] = {}
     for match in filter(None, matches):
