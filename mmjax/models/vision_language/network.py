@@ -406,8 +406,8 @@ class VisionLanguage(nn.Module):
         embeds: Float[Array, "b l d"],
         mask: Int[Array, "b l"] | None = None,
         decoder_ids: Int[Array, "b t"] | None = None,
-    ) -> Float[Array, "b l e"]:
-        """The input of the language model's head."""
+    ) -> Float[Array, "b s e"]:
+        """The input of the language model's head: s = l, of an encoder-decoder t."""
         if isinstance(self.language, T5):
             return self.language.hidden(embeds, jnp.asarray(decoder_ids), mask)
         return self.language.hidden(embeds, mask)
