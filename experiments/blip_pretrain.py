@@ -7,7 +7,8 @@ epochs in batches of 2,880, as in the paper (the repository's file has 75 pairs 
 
 On v5e:8x8 a step with `--dtype bfloat16` takes 14.7 GiB and about 1.25 of code: 0.24 more than the 15.75 that a
 program gets there. The state takes 3.8 (with ViT-L 7.1), temporaries 11.0. It is bound by memory traffic: 303 ms at
-least (71 of arithmetic), at most 9,506 pairs a second.
+least (71 of arithmetic), at most 9,506 pairs a second. On v4:4x4x4 it
+fits, with 17.8 of 32 GiB: 232 ms at least, 12,416 pairs a second at most.
 
 With ViT-L: `--large --batch_size 2400 --learning_rate 2e-4` (queue and batch still fit). The numbers of entries are the
 paper's, rounded; other ones are an error that names the flags. The 129 M of the paper, with LAION's 115 M, of which an
