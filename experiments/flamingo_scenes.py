@@ -4,7 +4,7 @@
     mmjax ablate experiments/flamingo_scenes.py --sequential --over latents=8,16,64 --language ... --vision ...
 
 A training text has `shots` + 1 pictures with a question and its answer each, in the form of the evaluation; answers
-alone are learned. Held-out scenes are asked about after 0, 1, ... examples of training scenes.
+alone are learned. Questions about held-out scenes follow 0, 1, ... examples of training scenes.
 
 Measured with SmolLM2-135M-Instruct and a DINOv2 ViT-S/14 at 98 pixels, one seed, 120 steps of 8 texts with 4 pictures
 (18.7 M trained parameters of 175 M; 4 to 7 s a step on one busy core), 40 held-out questions of each kind, in percent:
@@ -16,7 +16,7 @@ Measured with SmolLM2-135M-Instruct and a DINOv2 ViT-S/14 at 98 pixels, one seed
     all                 21.7   23.3   24.2   25.8   26.7    33.3
 
 This run did not learn to use the pictures: after 3,840 of them no row is above the most frequent answer. More examples
-give more right answers, from 21.7 to 26.7, but the 95 % intervals reach 7 to 8 points to either side, so the rise is
+give more right answers, from 21.7 to 26.7, but the 95 % intervals are 7 to 8 points to either side, so the rise is
 not established. experiments/results/flamingo_scenes.json has all intervals. Gates and latents were not compared.
 """
 

@@ -38,7 +38,7 @@ import numpy as np
 from experiments.benchmarks.image_text import seconds_of
 
 THRESHOLD = 0.0
-"""All texts are kept: the most that selection can write."""
+"""Every text passes: the largest output that selection can have."""
 
 
 def save_models(folder: pathlib.Path, vocab: str, side: int, depth: int) -> None:

@@ -203,7 +203,7 @@ def test_the_recipe(data, tmp_path):
 
 
 def test_scenes_are_trained_on_and_asked_about_by_shots(tmp_path):
-    """Labels are the answers; an untrained model is asked after 0 and 2 examples; gates and latents are options."""
+    """Labels are the answers; an untrained model answers after 0 and 2 examples; gates and latents are options."""
     mmjax.save(tiny.language(), tmp_path / "language")
     mmjax.save(tiny.clip(), tmp_path / "clip")
     experiment = EXPERIMENT.with_name("flamingo_scenes.py")
